@@ -1,0 +1,187 @@
+# Every command of the project, once. CI and Jenkins call these targets and nothing else.
+# `make` prints this list.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= en-quartznet-small
+TORCH := torch==2.13.0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+# --- environments ------------------------------------------------------------------------------------
+# One virtual environment; each stamp adds a group to it. Hashes are checked; nothing outside the locks is taken.
+$(VENV)/bin/python:
+	@scripts/make_venv.sh "$(PYTHON)" "$(VENV)"
+
+$(VENV)/.run: requirements/api.txt requirements/ui.txt pyproject.toml | $(VENV)/bin/python
+	@scripts/install.sh "$(VENV)" api ui
+	@touch $@
+
+$(VENV)/.training: $(VENV)/.run requirements/training.txt
+	@scripts/install.sh "$(VENV)" training "$(TORCH)"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.training requirements/dev.txt
+	@scripts/install.sh "$(VENV)" dev
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.run requirements/bench.txt
+	@scripts/install.sh "$(VENV)" bench
+	@touch $@
+
+.PHONY: setup lock
+setup: $(VENV)/.dev ## the environment with every group
+lock: ## resolve the locks again (needs uv)
+	requirements/lock.sh
+
+# --- run and test ------------------------------------------------------------------------------------
+.PHONY: run test lint format
+run: $(VENV)/.run ## set up, start API and page, transcribe a sample; MODEL=name serves another bundle
+	@exec $(BIN)/python scripts/run.py --model "$(MODEL)" $(ARGS)
+
+test: $(VENV)/.dev ## set up and run every test
+	$(BIN)/python -m pytest -q
+
+.PHONY: train-smoke
+train-smoke: $(VENV)/.dev ## all four recipes, from recordings to bundles that a live API serves
+	$(BIN)/python -m pytest -q --durations=0 tests/training/test_train_smoke.py
+
+lint: $(VENV)/.dev ## ruff and mypy strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## let ruff format and mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# --- measure ------------------------------------------------------------------------------------------
+.PHONY: bench bench-wer bench-peers
+bench: $(VENV)/.bench ## speed of the service against its own engine; MODEL=name, ARGS=...
+	$(BIN)/python -m loadtest.bench --model "$(MODEL)" $(ARGS)
+
+bench-wer: $(VENV)/.bench $(VENV)/.training ## word error rate on ../shared/speech/test, with the teacher and pocketsphinx
+	$(BIN)/python -m training.bench_wer $(ARGS)
+
+bench-peers: $(VENV)/.bench $(VENV)/.training ## the same weights through this service, naive servers and sherpa-onnx
+	$(BIN)/python -m loadtest.bench_peers $(ARGS)
+
+# --- observe (docs/observability.md) ------------------------------------------------------------------
+.PHONY: check-monitoring demo-incident bench-telemetry
+check-monitoring: $(VENV)/.dev ## rules, alerts, runbooks and dashboards as files: promtool, amtool and our own checks
+	$(BIN)/python -m pytest -q tests/monitoring/test_files.py
+
+demo-incident: $(VENV)/.dev ## overload on loopback: alerts fire in Prometheus and Alertmanager, and resolve
+	$(BIN)/python -m loadtest.demo_incident --model "$(MODEL)" $(ARGS)
+
+bench-telemetry: $(VENV)/.bench ## what traces, metrics and logs cost, in pairs; MODEL=name, ARGS=...
+	$(BIN)/python -m loadtest.bench_telemetry --model "$(MODEL)" $(ARGS)
+
+.PHONY: bench-decoder bench-engine bench-overload
+bench-decoder: $(VENV)/.bench ## greedy and beam search with 0 to 1,000 hotwords; MODEL=name
+	$(BIN)/python -m loadtest.bench_decoder --model "$(MODEL)" $(ARGS)
+
+bench-engine: $(VENV)/.bench ## engine in process: workers, threads, batch; MODEL=name
+	$(BIN)/python -m loadtest.bench_engine --model "$(MODEL)" $(ARGS)
+
+bench-overload: $(VENV)/.bench ## three times capacity for two minutes; MODEL=name, ARGS=--seconds 30
+	$(BIN)/python -m loadtest.overload --model "$(MODEL)" $(ARGS)
+
+# --- ship: images, Compose, Kubernetes (docs/deploy.md) ------------------------------------------------
+INFRA := .venv-infra
+VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+REGISTRY ?=
+REGISTRY_PREFIX := $(if $(REGISTRY),$(REGISTRY)/)
+OVERLAY ?= production
+REPLICAS ?= 3
+URL ?=
+CACHE ?=
+export REGISTRY REPLICAS
+export TRIVY_IMAGE ?= aquasec/trivy:0.69.3@sha256:bcc376de8d77cfe086a917230e818dc9f8528e3c852f7b1aff648949b6258d1c
+
+$(INFRA)/.done: requirements/infra.txt
+	@scripts/make_venv.sh "$(PYTHON)" "$(INFRA)"
+	$(INFRA)/bin/pip install -q --require-hashes -r requirements/infra.txt
+	@touch $@
+
+.PHONY: ci lint-infra terraform-validate images image-api image-ui image-training sbom scan registry-login registry-logout push sign
+ci: ## what a clean runner does: system packages, then every test
+	.ci/run
+
+lint-infra: $(INFRA)/.done ## workflows, Dockerfiles, shell, YAML, Kubernetes, Terraform, Jenkinsfile
+	tests/infra/lint.sh
+
+terraform-validate: ## init and validate terraform/ (fetches the providers)
+	terraform -chdir=terraform init -backend=false -input=false
+	terraform -chdir=terraform validate
+
+images: image-api image-ui ## build the images that are deployed; CACHE=gha uses the runner's build cache
+image-api image-ui image-training: image-%:
+	MODEL=$(MODEL) VERSION=$(VERSION) CACHE=$(CACHE) docker/build.sh $* $(REGISTRY_PREFIX)asr-$*
+
+sbom: ## build/sbom/: what is inside the images, as CycloneDX
+	@mkdir -p build/sbom
+	@for kind in api ui; do docker run --rm --network none --volume "$(CURDIR)/docker/sbom.py:/sbom.py:ro" --entrypoint python3 \
+	  $(REGISTRY_PREFIX)asr-$$kind:$(VERSION) /sbom.py asr-$$kind $(VERSION) > build/sbom/$$kind.cdx.json && echo build/sbom/$$kind.cdx.json; done
+
+scan: $(INFRA)/.done ## known vulnerabilities in locks and images
+	docker/scan.sh $(VERSION)
+
+registry-login: ## with REGISTRY_USER and REGISTRY_PASSWORD
+	@docker login --username "$$REGISTRY_USER" --password-stdin $(firstword $(subst /, ,$(REGISTRY))) <<<"$$REGISTRY_PASSWORD"
+registry-logout:
+	@docker logout $(firstword $(subst /, ,$(REGISTRY)))
+
+push: ## push the images under REGISTRY, tagged with the version and the commit
+	@test -n "$(REGISTRY)" || { echo "error: name a REGISTRY" >&2; exit 1; }
+	PUSH=1 $(MAKE) images
+sign: ## sign what was pushed, by digest, and attach the bill of materials
+	docker/sign.sh $(REGISTRY)
+
+.PHONY: up down deploy-compose rollback-compose deploy-k8s rollback-k8s monitoring-k8s smoke smoke-k8s e2e e2e-k8s sizing pin-images check-version github-release
+up: ## the whole stack on this machine with Compose; REPLICAS=3
+	docker/make_env.sh
+	ASR_API_IMAGE=$(REGISTRY_PREFIX)asr-api:$(VERSION) ASR_UI_IMAGE=$(REGISTRY_PREFIX)asr-ui:$(VERSION) docker/compose.sh up --detach --scale api=$(REPLICAS)
+down: ## stop it; volumes stay
+	GRAFANA_ADMIN_PASSWORD=unused docker/compose.sh down
+
+deploy-compose: ## this version to Compose here, replica by replica, back on failure
+	docker/deploy.sh deploy $(VERSION)
+rollback-compose: ## the version before
+	docker/deploy.sh rollback
+
+deploy-k8s: ## this version to the cluster of KUBECONFIG
+	k8s/setup.sh --overlay $(OVERLAY) --tag $(VERSION) $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(KUBECONFIG),--kubeconfig $(KUBECONFIG),--skip-terraform)
+rollback-k8s: ## the revision before, of both deployments
+	for name in asr-api asr-ui; do kubectl --namespace asr-system rollout undo deployment/$$name; done
+	for name in asr-api asr-ui; do kubectl --namespace asr-system rollout status deployment/$$name --timeout=300s; done
+monitoring-k8s: ## Prometheus, Grafana and Jaeger on the cluster of KUBECONFIG
+	k8s/monitoring-setup.sh $(if $(KUBECONFIG),--kubeconfig $(KUBECONFIG))
+
+smoke: ## ask a deployed service for a transcription; URL=http://...
+	python3 docker/smoke.py --url "$(or $(URL),http://127.0.0.1:$${ASR_API_PORT:-8000})"
+smoke-k8s: ## the same through the cluster's load balancer
+	python3 docker/smoke.py --url "$(or $(URL),http://$$(kubectl --namespace asr-system get service asr-api --output=jsonpath='{.status.loadBalancer.ingress[0].ip}'))"
+
+e2e: $(VENV)/.run ## proof on a real Docker: replicas, rolling restart and kill -9 under load
+	$(BIN)/python -m tests.e2e_docker.compose_e2e
+e2e-k8s: $(VENV)/.run ## the same on a real Kubernetes API server and kubelet
+	$(BIN)/python -m tests.e2e_docker.kube_e2e
+
+sizing: $(VENV)/.run ## what one replica with one CPU serves (after make e2e)
+	$(BIN)/python -m tests.e2e_docker.sizing
+
+pin-images: ## renew the digests of third-party images
+	docker/pin_images.sh
+check-version: # TAG must be the version in pyproject.toml
+	@test "$(TAG)" = "v$(VERSION)" || { echo "error: tag $(TAG) is not v$(VERSION)" >&2; exit 1; }
+github-release: # needs gh and GH_TOKEN
+	gh release create "$(TAG)" --verify-tag --generate-notes build/sbom/api.cdx.json build/sbom/ui.cdx.json

@@ -1,0 +1,228 @@
+"""`make run`: start the API and the page, show one real transcription, stay until Ctrl-C.
+
+Everything that can go wrong on a fresh machine (a port in use, a model that is not there, a full disk,
+a child that dies) ends in one clear line and a non-zero exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "samples" / "hello.flac"
+READY_TIMEOUT_S = 300.0  # a machine that is busy with something else; seconds where it is not
+SLOW_AFTER_S = 20.0
+STOP_TIMEOUT_S = 30.0
+NEEDED_FREE_BYTES = 200 << 20  # logs, spooled uploads and the numba cache
+
+
+class RunError(Exception):
+    """One clear line for the person at the terminal."""
+
+
+def check_port(host: str, port: int, name: str, variable: str) -> None:
+    """Raise RunError when `port` cannot be bound."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise RunError(
+                f"port {port} for {name} is not free ({error.strerror}); "
+                f"stop what uses it or choose another: make run {variable}={port + 1}"
+            ) from error
+
+
+def check_model(models_dir: Path, name: str) -> None:
+    """Raise RunError when no bundle of that name is there."""
+    if (models_dir / name / "manifest.json").is_file():
+        return
+    there = sorted(path.parent.name for path in models_dir.glob("*/manifest.json")) or ["none"]
+    raise RunError(
+        f"there is no model {name!r} in {models_dir}; there: {', '.join(there)} (more: asr models list)"
+    )
+
+
+class Child:
+    """One started process whose output goes to a log file."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: dict[str, str], log_path: Path
+    ) -> None:
+        self.name = name
+        self.log_path = log_path
+        with log_path.open("wb") as log:
+            # A session of its own: Ctrl-C reaches this script, which then stops the children in order.
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    def check(self) -> None:
+        """Raise RunError with the log's end when the process has ended."""
+        status = self.process.poll()
+        if status is None:
+            return
+        tail = self.log_path.read_text(errors="replace").strip().splitlines()[-15:]
+        raise RunError(
+            f"the {self.name} stopped with status {status}:\n  " + "\n  ".join(tail or ["(it said nothing)"])
+        )
+
+    def stop(self) -> None:
+        """SIGTERM, then wait for the drain; SIGKILL only when that takes too long."""
+        if self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def wait_ready(url: str, children: Sequence[Child]) -> float:
+    """Poll `url` until it answers 200; seconds waited. RunError when a child ends or the time is up."""
+    started = time.monotonic()
+    said_at = started
+    while time.monotonic() - started < READY_TIMEOUT_S:
+        for child in children:
+            child.check()
+        if time.monotonic() - said_at > SLOW_AFTER_S:
+            said_at = time.monotonic()
+            print(
+                f"  still starting after {said_at - started:.0f} s; the log is {children[0].log_path}",
+                flush=True,
+            )
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=2.0).status_code == 200:
+                return time.monotonic() - started
+        time.sleep(0.1)
+    raise RunError(f"{url} was not ready after {READY_TIMEOUT_S:.0f} s; the log is {children[0].log_path}")
+
+
+def transcribe_sample(base_url: str, model: str, api_key: str | None) -> None:
+    """Send the committed sample through the API and print what came back."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    with SAMPLE.open("rb") as file:
+        response = httpx.post(
+            f"{base_url}/transcribe",
+            files={"file": file},
+            data={"model": model},
+            headers=headers,
+            timeout=120.0,
+        )
+    if response.status_code != 200:
+        raise RunError(f"the API answered {response.status_code} to the sample: {response.text[:300]}")
+    answer = response.json()
+    print(f"\n  {SAMPLE.relative_to(ROOT)}, {answer['duration']:.1f} s of audio, model {answer['model']}:")
+    print(f"\n      “{answer['text']}”\n")
+    print(
+        f"  transcribed in {answer['processing_time'] * 1000:.0f} ms "
+        f"({1 / max(answer['real_time_factor'], 1e-9):.0f} times faster than it was spoken)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Start, show, wait, stop."""
+    models_dir = Path(os.environ.get("ASR_MODELS_DIR", ROOT / "models"))
+    check_model(models_dir, arguments.model)
+    check_port(arguments.host, arguments.port, "the API", "PORT")
+    page = ROOT / "ui" / "app.py"
+    if not arguments.no_page:
+        check_port(arguments.host, arguments.page_port, "the page", "PAGE_PORT")
+    if shutil.disk_usage(tempfile.gettempdir()).free < NEEDED_FREE_BYTES:
+        raise RunError(f"{tempfile.gettempdir()} has less than {NEEDED_FREE_BYTES >> 20} MiB free")
+
+    every_interface = {"0.0.0.0", "::"}  # noqa: S104 - compared with, not bound to
+    shown_host = "localhost" if arguments.host in {"127.0.0.1"} | every_interface else arguments.host
+    base_url = f"http://127.0.0.1:{arguments.port}"
+    environment = os.environ | {
+        "ASR_HOST": arguments.host,
+        "ASR_PORT": str(arguments.port),
+        "ASR_MODELS_DIR": str(models_dir),
+        "ASR_MODELS": arguments.model,
+        "ASR_API_URL": base_url,
+        "PYTHONUNBUFFERED": "1",
+    }
+    logs = Path(tempfile.mkdtemp(prefix="asr-run-"))
+    children: list[Child] = []
+    try:
+        print(f"Starting the API with {arguments.model} …", flush=True)
+        api = Child("API", [sys.executable, "-m", "api.cli", "serve"], environment, logs / "api.log")
+        children.append(api)
+        if not arguments.no_page:
+            command = [sys.executable, "-m", "streamlit", "run", str(page), "--server.headless=true"]
+            command += [f"--server.address={arguments.host}", f"--server.port={arguments.page_port}"]
+            children.append(Child("page", command, environment, logs / "page.log"))
+        waited_s = wait_ready(f"{base_url}/health/ready", children)
+        print(f"Ready after {waited_s:.1f} s.")
+        transcribe_sample(
+            base_url,
+            arguments.model,
+            os.environ.get("ASR_API_KEY"),
+        )
+        if not arguments.no_page:
+            wait_ready(f"http://127.0.0.1:{arguments.page_port}/_stcore/health", children)
+            print(f"\n  Page        http://{shown_host}:{arguments.page_port}   drop a file, or speak")
+        print(f"  API         http://{shown_host}:{arguments.port}")
+        print(f"  Reference   http://{shown_host}:{arguments.port}/docs")
+        print(f"  Your file   curl -F file=@FILE http://{shown_host}:{arguments.port}/transcribe")
+        print(f"  Logs        {logs}\n\nCtrl-C stops everything.", flush=True)
+        if arguments.once:
+            return
+        while True:
+            for child in children:
+                child.check()
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        print("\nStopping: requests that were accepted are finished first …", flush=True)
+    finally:
+        # A second Ctrl-C must not leave children behind.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for child in reversed(children):
+            child.stop()
+    print("Stopped.")
+
+
+def main() -> int:
+    """Parse the command line; exit status 0 after a clean stop, 1 after a clear line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="en-quartznet-small")
+    parser.add_argument("--host", default=os.environ.get("ASR_HOST", "127.0.0.1"))
+    parser.add_argument(
+        "--port", type=int, default=int(os.environ.get("PORT", os.environ.get("ASR_PORT", "8000")))
+    )
+    parser.add_argument("--page-port", type=int, default=int(os.environ.get("PAGE_PORT", "8501")))
+    parser.add_argument("--no-page", action="store_true", help="the API alone")
+    parser.add_argument("--once", action="store_true", help="stop after the sample; for tests")
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        run(parser.parse_args())
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
