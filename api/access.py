@@ -1,0 +1,133 @@
+"""Who may call: API keys, rate limits, and the headers that keep browsers from harm. Pure ASGI, no copies."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import AsrError, AuthenticationError, RateLimitedError, to_response
+from api.keys import ApiKey, find_key
+from api.telemetry import TRANSCRIPTION_ROUTES, current_record
+
+# Open without a key: probes, and what has a switch of its own.
+_OPEN_PATHS = frozenset({"/", "/metrics", "/docs", "/openapi.json"})
+_MAX_BUCKETS = 10_000
+
+_SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
+    (b"cache-control", b"no-store"),
+]
+
+
+class SecurityHeaders:
+    """The same protective headers on every answer, errors included.
+
+    While the service drains, each answer also closes its connection: callers that keep connections then open
+    their next one elsewhere, and none sends a request into a connection that is about to go.
+    """
+
+    def __init__(self, app: ASGIApp, is_draining: Callable[[], bool]) -> None:
+        self.app = app
+        self._is_draining = is_draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = message.setdefault("headers", [])
+                headers.extend(_SECURITY_HEADERS)
+                if self._is_draining():
+                    headers.append((b"connection", b"close"))
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+class RateLimiter:
+    """Token buckets: ``per_minute`` requests a minute, bursts of a tenth of that (at least one)."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.rate_per_s = per_minute / 60
+        self.burst = max(1.0, per_minute / 10)
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, caller: str, now_s: float) -> None:
+        """Take one token of ``caller``. Raises RateLimitedError saying when the next one is there."""
+        tokens, last_s = self._buckets.pop(caller, (self.burst, now_s))
+        tokens = min(self.burst, tokens + max(0.0, now_s - last_s) * self.rate_per_s)
+        allowed = tokens >= 1.0
+        self._buckets[caller] = (tokens - 1.0 if allowed else tokens, now_s)
+        while (
+            len(self._buckets) > _MAX_BUCKETS
+        ):  # the longest silent caller has a full bucket by now, or soon
+            self._buckets.popitem(last=False)
+        if not allowed:
+            wait_s = (1.0 - tokens) / self.rate_per_s
+            raise RateLimitedError(
+                f"More than {self.rate_per_s * 60:.0f} requests a minute; wait {wait_s:.1f} s.",
+                retry_after_s=wait_s,
+            )
+
+
+class Access:
+    """401 without a known key where keys are configured, 429 above the rate limit; no body is read first."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], rate_limit_per_minute: int) -> None:
+        self.app = app
+        self._keys = tuple(keys)
+        self._limiter = RateLimiter(rate_limit_per_minute) if rate_limit_per_minute else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _is_open(scope["path"]) or scope["method"] == "OPTIONS":
+            await self.app(scope, receive, send)
+            return
+        try:
+            caller = self._authenticate(scope)
+            scope.setdefault("state", {})["caller"] = caller
+            if self._limiter is not None and scope["path"] in TRANSCRIPTION_ROUTES:
+                self._limiter.take(caller, time.monotonic())
+        except AsrError as error:
+            record = current_record()
+            if record is not None:
+                record.failed(error.code, error.status)
+            await to_response(error)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _authenticate(self, scope: Scope) -> str:
+        """Name of the key, or the caller's address where no keys are configured."""
+        if not self._keys:
+            client = scope.get("client")
+            return str(client[0]) if client else "unknown"
+        secret = _bearer(scope)
+        if secret is None:
+            raise AuthenticationError(
+                "An API key is needed: send it as Authorization: Bearer <key>.", code="missing_api_key"
+            )
+        key = find_key(self._keys, secret)
+        if key is None:
+            raise AuthenticationError("The API key is not known.")
+        return key.name
+
+
+def _is_open(path: str) -> bool:
+    return path in _OPEN_PATHS or path == "/health" or path.startswith("/health/")
+
+
+def _bearer(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, secret = bytes(value).decode("utf-8", "surrogateescape").partition(" ")
+            return secret.strip() if scheme.lower() == "bearer" else None
+        if name == b"x-api-key":
+            return bytes(value).decode("utf-8", "surrogateescape").strip()
+    return None

@@ -1,0 +1,135 @@
+"""Encoded bytes -> float32 mono waveform at the model's sample rate, in blocks of bounded size.
+
+Nothing here trusts a header: lengths are counted on decoded samples, so a file that claims four gigabytes, or
+one that unpacks to a week of silence, costs what it really holds and at most ``max_audio_s``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+import soxr
+from numpy.typing import NDArray
+
+from api.audio_sources import Block, open_source
+from api.errors import AudioTooLongError, UndecodableAudioError
+
+MIN_SAMPLE_RATE_HZ = 1_000
+MAX_SAMPLE_RATE_HZ = 768_000
+
+
+@dataclass(frozen=True, slots=True)
+class Waveform:
+    """A whole decoded file: ``samples`` is float32 (n,) in [-1, 1] at ``sample_rate_hz``."""
+
+    samples: NDArray[np.float32]
+    sample_rate_hz: int
+    duration_s: float
+    container: str
+    warnings: tuple[str, ...] = field(default=())
+
+
+class AudioReader:
+    """One file as an iterator over float32 (n,) mono blocks at ``sample_rate_hz``; read once, by one thread.
+
+    ``duration_s`` is the length decoded so far at the file's own rate: the true length once exhausted.
+    Iterating raises UndecodableAudioError (also when there is not a single sample) and AudioTooLongError.
+    """
+
+    def __init__(self, file: BinaryIO, *, sample_rate_hz: int, max_audio_s: float) -> None:
+        self.sample_rate_hz = sample_rate_hz
+        self.max_audio_s = max_audio_s
+        self.duration_s = 0.0
+        self._source = open_source(file)
+        self._resampler: soxr.ResampleStream | None = None
+        self._resampler_rate_hz = 0
+
+    @property
+    def container(self) -> str:
+        """Container format by the file's bytes."""
+        return self._source.container
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the caller should know about a file that was only partly readable."""
+        return tuple(self._source.warnings)
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        for block in self._source.blocks():
+            rate_hz = block.sample_rate_hz
+            if not MIN_SAMPLE_RATE_HZ <= rate_hz <= MAX_SAMPLE_RATE_HZ:
+                raise UndecodableAudioError(f"A sample rate of {rate_hz} Hz is not supported.")
+            self.duration_s += len(block.samples) / rate_hz
+            if self.duration_s > self.max_audio_s:
+                raise AudioTooLongError(self.max_audio_s)
+            yield from self._convert(block)
+        if self.duration_s == 0.0:
+            raise UndecodableAudioError("The file holds no audio samples.", code="no_audio_samples")
+        yield from self._flush()
+
+    def _convert(self, block: Block) -> Iterator[NDArray[np.float32]]:
+        mono = mix_down(block.samples)
+        if block.sample_rate_hz != self._resampler_rate_hz:
+            yield from self._flush()
+            self._resampler_rate_hz = block.sample_rate_hz
+            if block.sample_rate_hz != self.sample_rate_hz:
+                self._resampler = soxr.ResampleStream(
+                    block.sample_rate_hz, self.sample_rate_hz, 1, dtype="float32", quality="HQ"
+                )
+        if self._resampler is not None:
+            mono = self._resampler.resample_chunk(mono)
+        if len(mono):
+            yield mono
+
+    def _flush(self) -> Iterator[NDArray[np.float32]]:
+        """The resampler's last samples, when the file ends or changes its rate."""
+        if self._resampler is not None:
+            tail = self._resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+            self._resampler = None
+            if len(tail):
+                yield tail
+
+    def close(self) -> None:
+        """Release the decoder."""
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def mix_down(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 (n, channels) -> float32 (n,): the mean of the channels, clipped to [-1, 1].
+
+    Raises UndecodableAudioError on samples that are not numbers: text made from them would be invented.
+    """
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    low, high = float(mono.min()), float(mono.max())  # NaN or infinity anywhere shows in one of the two
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise UndecodableAudioError(
+            "The audio holds samples that are not numbers (NaN or infinity).", code="not_finite_samples"
+        )
+    if low < -1.0 or high > 1.0:
+        mono = np.clip(mono, -1.0, 1.0)
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def decode(source: bytes | BinaryIO, *, sample_rate_hz: int, max_audio_s: float = 7200.0) -> Waveform:
+    """A whole file at once, for short audio and for offline tools.
+
+    Raises UndecodableAudioError and AudioTooLongError.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with AudioReader(file, sample_rate_hz=sample_rate_hz, max_audio_s=max_audio_s) as reader:
+        blocks = list(reader)
+        samples = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
+        return Waveform(samples, sample_rate_hz, reader.duration_s, reader.container, reader.warnings)

@@ -1,0 +1,212 @@
+"""Two ways to open an encoded file: libsndfile for wav and flac, FFmpeg's libraries (PyAV) for the rest.
+
+Both give blocks of ``float32 (samples, channels)`` with the block's own sample rate, and never more at once
+than about a megabyte, whatever the file's header claims. Which is faster was measured: soundfile on wav and
+flac, PyAV on mp3, ogg, opus, m4a and webm.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+import av
+import av.error
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from api.errors import UndecodableAudioError
+
+_BLOCK_VALUES = 1 << 18  # float32 values per block, all channels together: 1 MiB
+_FLAC_BLOCK_VALUES = 1 << 14
+_MAX_DAMAGED_PACKETS = 1000
+
+# Containers and bare streams FFmpeg may try. Playlists and other formats that name further files or hosts
+# (hls, concat, dash, sdp) stay out: an upload must never make this process open anything else.
+_DEMUXERS = (
+    "aac,aiff,amr,amrnb,amrwb,asf,au,avi,caf,flac,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,"
+    "ogg,w64,wav,wv"
+)
+_CUT_SHORT = re.compile(
+    r"data\s*:\s*(\d+)\s*\(should be"
+)  # libsndfile's log on a wav shorter than its header
+_STREAMED_LENGTH_BYTES = (
+    0x7FFF_0000  # programs that write to a pipe claim this much or more and mean "unknown"
+)
+
+FORMATS = "wav, flac, mp3, ogg, opus, m4a, mp4, webm"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Decoded audio: ``samples`` is float32 (samples, channels) in [-1, 1] at ``sample_rate_hz``."""
+
+    samples: NDArray[np.float32]
+    sample_rate_hz: int
+
+
+class Source(Protocol):
+    """An opened file that can be read once."""
+
+    container: str
+    warnings: list[str]
+
+    def blocks(self) -> Iterator[Block]:
+        """Decoded blocks in order. Raises UndecodableAudioError."""
+
+    def close(self) -> None:
+        """Release the decoder; the file itself stays open."""
+
+
+def open_source(file: BinaryIO) -> Source:
+    """Open by the file's bytes, never by a name or a content type. Raises UndecodableAudioError."""
+    head = file.read(64)
+    file.seek(0)
+    if not head:
+        raise UndecodableAudioError("The file is empty.", code="empty_file")
+    if head[:4] in (b"RIFF", b"RF64", b"fLaC"):
+        try:
+            return SoundfileSource(file)
+        except soundfile.SoundFileError:  # a codec libsndfile lacks, or damage that FFmpeg may step over
+            file.seek(0)
+    return AvSource(file)
+
+
+class SoundfileSource:
+    """wav and flac through libsndfile."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._sound = soundfile.SoundFile(file)
+        self.container = str(self._sound.format).lower()
+        self.warnings: list[str] = []
+        claim = _CUT_SHORT.search(str(self._sound.extra_info))
+        if claim and int(claim.group(1)) < _STREAMED_LENGTH_BYTES:
+            self.warnings.append(
+                "The file is shorter than its header says; the audio that is there was used."
+            )
+
+    def blocks(self) -> Iterator[Block]:
+        sound = self._sound
+        # A damaged flac loses the whole read that meets the damage, so its reads are short.
+        values = _FLAC_BLOCK_VALUES if self.container == "flac" else _BLOCK_VALUES
+        frames = max(1, values // sound.channels)
+        # A header that claims a length it does not have ends the loop by an empty read, like any other file.
+        while True:
+            try:
+                samples = sound.read(frames, dtype="float32", always_2d=True)
+            except soundfile.SoundFileError:
+                self.warnings.append("The file is damaged; the audio before the damage was used.")
+                return
+            if len(samples) == 0:
+                return
+            yield Block(samples, sound.samplerate)
+
+    def close(self) -> None:
+        self._sound.close()
+
+
+class AvSource:
+    """Everything else through FFmpeg's libraries, first audio stream only."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        try:
+            self._container = av.open(
+                _ReadOnly(file),
+                mode="r",
+                metadata_errors="replace",
+                options={"format_whitelist": _DEMUXERS, "protocol_whitelist": "none"},
+            )
+        except (av.error.FFmpegError, ValueError, OSError) as error:
+            raise _unreadable() from error
+        self.container = str(self._container.format.name)
+        self.warnings: list[str] = []
+        if not self._container.streams.audio:
+            self._container.close()
+            raise UndecodableAudioError("The file holds no audio stream.", code="no_audio_stream")
+        self._stream = self._container.streams.audio[0]
+        self._damaged_packets = 0
+
+    def blocks(self) -> Iterator[Block]:
+        """Frames are about 20 ms; they are joined into blocks while rate and channels stay the same."""
+        found = False
+        parts: list[NDArray[np.float32]] = []
+        shape, values = (0, 0), 0
+        for samples, rate_hz in self._float_frames():
+            if parts and (shape != (rate_hz, samples.shape[0]) or values >= _BLOCK_VALUES):
+                yield Block(np.concatenate(parts, axis=1).T, shape[0])
+                parts, values = [], 0
+            parts.append(samples)
+            shape, values, found = (rate_hz, samples.shape[0]), values + samples.size, True
+        if parts:
+            yield Block(np.concatenate(parts, axis=1).T, shape[0])
+        if self._damaged_packets and not found:
+            raise _unreadable()
+        if self._damaged_packets:
+            self.warnings.append("The file is damaged or cut short; what could be decoded was used.")
+
+    def _float_frames(self) -> Iterator[tuple[NDArray[np.float32], int]]:
+        """float32 (channels, samples) of each frame, and its sample rate in Hz."""
+        to_float = av.AudioResampler(format="fltp")
+        layout: tuple[str, int, str] | None = None
+        for frame in self._frames():
+            shape = (frame.layout.name, frame.sample_rate, frame.format.name)
+            if shape != layout:  # a stream may change its mind; each part is converted for itself
+                to_float, layout = av.AudioResampler(format="fltp"), shape
+            try:
+                converted = to_float.resample(frame)
+            except (av.error.FFmpegError, ValueError):
+                self._damaged_packets += 1
+                continue
+            for part in converted:
+                samples = part.to_ndarray()
+                if samples.shape[1]:
+                    yield np.asarray(samples, dtype=np.float32), int(part.sample_rate)
+
+    def _frames(self) -> Iterator[Any]:
+        """Decoded frames; damaged packets are counted and stepped over."""
+        packets = self._container.demux(self._stream)
+        while self._damaged_packets < _MAX_DAMAGED_PACKETS:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except (av.error.FFmpegError, ValueError, OSError):
+                self._damaged_packets += 1
+                return
+            try:
+                yield from packet.decode()
+            except (av.error.FFmpegError, ValueError):
+                self._damaged_packets += 1
+
+    def close(self) -> None:
+        self._container.close()
+
+
+class _ReadOnly(io.RawIOBase):
+    """What FFmpeg may do with the upload: read, seek, tell. No name, so nothing is guessed from one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _unreadable() -> UndecodableAudioError:
+    return UndecodableAudioError(f"The file is not audio that can be read. Formats: {FORMATS}.")

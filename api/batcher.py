@@ -1,0 +1,199 @@
+"""The door to the engine: a queue bounded in audio-seconds, with deadlines, for one model.
+
+``submit`` runs on the event loop and costs microseconds; ``workers.py`` runs the batches, ``batching.py``
+plans them. Everything of one request shares an owner and takes turns with other requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from api.backpressure import RetrySchedule
+from api.errors import DeadlineExceededError, DrainingError, QueueFullError
+from api.telemetry import Telemetry, current_record
+from api.workers import BatchEngine, Entry, SegmentResult, WorkerPool
+
+__all__ = ["Admission", "Batcher", "SegmentResult"]
+
+
+class Admission:
+    """Who may join the queue; one for all batchers of a process, because they share the workers.
+
+    ``limit_s``: audio-seconds that may wait. Used from one event loop.
+    """
+
+    def __init__(
+        self, limit_s: float, pool: WorkerPool, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.limit_s = limit_s
+        self.pool = pool
+        self.draining = False
+        self._usual_audio_s = 5.0
+        self._clock = clock
+        self._retry = RetrySchedule()
+        self._waiters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None], float]] = deque()
+        pool.on_space = self._wake
+
+    def check_room(self) -> None:
+        """``check`` for audio that nobody has read yet: as long as others were, without a deadline."""
+        self.check(self._usual_audio_s, math.inf)
+
+    def check(self, audio_s: float, deadline_s: float) -> None:
+        """Raise DrainingError, or QueueFullError with the seconds after which a retry will find room.
+
+        Full means: no room, somebody accepted is waiting for room, or the wait would outlast the deadline.
+        """
+        if self.draining:
+            raise DrainingError("The service is shutting down and takes no new work.")
+        pool, now_s = self.pool, self._clock()
+        rate = max(pool.drain_rate.per_s, 1e-3)
+        waiting_s = pool.waiting_audio_s
+        fits = waiting_s == 0.0 or (waiting_s + audio_s <= self.limit_s and not self._waiters)
+        in_time_s = max(0.0, deadline_s - now_s) * rate * 0.8
+        if fits and (waiting_s == 0.0 or waiting_s + audio_s <= in_time_s):
+            if waiting_s < 0.5 * self.limit_s:
+                self._retry.queue_ran_low(now_s)
+            self._usual_audio_s += 0.05 * (audio_s - self._usual_audio_s)
+            return
+        overflow_s = waiting_s + audio_s - min(self.limit_s, in_time_s)
+        retry_s = self._retry.retry_after_s(audio_s, overflow_s, rate, now_s)
+        raise QueueFullError(
+            f"The queue is full: {waiting_s:.0f} audio-seconds are waiting and {rate:.0f} get done per "
+            f"second. Try again in {retry_s:.1f} seconds.",
+            retry_after_s=retry_s,
+        )
+
+    async def wait_for_space(self, audio_s: float, deadline_s: float) -> None:
+        """Until there is room for more of a request that was already let in; they queue in order.
+
+        Raises DeadlineExceededError.
+        """
+        pool = self.pool
+        if not self._waiters and (pool.waiting_audio_s == 0.0 or self._fits(audio_s)):
+            return
+        loop = asyncio.get_running_loop()
+        waiter = (loop, loop.create_future(), audio_s)
+        self._waiters.append(waiter)
+        try:
+            async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
+                await waiter[1]
+        except TimeoutError:
+            raise DeadlineExceededError("The audio could not be queued before the deadline.") from None
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            self._wake()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and finish what was accepted; False if that took longer than ``timeout_s``."""
+        self.draining = True
+        until_s = self._clock() + timeout_s
+        while self._waiters or self.pool.waiting or self.pool.busy:
+            if self._clock() >= until_s:
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+    def _fits(self, audio_s: float) -> bool:
+        return self.pool.waiting_audio_s + audio_s <= self.limit_s
+
+    def _wake(self) -> None:
+        """Called by a worker when an entry leaves the queue."""
+        try:
+            loop = self._waiters[0][0]
+        except IndexError:  # the usual case; the last waiter may also leave just now
+            return
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._wake_first)
+
+    def _wake_first(self) -> None:
+        if self._waiters:
+            _, future, audio_s = self._waiters[0]
+            if not future.done() and (self.pool.waiting_audio_s == 0.0 or self._fits(audio_s)):
+                future.set_result(None)
+
+
+class Batcher:
+    """One model's queue."""
+
+    def __init__(
+        self,
+        engine: BatchEngine,
+        admission: Admission,
+        telemetry: Telemetry,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.engine = engine
+        self._admission = admission
+        self._pool = admission.pool
+        self._queue = self._pool.register(engine)
+        self._telemetry = telemetry
+        self._clock = clock
+
+    async def submit(
+        self,
+        waveform: NDArray[np.float32],
+        *,
+        deadline_s: float,
+        wait: bool = False,
+        owner: Hashable | None = None,
+    ) -> SegmentResult:
+        """Log-probabilities of one utterance, float32 ``(samples,)``, from whichever batch it ends up in.
+
+        ``deadline_s``: on ``time.monotonic``'s scale. ``wait``: this is more of a request that was let in
+        before, so it waits for room instead of being refused. ``owner``: whose turn it is; the current
+        request where none is given. Cancelling drops the work if no worker has begun it.
+
+        Raises QueueFullError, DrainingError, DeadlineExceededError, InferenceError, OutOfResourcesError.
+        """
+        audio_s = len(waveform) / self.engine.sample_rate_hz
+        if wait:
+            await self._admission.wait_for_space(audio_s, deadline_s)
+        else:
+            self._admission.check(audio_s, deadline_s)
+        now_s = self._clock()
+        if deadline_s <= now_s:
+            raise DeadlineExceededError("The deadline passed before the audio could be queued.")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[SegmentResult] = loop.create_future()
+        entry = Entry(
+            waveform=waveform,
+            audio_s=audio_s,
+            owner=owner if owner is not None else _request_owner(future),
+            deadline_s=deadline_s,
+            queued_s=now_s,
+            future=future,
+            span=self._telemetry.span_context(),
+        )
+        self._pool.put(self._queue, entry)
+        timer = loop.call_later(deadline_s - now_s, self._expire, entry)
+        try:
+            result = await future
+        except asyncio.CancelledError:
+            self._pool.withdraw(entry, expired=False)
+            raise
+        finally:
+            timer.cancel()
+        record = current_record()
+        if record is not None:
+            record.batch_size = max(record.batch_size, result.batch_size)
+        return result
+
+    def _expire(self, entry: Entry) -> None:
+        self._pool.withdraw(entry, expired=True)
+        if not entry.future.done():
+            entry.future.set_exception(DeadlineExceededError("The audio was not done before its deadline."))
+
+
+def _request_owner(fallback: object) -> Hashable:
+    """The request this runs for; outside of one, every utterance is its own."""
+    record = current_record()
+    return id(record) if record is not None else id(fallback)

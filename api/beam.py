@@ -1,0 +1,104 @@
+"""CTC prefix beam search with hotwords.
+
+Source: Hannun et al., "First-Pass Large Vocabulary Continuous Speech Recognition using Bi-Directional
+Recurrent DNNs" (2014), algorithm 1. Each entry of the beam is a prefix with the probability of all its
+alignments seen so far, apart for those that end in a blank and those that end in its last token. The compiled
+search and the choices that make it fast are in ``prefix_search.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from api.ctc import Decoded, FloatArray, align
+from api.hotwords import DEAD, HotwordAutomaton, build_hotwords
+from api.prefix_search import search, trace
+from api.vocabulary import Vocabulary
+
+MAX_BEAM = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """What the search may leave out. Changes here change accuracy: measure.
+
+    ``max_tokens``: tokens per frame that may extend an entry. ``token_floor``: their least log-posterior.
+    ``blank_skip``: blank posterior from which a frame extends nothing. ``beam_floor``: an entry whose score
+    is below the best one's by this many nats is dropped. ``hotword_floor``: a token this many nats behind
+    the frame's most probable one earns no boost and is left out there: many such frames would add up to a
+    word that nobody said. ``guard_silence``: where the blank wins every frame, hotwords are left out
+    altogether, so that they do not make words out of silence.
+    """
+
+    max_tokens: int = 12
+    token_floor: float = -8.0
+    blank_skip: float = 0.9995
+    beam_floor: float = 16.0
+    hotword_floor: float = 6.0
+    guard_silence: bool = True
+
+
+EXACT = Pruning(
+    2**30,
+    token_floor=-math.inf,
+    blank_skip=math.inf,
+    beam_floor=math.inf,
+    hotword_floor=math.inf,
+    guard_silence=False,
+)
+
+_NO_SYMBOLS = (np.zeros(1, np.int32), np.zeros(1, np.int32))
+_NO_HOTWORDS = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32))
+
+
+def beam_search(
+    log_probs: FloatArray,
+    blank_id: int,
+    beam: int = 16,
+    hotwords: HotwordAutomaton | None = None,
+    n_best: int = 1,
+    pruning: Pruning | None = None,
+) -> list[Decoded]:
+    """The ``n_best`` most probable texts of one utterance, best first.
+
+    ``log_probs`` float32 ``(frames, vocabulary)``, only valid frames. ``beam``: prefixes kept per frame, 1 to
+    ``MAX_BEAM``. Times and confidences come from the best alignment of each text (``ctc.align``), so that
+    they mean the same as those of ``ctc.greedy``. ``score`` is the text's log-probability plus its boosts.
+    Raises ValueError for values out of range.
+    """
+    if not 1 <= beam <= MAX_BEAM:
+        raise ValueError(f"beam = {beam}: expected 1 to {MAX_BEAM}")
+    if log_probs.ndim != 2 or not 0 <= blank_id < log_probs.shape[1]:
+        raise ValueError(f"log_probs {log_probs.shape} with blank id {blank_id}")
+    cut = pruning or Pruning()
+    log_probs = np.ascontiguousarray(log_probs, dtype=np.float32)
+    max_tokens = min(cut.max_tokens, log_probs.shape[1])
+    cuts = (cut.token_floor, cut.blank_skip, math.exp(-cut.beam_floor), math.exp(-cut.hotword_floor))
+    options = (blank_id, beam, max_tokens, *cuts)
+    if cut.guard_silence and hotwords is not None and bool((log_probs.argmax(axis=1) == blank_id).all()):
+        hotwords = None
+    if hotwords is None:
+        found = search(log_probs, options, False, 0, 0.0, _NO_SYMBOLS, _NO_HOTWORDS)
+    else:
+        symbols = (hotwords.symbols.flat, hotwords.symbols.offsets)
+        trie = (hotwords.edges, hotwords.states)
+        found = search(log_probs, options, True, hotwords.symbols.count, hotwords.boost, symbols, trie)
+    leaves, scores, parents, tokens = found
+    best = [entry for entry in np.argsort(-scores, kind="stable")[:n_best] if scores[entry] > -math.inf]
+    return [
+        align(log_probs, trace(leaves[entry], parents, tokens), blank_id, float(scores[entry]))
+        for entry in best
+    ]
+
+
+def warm_up(vocabulary: Vocabulary) -> None:
+    """Compile the search with and without hotwords for this vocabulary, or load it from the cache."""
+    log_probs = np.full((4, len(vocabulary)), -math.log(len(vocabulary)), np.float32)
+    beam_search(log_probs, vocabulary.blank_id, beam=4)
+    words = (vocabulary.decode([token]) for token in range(len(vocabulary)))
+    spelled = next((word for word in words if word), None)
+    if spelled is not None:
+        beam_search(log_probs, vocabulary.blank_id, 4, build_hotwords([spelled], vocabulary))

@@ -1,0 +1,144 @@
+"""Known public models: where they are published, under which licence, what converts them to a bundle.
+
+Everything is pinned: a hub file by commit, an archive by the version in its address. Where the commit or the
+sha256 was not known when this was written (``None``), the first pull resolves and records it beside the
+downloads, and later pulls hold to that record. The bundle's manifest names what was used.
+
+``api/pull.py`` downloads; converting needs torch and happens in another process (``training.convert``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["nemo", "wav2vec2", "whisper"]
+
+
+@dataclass(frozen=True, slots=True)
+class HubFiles:
+    """Files of a hub repository. ``revision``: the full commit, None to record the one of the first pull.
+
+    ``optional``: files that help where they exist.
+    """
+
+    repository: str
+    revision: str | None
+    files: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """One file at an address that names its version. ``sha256`` None: recorded at the first pull."""
+
+    url: str
+    file: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """A model to pull. ``sources``: the first holds the weights; the converter finds the others beside it."""
+
+    name: str
+    title: str
+    languages: tuple[str, ...]
+    licence: str
+    family: Family
+    sources: tuple[HubFiles | Archive, ...]
+    page: str
+
+    @property
+    def weights(self) -> str:
+        """Name of the file that holds the weights: the first file of the first source."""
+        first = self.sources[0]
+        return first.file if isinstance(first, Archive) else first.files[0]
+
+
+_NGC = "https://api.ngc.nvidia.com/v2/models/nvidia/nemo"
+_WAV2VEC2_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
+_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")
+
+_ENTRIES = (
+    CatalogEntry(
+        name="en-quartznet15x5",
+        title="QuartzNet15x5, English (NVIDIA NeMo)",
+        languages=("en",),
+        licence="NGC terms of use",
+        family="nemo",
+        sources=(
+            Archive(
+                f"{_NGC}/stt_en_quartznet15x5/versions/1.0.0rc1/files/stt_en_quartznet15x5.nemo",
+                "stt_en_quartznet15x5.nemo",
+            ),
+        ),
+        page="https://catalog.ngc.nvidia.com/orgs/nvidia/teams/nemo/models/stt_en_quartznet15x5",
+    ),
+    CatalogEntry(
+        name="ru-quartznet15x5",
+        title="QuartzNet15x5, Russian (NVIDIA NeMo)",
+        languages=("ru",),
+        licence="NGC terms of use",
+        family="nemo",
+        sources=(
+            Archive(
+                f"{_NGC}/stt_ru_quartznet15x5/versions/1.0.0rc1/files/stt_ru_quartznet15x5.nemo",
+                "stt_ru_quartznet15x5.nemo",
+            ),
+        ),
+        page="https://catalog.ngc.nvidia.com/orgs/nvidia/teams/nemo/models/stt_ru_quartznet15x5",
+    ),
+    CatalogEntry(
+        name="vi-phowhisper-tiny-ctc",
+        title="PhoWhisper-tiny with a CTC head, Vietnamese",
+        languages=("vi",),
+        licence="MIT (head), BSD-3-Clause (PhoWhisper)",
+        family="whisper",
+        sources=(
+            HubFiles("tuandunghcmut/PhoWhisper-tiny-CTC", None, ("best-val_wer=0.3986.ckpt",)),
+            HubFiles(
+                "vinai/PhoWhisper-tiny",
+                "9d5a7363a62411908c1be19f2423edb986aec2d0",
+                ("config.json", "tokenizer.json"),
+                _TOKENS,
+            ),
+        ),
+        page="https://huggingface.co/tuandunghcmut/PhoWhisper-tiny-CTC",
+    ),
+    CatalogEntry(
+        name="tr-wav2vec2-xls-r-300m",
+        title="wav2vec2 XLS-R 300M, Turkish (Common Voice 8)",
+        languages=("tr",),
+        licence="Apache-2.0",
+        family="wav2vec2",
+        sources=(
+            HubFiles(
+                "mpoyraz/wav2vec2-xls-r-300m-cv8-turkish",
+                "3b69b6e88b2e2f40c4fa755d9ed315a7498a1564",
+                ("model.safetensors", *_WAV2VEC2_FILES),
+                _TOKENS,
+            ),
+        ),
+        page="https://huggingface.co/mpoyraz/wav2vec2-xls-r-300m-cv8-turkish",
+    ),
+    CatalogEntry(
+        name="az-wav2vec2-xls-r-300m",
+        title="wav2vec2 XLS-R 300M, Azerbaijani",
+        languages=("az",),
+        licence="Apache-2.0",
+        family="wav2vec2",
+        sources=(
+            HubFiles(
+                "menhior/wav2vec2-large-xls-r-300m-azeri-colab-test",
+                "1fe2ff1c73ac05383a27d303d6087cb848fc6ad2",
+                ("pytorch_model.bin", *_WAV2VEC2_FILES),
+                _TOKENS,
+            ),
+        ),
+        page="https://huggingface.co/menhior/wav2vec2-large-xls-r-300m-azeri-colab-test",
+    ),
+)
+
+CATALOG: Mapping[str, CatalogEntry] = {entry.name: entry for entry in _ENTRIES}

@@ -1,0 +1,1 @@
+"""What the sub-commands of ``asr`` do; ``api/cli.py`` reads the command line."""

@@ -1,0 +1,71 @@
+"""``asr serve``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+
+import structlog
+
+from api.errors import SettingsError
+from api.main import create_app
+from api.server import START_FAILED, Server, make_server
+from api.settings import Settings, is_loopback
+from api.telemetry import configure_logging
+
+
+def run(settings: Settings) -> int:
+    """Serve until told to stop; 3 where the service could not start."""
+    configure_logging(
+        log_format=settings.log_format,
+        level=settings.log_level,
+        log_text=settings.log_text,
+        secrets=_secrets(),
+        environment=settings.env,
+    )
+    listener = _listen(settings)
+    servers: list[Server] = []
+    app = create_app(settings, on_failed_start=lambda: servers[0].fail())
+    server = make_server(app, settings)
+    servers.append(server)
+    host, port = listener.getsockname()[:2]
+    structlog.get_logger("api.serve").info(
+        "listening", address=f"http://{host}:{port}", models=settings.models
+    )
+    if not is_loopback(settings.host) and not settings.has_keys:
+        structlog.get_logger("api.serve").warning(
+            "anonymous", problem="anyone who reaches the port may use it"
+        )
+    server.run(sockets=[listener])
+    return START_FAILED if server.failed else 0
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Take the port before anything is loaded, so that a port in use is one clear line at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise SettingsError(
+                f"ASR_PORT={settings.port}: is in use by another program; stop it, or choose another port"
+            ) from None
+        raise SettingsError(f"ASR_HOST={settings.host}, ASR_PORT={settings.port}: {error.strerror}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def _secrets() -> list[str]:
+    """Plain keys as given, for the log's filter; digests need no hiding."""
+    entries = os.environ.get("ASR_API_KEYS", "").split(",")
+    secrets = [entry.partition(":")[2].strip() for entry in entries]
+    return [secret for secret in secrets if secret and not secret.startswith("sha256=")]
+
+
+if __name__ == "__main__":
+    sys.exit("use: asr serve")

@@ -1,0 +1,125 @@
+"""``asr transcribe``: files to text in this process, a few at a time, in the order they were named."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from api.commands.runtime import open_service, warnings_only
+from api.errors import AsrError, SettingsError
+from api.openai_format import verbose_body
+from api.settings import Settings
+from api.subtitles import to_srt, to_vtt
+from api.transcriber import Options, Transcriber
+from api.transcript import Transcript
+from api.windows import Progress
+
+if TYPE_CHECKING:
+    Bar = tqdm[Any]
+
+_FILES_AT_ONCE = 4
+_BAR_FROM_BYTES = 5_000_000
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """0 where every file was transcribed, 1 where one failed (the others are still done)."""
+    if not 0 <= arguments.beam <= settings.max_beam:
+        raise SettingsError(f"--beam {arguments.beam}: must be 0 to {settings.max_beam}")
+    if arguments.output is not None and not arguments.output.is_dir():
+        raise SettingsError(f"--output {arguments.output}: is not a folder")
+    warnings_only()
+    return asyncio.run(_run(settings, arguments))
+
+
+async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
+    options = Options(language=arguments.language, beam=arguments.beam, hotwords=tuple(arguments.hotword))
+    failed, many = 0, len(arguments.files) > 1
+    async with open_service(settings) as service:
+        transcriber = service.transcriber("")
+        transcriber.language_of(options.language)
+        slots = asyncio.Semaphore(_FILES_AT_ONCE)
+        with ExitStack() as stack:
+            bar = stack.enter_context(_bar(arguments))
+
+            async def one(path: Path) -> Transcript | str:
+                async with slots:
+                    outcome = await _transcribe(transcriber, path, options, bar, by_seconds=not many)
+                if many:
+                    bar.update(1)
+                return outcome
+
+            work = [asyncio.create_task(one(path)) for path in arguments.files]
+            for path, task in zip(arguments.files, work, strict=True):
+                outcome = await task
+                if isinstance(outcome, str):
+                    failed += 1
+                    bar.write(f"asr: {path}: {outcome}", file=sys.stderr)
+                else:
+                    _write(outcome, path, arguments, bar)
+    return 1 if failed else 0
+
+
+async def _transcribe(
+    transcriber: Transcriber, path: Path, options: Options, bar: Bar, *, by_seconds: bool
+) -> Transcript | str:
+    """The transcript, or why there is none. A single file moves the bar by its seconds."""
+    loop = asyncio.get_running_loop()
+    progress, segments, start_s = Progress(), [], loop.time()
+    try:
+        with path.open("rb") as file:
+            async for part in transcriber.stream(file, options, progress, wait=True):
+                segments.extend(part)
+                if by_seconds:
+                    bar.update(round(progress.duration_s - bar.n, 1))
+    except AsrError as error:
+        return error.message
+    except OSError as error:
+        return error.strerror or str(error)
+    return transcriber.finish(tuple(segments), options, progress, loop.time() - start_s)
+
+
+def _bar(arguments: argparse.Namespace) -> Bar:
+    """Files done for many files, audio seconds for one long one; none where nobody looks."""
+    many = len(arguments.files) > 1
+    sizes = [path.stat().st_size for path in arguments.files if path.is_file()]
+    wanted = many or max(sizes, default=0) > _BAR_FROM_BYTES
+    hidden = arguments.no_progress or not wanted or not sys.stderr.isatty()
+    return tqdm(
+        total=len(arguments.files) if many else None,
+        unit="file" if many else "s",
+        disable=hidden,
+        file=sys.stderr,
+        leave=False,
+    )
+
+
+def render(transcript: Transcript, output_format: str) -> str:
+    """One transcript as text, json (OpenAI's verbose form with words), srt or vtt."""
+    if output_format == "json":
+        body = verbose_body(transcript, ("word", "segment"), logprobs=False)
+        return json.dumps(body, ensure_ascii=False, indent=2) + "\n"
+    if output_format == "srt":
+        return to_srt(transcript)
+    if output_format == "vtt":
+        return to_vtt(transcript)
+    return transcript.text + "\n"
+
+
+def _write(transcript: Transcript, path: Path, arguments: argparse.Namespace, bar: Bar) -> None:
+    text = render(transcript, arguments.format)
+    for warning in transcript.warnings:
+        bar.write(f"asr: {path}: {warning}", file=sys.stderr)
+    if arguments.output is not None:
+        suffix = "txt" if arguments.format == "text" else arguments.format
+        (arguments.output / f"{path.name}.{suffix}").write_text(text, encoding="utf-8")
+        return
+    if len(arguments.files) > 1 and arguments.format == "text":
+        text = f"{path}: {text}"
+    bar.write(text, file=sys.stdout, end="")

@@ -1,0 +1,253 @@
+"""CTC decoding of log-probabilities: greedy collapse and forced alignment, both with times and confidence.
+
+Source: Graves et al., "Connectionist Temporal Classification" (ICML 2006). ``beam.py`` holds the prefix beam
+search, ``words.py`` turns tokens into words. All heavy loops are numba functions that release the GIL.
+
+What the numbers mean, the same for greedy and beam:
+
+- A token's **confidence** is the geometric mean of its posterior over the frames it occupies.
+- A word's confidence is the geometric mean over the frames of all its tokens.
+- The text's confidence is the geometric mean over the frames of all tokens; for an empty text, over every
+  frame's blank. ``avg_logprob`` is its natural logarithm.
+- ``no_speech_prob`` is the probability the model gives to the empty text: the product of the blank's
+  posterior over all frames (only one CTC path spells the empty text).
+
+Numba keeps the machine code beside this file (or in ``NUMBA_CACHE_DIR``), so only the first start compiles.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
+
+# From this vocabulary size on numpy's argmax (SIMD over the vocabulary) beats the fused loop.
+FUSED_ARGMAX_MAX_VOCABULARY = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Tokens of one utterance.
+
+    ``token_ids``, ``start_frames``, ``end_frames`` (exclusive): int32 ``(tokens,)``.
+    ``token_log_probs``: float32 ``(tokens,)``, sum of the token's log-posterior over its frames.
+    ``frames``: valid frames of the utterance. ``empty_log_prob``: log-probability of the empty text.
+    ``score``: what the search ranked by; the log-probability of the best path (greedy) or of the text summed
+    over all alignments in the beam, with boosts (beam).
+    """
+
+    token_ids: IntArray
+    start_frames: IntArray
+    end_frames: IntArray
+    token_log_probs: FloatArray
+    frames: int
+    empty_log_prob: float
+    score: float
+
+    @property
+    def token_confidences(self) -> FloatArray:
+        """float32 ``(tokens,)`` in [0, 1]: geometric mean of each token's posterior over its frames."""
+        widths = (self.end_frames - self.start_frames).astype(np.float32)
+        confidences: FloatArray = np.exp(self.token_log_probs / widths)
+        return confidences
+
+    @property
+    def avg_logprob(self) -> float:
+        """Mean log-posterior per frame of the tokens; of the blank when there is no token."""
+        if len(self.token_ids):
+            frames = int((self.end_frames - self.start_frames).sum())
+            return float(self.token_log_probs.sum(dtype=np.float64)) / frames
+        return self.empty_log_prob / self.frames if self.frames else 0.0
+
+    @property
+    def confidence(self) -> float:
+        """Confidence of the whole text in [0, 1]; see the top of this file."""
+        return min(1.0, math.exp(self.avg_logprob))
+
+    @property
+    def no_speech_prob(self) -> float:
+        """Probability of the empty text in [0, 1]."""
+        return min(1.0, math.exp(self.empty_log_prob))
+
+
+def greedy(log_probs: FloatArray, frame_lengths: NDArray[np.int64], blank_id: int) -> list[Decoded]:
+    """Best path of every utterance in a padded batch, repeats collapsed and blanks removed.
+
+    ``log_probs`` float32 ``(batch, frames, vocabulary)``, ``frame_lengths`` int64 ``(batch,)``; frames from
+    the length on are ignored. Ties go to the lower token id. Raises ValueError for wrong shapes.
+    """
+    _check(log_probs, frame_lengths, blank_id)
+    lengths = np.ascontiguousarray(frame_lengths, dtype=np.int64)
+    log_probs = np.ascontiguousarray(log_probs, dtype=np.float32)
+    if log_probs.shape[2] <= FUSED_ARGMAX_MAX_VOCABULARY:
+        runs = _greedy_fused(log_probs, lengths, blank_id)
+    else:
+        winners = log_probs.argmax(axis=2).astype(np.int32)
+        runs = _collapse(log_probs, winners, lengths, blank_id)
+    counts, tokens, starts, ends, sums, empty, path = runs
+    return [
+        Decoded(
+            token_ids=tokens[item, :count].copy(),
+            start_frames=starts[item, :count].copy(),
+            end_frames=ends[item, :count].copy(),
+            token_log_probs=sums[item, :count].copy(),
+            frames=int(lengths[item]),
+            empty_log_prob=float(empty[item]),
+            score=float(path[item]),
+        )
+        for item, count in enumerate(counts.tolist())
+    ]
+
+
+def align(log_probs: FloatArray, token_ids: IntArray, blank_id: int, score: float | None = None) -> Decoded:
+    """Most probable placement (Viterbi) of known tokens on the frames.
+
+    ``log_probs`` float32 ``(frames, vocabulary)``, ``token_ids`` int32 ``(tokens,)`` without blanks.
+    ``score`` is passed through; without one it is the path's log-probability.
+    Raises ValueError when the tokens do not fit: n tokens with r adjacent repeats need n + r frames.
+    """
+    _check(log_probs[None], np.array([len(log_probs)]), blank_id)
+    log_probs = np.ascontiguousarray(log_probs, dtype=np.float32)
+    tokens = np.ascontiguousarray(token_ids, dtype=np.int32)
+    repeats = int(np.count_nonzero(tokens[1:] == tokens[:-1])) if len(tokens) else 0
+    if len(tokens) + repeats > len(log_probs):
+        raise ValueError(f"{len(tokens)} tokens do not fit into {len(log_probs)} frames")
+    starts, ends, sums, path, empty = _viterbi(log_probs, tokens, blank_id)
+    if path == -math.inf:
+        raise ValueError("the tokens are impossible under these log-probabilities")
+    return Decoded(tokens, starts, ends, sums, len(log_probs), empty, path if score is None else score)
+
+
+def _check(log_probs: FloatArray, frame_lengths: NDArray[np.int64], blank_id: int) -> None:
+    if log_probs.ndim != 3 or frame_lengths.shape != log_probs.shape[:1]:
+        raise ValueError(f"log_probs {log_probs.shape} and frame_lengths {frame_lengths.shape} do not match")
+    if len(frame_lengths) and not 0 <= frame_lengths.min() <= frame_lengths.max() <= log_probs.shape[1]:
+        raise ValueError(f"frame lengths reach outside 0..{log_probs.shape[1]}")
+    if not 0 <= blank_id < log_probs.shape[2]:
+        raise ValueError(f"blank id {blank_id} is outside the vocabulary of {log_probs.shape[2]}")
+
+
+@njit(cache=True, nogil=True)
+def _greedy_fused(log_probs, lengths, blank):  # type: ignore[no-untyped-def]
+    """Argmax over the vocabulary, then ``_collapse``; one pass over the log-probabilities."""
+    batch, frames, vocabulary = log_probs.shape
+    winners = np.empty((batch, frames), np.int32)
+    for item in range(batch):
+        for frame in range(lengths[item]):
+            best = 0
+            best_value = log_probs[item, frame, 0]
+            for token in range(1, vocabulary):
+                value = log_probs[item, frame, token]
+                if value > best_value:
+                    best_value = value
+                    best = token
+            winners[item, frame] = best
+    return _collapse(log_probs, winners, lengths, blank)
+
+
+@njit(cache=True, nogil=True)
+def _collapse(log_probs, winners, lengths, blank):  # type: ignore[no-untyped-def]
+    """Runs of equal non-blank winners: ids, first and last frame, sum of log-posteriors."""
+    batch, frames = winners.shape
+    counts = np.zeros(batch, np.int64)
+    tokens = np.empty((batch, frames), np.int32)
+    starts = np.empty((batch, frames), np.int32)
+    ends = np.empty((batch, frames), np.int32)
+    sums = np.empty((batch, frames), np.float32)
+    empty = np.zeros(batch, np.float64)
+    path = np.zeros(batch, np.float64)
+    for item in range(batch):
+        count = 0
+        previous = blank
+        run = 0.0
+        for frame in range(lengths[item]):
+            token = winners[item, frame]
+            value = log_probs[item, frame, token]
+            empty[item] += log_probs[item, frame, blank]
+            path[item] += value
+            if token == blank:
+                previous = blank
+                continue
+            if token == previous:
+                run += value
+            else:
+                tokens[item, count] = token
+                starts[item, count] = frame
+                count += 1
+                run = value
+            ends[item, count - 1] = frame + 1
+            sums[item, count - 1] = run
+            previous = token
+        counts[item] = count
+    return counts, tokens, starts, ends, sums, empty, path
+
+
+@njit(cache=True, nogil=True)
+def _viterbi(log_probs, tokens, blank):  # type: ignore[no-untyped-def]
+    """Viterbi over the 2n+1 states blank, t0, blank, t1, ...; only states that can still reach the end.
+
+    Forward in place (states from high to low); ``step`` remembers how far back each state came from (0 to 2).
+    """
+    frames = log_probs.shape[0]
+    count = len(tokens)
+    states = 2 * count + 1
+    score = np.full(states, -np.inf, np.float64)
+    step = np.zeros((frames, states), np.uint8)
+    empty = 0.0
+    for frame in range(frames):
+        empty += log_probs[frame, blank]
+    if frames > 0:
+        score[0] = log_probs[0, blank]
+        if count > 0:
+            score[1] = log_probs[0, tokens[0]]
+    for frame in range(1, frames):
+        left = max(0, states - 2 * (frames - frame))
+        right = min(states - 1, 2 * frame + 1)
+        blank_value = log_probs[frame, blank]
+        for state in range(right, left - 1, -1):
+            best = score[state]
+            back = 0
+            if state >= 1 and score[state - 1] > best:
+                best = score[state - 1]
+                back = 1
+            if state & 1:
+                token = tokens[state >> 1]
+                if state >= 3 and tokens[(state >> 1) - 1] != token and score[state - 2] > best:
+                    best = score[state - 2]
+                    back = 2
+                score[state] = best + log_probs[frame, token]
+            else:
+                score[state] = best + blank_value
+            step[frame, state] = back
+    starts = np.zeros(count, np.int32)
+    ends = np.zeros(count, np.int32)
+    sums = np.zeros(count, np.float32)
+    path = 0.0
+    if frames > 0:
+        state = states - 1
+        if count > 0 and score[states - 2] > score[states - 1]:
+            state = states - 2
+        path = score[state]
+        for frame in range(frames - 1, -1, -1):
+            if state & 1:
+                index = state >> 1
+                if ends[index] == 0:
+                    ends[index] = frame + 1
+                starts[index] = frame
+                sums[index] += log_probs[frame, tokens[index]]
+            state -= step[frame, state]
+    return starts, ends, sums, path, empty
+
+
+def warm_up(vocabulary: int, blank_id: int) -> None:
+    """Compile, or load from the cache, what decoding a model of this vocabulary needs."""
+    log_probs = np.zeros((1, 4, vocabulary), np.float32)
+    log_probs[0, 1, (blank_id + 1) % vocabulary] = 1.0
+    decoded = greedy(log_probs, np.array([4], np.int64), blank_id)[0]
+    align(log_probs[0], decoded.token_ids, blank_id)

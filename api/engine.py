@@ -1,0 +1,313 @@
+"""ONNX Runtime: padded waveforms -> log-probabilities.
+
+One session with one thread serves all workers: ``Run`` is thread-safe, a one-thread session has no pool of
+its own, so every worker computes on its own core and the weights are in memory once. (Measured: no slower
+than a session per worker.) A second, ``wide`` session spreads one clip over all cores for the moments when
+nothing else is to be done; calibration keeps it only where it is faster.
+
+Lengths are padded up to buckets, so that shapes repeat: ONNX Runtime's memory patterns stay few and every
+one of them is warm before the first request. Thread pools do not spin: spinning threads take the core that
+another worker, or another container, is about to use.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+import structlog
+from numpy.typing import NDArray
+
+from api.batching import BatchLimits, bucket_of
+from api.bundle import Bundle, check_outputs, check_session
+from api.errors import BundleError, InferenceError, SettingsError
+
+log = structlog.get_logger("api.engine")
+
+ProviderName = Literal["auto", "cpu", "cuda", "openvino"]
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
+    "cuda": {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
+    "openvino": {"device_type": "CPU"},
+}
+
+WIDE_MAX_BYTES = 128 * 2**20  # the wide session holds the weights once more
+BUCKET_RATIOS = (1.05, 1.1, 1.2, 1.5)  # fine buckets waste least (2.4 % on average), coarse ones warm fastest
+WARM_UP_BUDGET_S = 2.0
+WARM_UP_CLIP_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """log_probs float32 ``(batch, frames, vocabulary)``; frame_lengths int64 ``(batch,)``."""
+
+    log_probs: NDArray[np.float32]
+    frame_lengths: NDArray[np.int64]
+
+
+def make_buckets(least: int, most: int, ratio: float) -> tuple[int, ...]:
+    """Lengths in samples from ``least`` to ``most``, each at most ``ratio`` times the one before."""
+    buckets = [most]
+    while buckets[-1] / ratio > least:
+        buckets.append(int(buckets[-1] / ratio))
+    return tuple(reversed(buckets))
+
+
+def choose_ratio(least: int, most: int, samples_per_s: float, budget_s: float) -> float:
+    """The finest ratio whose buckets warm up within the budget; the coarsest if none does."""
+    for ratio in BUCKET_RATIOS:
+        if sum(make_buckets(least, most, ratio)) / samples_per_s <= budget_s:
+            return ratio
+    return BUCKET_RATIOS[-1]
+
+
+class Engine:
+    """One model in ONNX Runtime. ``infer`` and ``run`` may be called from many threads at once."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        graph: Literal["auto", "int8", "float32"] = "auto",
+        provider: ProviderName = "auto",
+        threads: int = 1,
+        wide_threads: int = 0,
+        max_batch: int = 1,
+        max_batch_audio_s: float = 60.0,
+    ) -> None:
+        """Open the sessions and check the graph against the manifest.
+
+        ``max_batch_audio_s``: padded audio-seconds of a batch, but never less than the model's window.
+        ``threads``: inside one inference. ``wide_threads``: of the second session, 0 for none. Raises
+        BundleError for a graph that is not what the manifest says, SettingsError for a provider that is
+        asked for but does not work here.
+        """
+        self.bundle = bundle
+        self.graph = bundle.choose_graph(graph)
+        self.threads = threads
+        path = bundle.graph_path(graph)
+        self.provider, self._session = _open(bundle, str(path), provider, threads)
+        check_session(bundle, self.graph, self._session)
+        self._wide: ort.InferenceSession | None = None
+        if wide_threads > 1 and self.provider == "cpu" and path.stat().st_size <= WIDE_MAX_BYTES:
+            self._wide = _open(bundle, str(path), "cpu", wide_threads)[1]
+        manifest = bundle.manifest
+        self._least = manifest.input.min_samples
+        self._most = int(manifest.max_window_s * manifest.sample_rate_hz)
+        self.allow_padded(max_batch_audio_s)
+        self._max_batch = max_batch
+        self._buckets = make_buckets(self._least_bucket, self._most, BUCKET_RATIOS[-1])
+
+    # -- what others ask
+
+    @property
+    def name(self) -> str:
+        """The bundle's name."""
+        return self.bundle.name
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Of the waveforms."""
+        return self.bundle.manifest.sample_rate_hz
+
+    @property
+    def limits(self) -> BatchLimits:
+        """What one batch may hold."""
+        return BatchLimits(self._max_batch, self._max_padded, buckets=self._buckets)
+
+    @property
+    def has_wide(self) -> bool:
+        """Whether a lone clip is spread over all cores."""
+        return self._wide is not None
+
+    @property
+    def _least_bucket(self) -> int:
+        return max(self._least, min(self._most, self.sample_rate_hz // 2))
+
+    # -- what calibration decides
+
+    def configure(self, *, max_batch: int, wide: bool) -> None:
+        """Set the batch cap; give the wide session up where it does not help."""
+        self._max_batch = max_batch
+        if not wide:
+            self._wide = None
+
+    def allow_padded(self, audio_s: float) -> None:
+        """Set the padded audio-seconds of a batch; one window always fits."""
+        self._max_padded = max(self._most, int(audio_s * self.sample_rate_hz))
+
+    def use_wide_only(self) -> None:
+        """Every batch on all cores, for one worker."""
+        if self._wide is not None:
+            self._session, self._wide = self._wide, None
+
+    def warm_up(self, workers: int) -> float:
+        """Run every bucket on ``workers`` threads, then the largest batch; seconds it took.
+
+        The first run also checks frames and vocabulary against the manifest, and its speed decides how fine
+        the buckets are. Raises BundleError; any other exception of ONNX Runtime passes through.
+        """
+        start_s = time.perf_counter()
+        samples = min(self._most, max(self._least, int(WARM_UP_CLIP_S * self.sample_rate_hz)))
+        clip = np.zeros((1, samples), np.float32)
+        self._checked_first_run(clip)
+        clip_s = self._timed(clip)
+        speed = workers * samples / clip_s
+        ratio = choose_ratio(self._least_bucket, self._most, speed, WARM_UP_BUDGET_S)
+        self._buckets = make_buckets(self._least_bucket, self._most, ratio)
+        with ThreadPoolExecutor(workers, thread_name_prefix="warm-up") as pool:
+            # Largest first, so that the threads end together.
+            list(pool.map(self._warm_bucket, reversed(self._buckets)))
+        if self._wide is not None:
+            for bucket in (self._buckets[0], self._buckets[-1]):
+                self._infer_zeros(1, bucket, wide=True)
+        if self._max_batch > 1:
+            self._infer_zeros(self._max_batch, self._max_padded // self._max_batch)
+        return time.perf_counter() - start_s
+
+    def _checked_first_run(self, clip: NDArray[np.float32]) -> None:
+        lengths = np.array([clip.shape[1]], np.int64)
+        log_probs, frame_lengths = self._session.run(
+            ["log_probs", "frame_lengths"], {"waveform": clip, "lengths": lengths}
+        )
+        check_outputs(self.bundle, clip.shape[1], log_probs, frame_lengths)
+        if not np.isfinite(log_probs).all():
+            raise BundleError(self.name, "graphs", self.graph, "gives values that are not finite on silence")
+
+    def _timed(self, clip: NDArray[np.float32]) -> float:
+        start_s = time.perf_counter()
+        self.infer(clip, np.array([clip.shape[1]], np.int64))
+        return max(1e-6, time.perf_counter() - start_s)
+
+    def _warm_bucket(self, bucket: int) -> None:
+        self._infer_zeros(1, bucket)
+
+    def _infer_zeros(self, batch: int, samples: int, *, wide: bool = False) -> None:
+        lengths = np.full(batch, samples, np.int64)
+        self.infer(np.zeros((batch, samples), np.float32), lengths, wide=wide)
+
+    # -- inference
+
+    def infer(
+        self, waveform: NDArray[np.float32], lengths: NDArray[np.int64], *, wide: bool = False
+    ) -> EncodedBatch:
+        """Log-probabilities of a padded batch.
+
+        ``waveform`` float32 ``(batch, samples)``, zeros after each item's length; ``lengths`` int64
+        ``(batch,)``. ``wide``: on all cores, where there is a session for it.
+        Raises InferenceError for outputs that are not finite or not of the right length.
+        """
+        session = self._wide if wide and self._wide is not None else self._session
+        log_probs, frame_lengths = session.run(
+            ["log_probs", "frame_lengths"], {"waveform": waveform, "lengths": lengths}
+        )
+        # One output per frame is enough: softmax spreads whatever is not finite over all of them.
+        if not np.isfinite(log_probs[:, :, 0]).all():
+            raise InferenceError("The model gave no valid probabilities for this audio.")
+        if len(frame_lengths) and not 0 <= frame_lengths.min() <= frame_lengths.max() <= log_probs.shape[1]:
+            raise InferenceError("The model gave no valid frame counts for this audio.")
+        return EncodedBatch(log_probs, frame_lengths)
+
+    def pad(self, waveforms: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Float32 ``(samples,)`` each -> ``(batch, bucket)`` with zeros behind, and lengths int64."""
+        lengths = np.array([max(self._least, len(waveform)) for waveform in waveforms], np.int64)
+        samples = bucket_of(int(lengths.max()), self._buckets)
+        if len(waveforms) == 1 and len(waveforms[0]) == samples and waveforms[0].flags.c_contiguous:
+            return waveforms[0][None], lengths
+        padded = np.zeros((len(waveforms), samples), np.float32)
+        for row, waveform in zip(padded, waveforms, strict=True):
+            row[: len(waveform)] = waveform
+        return padded, lengths
+
+    def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[NDArray[np.float32]]:
+        """Log-probabilities float32 ``(frames, vocabulary)`` of each waveform, without the padding's frames.
+
+        ``alone``: nothing else is running or waiting, so all cores may be used.
+        """
+        padded, lengths = self.pad(waveforms)
+        encoded = self.infer(padded, lengths, wide=alone)
+        return [
+            log_probs[:frames]
+            for log_probs, frames in zip(encoded.log_probs, encoded.frame_lengths.tolist(), strict=True)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """For ``/models`` and the log."""
+        return {
+            "graph": self.graph,
+            "provider": self.provider,
+            "threads_per_worker": self.threads,
+            "max_batch": self._max_batch,
+            "latency_mode": self.has_wide,
+            "buckets": len(self._buckets),
+            "max_padded_audio_s": round(self._max_padded / self.sample_rate_hz, 1),
+        }
+
+
+def available_providers() -> list[str]:
+    """Our names of what this build of ONNX Runtime offers; whether it works shows when a session opens."""
+    offered = ort.get_available_providers()
+    return [name for name, full in PROVIDERS.items() if full in offered]
+
+
+def _open(bundle: Bundle, path: str, wanted: str, threads: int) -> tuple[str, ort.InferenceSession]:
+    """A session on the wanted provider, verified: ONNX Runtime falls back to the CPU without a word."""
+    offered = available_providers()
+    if wanted == "auto":
+        if "cuda" in offered:
+            try:
+                return "cuda", _session(bundle, path, "cuda", threads)
+            except SettingsError as error:
+                log.warning("provider_fallback", wanted="cuda", chosen="cpu", problem=str(error))
+        return "cpu", _session(bundle, path, "cpu", threads)
+    if wanted not in offered:
+        raise SettingsError(
+            f"ASR_PROVIDER={wanted}: this build of ONNX Runtime has only {', '.join(offered)}"
+        )
+    return wanted, _session(bundle, path, wanted, threads)
+
+
+def _session(bundle: Bundle, path: str, provider: str, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    full = PROVIDERS[provider]
+    try:
+        session = ort.InferenceSession(
+            path, options, providers=[full], provider_options=[_provider_options(provider, threads)]
+        )
+    except Exception as error:
+        if provider != "cpu":
+            raise SettingsError(f"ASR_PROVIDER={provider}: {error}") from error
+        raise BundleError(bundle.name, "graphs", path.rsplit("/", 1)[-1], f"ONNX Runtime: {error}") from error
+    verify_provider(session, provider)
+    return session
+
+
+def _provider_options(provider: str, threads: int) -> dict[str, str]:
+    options = dict(PROVIDER_OPTIONS.get(provider, {}))
+    if provider == "openvino":  # has threads of its own and does not look at the session's
+        options["num_of_threads"] = str(threads)
+    return options
+
+
+def verify_provider(session: ort.InferenceSession, provider: str) -> None:
+    """Raise SettingsError when the session runs on another provider than ours of this name."""
+    actual = session.get_providers()[0]
+    if actual != PROVIDERS[provider]:
+        raise SettingsError(f"ASR_PROVIDER={provider}: ONNX Runtime fell back to {actual} without a word")

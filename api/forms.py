@@ -1,0 +1,204 @@
+"""The fields of a transcription request: names on the wire -> checked values.
+
+Lists come as repeated ``name[]`` parts (the plain name too), nested objects as ``name[key]`` or as JSON.
+Numbers and booleans are text on the wire. The models below are also what the OpenAPI document shows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from api.errors import InvalidRequestError, InvalidValueError, from_validation
+from api.settings import Settings
+from api.transcriber import Options
+from api.vad import VadOptions
+
+_NESTED = re.compile(r"^([A-Za-z_]+)\[([A-Za-z_]+)\]$")
+
+F = TypeVar("F", bound="_Fields")
+Hotword = Annotated[str, Field(min_length=1, max_length=200)]
+OutputFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
+
+
+def _boolean(value: object) -> object:
+    """``true``/``false`` (and 1/0) as on the wire; anything else is left for the type check to refuse."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
+    return value
+
+
+Flag = Annotated[bool, BeforeValidator(_boolean)]
+
+
+class _Fields(BaseModel):
+    """``lists`` of the class are fields that may repeat; ``files`` are file parts, documented only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerVad(BaseModel):
+    """Cut at pauses: a stretch of speech, with its padding, is one piece."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["server_vad"] = "server_vad"
+    threshold: float = Field(
+        0.5, gt=0, lt=1, description="Probability of speech from which a frame is speech."
+    )
+    prefix_padding_ms: int = Field(300, ge=0, le=5000, description="Audio kept before speech begins.")
+    silence_duration_ms: int = Field(500, ge=50, le=10000, description="Pause that ends a piece.")
+
+
+class TranscribeForm(_Fields):
+    """Fields of ``POST /transcribe``, beside ``file``."""
+
+    model: str = Field("", max_length=100, description="Name of a loaded model; empty: the default model.")
+    language: str | None = Field(None, pattern="^[a-zA-Z]{2,3}$", description="ISO-639-1 code.")
+    timestamps: Flag = Field(True, description="false leaves words and segments out of the answer.")
+    beam: int = Field(0, ge=0, description="Width of the beam search; 0 is greedy, 16 is a good start.")
+    hotwords: tuple[Hotword, ...] = Field(
+        (), description="Words the beam search prefers where the audio allows."
+    )
+    format: OutputFormat = Field("json", description="verbose_json is the same as json here.")
+    stream: Flag = Field(False, description="Server-sent events: each piece of text as soon as it is done.")
+
+    def options(self, settings: Settings) -> Options:
+        """What the transcriber takes. Raises InvalidValueError where a limit of the settings is passed."""
+        return _options(settings, self.language, self.beam, self.hotwords, None, hotwords_field="hotwords")
+
+
+class OpenAIForm(_Fields):
+    """Fields of ``POST /v1/audio/transcriptions``, beside ``file``."""
+
+    model: str = Field(
+        max_length=100, description="Name of a loaded model, or whisper-1 for the default one."
+    )
+    language: str | None = Field(None, pattern="^[a-zA-Z]{2,3}$", description="ISO-639-1 code.")
+    keywords: tuple[Hotword, ...] = Field((), description="Hotwords: preferred where the audio allows.")
+    prompt: str = Field("", max_length=10000, description="Accepted; a CTC model has no use for it.")
+    temperature: float = Field(
+        0.0, ge=0, le=1, allow_inf_nan=False, description="Accepted; CTC decoding does not sample."
+    )
+    response_format: OutputFormat = Field("json", description="Form of the answer.")
+    timestamp_granularities: tuple[Literal["word", "segment"], ...] = Field(
+        ("segment",), description="With verbose_json: which times to give."
+    )
+    include: tuple[Literal["logprobs"], ...] = Field((), description="logprobs: log-posterior of each token.")
+    stream: Flag = Field(False, description="Server-sent events; ignores response_format.")
+    chunking_strategy: Literal["auto"] | ServerVad = Field(
+        "auto", description="auto cuts only where the model's window ends; server_vad cuts at pauses."
+    )
+
+    def options(self, settings: Settings) -> Options:
+        """What the transcriber takes. Raises InvalidValueError where a limit of the settings is passed."""
+        vad = None
+        if isinstance(self.chunking_strategy, ServerVad):
+            strategy = self.chunking_strategy
+            vad = VadOptions(strategy.threshold, strategy.prefix_padding_ms, strategy.silence_duration_ms)
+        return _options(settings, self.language, 0, self.keywords, vad, hotwords_field="keywords")
+
+
+_LISTS = frozenset({"hotwords", "keywords", "timestamp_granularities", "include"})
+
+
+def parse_form(model: type[F], fields: Sequence[tuple[str, str]]) -> F:
+    """Fields as they came -> the checked form.
+
+    Raises InvalidRequestError (unknown or repeated field, wrong type) or InvalidValueError (out of range).
+    """
+    values: dict[str, Any] = {}
+    known = model.model_fields
+    for wire_name, value in fields:
+        name = wire_name.removesuffix("[]")
+        nested = _NESTED.match(wire_name)
+        if nested and nested.group(1) in known:
+            _put_nested(values, nested.group(1), nested.group(2), value)
+        elif name in _LISTS and name in known:
+            values.setdefault(name, []).append(value)
+        elif wire_name in ("file", "files", "files[]"):
+            raise InvalidRequestError(
+                f"Field {wire_name!r} must be a file part (with a filename).", param=wire_name
+            )
+        elif wire_name not in known:
+            names = ", ".join(sorted(known))
+            raise InvalidRequestError(
+                f"Unknown field {wire_name[:64]!r}; there are file, {names}.", param=wire_name[:64]
+            )
+        elif wire_name in values:
+            raise InvalidRequestError(f"Field {wire_name!r} is given twice.", param=wire_name)
+        else:
+            values[wire_name] = _maybe_object(wire_name, value)
+    values = {name: value for name, value in values.items() if value != ""}
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise from_validation(error.errors(include_url=False, include_context=False)) from None
+
+
+def _put_nested(values: dict[str, Any], name: str, key: str, value: str) -> None:
+    target = values.setdefault(name, {})
+    if not isinstance(target, dict) or key in target:
+        raise InvalidRequestError(f"Field {name!r} is given twice.", param=name)
+    target[key] = value
+
+
+def _maybe_object(name: str, value: str) -> object:
+    """``chunking_strategy`` may come as JSON text."""
+    if name == "chunking_strategy" and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise InvalidRequestError("chunking_strategy is not valid JSON.", param=name) from None
+    return value
+
+
+def _options(
+    settings: Settings,
+    language: str | None,
+    beam: int,
+    hotwords: tuple[str, ...],
+    vad: VadOptions | None,
+    *,
+    hotwords_field: str,
+) -> Options:
+    if beam > settings.max_beam:
+        raise InvalidValueError(f"beam: at most {settings.max_beam}.", param="beam")
+    if len(hotwords) > settings.max_hotwords:
+        raise InvalidValueError(
+            f"{hotwords_field}: at most {settings.max_hotwords} words.", param=hotwords_field
+        )
+    code = language.lower() if language else None
+    return Options(language=code, beam=beam, hotwords=hotwords, vad=vad)
+
+
+def form_schema(model: type[_Fields], *, files: str = "file", many: bool = False) -> Mapping[str, Any]:
+    """OpenAPI request body: the file part and the model's fields as multipart."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.pop("$defs", {})
+    binary: dict[str, Any] = {
+        "type": "string",
+        "format": "binary",
+        "contentMediaType": "application/octet-stream",
+    }
+    part = {"type": "array", "items": binary, "minItems": 1} if many else binary
+    properties = {**_inline(schema.get("properties", {}), definitions), files: part}
+    required = [*schema.get("required", []), files]
+    content = {"schema": {"type": "object", "properties": properties, "required": required}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": content}}}
+
+
+def _inline(value: Any, definitions: Mapping[str, Any]) -> Any:
+    """Replace references by what they stand for: the document then needs no component of ours."""
+    if isinstance(value, dict):
+        reference = value.get("$ref")
+        if isinstance(reference, str):
+            return _inline(definitions[reference.rsplit("/", 1)[-1]], definitions)
+        return {key: _inline(item, definitions) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_inline(item, definitions) for item in value]
+    return value

@@ -1,0 +1,241 @@
+"""A multipart body as it arrives -> fields and spooled files, with every limit enforced while reading.
+
+The file is the last part on the wire and may come without a Content-Length; nothing is held in memory but
+fields (bounded), a megabyte per file, and one chunk. A limit that is passed ends the reading there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect, Request
+
+from api.errors import (
+    ClientDisconnected,
+    InvalidRequestError,
+    OutOfResourcesError,
+    UploadTimeoutError,
+    UploadTooLargeError,
+)
+
+_SPOOL_MEMORY_BYTES = 1 << 20
+_MAX_FIELD_BYTES = 1 << 16
+_MAX_FIELDS_BYTES = 1 << 20
+_MAX_PARTS = 4096
+_MAX_PART_HEADER_BYTES = 8192
+_EXTRA_BODY_BYTES = 1 << 20  # boundaries, part headers and fields beside the files
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one body may hold."""
+
+    file_bytes: int
+    files: int
+    body_bytes: int
+    idle_s: float
+    total_s: float
+    spool_dir: Path
+
+
+@dataclass(slots=True)
+class Upload:
+    """One uploaded file; ``file`` stands at its start. ``filename`` is shown, never used as a path."""
+
+    field: str
+    filename: str
+    file: BinaryIO
+    size_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Form:
+    """Fields in the order they came (names may repeat) and files. Closing removes the spooled files."""
+
+    fields: list[tuple[str, str]] = field(default_factory=list)
+    files: list[Upload] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Drop the spooled files."""
+        for upload in self.files:
+            upload.file.close()
+
+
+async def read_form(request: Request, limits: Limits) -> Form:
+    """Read the whole body.
+
+    Raises InvalidRequestError, UploadTooLargeError, UploadTimeoutError, OutOfResourcesError,
+    ClientDisconnected. On any of them the files are already gone.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    boundary = options.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or not boundary:
+        raise InvalidRequestError(
+            "Send the request as multipart/form-data with a part named file.", param="file"
+        )
+    if len(boundary) > 256:
+        raise InvalidRequestError("The multipart boundary is longer than 256 bytes.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limits.body_bytes + _EXTRA_BODY_BYTES:
+        raise UploadTooLargeError(min(limits.file_bytes, limits.body_bytes))
+    form = Form()
+    try:
+        await _Reader(form, limits, boundary).read(request)
+    except BaseException as error:
+        form.close()
+        if isinstance(error, FormParserError):
+            raise InvalidRequestError(f"The multipart body is malformed: {error}") from error
+        if isinstance(error, OSError):
+            raise OutOfResourcesError("There is no room to store the upload; try again later.") from error
+        raise
+    return form
+
+
+class _Reader:
+    """Callbacks of the parser collect; what goes to disk is written in a thread."""
+
+    def __init__(self, form: Form, limits: Limits, boundary: bytes) -> None:
+        self._form = form
+        self._limits = limits
+        self._received_bytes = 0
+        self._field_bytes = 0
+        self._parts = 0
+        self._ended = False
+        self._header_name = b""
+        self._header_value = b""
+        self._header_bytes = 0
+        self._disposition = b""
+        self._field_name = ""
+        self._value = bytearray()
+        self._upload: Upload | None = None
+        self._to_write: list[tuple[Upload, bytes]] = []
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._part_begin,
+                "on_header_field": self._header_field,
+                "on_header_value": self._header_value_data,
+                "on_header_end": self._header_end,
+                "on_headers_finished": self._headers_finished,
+                "on_part_data": self._part_data,
+                "on_part_end": self._part_end,
+                "on_end": self._end,
+            },
+        )
+
+    async def read(self, request: Request) -> None:
+        async for chunk in _chunks(request, self._limits):
+            self._received_bytes += len(chunk)
+            if self._received_bytes > self._limits.body_bytes + _EXTRA_BODY_BYTES:
+                raise UploadTooLargeError(min(self._limits.file_bytes, self._limits.body_bytes))
+            self._parser.write(chunk)
+            await self._flush()
+        self._parser.finalize()
+        if not self._ended:
+            raise InvalidRequestError("The multipart body ends before its closing boundary.")
+        for upload in self._form.files:
+            upload.file.seek(0)
+
+    async def _flush(self) -> None:
+        pending, self._to_write = self._to_write, []
+        for upload, data in pending:
+            spool = cast("tempfile.SpooledTemporaryFile[bytes]", upload.file)
+            on_disk = upload.size_bytes > _SPOOL_MEMORY_BYTES
+            if on_disk:
+                await asyncio.to_thread(spool.write, data)
+            else:
+                spool.write(data)
+
+    def _part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > _MAX_PARTS:
+            raise InvalidRequestError(f"The form has more than {_MAX_PARTS} parts.")
+        self._header_name = self._header_value = self._disposition = b""
+        self._header_bytes = 0
+        self._upload = None
+        self._field_name = ""
+        self._value = bytearray()
+
+    def _count_header(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > _MAX_PART_HEADER_BYTES:
+            raise InvalidRequestError(f"A part's headers are longer than {_MAX_PART_HEADER_BYTES} bytes.")
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
+        self._header_name += data[start:end]
+
+    def _header_value_data(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
+        self._header_value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            self._disposition = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"name" not in options:
+            raise InvalidRequestError("A part of the form has no name.")
+        name = options[b"name"].decode("utf-8", "replace")
+        if b"filename" not in options:
+            self._field_name = name
+            return
+        if len(self._form.files) >= self._limits.files:
+            raise InvalidRequestError(f"At most {self._limits.files} file(s) may be sent here.", param=name)
+        spool = tempfile.SpooledTemporaryFile(  # noqa: SIM115  lives as long as the form
+            max_size=_SPOOL_MEMORY_BYTES, dir=str(self._limits.spool_dir)
+        )
+        filename = options[b"filename"].decode("utf-8", "replace")[:255]
+        self._upload = Upload(name[:64], filename, cast(BinaryIO, spool))
+        self._form.files.append(self._upload)
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        upload = self._upload
+        if upload is not None:
+            upload.size_bytes += end - start
+            if upload.size_bytes > self._limits.file_bytes:
+                raise UploadTooLargeError(self._limits.file_bytes, param=upload.field)
+            self._to_write.append((upload, data[start:end]))
+            return
+        self._field_bytes += end - start
+        self._value += data[start:end]
+        if len(self._value) > _MAX_FIELD_BYTES or self._field_bytes > _MAX_FIELDS_BYTES:
+            raise InvalidRequestError(
+                f"A field is longer than {_MAX_FIELD_BYTES} bytes.", param=self._field_name[:64]
+            )
+
+    def _part_end(self) -> None:
+        if self._upload is None:
+            self._form.fields.append((self._field_name, self._value.decode("utf-8", "replace")))
+
+    def _end(self) -> None:
+        self._ended = True
+
+
+async def _chunks(request: Request, limits: Limits) -> AsyncIterator[bytes]:
+    """The body's chunks; a client that stalls or drips is told so and let go."""
+    deadline_s = time.monotonic() + limits.total_s
+    stream = aiter(request.stream())
+    while True:
+        left_s = deadline_s - time.monotonic()
+        try:
+            async with asyncio.timeout(min(limits.idle_s, max(left_s, 0.0))):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UploadTimeoutError("The upload stopped before it was complete.") from None
+        except ClientDisconnect:
+            raise ClientDisconnected from None
+        if chunk:
+            yield chunk

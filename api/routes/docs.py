@@ -1,0 +1,91 @@
+"""``GET /docs``: the OpenAPI document as one static page. No script, nothing from other hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse
+
+router = APIRouter(include_in_schema=False)
+
+_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h2 { border-bottom: 1px solid #8888; margin-top: 2.5rem; }
+h3 { margin: 1.5rem 0 .25rem; } code, pre { font: .875rem/1.4 ui-monospace, monospace; }
+pre { background: #8881; padding: .75rem; overflow-x: auto; border-radius: .375rem; }
+.verb { display: inline-block; min-width: 3.5rem; font-weight: 700; }
+table { border-collapse: collapse; width: 100%; margin: .5rem 0; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; }
+tr { border-top: 1px solid #8883; }
+"""
+
+
+@router.get("/docs")
+async def docs(request: Request) -> HTMLResponse:
+    """Every route with its fields and an example that runs."""
+    document = request.app.openapi()
+    base = str(request.base_url).rstrip("/")
+    return HTMLResponse("".join(_page(document, base)))
+
+
+def _page(document: dict[str, Any], base: str) -> Iterator[str]:
+    info = document["info"]
+    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(info["title"])}</title>'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield f"<style>{_STYLE}</style><body><h1>{escape(info['title'])} {escape(info['version'])}</h1>"
+    yield f"<p>{escape(info.get('description', ''))} The document itself: "
+    yield '<a href="/openapi.json"><code>/openapi.json</code></a>.</p>'
+    yield f"<pre>{escape(_curl(base))}</pre>"
+    by_tag: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
+    for path, methods in document["paths"].items():
+        for verb, operation in methods.items():
+            by_tag.setdefault(operation.get("tags", ["other"])[-1], []).append((path, verb, operation))
+    for tag, operations in by_tag.items():
+        yield f"<h2>{escape(tag)}</h2>"
+        for path, verb, operation in operations:
+            yield from _operation(path, verb, operation)
+    yield "</body></html>"
+
+
+def _curl(base: str) -> str:
+    return (
+        f"curl -F file=@speech.mp3 {base}/transcribe\n"
+        f"curl -F file=@speech.mp3 -F format=srt {base}/transcribe\n"
+        f"curl -F model=whisper-1 -F response_format=verbose_json -F file=@speech.mp3 "
+        f"{base}/v1/audio/transcriptions"
+    )
+
+
+def _operation(path: str, verb: str, operation: dict[str, Any]) -> Iterator[str]:
+    summary = escape(operation.get("summary", ""))
+    yield f'<h3><span class="verb">{verb.upper()}</span> <code>{escape(path)}</code></h3><p>{summary}'
+    if operation.get("description"):
+        yield f"<br>{escape(operation['description'])}"
+    yield "</p>"
+    content = operation.get("requestBody", {}).get("content", {})
+    for schema in (entry.get("schema", {}) for entry in content.values()):
+        required = schema.get("required", [])
+        yield "<table><tr><th>field<th>type<th>default<th>meaning"
+        for name, field in schema.get("properties", {}).items():
+            default = "required" if name in required else repr(field.get("default", ""))
+            yield f"<tr><td><code>{escape(name)}</code><td>{escape(_kind(field))}"
+            yield f"<td>{escape(default)}<td>{escape(field.get('description', ''))}"
+        yield "</table>"
+
+
+def _kind(field: dict[str, Any]) -> str:
+    if field.get("format") == "binary":
+        return "file"
+    if "enum" in field:
+        return " | ".join(str(value) for value in field["enum"])
+    if "const" in field:
+        return str(field["const"])
+    if "anyOf" in field:
+        return " or ".join(_kind(option) for option in field["anyOf"])
+    if field.get("type") == "array":
+        return f"list of {_kind(field.get('items', {}))}"
+    return str(field.get("title") if field.get("type") == "object" else field.get("type", "any"))

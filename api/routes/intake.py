@@ -1,0 +1,104 @@
+"""What every transcription route does first and last: admission, reading the form, watching the caller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from api.errors import ClientDisconnected, InvalidRequestError
+from api.multipart import Form, Limits, Upload, read_form
+from api.service import Service
+from api.telemetry import current_record
+
+R = TypeVar("R")
+
+
+class Intake:
+    """Admit a request, read its form, and remove its files at the end, or when the answer's stream ends.
+
+    Entering raises NotReadyError, DrainingError or QueueFullError before a byte of the body is read; what
+    ``read_form`` raises after.
+    """
+
+    def __init__(self, request: Request, service: Service, *, many: bool = False) -> None:
+        self._request = request
+        self._service = service
+        self._many = many
+        self._form: Form | None = None
+        self._handed_over = False
+
+    async def __aenter__(self) -> Form:
+        settings, many = self._service.settings, self._many
+        limits = Limits(
+            file_bytes=settings.max_upload_bytes,
+            files=settings.max_batch_files if many else 1,
+            body_bytes=settings.max_body_bytes if many else settings.max_upload_bytes,
+            idle_s=settings.upload_idle_timeout_s,
+            total_s=settings.upload_timeout_s,
+            spool_dir=settings.spool_dir,
+        )
+        self._service.admit()
+        try:
+            with self._service.telemetry.stage("read"):
+                self._form = await read_form(self._request, limits)
+        except BaseException:
+            self.release()
+            raise
+        return self._form
+
+    async def __aexit__(self, *_: object) -> None:
+        if not self._handed_over:
+            self.release()
+
+    def hand_over(self) -> None:
+        """From here on the answer's stream calls ``release``."""
+        self._handed_over = True
+
+    def release(self) -> None:
+        """Remove the files and free the request's place."""
+        if self._form is not None:
+            self._form.close()
+        self._service.leave()
+
+
+def only_file(form: Form) -> Upload:
+    """The one file, in the part named ``file``. Raises InvalidRequestError saying what came instead."""
+    if not form.files:
+        raise InvalidRequestError("The form has no part named 'file' with the audio.", param="file")
+    upload = form.files[0]
+    if upload.field != "file":
+        raise InvalidRequestError(
+            f"The audio came in part {upload.field!r}; send it in the part named 'file'.", param="file"
+        )
+    return upload
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, R]) -> R:
+    """Await ``work``; when the caller leaves, cancel it and raise ClientDisconnected."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnected
+        return task.result()
+    finally:
+        for pending in (task, watch):
+            if not pending.done():
+                pending.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the caller has left. The body is read by now, so nothing else can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def request_id() -> str:
+    """The id of the current request; also in its x-request-id header."""
+    record = current_record()
+    return record.request_id if record is not None else ""

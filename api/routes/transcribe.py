@@ -1,0 +1,155 @@
+"""``POST /transcribe`` and ``POST /transcribe/batch``: the project's own API."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from api.errors import AsrError, ClientDisconnected, InvalidRequestError, RetryLaterError
+from api.forms import TranscribeForm, form_schema, parse_form
+from api.multipart import Upload
+from api.routes.intake import Intake, only_file, request_id, unless_disconnected
+from api.routes.sse import stream_response
+from api.schemas import BatchBody, BatchItem, ErrorDetail, TranscriptionBody, transcription_body
+from api.service import Service, service_of
+from api.subtitles import to_srt, to_vtt
+from api.telemetry import current_record
+from api.transcriber import Transcriber
+from api.transcript import Segment, Transcript
+
+router = APIRouter(tags=["transcribe"])
+
+
+@router.post(
+    "/transcribe",
+    summary="Transcribe one file",
+    response_model=TranscriptionBody,
+    openapi_extra=dict(form_schema(TranscribeForm)),
+)
+async def transcribe(request: Request) -> Response:
+    """Audio in any common format, judged by its bytes; the answer's form is chosen by ``format``."""
+    service = service_of(request)
+    intake = Intake(request, service)
+    async with intake as form:
+        fields = parse_form(TranscribeForm, form.fields)
+        transcriber = service.transcriber(fields.model)
+        options = fields.options(service.settings)
+        upload = only_file(form)
+        if fields.stream:
+            more = StreamDetails(timestamps=fields.timestamps)
+            return await stream_response(request, service, intake, transcriber, upload, options, more=more)
+        transcript = await unless_disconnected(request, transcriber.transcribe(upload.file, options))
+    with service.telemetry.stage("render"):
+        return render(transcript, fields)
+
+
+def render(transcript: Transcript, fields: TranscribeForm) -> Response:
+    """The answer in the form asked for."""
+    if fields.format == "text":
+        return PlainTextResponse(transcript.text + "\n")
+    if fields.format == "srt":
+        return Response(to_srt(transcript), media_type="application/x-subrip; charset=utf-8")
+    if fields.format == "vtt":
+        return Response(to_vtt(transcript), media_type="text/vtt; charset=utf-8")
+    return JSONResponse(_body(transcript, timestamps=fields.timestamps))
+
+
+def _body(transcript: Transcript, *, timestamps: bool) -> dict[str, Any]:
+    body = transcription_body(
+        transcript, request_id=request_id(), timestamp=_now(), timestamps=timestamps
+    ).model_dump(mode="json")
+    optional = ("words", "segments", "warnings")
+    return {name: value for name, value in body.items() if value is not None or name not in optional}
+
+
+@dataclass(frozen=True)
+class StreamDetails:
+    """Our own fields in the stream's events: a delta's times, and the whole answer at the end."""
+
+    timestamps: bool
+
+    def of_segment(self, segment: Segment) -> dict[str, Any]:
+        """Where the text stands in the file, in seconds."""
+        return {"start": round(segment.start_s, 3), "end": round(segment.end_s, 3)} if self.timestamps else {}
+
+    def of_transcript(self, transcript: Transcript) -> dict[str, Any]:
+        """The body of the plain answer, and ``timings``: seconds per stage, too late for a header."""
+        record = current_record()
+        timings = {stage: round(s, 6) for stage, s in record.stages_s.items()} if record is not None else {}
+        return {**_body(transcript, timestamps=self.timestamps), "timings": timings}
+
+
+@router.post(
+    "/transcribe/batch",
+    summary="Transcribe many files",
+    response_model=BatchBody,
+    openapi_extra=dict(form_schema(TranscribeForm, files="files", many=True)),
+)
+async def transcribe_batch(request: Request) -> Response:
+    """Many files in one request, one entry per file in order; a file that fails has its error in its place.
+
+    The files are parts named ``files`` (or ``file``, or ``files[]``), the other fields hold for all of them.
+    Only JSON is given here.
+    """
+    service = service_of(request)
+    async with Intake(request, service, many=True) as form:
+        fields = parse_form(TranscribeForm, form.fields)
+        if fields.stream or fields.format not in ("json", "verbose_json"):
+            raise InvalidRequestError("A batch is answered as JSON only.", param="format")
+        transcriber = service.transcriber(fields.model)
+        fields.options(service.settings)
+        if not form.files:
+            raise InvalidRequestError("The form has no file part.", param="files")
+        for upload in form.files:
+            if upload.field not in ("files", "files[]", "file"):
+                raise InvalidRequestError(
+                    f"A file came in part {upload.field!r}; send files in parts named 'files'.", param="files"
+                )
+        work = _all(service, transcriber, form.files, fields)
+        results = await unless_disconnected(request, work)
+    with service.telemetry.stage("render"):
+        failed = sum(item.error is not None for item in results)
+        body = BatchBody(id=request_id(), results=results, succeeded=len(results) - failed, failed=failed)
+        return JSONResponse(body.model_dump(mode="json", exclude_none=True))
+
+
+async def _all(
+    service: Service, transcriber: Transcriber, uploads: list[Upload], fields: TranscribeForm
+) -> list[BatchItem]:
+    """A few files at a time, so that one batch does not crowd out the other callers."""
+    options = fields.options(service.settings)
+    slots = asyncio.Semaphore(service.settings.max_segments_in_flight)
+    refusals: list[RetryLaterError] = []
+
+    async def one(index: int, upload: Upload) -> BatchItem:
+        async with slots:
+            try:
+                transcript = await transcriber.transcribe(upload.file, options, wait=index > 0)
+            except ClientDisconnected:
+                raise
+            except AsrError as error:
+                if isinstance(error, RetryLaterError):
+                    refusals.append(error)
+                detail = ErrorDetail(
+                    message=error.message, type=error.type, param=error.param, code=error.code
+                )
+                return BatchItem(index=index, filename=upload.filename, error=detail)
+        body = transcription_body(
+            transcript, request_id=request_id(), timestamp=_now(), timestamps=fields.timestamps
+        )
+        return BatchItem(index=index, filename=upload.filename, transcription=body)
+
+    results = await asyncio.gather(*(one(index, upload) for index, upload in enumerate(uploads)))
+    if len(refusals) == len(uploads):  # nothing was done: let the caller's own retry handle it
+        raise refusals[-1]
+    return list(results)
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,226 @@
+"""uvicorn with what it lacks for hostile clients and for stops that lose nothing. One process, one loop.
+
+- A connection that sends no complete request head in time, or one that floods it, is closed.
+- When all connections are in use, the one that has been idle longest makes room; without an idle one the new
+  connection gets 503 with Retry-After.
+- What is left of a refused body is discarded for a few seconds, so that the caller can read the refusal.
+- SIGTERM and SIGINT: readiness fails at once, the listener goes on for the grace period (after SIGTERM also
+  until Prometheus, where it scrapes, has counted the last request), then HTTP drains.
+  The process ends with status 0; a second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import signal
+import time
+import uuid
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from api.errors import AsrError, InvalidRequestError, RetryLaterError
+from api.service import Service
+from api.settings import Settings
+
+_MAX_HEAD_BYTES = 64 * 1024
+_LINGER_S = 5.0
+_LAST_SCRAPE_WAIT_S = 30.0  # twice the usual scrape interval
+_BACKLOG = 2048
+START_FAILED = 3
+
+
+class _HeadTooLargeError(InvalidRequestError):
+    status = 431
+    default_code = "request_head_too_large"
+
+
+class _ConnectionsFullError(RetryLaterError):
+    default_code = "too_many_connections"
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    max_connections = 2048
+    head_timeout_s = 15.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._in_head = True
+        self._deaf = False
+        self._idle_since_s = time.monotonic()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections and not self._make_room():
+            self._refuse(_ConnectionsFullError("All connections are in use."))
+            return
+        self._arm(self.head_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing() or self._deaf:
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._timer is None:  # the first bytes of a further request on a kept connection
+                self._arm(self.head_timeout_s)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(_HeadTooLargeError(f"The request head is longer than {_MAX_HEAD_BYTES} bytes."))
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._head_bytes = 0
+        self._disarm()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        if self.cycle is not None and self.cycle.response_complete:
+            self._disarm()  # a discarded body has ended
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        self._idle_since_s = time.monotonic()
+        if not self._in_head and not self.transport.is_closing():
+            self._arm(_LINGER_S)
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(InvalidRequestError(msg))
+
+    @property
+    def idle_since_s(self) -> float | None:
+        """Since when nothing happens here; None while a request is being read or answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            return None
+        return self._idle_since_s if self._in_head and not self._head_bytes else None
+
+    def _make_room(self) -> bool:
+        idle = [
+            (other.idle_since_s, id(other), other)
+            for other in self.connections
+            if other is not self and isinstance(other, GuardedProtocol) and other.idle_since_s is not None
+        ]
+        if not idle:
+            return False
+        min(idle)[2].transport.close()
+        return True
+
+    def _refuse(self, error: AsrError) -> None:
+        """An answer without the application, and the end of the connection.
+
+        While a request is being answered, its answer comes first and nothing more is heard.
+        """
+        self._disarm()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._deaf = True
+            self.cycle.keep_alive = False
+            return
+        if not self.transport.is_closing():
+            body = json.dumps(error.to_body()).encode()
+            phrase = {400: "Bad Request", 431: "Request Header Fields Too Large"}.get(
+                error.status, "Service Unavailable"
+            )
+            headers = {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                "connection": "close",
+                "x-request-id": uuid.uuid4().hex,
+                **error.headers(),
+            }
+            head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            self.transport.write(f"HTTP/1.1 {error.status} {phrase}\r\n{head}\r\n".encode() + body)
+        self.transport.close()
+
+    def _arm(self, timeout_s: float) -> None:
+        self._disarm()
+        self._timer = self.loop.call_later(timeout_s, self._expired)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expired(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn.Server with the stop described above."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._exit_at_s: float | None = None
+        self._waits_for_scrape = False
+        self.failed = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: leave at once."""
+        if self._exit_at_s is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._waits_for_scrape = sig == signal.SIGTERM
+        grace_s = self._service.settings.drain_grace_s if sig == signal.SIGTERM else 0.0
+        self._exit_at_s = time.monotonic() + grace_s
+        self._service.drain()
+
+    def fail(self) -> None:
+        """A model was refused: stop, with a status that says so."""
+        self.failed = True
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._exit_at_s is not None and time.monotonic() >= self._exit_at_s:
+            self.should_exit = self.should_exit or not self._unseen_by_prometheus()
+        return await super().on_tick(counter)
+
+    def _unseen_by_prometheus(self) -> bool:
+        """Whether to stay up for one more scrape, after SIGTERM."""
+        service = self._service
+        scrapes = service.telemetry.scrapes
+        if not self._waits_for_scrape or not scrapes.active:
+            return False
+        wait_s = min(service.settings.drain_timeout_s, _LAST_SCRAPE_WAIT_S)
+        if self._exit_at_s is None or time.monotonic() >= self._exit_at_s + wait_s:
+            return False
+        return service.in_progress > 0 or scrapes.pending()
+
+
+def make_server(app: FastAPI, settings: Settings) -> Server:
+    """The server for an application of ``create_app``."""
+    service: Service = app.state.service
+    limits = {"max_connections": settings.max_connections, "head_timeout_s": settings.head_timeout_s}
+    protocol = type("BoundProtocol", (GuardedProtocol,), limits)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=protocol,
+        loop="uvloop",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
+        proxy_headers=True,
+        forwarded_allow_ips=settings.forwarded_allow_ips,
+    )
+    return Server(config, service)

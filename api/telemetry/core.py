@@ -1,0 +1,230 @@
+"""The one object through which the service reports: ``stage()``, ``batch()`` and the request's end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from opentelemetry import trace
+from opentelemetry.trace import Link, SpanContext
+
+from api.telemetry.busy import BusyWindow
+from api.telemetry.metrics import REJECTION_REASONS, TIMED_OUTCOMES, Metrics
+from api.telemetry.record import RequestRecord, current_record, outcome_of
+from api.telemetry.scrape import ScrapeWatch
+from api.telemetry.spans import AttributeValue, child_context, exemplar, named
+from api.telemetry.stages import Batch, Stage
+from api.telemetry.tracing import Tracing, build_tracing
+
+
+class Telemetry:
+    """Metrics and tracer of one application.
+
+    Give the same object to everything that create_app() wires. All of it may be called from any thread.
+    Without an OTLP endpoint in the environment no span is made and only the metrics cost anything.
+    """
+
+    def __init__(
+        self,
+        *,
+        version: str = "0",
+        commit: str = "unknown",
+        environment: str = "development",
+        environ: Mapping[str, str] | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        """`environment` is the setting ``ASR_ENV``; `environ` holds the ``OTEL_*`` variables.
+
+        Give ``os.environ`` there; None means no tracing.
+        """
+        self.metrics = Metrics(version=version, commit=commit, environment=environment)
+        if tracing is None and environ is not None:
+            tracing = build_tracing(self._count_spans, version, environment, environ)
+        self.tracing = tracing
+        self.scrapes = ScrapeWatch()
+        self.busy = BusyWindow()
+        self.metrics.worker_busy.set_function(self.busy.ratio)
+
+    def _count_spans(self, result: str, count: int) -> None:
+        self.metrics.trace_spans.labels(result).inc(count)
+
+    # -- stages
+
+    def stage(self, name: str, **attributes: AttributeValue) -> Stage:
+        """``with telemetry.stage("decode") as stage:`` is one span and one observation.
+
+        `name` is one of :data:`api.telemetry.STAGES` (KeyError otherwise). In a pool thread the span finds
+        its parent when the thread runs in the caller's context, as ``asyncio.to_thread`` does; with
+        ``run_in_executor`` pass ``contextvars.copy_context().run``.
+        """
+        return Stage(self, name, attributes)
+
+    def record_stage(
+        self,
+        name: str,
+        elapsed_s: float,
+        *,
+        ended_ago_s: float = 0.0,
+        links: Iterable[SpanContext | None] = (),
+        **attributes: AttributeValue,
+    ) -> None:
+        """Report a stage that was measured elsewhere (queue, inference), in the caller's context.
+
+        It ended `ended_ago_s` ago and lasted `elapsed_s`. `links` leads, for instance, to the batch's span.
+        """
+        record = current_record()
+        if record is not None:
+            record.add_stage(name, elapsed_s)
+        parent = self.sampled_parent()
+        if self.tracing is None or parent is None:
+            self.metrics.stages[name].observe(elapsed_s)
+            return
+        end_ns = time.time_ns() - int(ended_ago_s * 1e9)
+        self.tracing.finished(
+            name,
+            child_context(parent),
+            parent,
+            start_ns=end_ns - int(elapsed_s * 1e9),
+            end_ns=end_ns,
+            attributes=named(attributes),
+            links=[Link(context) for context in links if context is not None],
+        )
+        self.metrics.stages[name].observe(elapsed_s, exemplar(parent))
+
+    def sampled_parent(self) -> SpanContext | None:
+        """The span that the caller works for, if it will be kept."""
+        if self.tracing is None:
+            return None
+        context = trace.get_current_span().get_span_context()
+        return context if context.trace_flags.sampled and context.is_valid else None
+
+    def span_context(self) -> SpanContext | None:
+        """The caller's span, to be linked from a batch; None when nothing traces."""
+        if self.tracing is None:
+            return None
+        context = trace.get_current_span().get_span_context()
+        return context if context.is_valid else None
+
+    def set_attributes(self, **attributes: AttributeValue) -> None:
+        """Set ``asr.<name>`` on the current span."""
+        if self.tracing is not None and attributes:
+            trace.get_current_span().set_attributes(named(attributes) or {})
+
+    def batch(
+        self, *, model: str, lengths_s: Sequence[float], requests: Iterable[SpanContext | None] = ()
+    ) -> Batch:
+        """Around one inference, in the worker's thread: ``with telemetry.batch(...) as batch:``.
+
+        `lengths_s` are the true lengths of the batch's rows in seconds, `requests` what :meth:`span_context`
+        gave for each. The span is the root of its own trace and linked to its requests: a batch belongs to
+        all of them and is the child of none. ``batch.span_context`` leads back to it.
+        """
+        return Batch(self, model, lengths_s, requests)
+
+    # -- set-up
+
+    def engine_configured(
+        self, *, workers: int, threads_per_worker: int, max_batch: int, cpu_limit_cores: float
+    ) -> None:
+        """Export what calibration chose."""
+        self.busy.workers = workers
+        self.metrics.workers.set(workers)
+        self.metrics.worker_threads.set(threads_per_worker)
+        self.metrics.max_batch.set(max_batch)
+        self.metrics.cpu_limit.set(cpu_limit_cores)
+
+    def model_loaded(
+        self,
+        name: str,
+        *,
+        languages: Iterable[str],
+        revision: str,
+        quantization: str,
+        provider: str,
+        load_s: float,
+    ) -> None:
+        """A bundle is loaded and warm: from now on `name` and its languages are labels of their own."""
+        self.metrics.add_model(name, languages)
+        self.metrics.model_loaded.labels(name).set(1)
+        self.metrics.model_load_seconds.labels(name).set(load_s)
+        self.metrics.model_info.labels(name, revision, quantization, provider).set(1)
+
+    def model_not_loaded(self, name: str) -> None:
+        """A configured bundle is not loaded: not yet (say so before loading), or no longer."""
+        self.metrics.add_model(name, ())
+        self.metrics.model_loaded.labels(name).set(0)
+
+    # -- results
+
+    def transcribed(
+        self,
+        *,
+        model: str,
+        language: str | None,
+        audio_s: float,
+        processing_s: float,
+        confidence: float | None,
+    ) -> None:
+        """One recording became a transcript: once per file, for each file of a batch request.
+
+        `processing_s` includes waiting. `confidence` is None where there was nothing to be confident about
+        (silence): an empty transcript must not move the drift that operators watch.
+        """
+        metrics = self.metrics
+        model, language = metrics.model_label(model), metrics.language_label(language)
+        kept = exemplar(trace.get_current_span().get_span_context()) if self.tracing is not None else None
+        metrics.audio_duration.labels(model).observe(audio_s, kept)
+        metrics.audio_processed.labels(model, language).inc(audio_s)
+        real_time_factor = processing_s / audio_s if audio_s > 0 else 0.0
+        if audio_s > 0:
+            metrics.real_time_factor.labels(model).observe(real_time_factor, kept)
+        if confidence is not None:
+            metrics.confidence.labels(model, language).observe(confidence, kept)
+        record = current_record()
+        if record is not None:
+            record.model, record.language = model, language
+            record.audio_s += audio_s
+            record.real_time_factor = real_time_factor
+
+    def request_ended(self, record: RequestRecord, status: int, *, elapsed_s: float, cancelled: bool) -> str:
+        """Count a finished transcription request; returns its outcome. The middleware calls this, once."""
+        metrics = self.metrics
+        status = record.error_status or status
+        outcome = "cancelled" if cancelled else outcome_of(status, record.error_code)
+        model = metrics.model_label(record.model)
+        metrics.requests.labels(record.route, model, outcome).inc()
+        self.scrapes.changed()
+        if record.error_code in REJECTION_REASONS:
+            metrics.rejections.labels(record.error_code).inc()
+        kept = exemplar(trace.get_current_span().get_span_context()) if self.tracing is not None else None
+        if outcome in TIMED_OUTCOMES:
+            metrics.request_duration.labels(record.route, model).observe(elapsed_s, kept)
+        if outcome == "ok":
+            first_s = record.first_result_s if record.first_result_s is not None else elapsed_s
+            metrics.time_to_first_result.labels(record.transport).observe(first_s, kept)
+        if self.tracing is not None:
+            self.set_attributes(outcome=outcome, request_id=record.request_id, **_final_attributes(record))
+        return outcome
+
+    def shutdown(self, timeout_s: float = 5.0) -> None:
+        """The last step of a stop: send the spans that are still buffered."""
+        if self.tracing is not None:
+            self.tracing.shutdown(timeout_s)
+
+
+def _final_attributes(record: RequestRecord) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {}
+    if record.audio_s > 0:
+        attributes["audio_s"] = round(record.audio_s, 4)
+        attributes["real_time_factor"] = round(record.real_time_factor, 5)
+    if record.model is not None:
+        attributes["model"] = record.model
+    if record.language is not None:
+        attributes["language"] = record.language
+    if record.batch_size:
+        attributes["batch_size"] = record.batch_size
+    if "queue" in record.stages_s:
+        attributes["queue_s"] = round(record.stages_s["queue"], 6)
+    if record.error_code is not None:
+        attributes["error_code"] = record.error_code
+    return attributes

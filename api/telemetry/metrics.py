@@ -1,0 +1,236 @@
+"""Every metric of the service, declared once.
+
+``Metrics`` owns a registry of its own, so that two applications in one process (tests, mostly) never share a
+number. Names follow the Prometheus conventions: base units, ``_seconds``, ``_total``, ``_info``. No label
+takes a value that a caller chose: models and languages come from what is loaded, everything else from the
+closed sets below, and what is in neither is ``unknown``.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from api.telemetry.resources import memory_limit_bytes
+
+UNKNOWN = "unknown"
+
+# How a transcription request ended. `rejected` is our lack of capacity and counts against availability;
+# `limited` is the caller's own rate limit, `invalid` and `unauthorized` are the caller's mistakes: they do
+# not.
+OUTCOMES = ("ok", "invalid", "unauthorized", "limited", "rejected", "cancelled", "timeout", "error")
+# Outcomes whose duration says something about the service: fast refusals would flatter the percentiles.
+TIMED_OUTCOMES = frozenset({"ok", "timeout", "error"})
+
+# A request's way, in order. `read` is the upload, `render` makes the body of the answer.
+STAGES = ("read", "decode", "segment", "queue", "inference", "ctc", "render")
+
+REJECTION_REASONS = (
+    "queue_full",
+    "rate_limit_exceeded",
+    "not_ready",
+    "draining",
+    "out_of_resources",
+    "deadline_exceeded",
+    "upload_too_large",
+    "audio_too_long",
+)
+
+# The routes that transcribe; every other route is in http_server_request_duration_seconds only.
+TRANSCRIPTION_ROUTES = ("/transcribe", "/transcribe/batch", "/v1/audio/transcriptions")
+
+TRANSPORTS = ("http", "sse", "websocket")
+PROTOCOLS = ("sse", "realtime", "vosk")
+
+_REQUEST_BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+_STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
+_HTTP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+_AUDIO_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0)
+_RTF_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
+_RATIO_BUCKETS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+_CONFIDENCE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
+_BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+
+
+class Metrics:
+    """The metrics of one application, on one registry."""
+
+    def __init__(
+        self, *, version: str = "0", commit: str = UNKNOWN, environment: str = "development"
+    ) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self._models: set[str] = set()
+        self._languages: set[str] = set()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=tuple(buckets), registry=registry)
+
+        # Requests
+        self.requests = counter(
+            "asr_requests_total", "Transcription requests by how they ended.", "route", "model", "outcome"
+        )
+        self.request_duration = histogram(
+            "asr_request_duration_seconds",
+            "From the first byte read to the last written, of requests that ended ok, timeout or error.",
+            _REQUEST_BUCKETS,
+            "route",
+            "model",
+        )
+        self.http_duration = histogram(
+            "http_server_request_duration_seconds",
+            "Duration of every HTTP request (OpenTelemetry http.server.request.duration).",
+            _HTTP_BUCKETS,
+            "http_request_method",
+            "http_route",
+            "http_response_status_code",
+            "error_type",
+        )
+        self.stage_duration = histogram(
+            "asr_stage_duration_seconds",
+            "One stage of one request (per segment for long files).",
+            _STAGE_BUCKETS,
+            "stage",
+        )
+        self.inflight = gauge("asr_inflight_requests", "Transcription requests being served now.")
+        self.rejections = counter(
+            "asr_rejections_total", "Files and requests refused, or given up, by reason.", "reason"
+        )
+        self.time_to_first_result = histogram(
+            "asr_time_to_first_result_seconds",
+            "From the first byte read to the first byte of text written.",
+            _REQUEST_BUCKETS,
+            "transport",
+        )
+        self.stream_sessions = gauge("asr_stream_sessions", "Open streaming answers.", "protocol")
+
+        # Audio and models
+        self.audio_duration = histogram(
+            "asr_audio_duration_seconds", "Length of each transcribed recording.", _AUDIO_BUCKETS, "model"
+        )
+        self.audio_processed = counter(
+            "asr_audio_processed_seconds_total", "Seconds of audio transcribed.", "model", "language"
+        )
+        self.compute = counter(
+            "asr_compute_seconds_total",
+            "Seconds workers spent on inference; over audio seconds: the real-time factor.",
+            "model",
+        )
+        self.real_time_factor = histogram(
+            "asr_real_time_factor",
+            "Processing time over audio length, per recording, waiting included.",
+            _RTF_BUCKETS,
+            "model",
+        )
+        self.confidence = histogram(
+            "asr_confidence",
+            "Confidence of each transcript (1 is certain).",
+            _CONFIDENCE_BUCKETS,
+            "model",
+            "language",
+        )
+        self.model_loaded = gauge(
+            "asr_model_loaded", "1 when the model is loaded and warm, 0 when it failed.", "model"
+        )
+        self.model_load_seconds = gauge(
+            "asr_model_load_seconds", "Verify, load and warm up, at start.", "model"
+        )
+        self.model_info = gauge(
+            "asr_model_info",
+            "What serves under this model name.",
+            "model",
+            "revision",
+            "quantization",
+            "provider",
+        )
+
+        # Queue and workers
+        self.queue_depth = gauge("asr_queue_depth", "Segments that wait for a worker.")
+        self.queue_audio = gauge("asr_queue_audio_seconds", "Audio-seconds that wait for a worker.")
+        self.queue_limit = gauge(
+            "asr_queue_limit_audio_seconds", "Audio-seconds the queue takes before it refuses."
+        )
+        self.batch_size = histogram("asr_batch_size", "Segments per batch.", _BATCH_BUCKETS)
+        self.batch_padding = histogram(
+            "asr_batch_padding_ratio", "Share of a batch's samples that is padding.", _RATIO_BUCKETS
+        )
+        self.worker_busy = gauge(
+            "asr_worker_busy_ratio", "Share of the workers' time spent on inference over the last 15 s."
+        )
+        self.workers = gauge("asr_workers", "Inference workers, as calibrated.")
+        self.worker_threads = gauge("asr_worker_threads", "Threads per worker, as calibrated.")
+        self.max_batch = gauge("asr_max_batch_size", "Batch cap, as calibrated.")
+        self.cpu_limit = gauge(
+            "asr_cpu_limit_cores", "CPU cores the cgroup grants, which the threads follow."
+        )
+
+        # The process
+        self.ready = gauge("asr_ready", "1 when the service takes requests; 0 while it starts and drains.")
+        self.memory_limit = gauge(
+            "asr_memory_limit_bytes",
+            "Memory the cgroup grants; the machine's memory where there is no limit.",
+        )
+        self.trace_spans = counter("asr_trace_spans_total", "Spans by what became of them.", "result")
+        self.build_info = gauge(
+            "asr_build_info", "What runs, and as what.", "version", "commit", "python", "environment"
+        )
+
+        build = (version, commit or UNKNOWN, platform.python_version(), environment)
+        self.build_info.labels(*build).set(1)
+        self.memory_limit.set(memory_limit_bytes())
+        self.ready.set(0)
+        self._start_at_zero(UNKNOWN)
+        for reason in REJECTION_REASONS:
+            self.rejections.labels(reason)
+        self.stages = {stage: self.stage_duration.labels(stage) for stage in STAGES}
+        for protocol in PROTOCOLS[:1]:
+            self.stream_sessions.labels(protocol)
+        for result in ("exported", "failed"):
+            self.trace_spans.labels(result)
+
+    # -- bounded labels
+
+    def add_model(self, name: str, languages: Iterable[str]) -> None:
+        """Make `name` and `languages` label values of their own."""
+        self._models.add(name)
+        self._languages.update(languages)
+        self._start_at_zero(name)
+
+    def _start_at_zero(self, model: str) -> None:
+        """A rate sees the first event of a series only if the series was there before it."""
+        for route in TRANSCRIPTION_ROUTES:
+            self.request_duration.labels(route, model)
+            for outcome in OUTCOMES:
+                self.requests.labels(route, model, outcome)
+
+    def model_label(self, name: str | None) -> str:
+        """`name` if that model is loaded, else ``unknown``."""
+        return name if name in self._models and name is not None else UNKNOWN
+
+    def language_label(self, language: str | None) -> str:
+        """`language` if a loaded model speaks it, else ``unknown``."""
+        return language if language in self._languages and language is not None else UNKNOWN
+
+    def reject(self, reason: str) -> None:
+        """Count one refused file or request; a reason outside the vocabulary is ``other``."""
+        self.rejections.labels(reason if reason in REJECTION_REASONS else "other").inc()

@@ -1,0 +1,235 @@
+"""READ FIRST: audio bytes -> Transcript. One line per stage:
+
+    decode    api/audio.py       bytes -> float32 mono blocks at the model's sample rate
+    segment   api/segmenter.py   blocks -> windows the model can take; what cannot be speech is dropped
+    infer     api/batcher.py     window -> log-probabilities, through the bounded queue and the engine
+    ctc       api/ctc.py         log-probabilities -> tokens with times and confidence
+    collect   api/transcript.py  tokens -> words, segments, text
+
+Decoding and cutting run in a small thread pool, a block at a time, only as fast as windows are taken:
+memory stays flat whatever the file's length. At most ``max_segments_in_flight`` windows of one file wait in
+the queue, so a short clip does not stand behind an hour-long one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import BinaryIO, ParamSpec, TypeVar
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from api.batcher import SegmentResult
+from api.beam import beam_search
+from api.ctc import Decoded, greedy
+from api.errors import InvalidValueError
+from api.hotwords import HotwordAutomaton, build_hotwords
+from api.normalise import normalise
+from api.registry import LoadedModel
+from api.segmenter import Segmenter, Window
+from api.settings import Settings
+from api.telemetry import Telemetry
+from api.transcript import Segment, Transcript, join_text, segments_of
+from api.vad import VadOptions
+from api.windows import Progress, WindowReader
+
+_log = structlog.get_logger("api.transcriber")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DEFAULT_HOTWORD_BEAM = 16  # hotwords need a beam; this one is used where none was asked for
+_INLINE_VALUES = 200_000  # greedy decoding below this many log-probabilities takes less than a thread switch
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a request may choose. ``beam`` 0 is greedy; ``vad`` None cuts only where the window ends."""
+
+    language: str | None = None
+    beam: int = 0
+    hotwords: tuple[str, ...] = ()
+    vad: VadOptions | None = None
+
+
+class Transcriber:
+    """Files in, transcripts out, through one model; safe for many files at once on one event loop."""
+
+    def __init__(self, model: LoadedModel, settings: Settings, telemetry: Telemetry, pool: Executor) -> None:
+        self.model = model
+        self._settings = settings
+        self._telemetry = telemetry
+        self._pool = pool
+
+    async def transcribe(self, file: BinaryIO, options: Options, *, wait: bool = False) -> Transcript:
+        """The whole transcript of ``file`` (seekable, any format; not closed).
+
+        ``wait``: this file belongs to a request that was let in before, so it waits for room in the queue.
+
+        Raises UndecodableAudioError, AudioTooLongError, InvalidValueError, QueueFullError, DrainingError,
+        DeadlineExceededError, InferenceError.
+        """
+        start_s = time.perf_counter()
+        progress = Progress()
+        async with aclosing(self.stream(file, options, progress, wait=wait)) as parts:
+            segments = tuple([segment async for part in parts for segment in part])
+        return self.finish(segments, options, progress, time.perf_counter() - start_s)
+
+    def finish(
+        self, segments: tuple[Segment, ...], options: Options, progress: Progress, processing_s: float
+    ) -> Transcript:
+        """The transcript of all segments that ``stream`` gave, reported to telemetry."""
+        transcript = Transcript(
+            text=join_text(segments),
+            segments=segments,
+            duration_s=progress.duration_s,
+            processing_s=processing_s,
+            model=self.model.name,
+            language=self.language_of(options.language),
+            warnings=progress.warnings
+            + tuple(f"The model cannot spell the hotword {word!r}." for word in progress.unspellable),
+        )
+        self._telemetry.transcribed(
+            model=transcript.model,
+            language=transcript.language,
+            audio_s=transcript.duration_s,
+            processing_s=processing_s,
+            confidence=transcript.confidence,
+        )
+        if self._settings.log_text:
+            _log.info("transcript", text=transcript.text)
+        return transcript
+
+    async def stream(
+        self, file: BinaryIO, options: Options, progress: Progress, *, wait: bool = False
+    ) -> AsyncGenerator[list[Segment], None]:
+        """Segments of each window in order, as soon as they and all before them are done.
+
+        Close the generator (``aclosing``) when leaving early: windows in the queue are dropped then.
+        """
+        hotwords = self._hotwords(options)
+        progress.unspellable = hotwords.unknown if hotwords is not None else ()
+        deadline_s = time.monotonic() + self._settings.request_timeout_s
+        reader = self._open(file, options, progress)
+        in_flight: deque[asyncio.Task[list[Segment]]] = deque()
+        try:
+            while True:
+                for window in await self._pull(reader):
+                    if len(in_flight) >= self._settings.max_segments_in_flight:
+                        yield await in_flight.popleft()
+                    work = self._window(window, options, hotwords, deadline_s, wait=wait)
+                    in_flight.append(asyncio.create_task(work))
+                    wait = True  # the first window was let in, the others only wait for room
+                while in_flight and in_flight[0].done():
+                    yield await in_flight.popleft()
+                if reader.exhausted:
+                    break
+            while in_flight:
+                yield await in_flight.popleft()
+        finally:
+            for task in in_flight:
+                task.cancel()
+            await asyncio.gather(*in_flight, return_exceptions=True)
+            reader.close()
+
+    def _open(self, file: BinaryIO, options: Options, progress: Progress) -> WindowReader:
+        manifest = self.model.bundle.manifest
+        rate_hz = manifest.sample_rate_hz
+        return WindowReader(
+            file,
+            sample_rate_hz=rate_hz,
+            max_audio_s=self._settings.max_audio_s,
+            segmenter=Segmenter(sample_rate_hz=rate_hz, max_window_s=manifest.max_window_s, vad=options.vad),
+            progress=progress,
+            telemetry=self._telemetry,
+        )
+
+    async def _pull(self, reader: WindowReader) -> list[Window]:
+        """The next windows; when cancelled, waits for the thread to leave the file alone."""
+        pulling = asyncio.ensure_future(self._in_pool(reader.next))
+        try:
+            return await asyncio.shield(pulling)
+        except asyncio.CancelledError:
+            reader.stop()
+            await asyncio.gather(pulling, return_exceptions=True)
+            raise
+
+    async def _window(
+        self,
+        window: Window,
+        options: Options,
+        hotwords: HotwordAutomaton | None,
+        deadline_s: float,
+        *,
+        wait: bool,
+    ) -> list[Segment]:
+        result = await self.model.batcher.submit(window.samples, deadline_s=deadline_s, wait=wait)
+        self._telemetry.record_stage("queue", result.queue_s, ended_ago_s=result.inference_s)
+        self._telemetry.record_stage("inference", result.inference_s, links=[result.batch_span])
+        if not options.beam and not hotwords and result.log_probs.size <= _INLINE_VALUES:
+            return self._decode(window, result, options, hotwords)
+        return await self._in_pool(self._decode, window, result, options, hotwords)
+
+    def _decode(
+        self, window: Window, result: SegmentResult, options: Options, hotwords: HotwordAutomaton | None
+    ) -> list[Segment]:
+        """log-probabilities -> segments of one window."""
+        bundle = self.model.bundle
+        with self._telemetry.stage("ctc"):
+            decoded = decode_log_probs(result.log_probs, bundle.vocabulary.blank_id, options.beam, hotwords)
+            rate_hz = bundle.manifest.sample_rate_hz
+            segments = segments_of(
+                decoded,
+                result.log_probs,
+                bundle.vocabulary,
+                frame_stride_s=bundle.manifest.frame_stride_s,
+                window_start_s=window.start_sample / rate_hz,
+                window_s=len(window.samples) / rate_hz,
+            )
+        return [segment for segment in segments if not segment.is_like_noise(self._settings.noise_confidence)]
+
+    def language_of(self, language: str | None) -> str:
+        """The language asked for, or the model's first. Raises InvalidValueError for an unknown one."""
+        languages = self.model.bundle.manifest.languages
+        if language is None:
+            return languages[0]
+        if language not in languages:
+            known = ", ".join(languages)
+            raise InvalidValueError(
+                f"Model {self.model.name!r} does not transcribe language {language!r}; it knows {known}.",
+                param="language",
+                code="unsupported_language",
+            )
+        return language
+
+    def _hotwords(self, options: Options) -> HotwordAutomaton | None:
+        language = self.language_of(options.language)
+        if not options.hotwords:
+            return None
+        bundle = self.model.bundle
+        steps = bundle.manifest.text_normalisation
+        words = [normalise(word, steps, language) for word in options.hotwords]
+        return build_hotwords(words, bundle.vocabulary)
+
+    async def _in_pool(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run in the pool, in the caller's context: spans find their parents there."""
+        run = partial(contextvars.copy_context().run, function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, run)
+
+
+def decode_log_probs(
+    log_probs: NDArray[np.float32], blank_id: int, beam: int, hotwords: HotwordAutomaton | None
+) -> Decoded:
+    """float32 (frames, vocabulary) -> tokens: greedy, or the best of the beam where there is one."""
+    if beam or hotwords is not None:
+        return beam_search(log_probs, blank_id, beam or DEFAULT_HOTWORD_BEAM, hotwords)[0]
+    return greedy(log_probs[None], np.array([len(log_probs)], dtype=np.int64), blank_id)[0]

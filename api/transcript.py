@@ -1,0 +1,189 @@
+"""What a transcription is: frozen values between the transcriber and the formats it is written in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from api.ctc import Decoded
+from api.vocabulary import Vocabulary
+from api.words import Word, words_of
+
+PAUSE_S = 0.8  # a gap between words that begins a new segment
+LONG_SEGMENT_S = 10.0  # from this length on a shorter gap will do
+SHORT_PAUSE_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One emitted token: its text, id and log-posterior per frame (nats, the mean over its frames)."""
+
+    text: str
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of speech between two pauses; times in seconds from the start of the file.
+
+    ``avg_logprob``: mean log-posterior per frame of the tokens. ``no_speech_prob``: probability the model
+    gives to the empty text over the segment's frames. ``window_start_s``: start of the window it was decoded
+    in. ``token_frames``: frames the tokens occupy, the weight of this segment in an average.
+    """
+
+    start_s: float
+    end_s: float
+    text: str
+    words: tuple[Word, ...]
+    tokens: tuple[Token, ...]
+    avg_logprob: float
+    no_speech_prob: float
+    window_start_s: float
+    token_frames: int
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the winning posteriors, in [0, 1]."""
+        return min(1.0, math.exp(self.avg_logprob))
+
+    def is_like_noise(self, below_confidence: float) -> bool:
+        """Whether this looks like what a CTC model makes of steady noise: doubtful single letters."""
+        letters = sum(len(word.text) for word in self.words)
+        return self.confidence < below_confidence and letters < 2 * len(self.words)
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """The text of one file. ``confidence`` is None where there is no text to be sure of.
+
+    ``duration_s`` is the audio's true length; ``processing_s`` the time from the decoded file's first byte to
+    the last word, waiting included.
+    """
+
+    text: str
+    segments: tuple[Segment, ...]
+    duration_s: float
+    processing_s: float
+    model: str
+    language: str
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """All words in order."""
+        return tuple(word for segment in self.segments for word in segment.words)
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """All tokens in order."""
+        return tuple(token for segment in self.segments for token in segment.tokens)
+
+    @property
+    def confidence(self) -> float | None:
+        """Geometric mean of the winning posteriors over all tokens' frames."""
+        frames = sum(segment.token_frames for segment in self.segments)
+        if not frames:
+            return None
+        total = sum(segment.avg_logprob * segment.token_frames for segment in self.segments)
+        return min(1.0, math.exp(total / frames))
+
+    @property
+    def real_time_factor(self) -> float:
+        """Processing time over audio time."""
+        return self.processing_s / self.duration_s if self.duration_s else 0.0
+
+
+def join_text(segments: Sequence[Segment]) -> str:
+    """Text of segments in order, separated by one space."""
+    return " ".join(segment.text for segment in segments if segment.text)
+
+
+def segments_of(
+    decoded: Decoded,
+    log_probs: NDArray[np.float32],
+    vocabulary: Vocabulary,
+    *,
+    frame_stride_s: float,
+    window_start_s: float,
+    window_s: float,
+) -> list[Segment]:
+    """Cut one decoded window into segments at its pauses; no words, no segments.
+
+    ``log_probs`` float32 (frames, vocabulary). Times never leave the window: a model's last frame may reach a
+    stride past the audio's end.
+    """
+    spans = vocabulary.words(decoded.token_ids.tolist())
+    words = words_of(decoded, vocabulary, frame_stride_s, window_start_s)
+    if not words:
+        return []
+    limit_s = window_start_s + window_s
+    words = [
+        replace(word, start_s=min(word.start_s, limit_s), end_s=min(word.end_s, limit_s)) for word in words
+    ]
+    blank_log_probs = log_probs[: decoded.frames, vocabulary.blank_id]
+    segments = []
+    bounds = [0, *_breaks(words), len(words)]
+    for first, after in pairwise(bounds):
+        token_from = spans[first].start if first else 0
+        token_to = spans[after].start if after < len(spans) else len(decoded.token_ids)
+        frame_from = _boundary(decoded, token_from)
+        frame_to = _boundary(decoded, token_to)
+        sums = decoded.token_log_probs[token_from:token_to]
+        widths = (decoded.end_frames - decoded.start_frames)[token_from:token_to]
+        frames = int(widths.sum())
+        part = tuple(words[first:after])
+        segments.append(
+            Segment(
+                start_s=part[0].start_s,
+                end_s=part[-1].end_s,
+                text=" ".join(word.text for word in part),
+                words=part,
+                tokens=_tokens(decoded, vocabulary, token_from, token_to),
+                avg_logprob=min(0.0, float(sums.sum(dtype=np.float64)) / frames),
+                no_speech_prob=min(1.0, math.exp(float(blank_log_probs[frame_from:frame_to].sum()))),
+                window_start_s=window_start_s,
+                token_frames=frames,
+            )
+        )
+    return segments
+
+
+def _breaks(words: Sequence[Word]) -> list[int]:
+    """Indices of the words that begin a new segment, the first one not among them."""
+    breaks: list[int] = []
+    start_s = words[0].start_s
+    for index in range(1, len(words)):
+        gap_s = words[index].start_s - words[index - 1].end_s
+        long = words[index - 1].end_s - start_s >= LONG_SEGMENT_S
+        if gap_s >= PAUSE_S or (long and gap_s >= SHORT_PAUSE_S):
+            breaks.append(index)
+            start_s = words[index].start_s
+    return breaks
+
+
+def _boundary(decoded: Decoded, token: int) -> int:
+    """Frame between the token before and this one; the window's ends for the first and after the last."""
+    if token == 0:
+        return 0
+    if token >= len(decoded.token_ids):
+        return decoded.frames
+    return int(decoded.end_frames[token - 1] + decoded.start_frames[token]) // 2
+
+
+def _tokens(decoded: Decoded, vocabulary: Vocabulary, first: int, after: int) -> tuple[Token, ...]:
+    widths = decoded.end_frames - decoded.start_frames
+    return tuple(
+        Token(vocabulary.tokens[token_id], token_id, total / width)
+        for token_id, total, width in zip(
+            decoded.token_ids[first:after].tolist(),
+            decoded.token_log_probs[first:after].tolist(),
+            widths[first:after].tolist(),
+            strict=True,
+        )
+    )

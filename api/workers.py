@@ -1,0 +1,328 @@
+"""The inference threads: one pool for all models, so that many models do not oversubscribe the cores.
+
+A worker that becomes free plans the next batch from what is waiting at that moment, so batches form while the
+engine is busy and nothing waits for a batch to fill. With more workers than the device runs at once (a GPU),
+one of them always has the next batch ready.
+
+A worker thread that dies fails its batch and is replaced. ``stalled`` tells whether batches still make
+progress: that, and not an answering event loop, is what liveness means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+from opentelemetry.trace import SpanContext
+
+from api.backpressure import DrainRate
+from api.batching import BatchLimits, TurnQueue, plan_batch
+from api.errors import AsrError, DrainingError, InferenceError, OutOfResourcesError
+from api.telemetry import Telemetry
+
+log = structlog.get_logger(__name__)
+
+STALL_AFTER_S = 60.0
+
+
+class BatchEngine(Protocol):
+    """What a worker needs of an engine; see ``engine.py``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sample_rate_hz(self) -> int: ...
+    @property
+    def limits(self) -> BatchLimits: ...
+    def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[NDArray[np.float32]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentResult:
+    """log_probs: float32 ``(frames, vocabulary)``, only valid frames. ``batch_span`` leads to the batch."""
+
+    log_probs: NDArray[np.float32]
+    queue_s: float
+    inference_s: float
+    batch_size: int
+    batch_span: SpanContext | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One utterance on its way through the queue."""
+
+    waveform: NDArray[np.float32]
+    audio_s: float
+    owner: Hashable
+    deadline_s: float
+    queued_s: float
+    future: asyncio.Future[SegmentResult]
+    span: SpanContext | None = None
+    queue: ModelQueue | None = None  # None from the moment a worker or nobody wants it any more
+
+
+@dataclass(slots=True, eq=False)
+class ModelQueue:
+    """What waits for one model."""
+
+    engine: BatchEngine
+    waiting: TurnQueue[Entry] = field(default_factory=TurnQueue)
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    entries: list[Entry]
+    since_s: float
+
+
+class WorkerPool:
+    """``workers`` threads that run batches of every registered model. All methods may be called anywhere."""
+
+    def __init__(
+        self,
+        workers: int,
+        telemetry: Telemetry,
+        *,
+        rate: float = 50.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``rate``: audio-seconds per second to expect before anything was measured."""
+        self.workers = workers
+        self.drain_rate = DrainRate(rate)
+        self.waiting_audio_s = 0.0
+        self.abandoned = 0
+        self.expired = 0
+        self.replaced = 0
+        self.on_space: Callable[[], None] = lambda: None
+        self._telemetry = telemetry
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._queues: deque[ModelQueue] = deque()
+        self._threads: set[threading.Thread] = set()
+        self._running: dict[threading.Thread, _Running] = {}
+        self._last_progress_s = clock()
+        self._oldest_wait_s: float | None = None
+        self._closing = False
+
+    # -- from the event loop
+
+    def register(self, engine: BatchEngine) -> ModelQueue:
+        """A queue for one more model."""
+        queue = ModelQueue(engine)
+        with self._changed:
+            self._queues.append(queue)
+        return queue
+
+    def start(self) -> None:
+        """Start the threads."""
+        for _ in range(self.workers):
+            self._spawn()
+
+    def put(self, queue: ModelQueue, entry: Entry) -> None:
+        """Append an entry. Raises DrainingError when the pool is closed."""
+        with self._changed:
+            if self._closing:
+                raise DrainingError("The service is shutting down.")
+            if not queue.waiting and not self.waiting and not self._running:
+                self._last_progress_s = self._clock()  # nothing was to be done until now
+            entry.queue = queue
+            queue.waiting.push(entry.owner, entry)
+            self.waiting_audio_s += entry.audio_s
+            self._changed.notify()
+            dead = any(not thread.is_alive() for thread in self._threads)
+        if dead:
+            self._replace_dead()
+
+    def withdraw(self, entry: Entry, *, expired: bool) -> bool:
+        """Take an entry out that nobody waits for any more; False when a worker has it already."""
+        with self._changed:
+            if entry.queue is None:
+                return False
+            entry.queue.waiting.remove(entry.owner, entry)
+            self._forget(entry)
+            if expired:
+                self.expired += 1
+            else:
+                self.abandoned += 1
+        return True
+
+    @property
+    def waiting(self) -> int:
+        """Entries that wait for a worker."""
+        return sum(len(queue.waiting) for queue in self._queues)
+
+    @property
+    def busy(self) -> int:
+        """Workers inside a batch."""
+        return len(self._running)
+
+    @property
+    def last_progress_s(self) -> float:
+        """When (``clock``) a batch last finished, or work arrived at an idle pool."""
+        return self._last_progress_s
+
+    def stalled(self, after_s: float = STALL_AFTER_S) -> bool:
+        """Whether there is work but no batch has finished for ``after_s`` seconds."""
+        self._replace_dead()
+        with self._changed:
+            pending = bool(self._running) or self.waiting > 0
+            return pending and self._clock() - self._last_progress_s > after_s
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End the threads after the batches they are in; whatever still waits fails with DrainingError."""
+        with self._changed:
+            self._closing = True
+            left = [entry for queue in self._queues for _, entry in queue.waiting.in_turn(len(queue.waiting))]
+            for entry in left:
+                assert entry.queue is not None  # noqa: S101  it was in a queue
+                entry.queue.waiting.remove(entry.owner, entry)
+                self._forget(entry)
+            self._changed.notify_all()
+            threads = list(self._threads)
+        _fail(left, DrainingError("The service is shutting down."))
+        until_s = time.monotonic() + timeout_s
+        for thread in threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
+
+    # -- in the threads
+
+    def _spawn(self) -> None:
+        thread = threading.Thread(target=self._work, name="asr-worker", daemon=True)
+        with self._changed:
+            self._threads.add(thread)
+        thread.start()
+
+    def _replace_dead(self) -> None:
+        """For a thread that ended without its own ``finally`` (it always runs; belt and braces)."""
+        with self._changed:
+            dead = [thread for thread in self._threads if thread.ident is not None and not thread.is_alive()]
+            for thread in dead:
+                self._threads.discard(thread)
+            closing = self._closing
+        for _ in dead if not closing else ():
+            self.replaced += 1
+            self._spawn()
+
+    def _work(self) -> None:
+        thread = threading.current_thread()
+        orderly = False
+        try:
+            while True:
+                with self._changed:
+                    while not self._closing and not self.waiting:
+                        self._changed.wait()
+                    if self._closing:
+                        break
+                    queue, entries = self._take()
+                    if not entries:
+                        continue
+                    self._running[thread] = _Running(entries, self._clock())
+                    alone = len(self._running) == 1 and not self.waiting
+                self._run(queue.engine, entries, alone=alone)
+                audio_s = sum(entry.audio_s for entry in entries)
+                with self._changed:
+                    del self._running[thread]
+                    now_s = self._last_progress_s = self._clock()
+                    self.drain_rate.finished(audio_s, now_s, saturated=self.waiting > 0)
+            orderly = True
+        except BaseException as error:
+            log.critical("worker died", error=type(error).__name__, exc_info=True)
+        finally:
+            with self._changed:
+                lost = self._running.pop(thread, None)
+                self._threads.discard(thread)
+                replace = not orderly and not self._closing
+            if replace:
+                self.replaced += 1
+                self._spawn()
+            if lost is not None:
+                _fail(lost.entries, InferenceError("The engine failed on this audio."))
+
+    def _take(self) -> tuple[ModelQueue, list[Entry]]:
+        """The next batch: models take turns, then ``plan_batch`` decides. Overdue entries are dropped."""
+        while not self._queues[0].waiting:
+            self._queues.rotate(-1)
+        queue = self._queues[0]
+        self._queues.rotate(-1)
+        limits = queue.engine.limits
+        candidates = queue.waiting.in_turn(1 if limits.max_batch == 1 else 4 * limits.max_batch)
+        chosen = plan_batch([len(entry.waveform) for _, entry in candidates], limits)
+        now_s = self._clock()
+        entries = []
+        for owner, entry in (candidates[index] for index in chosen):
+            queue.waiting.take(owner, entry)
+            self._forget(entry)
+            if entry.deadline_s <= now_s:
+                self.expired += 1  # the submitter's timer tells its caller
+            else:
+                entries.append(entry)
+        return queue, entries
+
+    def _forget(self, entry: Entry) -> None:
+        entry.queue = None
+        self.waiting_audio_s = max(0.0, self.waiting_audio_s - entry.audio_s) if self.waiting else 0.0
+        self.on_space()
+
+    def _run(self, engine: BatchEngine, entries: list[Entry], *, alone: bool) -> None:
+        """One batch; if it fails, each of its entries by itself, so that only the bad ones fail."""
+        start_s = self._clock()
+        lengths_s = [entry.audio_s for entry in entries]
+        spans = [entry.span for entry in entries]
+        try:
+            with self._telemetry.batch(model=engine.name, lengths_s=lengths_s, requests=spans) as batch:
+                outputs = engine.run([entry.waveform for entry in entries], alone=alone)
+        except Exception as error:
+            log.error("batch failed", model=engine.name, size=len(entries), error=repr(error))
+            if len(entries) == 1:
+                _fail(entries, _public(error))
+            else:
+                for entry in entries:
+                    self._run(engine, [entry], alone=False)
+            return
+        inference_s = self._clock() - start_s
+        results = [
+            SegmentResult(output, start_s - entry.queued_s, inference_s, len(entries), batch.span_context)
+            for entry, output in zip(entries, outputs, strict=True)
+        ]
+        _deliver(entries, lambda index, future: future.set_result(results[index]))
+
+
+def _public(error: Exception) -> AsrError:
+    """What the caller may know of an engine's exception."""
+    if isinstance(error, AsrError):
+        return error
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return OutOfResourcesError("The machine has no memory left for this audio.")
+    return InferenceError("The engine failed on this audio.")
+
+
+def _fail(entries: Sequence[Entry], error: AsrError) -> None:
+    _deliver(entries, lambda _, future: future.set_exception(error))
+
+
+def _deliver(entries: Sequence[Entry], settle: Callable[[int, asyncio.Future[SegmentResult]], None]) -> None:
+    """Settle the futures on their own loops, one call per loop; a caller may have left meanwhile."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[int]] = {}
+    for index, entry in enumerate(entries):
+        by_loop.setdefault(entry.future.get_loop(), []).append(index)
+
+    def settle_all(indices: list[int]) -> None:
+        for index in indices:
+            future = entries[index].future
+            if not future.done():
+                settle(index, future)
+
+    for loop, indices in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(settle_all, indices)
+        except RuntimeError:
+            log.warning("results for a closed event loop", count=len(indices))
