@@ -1,0 +1,1 @@
+"""The player: our one custom component, plain HTML, CSS and JavaScript without any build step."""

@@ -1,0 +1,65 @@
+"""What one browser session remembers between two runs of the page. It ends with the session."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import streamlit as st
+from streamlit import runtime
+from streamlit.runtime.scriptrunner import get_script_run_ctx
+
+from ui.background import Background
+from ui.client import Options
+from ui.service import Service, look
+from ui.settings import UiSettings
+from ui.strings import Strings
+from ui.work import Work
+
+_KEY = "asr_session"
+LOOK_AGAIN_S = 5.0
+
+
+@dataclass
+class Session:
+    """``uploads``: how often the upload box has been emptied; ``taken``: digests of recordings already sent.
+
+    ``edits`` and ``references``: what was typed for each result, because Streamlit forgets hidden widgets.
+    """
+
+    settings: UiSettings
+    background: Background
+    work: Work
+    strings: Strings = field(default_factory=Strings)
+    options: Options = field(default_factory=Options)
+    uploads: int = 0
+    taken: set[str] = field(default_factory=set)
+    edits: dict[str, str] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+    shown: str | None = None
+    service: Service | None = None
+    looked_at: float = 0.0
+
+    def look_at_service(self, *, max_age_s: float = LOOK_AGAIN_S) -> Service:
+        """The service as it was at most ``max_age_s`` seconds ago; one that was unusable is asked anew."""
+        fresh = time.monotonic() - self.looked_at < max_age_s
+        if self.service is None or not fresh or not self.service.usable:
+            self.service = self.background.call(look(self.background.client))
+            self.looked_at = time.monotonic()
+        return self.service
+
+
+def session_for(settings: UiSettings, background: Background) -> Session:
+    """This browser session's memory, made at its first run."""
+    found = st.session_state.get(_KEY)
+    if isinstance(found, Session):
+        return found
+    context = get_script_run_ctx()
+    session_id = context.session_id if context else ""
+
+    def alive() -> bool:
+        return not runtime.exists() or runtime.get_instance().is_active_session(session_id)
+
+    session = Session(settings, background, Work(background, settings.parallel_files, alive))
+    st.session_state[_KEY] = session
+    return session

@@ -1,0 +1,207 @@
+"""A picture of a sound for the player: peaks for the waveform, tiles of a mel spectrogram as PNG.
+
+Files are read in blocks, so that memory stays flat for an hour of audio. The spectrogram is a log-mel one
+with the HTK mel scale (Young et al., The HTK Book, section 5.4), a Hann window of 25 ms and 64 bands up to
+8 kHz; it is for the eye only and is not what the model sees.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import av
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+from PIL import Image
+
+MELS = 64
+COLUMNS_PER_S = 50.0
+MAX_COLUMNS = 36_000
+TILE_COLUMNS = 4096
+TOP_HZ = 8000.0
+_FLOOR_DB = 70.0
+_BLOCK_S = 10.0
+_ANCHORS = [(0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)]
+
+Floats = NDArray[np.float32]
+
+
+class UnreadableSoundError(ValueError):
+    """Neither libsndfile nor FFmpeg can read the bytes. The transcript may exist all the same."""
+
+
+@dataclass(frozen=True)
+class SoundPicture:
+    """``peaks``: one byte per ``1 / peaks_per_s`` seconds, 255 is full scale of the loudest moment.
+
+    ``tiles``: PNG images side by side, each ``columns_per_tile`` columns wide (the last one less) and 64 mel
+    bands high, low tones at the bottom.
+    """
+
+    duration_s: float
+    peaks: bytes
+    peaks_per_s: float
+    tiles: tuple[bytes, ...]
+    columns_per_s: float
+    columns_per_tile: int = TILE_COLUMNS
+
+
+def picture_of(data: bytes) -> SoundPicture:
+    """Draw the sound in ``data``.
+
+    Raises:
+        UnreadableSoundError: it cannot be decoded, or holds no sound.
+    """
+    columns: list[Floats] = []
+    peaks: list[Floats] = []
+    samples, rate = 0, 0
+    left_over: Floats = np.zeros(0, np.float32)
+    for block, block_rate in blocks(data):
+        rate = rate or block_rate
+        samples += len(block)
+        block = np.concatenate([left_over, block])
+        hop = max(1, round(rate / COLUMNS_PER_S))
+        whole = len(block) // hop
+        left_over = block[whole * hop :]
+        if whole:
+            frames = block[: whole * hop].reshape(whole, hop)
+            peaks.append(np.abs(frames).max(axis=1))
+            columns.append(_log_mel(block[: whole * hop], hop, rate))
+    if not peaks:
+        raise UnreadableSoundError("There is no sound in this file.")
+    duration_s = samples / rate
+    pool = max(1, -(-sum(map(len, peaks)) // MAX_COLUMNS))
+    level = _pooled(np.concatenate(peaks)[:, None], pool, np.maximum)[:, 0]
+    decibels = _pooled(np.concatenate(columns), pool, np.maximum)
+    per_s = len(level) / duration_s
+    loudest = float(level.max()) or 1.0
+    return SoundPicture(
+        duration_s=duration_s,
+        peaks=np.round(level / loudest * 255).astype(np.uint8).tobytes(),
+        peaks_per_s=per_s,
+        tiles=_tiles(decibels),
+        columns_per_s=per_s,
+    )
+
+
+def duration_of(data: bytes) -> float | None:
+    """Length in seconds as the file's header tells it, quickly; None when it does not."""
+    try:
+        return float(soundfile.info(io.BytesIO(data)).duration)
+    except (soundfile.LibsndfileError, RuntimeError):
+        pass
+    try:
+        with av.open(io.BytesIO(data), mode="r") as container:
+            return container.duration / av.time_base if container.duration else None
+    except (av.FFmpegError, ValueError):
+        return None
+
+
+def media_type(data: bytes) -> str | None:
+    """The type under which browsers play these bytes, judged by their beginning; None when unknown."""
+    head = data[:16]
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        return "audio/wav"
+    if head[:4] == b"fLaC":
+        return "audio/flac"
+    if head[:4] == b"OggS":
+        return "audio/ogg"
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return "audio/webm"
+    if head[4:8] == b"ftyp":
+        return "audio/mp4"
+    if head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0):
+        return "audio/mpeg"
+    return None
+
+
+def blocks(data: bytes) -> Iterator[tuple[Floats, int]]:
+    """Mono float32 blocks and their rate in Hz, at the file's own rate.
+
+    Raises:
+        UnreadableSoundError: see the class.
+    """
+    try:
+        file = soundfile.SoundFile(io.BytesIO(data))
+    except (soundfile.LibsndfileError, RuntimeError):
+        yield from _blocks_with_ffmpeg(data)
+        return
+    with file:
+        size = max(1, round(file.samplerate * _BLOCK_S))
+        for block in file.blocks(size, dtype="float32", always_2d=True):
+            yield np.nan_to_num(block.mean(axis=1)), file.samplerate
+
+
+def _blocks_with_ffmpeg(data: bytes) -> Iterator[tuple[Floats, int]]:
+    try:
+        with closing(av.open(io.BytesIO(data), mode="r")) as container:
+            if not container.streams.audio:
+                raise UnreadableSoundError("There is no sound in this file.")
+            resampler = av.AudioResampler(format="flt", layout="mono")
+            waiting: list[Floats] = []
+            for frame in container.decode(container.streams.audio[0]):
+                for part in resampler.resample(frame):
+                    waiting.append(part.to_ndarray().reshape(-1).astype(np.float32, copy=False))
+                    if sum(map(len, waiting)) > part.sample_rate * _BLOCK_S:
+                        yield np.nan_to_num(np.concatenate(waiting)), part.sample_rate
+                        waiting = []
+                rate = frame.sample_rate
+            if waiting:
+                yield np.nan_to_num(np.concatenate(waiting)), rate
+    except (av.FFmpegError, ValueError) as error:
+        raise UnreadableSoundError("The sound in this file cannot be read.") from error
+
+
+def _log_mel(block: Floats, hop: int, rate: int) -> Floats:
+    """(samples,) -> float32 (columns, MELS) in decibels, one column per hop."""
+    window = max(hop, round(0.025 * rate))
+    size = 1 << (window - 1).bit_length()
+    padded = np.pad(block, (window // 2, window))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, window)[: len(block) : hop]
+    taper = np.hanning(window).astype(np.float32)
+    power = np.square(np.abs(np.fft.rfft(frames * taper, size)))
+    decibels: Floats = (10 * np.log10(power @ _filters(size, rate).T + 1e-10)).astype(np.float32)
+    return decibels
+
+
+def _filters(size: int, rate: int) -> Floats:
+    """Triangular mel filters, float32 (MELS, size // 2 + 1)."""
+    top_hz = min(TOP_HZ, rate / 2)
+    mel_edges = np.linspace(0, 2595 * np.log10(1 + top_hz / 700), MELS + 2)
+    edges_hz = 700 * (10 ** (mel_edges / 2595) - 1)
+    bins_hz = np.fft.rfftfreq(size, 1 / rate)[None, :]
+    low, mid, high = (edges_hz[i : i + MELS, None] for i in range(3))
+    rising = (bins_hz - low) / (mid - low)
+    falling = (high - bins_hz) / (high - mid)
+    filters = np.maximum(0, np.minimum(rising, falling))
+    nearest = np.abs(bins_hz - mid).argmin(axis=1)  # low bands can be narrower than one bin
+    empty = filters.sum(axis=1) == 0
+    filters[np.flatnonzero(empty), nearest[empty]] = 1.0
+    return filters.astype(np.float32)
+
+
+def _pooled(values: Floats, pool: int, how: np.ufunc) -> Floats:
+    """(rows, width) -> (ceil(rows / pool), width): the largest of each ``pool`` rows."""
+    starts = np.arange(0, len(values), pool)
+    return np.asarray(how.reduceat(values, starts, axis=0), np.float32)
+
+
+def _tiles(decibels: Floats) -> tuple[bytes, ...]:
+    top = float(decibels.max())
+    shade = np.clip((decibels - top + _FLOOR_DB) / _FLOOR_DB, 0, 1) * 255
+    image = np.flipud(shade.astype(np.uint8).T)
+    steps = np.linspace(0, 255, len(_ANCHORS))
+    channels = [np.interp(np.arange(256), steps, [anchor[i] for anchor in _ANCHORS]) for i in range(3)]
+    palette = np.stack(channels, axis=1).astype(np.uint8).tobytes()
+    tiles = []
+    for start in range(0, image.shape[1], TILE_COLUMNS):
+        tile = Image.fromarray(np.ascontiguousarray(image[:, start : start + TILE_COLUMNS]))
+        tile.putpalette(palette)
+        out = io.BytesIO()
+        tile.save(out, format="PNG")
+        tiles.append(out.getvalue())
+    return tuple(tiles)

@@ -1,0 +1,82 @@
+"""Correct the text, and take it away as TXT, SRT, VTT, JSON or one ZIP."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from ui.alignment import TextTooLongError, corrected
+from ui.exports import FORMATS, stem, to_txt, to_zip
+from ui.session import Session
+from ui.transcript import Transcript
+from ui.work import Task
+
+
+def render(session: Session, task: Task, transcript: Transcript) -> None:
+    """The text to correct, and the downloads of what it has become."""
+    strings = session.strings
+    key = f"edit.{task.id}.{transcript.id}"
+    original = to_txt(transcript).rstrip("\n")
+    if key not in st.session_state:  # also after another file was looked at: Streamlit forgets hidden widgets
+        st.session_state[key] = session.edits.get(key, original)
+    with st.expander(strings("result.correct"), icon=":material/edit:", key=f"open.{key}"):
+        text = st.text_area(
+            strings("result.correct"),
+            key=key,
+            height=180,
+            help=strings("result.correct_help"),
+            label_visibility="collapsed",
+        )
+        session.edits[key] = text
+        changed = text.split() != original.split()
+
+        def undo() -> None:
+            st.session_state[key] = original
+
+        if changed:
+            st.button(strings("result.undo"), icon=":material/undo:", on_click=undo, key=f"undo.{key}")
+    final = _final(session, task, transcript)
+    st.markdown(f"**{strings('result.download')}**")
+    if changed:
+        st.caption(strings("result.changed"))
+    columns = st.columns(len(FORMATS))
+    for column, (ending, (mime, write)) in zip(columns, FORMATS.items(), strict=True):
+        with column:
+            st.download_button(
+                ending.upper(),
+                write(final),
+                file_name=f"{stem(task.name)}.{ending}",
+                mime=mime,
+                help=strings("result.download_one", format=ending.upper()),
+                icon=":material/download:",
+                on_click="ignore",
+                key=f"download.{ending}.{task.id}",
+                width="stretch",
+            )
+
+
+def zip_of_all(session: Session, tasks: list[Task]) -> None:
+    """One ZIP of every finished file, corrected texts included."""
+    done = [(task, task.transcript) for task in tasks if task.transcript is not None]
+    if len(done) < 2:
+        return
+    named = [(task.name, _final(session, task, transcript)) for task, transcript in done]
+    st.download_button(
+        session.strings("result.download_zip"),
+        lambda: to_zip(named),
+        file_name="transcripts.zip",
+        mime="application/zip",
+        icon=":material/folder_zip:",
+        on_click="ignore",
+        key="download.zip",
+    )
+
+
+def _final(session: Session, task: Task, transcript: Transcript) -> Transcript:
+    """The transcript to take away: as the person corrected it, else as the service gave it."""
+    text = session.edits.get(f"edit.{task.id}.{transcript.id}")
+    if text is None or text.split() == transcript.text.split():
+        return transcript
+    try:
+        return corrected(transcript, text)
+    except TextTooLongError:
+        return transcript

@@ -1,0 +1,45 @@
+"""Model, language and hotwords: only what the service really offers."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from ui.client import Options
+from ui.service import Service
+from ui.session import Session
+from ui.strings import language_name
+
+
+def render(session: Session, service: Service) -> Options:
+    """Draw the options; return what the next file is sent with."""
+    strings = session.strings
+    with st.expander(strings("options.title"), icon=":material/tune:"):
+        names: list[str] = [model.name for model in service.models]
+        left, right = st.columns(2)
+        with left:
+            model = st.selectbox(strings("options.model"), names, key="option_model", disabled=not names)
+        offered = service.model(model)
+        codes: list[str | None] = [None, *(offered.languages if offered else ())]
+        with right:
+            language = st.selectbox(
+                strings("options.language"),
+                codes,
+                format_func=lambda code: language_name(code) if code else strings("options.any"),
+                key=f"option_language.{model}",
+            )
+        hotwords = st.text_input(
+            strings("options.hotwords"), help=strings("options.hotwords_help"), key="option_hotwords"
+        )
+        options = Options(model or None, language, parse_hotwords(hotwords))
+        task = session.work.find(session.shown)
+        other = task is not None and task.over and task.audio is not None and task.options != options
+        if task is not None and other and st.button(strings("options.again"), icon=":material/replay:"):
+            session.work.again(task, options)
+            st.rerun()
+    return options
+
+
+def parse_hotwords(text: str) -> tuple[str, ...]:
+    """Words separated by commas, semicolons or line ends, without repetitions, in order."""
+    parts = text.replace(";", ",").replace("\n", ",").split(",")
+    return tuple(dict.fromkeys(word for part in parts if (word := " ".join(part.split()))))

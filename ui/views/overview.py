@@ -1,0 +1,151 @@
+"""The service at a glance: its state, its load, its models, and what this session has sent."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import streamlit as st
+
+from ui.errors import ApiError
+from ui.load import Load
+from ui.session import Session
+from ui.strings import Strings, language_name
+from ui.transcript import Model
+from ui.views.format import count, duration, percent
+from ui.work import Task
+
+REFRESH_S = 2.0
+_SHOWN_CHARACTERS = 120
+_LONG_CHARACTERS = 40
+
+
+def render(session: Session) -> None:
+    """Draw the overview; the upper part refreshes itself."""
+    strings = session.strings
+    _now(session)
+    st.caption(strings("overview.refresh", seconds=f"{REFRESH_S:g}"))
+    if session.settings.grafana_url:
+        st.link_button(
+            strings("details.grafana"), session.settings.grafana_url, icon=":material/open_in_new:"
+        )
+    service = session.look_at_service()
+    st.subheader(strings("overview.models"), anchor=False)
+    st.html(_models(service.models, strings))
+    st.subheader(strings("overview.recent"), anchor=False)
+    if session.work.tasks:
+        st.html(_recent(list(reversed(session.work.tasks)), strings))
+    else:
+        st.caption(strings("overview.none"))
+
+
+@st.fragment(run_every=REFRESH_S)
+def _now(session: Session) -> None:
+    strings = session.strings
+    try:
+        health = session.background.call(session.background.client.health())
+        state, load = health.state, session.background.call(session.background.client.load())
+    except ApiError:
+        state, load = "down", Load()
+    first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
+    known = {"ready", "starting", "draining", "down"}
+    first.metric(strings("overview.state"), strings(f"overview.{state}") if state in known else state)
+    second.metric(strings("overview.queue"), _queue(load), help=strings("overview.queue_help"))
+    third.metric(strings("overview.inflight"), _number(load.inflight))
+    fourth.metric(strings("overview.busy"), "–" if load.worker_busy is None else percent(load.worker_busy))
+    first, second, third, _ = st.columns(4, vertical_alignment="bottom")
+    first.metric(strings("overview.requests"), _number(load.requests))
+    second.metric(strings("overview.rejections"), _number(load.rejections))
+    speed = load.audio_processed_s / load.compute_s if load.audio_processed_s and load.compute_s else None
+    third.metric(
+        strings("overview.speed"),
+        "–" if speed is None else f"{speed:.0f}×",
+        help=strings("overview.speed_help"),
+    )
+
+
+def _queue(load: Load) -> str:
+    if load.queue_audio_s is None:
+        return "–"
+    limit = f" / {load.queue_limit_audio_s:.0f}" if load.queue_limit_audio_s else ""
+    return f"{load.queue_audio_s:.0f}{limit} s"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else count(value)
+
+
+def _models(models: Sequence[Model], strings: Strings) -> str:
+    head = ["model", "languages", "parameters", "graph", "runs_on", "wer"]
+    rows = []
+    for model in models:
+        details = model.details
+        default = f" ({strings('overview.default')})" if model.is_default else ""
+        parameters = details.get("parameters")
+        rows.append(
+            [
+                model.name + default,
+                ", ".join(language_name(code) for code in model.languages),
+                count(parameters) if isinstance(parameters, int | float) else "–",
+                str(details.get("graph") or "–"),
+                str(details.get("provider") or "–"),
+                _evaluations(details.get("evaluation")),
+            ]
+        )
+    return _table([strings(f"overview.{key}") for key in head], rows)
+
+
+def _evaluations(value: Any) -> str:
+    entries = value if isinstance(value, list) else []
+    return (
+        "; ".join(
+            f"{entry['test_set']}: {entry['wer'] * 100:.1f} %"
+            for entry in entries
+            if isinstance(entry, dict) and isinstance(entry.get("wer"), int | float) and "test_set" in entry
+        )
+        or "–"
+    )
+
+
+def _recent(tasks: Sequence[Task], strings: Strings) -> str:
+    rows = []
+    for task in tasks:
+        transcript = task.transcript
+        text = transcript.text if transcript else (task.error.message if task.error else "")
+        short = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS].rstrip() + "…"
+        rows.append(
+            [
+                datetime.fromtimestamp(task.created_at).astimezone().strftime("%H:%M:%S"),
+                task.name,
+                strings(f"state.{task.state}") + (f": {short}" if short else ""),
+                "–" if task.duration_s is None else duration(task.duration_s),
+                f"{transcript.real_time_factor:.3f}" if transcript else "–",
+                (transcript.request_id or transcript.id)
+                if transcript
+                else getattr(task.error, "request_id", "") or "–",
+            ]
+        )
+    head = [
+        "overview.when",
+        "overview.file",
+        "overview.result",
+        "overview.sound",
+        "details.rtf",
+        "details.request",
+    ]
+    return _table([strings(key) for key in head], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
+    body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
+    return (
+        '<div class="asr-scroll" tabindex="0"><table class="asr-table">'
+        f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(text: str) -> str:
+    return f"<td{' class=long' if len(text) > _LONG_CHARACTERS else ''}>{html.escape(text)}</td>"
