@@ -1,0 +1,1 @@
+"""Augmentation: of waveforms (speed, noise, reverberation) and of features (SpecAugment)."""

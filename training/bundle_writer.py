@@ -1,0 +1,234 @@
+"""Write a bundle: files, manifest, model card; verified before it takes its place."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from api.bundle import MANIFEST_FILE, Bundle, load_bundle, sha256_of, verify_bundle
+from api.manifest import (
+    Evaluation,
+    GraphEntry,
+    GraphName,
+    InputEntry,
+    Manifest,
+    Source,
+    Speed,
+    TrainingData,
+    VocabularyEntry,
+)
+from api.vocabulary import Vocabulary
+
+GRAPH_FILES: Mapping[GraphName, str] = {"int8": "model.int8.onnx", "float32": "model.onnx"}
+VOCABULARY_FILE = "vocab.txt"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a person must say about a model; no program can know it."""
+
+    title: str
+    languages: tuple[str, ...]
+    source: Source
+    licence: str
+    version: str = "1"
+    summary: str = ""
+    limits: str = ""
+    text_normalisation: tuple[str, ...] = ("nfc", "lowercase")
+    training_data: tuple[TrainingData, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Serialized graphs and what they have in common."""
+
+    files: Mapping[GraphName, bytes | Path]
+    default: GraphName
+    opset: int
+    parameters: int
+    frame_stride_s: float
+    max_window_s: float
+    min_samples: int
+    sample_rate_hz: int = 16_000
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Numbers for manifest and card, each with where it was measured."""
+
+    evaluation: tuple[Evaluation, ...] = ()
+    speed: tuple[Speed, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Section title -> Markdown, appended to the card: the quantizer's table, the agreement."""
+
+
+def write_bundle(
+    models_dir: Path,
+    name: str,
+    graphs: Graphs,
+    vocabulary: Vocabulary,
+    card: Card,
+    measurements: Measurements | None = None,
+) -> Bundle:
+    """Write `models_dir/name` and verify it; a bundle that was there is replaced only then.
+
+    Raises BundleError where the new bundle does not hold.
+    """
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=models_dir) as scratch:
+        folder = Path(scratch) / name
+        folder.mkdir()
+        _write_files(folder, name, graphs, vocabulary, card, measurements or Measurements())
+        verify_bundle(Path(scratch), name)
+        target = models_dir / name
+        if target.exists():
+            os.rename(target, Path(scratch) / "replaced")
+        os.rename(folder, target)
+    return load_bundle(models_dir, name)
+
+
+def add_measurements(models_dir: Path, name: str, card: Card, measurements: Measurements) -> Bundle:
+    """Write what was measured on a bundle into its manifest and card; the graphs stay as they are."""
+    bundle = load_bundle(models_dir, name)
+    values = {"evaluation": measurements.evaluation, "speed": measurements.speed}
+    manifest = bundle.manifest.model_copy(update=values)
+    _write_text(bundle.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+    _write_text(bundle.path / "README.md", model_card(manifest, card, measurements))
+    return load_bundle(models_dir, name)
+
+
+def _write_files(
+    folder: Path, name: str, graphs: Graphs, vocabulary: Vocabulary, card: Card, measurements: Measurements
+) -> None:
+    for graph, content in graphs.files.items():
+        path = folder / GRAPH_FILES[graph]
+        if isinstance(content, Path):
+            shutil.copyfile(content, path)
+        else:
+            path.write_bytes(content)
+    _write_text(folder / VOCABULARY_FILE, "\n".join(vocabulary.tokens) + "\n")
+    listed = [*(GRAPH_FILES[graph] for graph in graphs.files), VOCABULARY_FILE]
+    manifest = Manifest(
+        name=name,
+        version=card.version,
+        languages=card.languages,
+        sample_rate_hz=graphs.sample_rate_hz,
+        frame_stride_s=graphs.frame_stride_s,
+        max_window_s=graphs.max_window_s,
+        blank_id=vocabulary.blank_id,
+        vocabulary=VocabularyEntry(
+            kind=vocabulary.kind,
+            size=len(vocabulary),
+            file=VOCABULARY_FILE,
+            word_separator=vocabulary.word_separator,
+            special_ids=tuple(sorted(vocabulary.special_ids)),
+        ),
+        text_normalisation=card.text_normalisation,
+        input=InputEntry(min_samples=graphs.min_samples),
+        graphs={graph: GraphEntry(file=GRAPH_FILES[graph], opset=graphs.opset) for graph in graphs.files},
+        default_graph=graphs.default,
+        files={file: sha256_of(folder / file) for file in listed},
+        source=card.source,
+        licence=card.licence,
+        training_data=card.training_data,
+        evaluation=measurements.evaluation,
+        speed=measurements.speed,
+        git_commit=git_commit(),
+        parameters=graphs.parameters,
+    )
+    _write_text(folder / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+    _write_text(folder / "README.md", model_card(manifest, card, measurements))
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def model_card(manifest: Manifest, card: Card, measurements: Measurements) -> str:
+    """README.md of a bundle."""
+    hours = sum(entry.hours for entry in manifest.training_data)
+    rows = [
+        ("Languages", ", ".join(manifest.languages)),
+        ("Parameters", f"{manifest.parameters / 1e6:.1f} million"),
+        (
+            "Output",
+            f"one frame every {manifest.frame_stride_s * 1000:g} ms, {manifest.vocabulary.size} tokens",
+        ),
+        ("Graphs", ", ".join(f"{g} (`{e.file}`)" for g, e in manifest.graphs.items())),
+        ("Text", ", ".join(manifest.text_normalisation) or "as trained"),
+        ("Licence", manifest.licence),
+        ("Source", _source(manifest.source)),
+    ]
+    parts = [f"# {card.title}", card.summary]
+    parts.append("\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]))
+    if manifest.evaluation:
+        parts += ["## Error rates", _evaluation_table(manifest.evaluation)]
+    if manifest.speed:
+        parts += ["## Speed", _speed_table(manifest.speed)]
+    if manifest.training_data:
+        lines = ["| data | licence | hours |", "|---|---|---|"]
+        lines += [f"| {e.name} | {e.licence} | {e.hours:.1f} |" for e in manifest.training_data]
+        parts += [f"## Training data ({hours:.1f} hours)", "\n".join(lines)]
+    if card.limits:
+        parts += ["## Limits", card.limits]
+    for title, text in measurements.notes.items():
+        parts += [f"## {title}", text]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _source(source: Source) -> str:
+    text = (
+        f"[{source.title}]({source.url})"
+        if source.url.startswith("http")
+        else f"{source.title} ({source.url})"
+    )
+    return text + (f", revision {source.revision}" if source.revision else "")
+
+
+def _evaluation_table(evaluation: Sequence[Evaluation]) -> str:
+    lines = ["| test set | language | utterances | WER | CER | decoding |", "|---|---|---|---|---|---|"]
+    for entry in evaluation:
+        lines.append(
+            f"| {entry.test_set} | {entry.language} | {entry.utterances} | {entry.wer:.1%} | {entry.cer:.1%} "
+            f"| {entry.decoding} |"
+        )
+    return "\n".join(lines)
+
+
+def _speed_table(speed: Sequence[Speed]) -> str:
+    lines = ["| hardware | threads | graph | clip | real-time factor |", "|---|---|---|---|---|"]
+    for entry in speed:
+        lines.append(
+            f"| {entry.hardware} | {entry.threads} | {entry.graph} | {entry.clip_s:g} s | {entry.rtf:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def git_commit() -> str | None:
+    """The checkout's commit; None outside one."""
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+
+def hardware() -> str:
+    """Processor and core count in words."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in _read_cpu_info().splitlines()
+        if line.lower().startswith("model name")
+    ]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _read_cpu_info() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

@@ -1,0 +1,102 @@
+"""Weights and what it takes to use them, in one safetensors file: no pickle, nothing is executed on loading.
+
+The file's metadata holds one JSON text under "checkpoint": the network's configuration, the front end's, the
+vocabulary, and whatever the training run wants to remember.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from api.vocabulary import Vocabulary
+from training.errors import CheckpointError
+from training.frontend import FrontendConfig
+from training.recipes.quartznet_ctc.model import QuartzNet, QuartzNetConfig
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network with its front end and vocabulary."""
+
+    model: QuartzNet
+    frontend: FrontendConfig
+    vocabulary: Vocabulary
+    """The blank's id and every token, as in a bundle's vocab.txt."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values: hours seen, validation error rates, git commit."""
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `path` (.safetensors) whole or not at all."""
+    vocabulary = checkpoint.vocabulary
+    header = {
+        "format": FORMAT,
+        "model": checkpoint.model.config.to_dict(),
+        "frontend": asdict(checkpoint.frontend),
+        "vocabulary": {
+            "tokens": list(vocabulary.tokens),
+            "blank_id": vocabulary.blank_id,
+            "kind": vocabulary.kind,
+            "special_ids": sorted(vocabulary.special_ids),
+        },
+        "meta": dict(checkpoint.meta),
+    }
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in checkpoint.model.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(weights, partial, metadata={"checkpoint": json.dumps(header, ensure_ascii=False)})
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The network in evaluation mode, on the CPU. Raises CheckpointError naming what is wrong."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with safetensors.safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+        weights = load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
+    try:
+        header = json.loads(metadata["checkpoint"])
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}, expected {FORMAT}")
+        entry = header["vocabulary"]
+        vocabulary = Vocabulary(
+            tuple(entry["tokens"]), entry["blank_id"], entry["kind"], frozenset(entry["special_ids"])
+        )
+        config = QuartzNetConfig.from_dict(header["model"])
+        frontend = FrontendConfig(**header["frontend"])
+        if config.vocabulary_size != len(vocabulary):
+            raise ValueError(f"the head has {config.vocabulary_size} outputs for {len(vocabulary)} tokens")
+        model = QuartzNet(config)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return Checkpoint(model.eval(), frontend, vocabulary, header["meta"])
+
+
+def average_weights(paths: list[Path]) -> dict[str, torch.Tensor]:
+    """Mean of each weight over several checkpoints of one network (Izmailov et al. 2018)."""
+    if not paths:
+        raise CheckpointError("no checkpoint to average")
+    total: dict[str, torch.Tensor] = {}
+    for path in paths:
+        for name, value in load_checkpoint(path).model.state_dict().items():
+            total[name] = total[name] + value.double() if name in total else value.double()
+    first = load_checkpoint(paths[0]).model.state_dict()
+    return {name: (value / len(paths)).to(first[name].dtype) for name, value in total.items()}

@@ -1,0 +1,1 @@
+"""From recordings to rows that a recipe can train on: manifests, import, validation, splits, batches."""

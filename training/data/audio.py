@@ -1,0 +1,71 @@
+"""A recording, or a stretch of one, as samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+
+from training.errors import DataError
+
+Samples = npt.NDArray[np.float32]
+
+
+class UndecodableAudioError(DataError):
+    """The file exists and holds no audio that can be decoded."""
+
+
+def load_waveform(
+    path: Path, sample_rate_hz: int, offset_s: float = 0.0, duration_s: float | None = None
+) -> Samples:
+    """Mono samples in [-1, 1] at `sample_rate_hz`, shape (samples,), float32.
+
+    wav, flac, ogg and mp3 go through libsndfile, anything else (m4a, webm, opus in odd containers) through
+    FFmpeg's libraries. Raises FileNotFoundError, UndecodableAudioError.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recording")
+    try:
+        samples, rate_hz = _read_soundfile(path, offset_s, duration_s)
+    except soundfile.LibsndfileError:
+        samples, rate_hz = _read_av(path, offset_s, duration_s)
+    if samples.size == 0:
+        raise UndecodableAudioError(f"{path}: no samples")
+    if rate_hz != sample_rate_hz:
+        samples = soxr.resample(samples, rate_hz, sample_rate_hz)
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def _read_soundfile(path: Path, offset_s: float, duration_s: float | None) -> tuple[Samples, int]:
+    with soundfile.SoundFile(path) as file:
+        rate_hz = int(file.samplerate)
+        if offset_s:
+            file.seek(min(round(offset_s * rate_hz), file.frames))
+        frames = -1 if duration_s is None or not offset_s else round(duration_s * rate_hz)
+        samples = file.read(frames, dtype="float32", always_2d=True)
+    return samples.mean(axis=1), rate_hz
+
+
+def _read_av(path: Path, offset_s: float, duration_s: float | None) -> tuple[Samples, int]:
+    blocks: list[npt.NDArray[Any]] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise UndecodableAudioError(f"{path}: holds no audio stream")
+            stream = container.streams.audio[0]
+            rate_hz = int(stream.rate)
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=rate_hz)
+            for frame in container.decode(stream):
+                blocks += [part.to_ndarray().reshape(-1) for part in resampler.resample(frame)]
+            blocks += [part.to_ndarray().reshape(-1) for part in resampler.resample(None)]
+    except (av.FFmpegError, ValueError) as error:
+        raise UndecodableAudioError(f"{path}: {error}") from error
+    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    start = round(offset_s * rate_hz)
+    stop = None if duration_s is None or not offset_s else start + round(duration_s * rate_hz)
+    return samples[start:stop].astype(np.float32), rate_hz

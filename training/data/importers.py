@@ -1,0 +1,158 @@
+"""Manifests from what people have: folders, Common Voice tables, NeMo manifests, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from training.data.manifest import Utterance, read_manifest
+from training.errors import EmptyManifestError, ManifestError
+
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm", ".aac", ".wma"})
+
+
+def from_folder(folder: Path, *, language: str = "", licence: str = "") -> list[Utterance]:
+    """Recordings with a `.txt` of the same name beside them.
+
+    The speaker is the first folder below `folder`; files that lie in `folder` itself have none. Recordings
+    without a text are left out. Raises ManifestError, EmptyManifestError.
+    """
+    if not folder.is_dir():
+        raise ManifestError(f"{folder}: no such folder")
+    rows = []
+    for audio in sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES):
+        text = audio.with_suffix(".txt")
+        if not text.is_file():
+            continue
+        parts = audio.relative_to(folder).parts
+        speaker = parts[0] if len(parts) > 1 else ""
+        content = " ".join(text.read_text(encoding="utf-8").split())
+        rows.append(Utterance(audio, content, speaker=speaker, language=language, licence=licence))
+    return _some(rows, f"{folder}: no recording with a .txt of the same name beside it")
+
+
+def from_table(table: Path, *, clips: Path | None = None, licence: str = "") -> list[Utterance]:
+    """A CSV or TSV table in Common Voice's layout.
+
+    Columns: `path` (or `audio`, `file`), `sentence` (or `text`, `transcript`), and where present `client_id`
+    (or `speaker`) and `locale` (or `language`). `clips` is the folder of the recordings; without it `clips/`
+    beside the table, then the table's own folder. Raises ManifestError, EmptyManifestError.
+    """
+    if not table.is_file():
+        raise ManifestError(f"{table}: no such table")
+    beside = table.parent / "clips"
+    folder = clips or (beside if beside.is_dir() else table.parent)
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    rows = []
+    with table.open(encoding="utf-8-sig", newline="") as lines:
+        tabbed = table.suffix.lower() == ".tsv"
+        reader = csv.DictReader(
+            lines, delimiter="\t" if tabbed else ",", quoting=csv.QUOTE_NONE if tabbed else csv.QUOTE_MINIMAL
+        )
+        columns = reader.fieldnames or []
+        audio = _column(table, columns, "path", "audio", "file", "audio_filepath")
+        sentence = _column(table, columns, "sentence", "text", "transcript", "transcription")
+        speaker = next((name for name in ("client_id", "speaker", "speaker_id") if name in columns), "")
+        language = next((name for name in ("locale", "language", "lang") if name in columns), "")
+        for number, row in enumerate(reader, start=2):
+            if not row.get(audio) or row.get(sentence) is None:
+                raise ManifestError(f"{table}:{number}: {audio} or {sentence} is missing")
+            rows.append(
+                Utterance(
+                    folder / row[audio],
+                    row[sentence].strip(),
+                    speaker=(row.get(speaker) or "") if speaker else "",
+                    language=(row.get(language) or "") if language else "",
+                    licence=licence,
+                )
+            )
+    return _some(rows, f"{table}: the table has a header and no rows")
+
+
+def from_nemo(manifest: Path) -> list[Utterance]:
+    """A NeMo manifest, which has our form already. Raises ManifestError, EmptyManifestError."""
+    return read_manifest(manifest)
+
+
+def from_hugging_face(
+    dataset: str,
+    out: Path,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    audio_column: str = "audio",
+    text_column: str = "text",
+    speaker_column: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+    language: str = "",
+    licence: str = "",
+    **options: Any,
+) -> list[Utterance]:
+    """Stream a dataset of the Hugging Face hub (or local files) and store its recordings under `out`.
+
+    Recordings are written as they come, undecoded, and one that is there already is not written again, so an
+    interrupted import goes on where it stopped. `revision` pins the dataset's commit; `options` reach
+    `datasets.load_dataset` (for example `data_files`). Raises ManifestError, EmptyManifestError.
+    """
+    from datasets import Audio, load_dataset
+
+    stream = load_dataset(dataset, config, split=split, streaming=True, revision=revision, **options)
+    for name in (audio_column, text_column, *((speaker_column,) if speaker_column else ())):
+        if stream.column_names is not None and name not in stream.column_names:
+            raise ManifestError(f"{dataset}: no column {name!r}; it has {sorted(stream.column_names)}")
+    stream = stream.cast_column(audio_column, Audio(decode=False))
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    entries = stream if limit is None else stream.take(limit)
+    for index, entry in enumerate(tqdm(entries, desc=f"import {dataset}", unit="clip", total=limit)):
+        audio = _store(entry[audio_column], out, index)
+        speaker = str(entry[speaker_column]) if speaker_column else ""
+        text = str(entry[text_column] or "").strip()
+        rows.append(
+            Utterance(audio, text, speaker=speaker, language=language, source=dataset, licence=licence)
+        )
+    return _some(rows, f"{dataset}: split {split!r} has no rows")
+
+
+def _store(audio: Mapping[str, Any], out: Path, index: int) -> Path:
+    name = Path(str(audio.get("path") or "audio")).name
+    suffix = Path(name).suffix.lower() if Path(name).suffix.lower() in AUDIO_SUFFIXES else ".wav"
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).stem)[:60]
+    target = out / f"{index:07d}_{stem}{suffix}"
+    if target.is_file():
+        return target
+    data = audio.get("bytes")
+    if data is None:
+        source = audio.get("path")
+        if not source or not Path(source).is_file():
+            raise ManifestError(f"row {index}: the dataset gives neither bytes nor a local file")
+        return Path(source)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_bytes(data)
+    return partial.replace(target)
+
+
+def _column(table: Path, columns: Any, *names: str) -> str:
+    for name in names:
+        if name in columns:
+            return name
+    raise ManifestError(f"{table}: none of the columns {list(names)}; it has {json.dumps(list(columns))}")
+
+
+def _some(rows: list[Utterance], problem: str) -> list[Utterance]:
+    if not rows:
+        raise EmptyManifestError(problem)
+    return rows
+
+
+def speakers(rows: list[Utterance]) -> Iterator[str]:
+    """Known speakers, each once."""
+    return iter(dict.fromkeys(row.speaker for row in rows if row.speaker))

@@ -1,0 +1,100 @@
+"""A manifest: JSON lines with `audio_filepath`, `text`, `duration`, one utterance each (NeMo's form).
+
+Paths are relative to the manifest's folder or absolute. `offset` (seconds into the file), `speaker`,
+`language`, `source` and `licence` are optional; other keys are kept out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import EmptyManifestError, ManifestError
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One row. `audio` is the resolved path; `duration_s` is None until somebody measured it."""
+
+    audio: Path
+    text: str
+    duration_s: float | None = None
+    offset_s: float = 0.0
+    speaker: str = ""
+    language: str = ""
+    source: str = ""
+    licence: str = ""
+
+    def to_row(self, folder: Path) -> dict[str, Any]:
+        """Plain values for JSON; the path is relative to `folder` where it lies inside."""
+        audio = self.audio.resolve()
+        inside = audio.is_relative_to(folder.resolve())
+        row: dict[str, Any] = {
+            "audio_filepath": str(audio.relative_to(folder.resolve()) if inside else audio),
+            "text": self.text,
+        }
+        if self.duration_s is not None:
+            row["duration"] = round(self.duration_s, 4)
+        optional = {
+            "offset": self.offset_s,
+            "speaker": self.speaker,
+            "language": self.language,
+            "source": self.source,
+            "licence": self.licence,
+        }
+        return row | {key: value for key, value in optional.items() if value}
+
+
+def _utterance(row: Any, folder: Path) -> Utterance:
+    if not isinstance(row, dict):
+        raise ValueError("expected an object")
+    audio, text = row.get("audio_filepath"), row.get("text", "")
+    if not isinstance(audio, str) or not audio:
+        raise ValueError("audio_filepath is missing")
+    if not isinstance(text, str):
+        raise ValueError(f"text is {type(text).__name__}, expected a string")
+    duration = row.get("duration")
+    return Utterance(
+        audio=folder / audio,
+        text=text,
+        duration_s=None if duration is None else float(duration),
+        offset_s=float(row.get("offset") or 0.0),
+        speaker=str(row.get("speaker") or ""),
+        language=str(row.get("language") or row.get("lang") or ""),
+        source=str(row.get("source") or ""),
+        licence=str(row.get("licence") or row.get("license") or ""),
+    )
+
+
+def read_manifest(path: Path) -> list[Utterance]:
+    """Rows in file order.
+
+    Raises ManifestError naming the line that is wrong, EmptyManifestError when there is none.
+    """
+    if not path.is_file():
+        raise ManifestError(f"{path}: no such manifest")
+    rows: list[Utterance] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(_utterance(json.loads(line), path.parent))
+            except (TypeError, ValueError) as error:
+                raise ManifestError(f"{path}:{number}: not a manifest row: {error}") from error
+    if not rows:
+        raise EmptyManifestError(f"{path}: the manifest is empty; import recordings first")
+    return rows
+
+
+def write_manifest(path: Path, rows: Iterable[Utterance]) -> Path:
+    """Write `rows` atomically; an interrupted run leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as sink:
+        for row in rows:
+            sink.write(json.dumps(row.to_row(path.parent), ensure_ascii=False) + "\n")
+    return partial.replace(path)

@@ -1,0 +1,50 @@
+"""What can go wrong on the way from recordings to a bundle. Every message says what to change.
+
+TrainingError
+├── ConfigError             the configuration file: field and reason
+├── DataError               the recordings or their texts
+│   ├── ManifestError       a manifest cannot be read: file and line
+│   ├── EmptyManifestError  nothing is left to train on, with the reasons counted
+│   └── SplitError          too few speakers for the parts asked for
+├── CheckpointError         a weights file is not what the recipe reads
+├── OutOfMemoryError        the device's memory ran out; the state is saved
+└── QualityGateError        an exported or quantized graph disagrees with the network
+"""
+
+from __future__ import annotations
+
+
+class TrainingError(Exception):
+    """Base of all; the commands print the message without a traceback and exit with 2."""
+
+
+class ConfigError(TrainingError):
+    """A configuration field is missing, unknown or out of range."""
+
+
+class DataError(TrainingError):
+    """The data cannot be used as it is."""
+
+
+class ManifestError(DataError):
+    """A manifest cannot be read."""
+
+
+class EmptyManifestError(DataError):
+    """No utterance is left."""
+
+
+class SplitError(DataError):
+    """A speaker-disjoint split is not possible."""
+
+
+class CheckpointError(TrainingError):
+    """A weights file is not one that the recipe knows."""
+
+
+class OutOfMemoryError(TrainingError):
+    """The device's memory ran out; the same command with smaller batches goes on from the saved state."""
+
+
+class QualityGateError(TrainingError):
+    """A graph does not agree with the network it came from, or is worse than allowed."""

@@ -1,0 +1,148 @@
+"""Word and character error rates of a bundle's graph, with the service's own vocabulary and greedy decoding.
+
+python -m training.evaluate MODELS_DIR NAME --manifest MANIFEST [--graph int8|float32] [--limit N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from api.bundle import Bundle, load_bundle
+from api.ctc import greedy
+from api.vocabulary import Vocabulary
+from training.inference import LogProbs, Waveform, cpu_session, run_graph
+
+BOOTSTRAP_ROUNDS = 1000
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What was said, and what was heard."""
+
+    reference: str
+    hypothesis: str
+
+
+@dataclass(frozen=True)
+class ErrorRates:
+    """Fractions of one over a set of utterances, with a 95 % interval by resampling utterances."""
+
+    utterances: int
+    words: int
+    wer: float
+    wer_low: float
+    wer_high: float
+    cer: float
+
+
+def error_rates(utterances: Sequence[Utterance], seed: int = 0) -> ErrorRates:
+    """Levenshtein errors over the references' words and characters (spaces counted), pooled over the set.
+
+    The interval is the percentile bootstrap over utterances (Bisani and Ney 2004). Raises ValueError where no
+    reference has a word.
+    """
+    counts = np.array([_errors(item) for item in utterances], dtype=np.float64).reshape(-1, 4)
+    words, characters = counts[:, 1].sum(), counts[:, 3].sum()
+    if words == 0:
+        raise ValueError("error rates need at least one reference word")
+    low, high = _interval(counts[:, 0], counts[:, 1], seed)
+    return ErrorRates(
+        utterances=len(utterances),
+        words=int(words),
+        wer=float(counts[:, 0].sum() / words),
+        wer_low=low,
+        wer_high=high,
+        cer=float(counts[:, 2].sum() / characters),
+    )
+
+
+def _errors(item: Utterance) -> tuple[int, int, int, int]:
+    """(word errors, words, character errors, characters)."""
+    reference, hypothesis = " ".join(item.reference.split()), " ".join(item.hypothesis.split())
+    if not reference:
+        return len(hypothesis.split()), 0, len(hypothesis), 0
+    words, characters = (
+        jiwer.process_words(reference, hypothesis),
+        jiwer.process_characters(reference, hypothesis),
+    )
+    return (
+        words.substitutions + words.deletions + words.insertions,
+        len(reference.split()),
+        characters.substitutions + characters.deletions + characters.insertions,
+        len(reference),
+    )
+
+
+def _interval(
+    errors: npt.NDArray[np.float64], words: npt.NDArray[np.float64], seed: int
+) -> tuple[float, float]:
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(0, len(errors), (BOOTSTRAP_ROUNDS, len(errors)))
+    totals = words[drawn].sum(axis=1)
+    rates = errors[drawn].sum(axis=1) / np.maximum(totals, 1.0)
+    low, high = np.percentile(rates, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def greedy_text(log_probs: LogProbs, vocabulary: Vocabulary) -> str:
+    """Text of (frames, vocabulary) by the service's own greedy decoder."""
+    decoded = greedy(log_probs[None], np.array([len(log_probs)], np.int64), vocabulary.blank_id)[0]
+    return vocabulary.decode(int(token) for token in decoded.token_ids)
+
+
+Recogniser = Callable[[Waveform], str]
+"""Waveform (samples,) -> text."""
+
+
+def bundle_recogniser(bundle: Bundle, graph: str = "auto", threads: int = 1) -> Recogniser:
+    """Greedy recognition with one of a bundle's graphs."""
+    chosen = bundle.choose_graph(graph)  # type: ignore[arg-type]
+    session = cpu_session(bundle.graph_path(chosen), threads)
+
+    def recognise(waveform: Waveform) -> str:
+        shortest = bundle.manifest.input.min_samples
+        padded = np.pad(waveform, (0, max(0, shortest - len(waveform))))
+        return greedy_text(run_graph(session, [padded])[0], bundle.vocabulary)
+
+    return recognise
+
+
+def recognise_all(
+    recogniser: Recogniser, items: Iterable[tuple[Waveform, str]], label: str = ""
+) -> Iterator[Utterance]:
+    """Run over (waveform, reference) pairs with a progress bar."""
+    for waveform, reference in tqdm(items, desc=label, unit="clip", disable=None):
+        yield Utterance(reference, recogniser(waveform))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    from training.calibration import manifest_waveforms
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models_dir", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--graph", choices=["auto", "int8", "float32"], default="auto")
+    parser.add_argument("--limit", type=int, help="at most this many utterances, spread over the manifest")
+    given = parser.parse_args(arguments)
+    bundle = load_bundle(given.models_dir, given.name)
+    recogniser = bundle_recogniser(bundle, given.graph)
+    clips = manifest_waveforms(given.manifest, bundle.manifest.sample_rate_hz, given.limit, with_text=True)
+    rates = error_rates(list(recognise_all(recogniser, clips, given.name)))
+    print(f"WER {rates.wer:.2%} [{rates.wer_low:.2%}, {rates.wer_high:.2%}]  CER {rates.cer:.2%}")
+    print(json.dumps(rates.__dict__))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,187 @@
+"""Train: Lightning's trainer with our records around it, resumable at any epoch."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
+from training.loop.module import SpeechModule
+from training.loop.plots import plot_history
+from training.loop.run_folder import RunFolder, append_metrics, read_metrics
+from training.loop.settings import TrainingSettings
+
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+
+
+def choose_device(settings: TrainingSettings) -> tuple[str, str]:
+    """Lightning's accelerator ("cpu", "gpu") and precision for these settings. Raises ConfigError."""
+    there = torch.cuda.is_available()
+    if settings.device == "gpu" and not there:
+        raise ConfigError("training.device is gpu, and this machine has none that torch can use")
+    accelerator = "gpu" if there and settings.device != "cpu" else "cpu"
+    if settings.precision != "auto":
+        return accelerator, PRECISIONS[settings.precision]
+    if accelerator == "cpu":
+        return accelerator, PRECISIONS["float32"]
+    return accelerator, PRECISIONS["bfloat16" if torch.cuda.is_bf16_supported() else "float16"]
+
+
+class Records(Callback):
+    """metrics.csv and the pictures, after every epoch; the sampler's epoch before it."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.started_s = time.monotonic()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock."""
+        self.started_s = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the epoch's row."""
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        row = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "train_loss": values.get("train_loss_epoch", float("nan")),
+            "val_loss": values.get("val_loss", float("nan")),
+            "val_wer": values.get("val_wer", float("nan")),
+            "val_cer": values.get("val_cer", float("nan")),
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "seconds": round(time.monotonic() - self.started_s, 2),
+        }
+        append_metrics(self.folder.metrics, row)
+        plot_history(read_metrics(self.folder.metrics), self.folder.plots)
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar without its version number."""
+
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> Any:
+        """What the bar shows."""
+        return {
+            name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"
+        }
+
+
+class SaveOnInterruption(Callback):
+    """Keep the state of the last complete step when training ends with an exception."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.checkpoints / "interrupted.ckpt"
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Save, whatever the reason was."""
+        if trainer.global_step > 0:
+            trainer.save_checkpoint(self.path)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch or Python says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def fit(
+    module: SpeechModule,
+    training: DataLoader[Any],
+    validation: DataLoader[Any],
+    settings: TrainingSettings,
+    folder: RunFolder,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
+    """Train until the epochs are used up or validation stops improving; returns the best checkpoint.
+
+    A run that was interrupted goes on from its last state. Raises OutOfMemoryError with the state saved,
+    EmptyManifestError for an empty part.
+    """
+    for name, loader in (("training", training), ("validation", validation)):
+        if len(loader) == 0:
+            raise EmptyManifestError(f"the {name} part is empty")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    best = ModelCheckpoint(
+        dirpath=folder.checkpoints,
+        filename="best-{epoch:03d}-{val_wer:.4f}",
+        monitor="val_wer",
+        mode="min",
+        save_top_k=settings.keep,
+        save_last=True,
+        enable_version_counter=False,
+    )
+    watchers: list[Callback] = [
+        best,
+        Records(folder),
+        SaveOnInterruption(folder),
+        Progress(),
+        *callbacks,
+    ]
+    if settings.early_stopping:
+        watchers.append(EarlyStopping("val_wer", patience=settings.early_stopping, mode="min"))
+    accelerator, precision = choose_device(settings)
+    with quiet():
+        lightning.seed_everything(settings.seed, workers=True, verbose=False)
+        trainer = lightning.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,  # type: ignore[arg-type]  # one of Lightning's names, see PRECISIONS
+            max_epochs=settings.epochs,
+            accumulate_grad_batches=settings.accumulation,
+            gradient_clip_val=settings.gradient_clip or None,
+            logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
+            callbacks=watchers,
+            log_every_n_steps=10,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        )
+        state = folder.resume_from()
+        try:
+            trainer.fit(module, training, validation, ckpt_path=state, weights_only=True)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            gc.collect()
+            raise OutOfMemoryError(
+                f"memory ran out at epoch {trainer.current_epoch}, step {trainer.global_step}: lower "
+                f"training.max_batch_s (now {settings.max_batch_s:g}) and raise training.accumulation (now "
+                f"{settings.accumulation}), then run the same command again: it goes on from "
+                f"{folder.resume_from() or 'the start'}"
+            ) from error
+    if not best.best_model_path:
+        raise EmptyManifestError(f"no checkpoint was written in {settings.epochs} epochs")
+    return Path(best.best_model_path)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's advice about workers, loggers and batch sizes, which does not concern us here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            warnings.filterwarnings("ignore", module=r"torch\..*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

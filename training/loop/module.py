@@ -1,0 +1,136 @@
+"""Lightning modules: what a step computes and how validation is scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jiwer
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.loop.dataset import Batch
+from training.loop.settings import TrainingSettings
+from training.vocabulary import TokenCodec, collapse
+
+
+def warmup_cosine(step: int, total: int, warmup_share: float, final_share: float) -> float:
+    """Factor on the peak learning rate: linear rise, then half a cosine down to `final_share`.
+
+    Source: Loshchilov and Hutter 2017 (cosine), Goyal et al. 2017 (warm-up).
+    """
+    warmup = max(1, round(total * warmup_share))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final_share + (1.0 - final_share) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, float]:
+    """Word and character error rate (fractions of one) over a whole set; references must not be empty."""
+    return jiwer.wer(list(references), list(hypotheses)), jiwer.cer(list(references), list(hypotheses))
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices and kernels, none on biases and norms."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+class SpeechModule(lightning.LightningModule):
+    """Optimiser, schedule and scoring; a recipe's module says what loss and hypotheses are."""
+
+    def __init__(self, model: nn.Module, settings: TrainingSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self._references: list[str] = []
+        self._hypotheses: list[str] = []
+
+    def loss_and_texts(self, batch: Batch, *, decode: bool) -> tuple[Tensor, list[str]]:
+        """Mean loss per token of a batch, and its hypotheses where `decode` asks for them."""
+        raise TypeError(f"{type(self).__name__} must say what its loss is")
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a warm-up and cosine schedule over all the steps of the run."""
+        settings = self.settings
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model.parameters(), settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        factor = _Factor(total, settings.warmup_share, settings.final_share)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, _index: int) -> Tensor:
+        """One batch's loss."""
+        loss, _ = self.loss_and_texts(batch, decode=False)
+        size = len(batch["texts"])
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: Batch, _index: int) -> None:
+        """One batch's loss and hypotheses."""
+        loss, texts = self.loss_and_texts(batch, decode=True)
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["texts"]))
+        self._references += batch["texts"]
+        self._hypotheses += texts
+
+    def on_validation_epoch_end(self) -> None:
+        """WER and CER over the whole validation part."""
+        wer, cer = error_rates(self._references, self._hypotheses)
+        self.log_dict({"val_wer": wer, "val_cer": cer}, prog_bar=True)
+        self._references, self._hypotheses = [], []
+
+
+class _Factor:
+    """A picklable schedule."""
+
+    def __init__(self, total: int, warmup_share: float, final_share: float) -> None:
+        self.total, self.warmup_share, self.final_share = total, warmup_share, final_share
+
+    def __call__(self, step: int) -> float:
+        return warmup_cosine(step, self.total, self.warmup_share, self.final_share)
+
+
+class CtcModule(SpeechModule):
+    """CTC on any network that maps waveform (batch, samples), lengths to log_probs, frame_lengths."""
+
+    def __init__(self, model: nn.Module, codec: TokenCodec, settings: TrainingSettings) -> None:
+        super().__init__(model, settings)
+        self.codec = codec
+
+    def loss_and_texts(self, batch: Batch, *, decode: bool) -> tuple[Tensor, list[str]]:
+        """CTC loss (Graves et al. 2006) in float32, per target token; greedy hypotheses."""
+        log_probs, frame_lengths = self.model(batch["waveform"], batch["lengths"])
+        blank_id = self.codec.vocabulary.blank_id
+        losses = functional.ctc_loss(
+            log_probs.float().transpose(0, 1),
+            batch["targets"].clamp(min=0),
+            frame_lengths,
+            batch["target_lengths"],
+            blank=blank_id,
+            reduction="none",
+            zero_infinity=True,
+        )
+        loss = losses.sum() / batch["target_lengths"].sum().clamp(min=1)
+        texts = greedy_texts(log_probs, frame_lengths, self.codec) if decode else []
+        return loss, texts
+
+
+def greedy_texts(log_probs: Tensor, frame_lengths: Tensor, codec: TokenCodec) -> list[str]:
+    """Best-path texts of (batch, frames, vocabulary) and (batch,)."""
+    best = log_probs.argmax(dim=-1).cpu().numpy()
+    vocabulary = codec.vocabulary
+    return [
+        vocabulary.decode(collapse(ids[:count].tolist(), vocabulary.blank_id))
+        for ids, count in zip(best, frame_lengths.tolist(), strict=True)
+    ]

@@ -1,0 +1,167 @@
+"""The folder of a run: what was asked for, where it ran, how it went.
+
+config.json        the configuration, as checked
+environment.json   versions, machine, device, git commit
+metrics.csv        one row per epoch
+checkpoints/       last.ckpt to go on from, the best by validation WER
+tensorboard/       the same figures for TensorBoard
+plots/             PNG
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.errors import ConfigError
+
+PACKAGES = ("torch", "lightning", "transformers", "datasets", "onnx", "onnxruntime", "numpy", "jiwer")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where Lightning keeps its state."""
+        return self.path / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        """Where pictures go."""
+        return self.path / "plots"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def manifests(self) -> Path:
+        """The validated and split manifests."""
+        return self.path / "data"
+
+    def resume_from(self) -> Path | None:
+        """The newest state to go on from: the last epoch's, or the one saved at an interruption."""
+        states = [self.checkpoints / name for name in ("last.ckpt", "interrupted.ckpt")]
+        there = [state for state in states if state.is_file()]
+        return max(there, key=lambda state: state.stat().st_mtime_ns, default=None)
+
+    def write_json(self, name: str, values: Any) -> Path:
+        """Store plain values under `name`, atomically."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.path / f"{name}.partial"
+        partial.write_text(
+            json.dumps(values, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8"
+        )
+        return partial.replace(self.path / name)
+
+    def read_json(self, name: str) -> Any:
+        """What write_json stored; None where there is nothing."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def open_run(
+    path: Path, config: Mapping[str, Any], free: tuple[str, ...] = ("training", "benchmark")
+) -> RunFolder:
+    """Create the folder, or come back to it with the same configuration.
+
+    Sections named in `free` may differ (a smaller batch, more epochs). Raises ConfigError naming the section
+    that changed otherwise: the state in the folder belongs to another experiment.
+    """
+    folder = RunFolder(path)
+    wanted = json.loads(json.dumps(config, default=str))
+    stored = folder.read_json("config.json")
+    if stored is not None:
+        changed = [
+            key for key in sorted({*wanted, *stored} - set(free)) if wanted.get(key) != stored.get(key)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{path} holds a run with another configuration ({', '.join(changed)} changed); "
+                "give another --run folder, or remove this one"
+            )
+    folder.write_json("config.json", wanted)
+    folder.write_json("environment.json", environment())
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and device of this process."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "packages": versions,
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+COLUMNS = ("epoch", "step", "train_loss", "val_loss", "val_wer", "val_cer", "learning_rate", "seconds")
+
+
+def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one epoch; a repeated epoch (after a resume) replaces the old row and what came after it."""
+    rows = [old for old in read_metrics(path) if int(old["epoch"]) < int(row["epoch"])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="") as sink:
+        writer = csv.DictWriter(sink, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*rows, {name: row.get(name, "") for name in COLUMNS}])
+    partial.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv; empty where there is none."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as source:
+        return list(csv.DictReader(source))

@@ -1,0 +1,83 @@
+"""NeMo archive -> bundle.
+
+    python -m training.nemo import ARCHIVE --name en-quartznet15x5 --models-dir models \\
+        --calibration MANIFEST --validation MANIFEST [--test MANIFEST]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from api.bundle import Bundle, BundleError, sha256_of
+from api.manifest import Source
+from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
+from training.bundle_writer import Card
+from training.calibration import shared_folder
+from training.checkpoint import Checkpoint
+from training.errors import TrainingError
+from training.nemo import NemoModel, read_nemo
+from training.publish import Recordings, publish
+
+
+def as_checkpoint(found: NemoModel) -> Checkpoint:
+    """The same network with the bundle's vocabulary: the space as U+2581, the blank in its place."""
+    tokens = tuple(SPACE_MARK if token == " " else token for token in found.vocabulary)  # noqa: S105
+    vocabulary = Vocabulary((*tokens, BLANK_TOKEN), blank_id=found.blank_id)
+    return Checkpoint(found.model, found.frontend, vocabulary)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Import a NeMo CTC archive as a bundle, without NeMo.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("import", help="archive -> verified bundle")
+    command.add_argument("archive", type=Path)
+    command.add_argument("--name", required=True)
+    command.add_argument("--models-dir", type=Path, default=Path("models"))
+    command.add_argument("--language", default="en", help="ISO 639-1 code of what the model hears")
+    command.add_argument("--licence", default="see the source")
+    command.add_argument("--source-url", default="", help="where the archive was published")
+    command.add_argument(
+        "--calibration", type=Path, help="manifest of audio; default: the shared training set"
+    )
+    command.add_argument("--validation", type=Path, help="manifest with texts; default: as --calibration")
+    command.add_argument("--test", type=Path, help="manifest of test sets; default: the shared ones if there")
+    command.add_argument("--no-test", action="store_true", help="do not measure error rates on test sets")
+    command.add_argument("--no-float", action="store_true", help="leave the float32 graph out")
+    given = parser.parse_args(arguments)
+    try:
+        bundle = _import(given)
+    except (TrainingError, BundleError, FileNotFoundError) as error:
+        print(f"nemo import: {error}", file=sys.stderr)
+        return 2
+    print(f"{bundle.path}: verified")
+    return 0
+
+
+def _import(given: argparse.Namespace) -> Bundle:
+    shared = shared_folder() / "speech"
+    calibration = given.calibration or shared / "train" / "manifest.jsonl"
+    test = None if given.no_test else given.test or shared / "test" / "manifest.jsonl"
+    if not calibration.is_file():
+        raise FileNotFoundError(f"{calibration}: no such manifest; name recordings with --calibration")
+    recordings = Recordings(
+        calibration, given.validation or calibration, test if test is not None and test.is_file() else None
+    )
+    card = Card(
+        title=given.name,
+        languages=(given.language,),
+        source=Source(title=given.archive.name, url=given.source_url, revision=sha256_of(given.archive)),
+        licence=given.licence,
+        summary=f"Imported from the NeMo archive `{given.archive.name}`; the weights are its authors'.",
+    )
+    return publish(
+        as_checkpoint(read_nemo(given.archive)),
+        given.name,
+        given.models_dir,
+        card,
+        recordings,
+        keep_float=not given.no_float,
+    )

@@ -1,0 +1,198 @@
+"""Network -> verified bundle: export, agreement check, quantization behind its gate, manifest, model card.
+
+    python -m training.publish CHECKPOINT --name en-quartznet-small --models-dir models --card card.json \\
+        --calibration MANIFEST --validation MANIFEST [--test MANIFEST] [--keep-float]
+
+`--card` names a JSON file with what no program can know: title, languages, source, licence, training data,
+limits. Nothing replaces an existing bundle before the new one has passed verification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from api.bundle import Bundle, BundleError
+from api.manifest import Evaluation, GraphName, Speed
+from training.bundle_writer import Card, Graphs, Measurements, add_measurements, hardware, write_bundle
+from training.calibration import manifest_rows, manifest_waveforms
+from training.checkpoint import Checkpoint, load_checkpoint
+from training.errors import ConfigError, TrainingError
+from training.evaluate import bundle_recogniser, error_rates, recognise_all
+from training.export import MIN_SAMPLES, check_agreement, export_graph
+from training.graph import OPSET
+from training.inference import cpu_session, run_s
+from training.quantize import Gate, Outcome, quantize
+
+SPEED_CLIP_S = 5.0
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """Manifests that publishing listens to."""
+
+    calibration: Path
+    """Training audio; its texts are not looked at."""
+    validation: Path
+    """Audio with texts for the gate; never a test set."""
+    test: Path | None = None
+    """Test sets, told apart by `source` and `language`; measured only after the choice is made."""
+    calibration_clips: int = 48
+    validation_clips: int = 120
+
+
+def publish(
+    checkpoint: Checkpoint,
+    name: str,
+    models_dir: Path,
+    card: Card,
+    recordings: Recordings,
+    *,
+    max_window_s: float = 20.0,
+    keep_float: bool = False,
+    gate: Gate | None = None,
+) -> Bundle:
+    """Make the bundle. Raises QualityGateError, BundleError, DataError."""
+    rate_hz = checkpoint.frontend.sample_rate_hz
+    graph = export_graph(checkpoint.model, checkpoint.frontend)
+    calibration = [
+        clip for clip, _ in manifest_waveforms(recordings.calibration, rate_hz, recordings.calibration_clips)
+    ]
+    agreement = check_agreement(checkpoint.model, checkpoint.frontend, graph, calibration[:4])
+    print(f"PyTorch against ONNX: {agreement.describe()}")
+    validation = manifest_waveforms(
+        recordings.validation, rate_hz, recordings.validation_clips, with_text=True
+    )
+    outcome = quantize(graph, checkpoint.vocabulary, calibration, validation, gate)
+    print(outcome.table())
+    files: dict[GraphName, bytes | Path] = {"int8": outcome.chosen.graph.SerializeToString()}
+    if keep_float:
+        files["float32"] = graph.SerializeToString()
+    graphs = Graphs(
+        files=files,
+        default="int8",
+        opset=OPSET,
+        parameters=checkpoint.model.parameter_count(),
+        frame_stride_s=checkpoint.model.config.stride * checkpoint.frontend.hop_s,
+        max_window_s=max_window_s,
+        min_samples=MIN_SAMPLES,
+        sample_rate_hz=rate_hz,
+    )
+    notes = {
+        "Export": f"PyTorch against ONNX: {agreement.describe()}.",
+        **_quantization(outcome),
+    }
+    bundle = write_bundle(models_dir, name, graphs, checkpoint.vocabulary, card, Measurements(notes=notes))
+    measurements = Measurements(_evaluate(bundle, recordings.test), _speed(bundle), notes)
+    return add_measurements(models_dir, name, card, measurements)
+
+
+def _quantization(outcome: Outcome) -> dict[str, str]:
+    text = (
+        "Static, U8 activations, S8 weights per channel; front end, first block and head stay float. "
+        f"Measured on {outcome.float_rates.utterances} validation utterances; speed on one thread, runs "
+        "taking turns.\n\n"
+    )
+    return {"Quantization": text + outcome.table()}
+
+
+def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:
+    """Error rates of the default graph on each test set in the bundle's languages."""
+    if test is None:
+        return ()
+    languages = bundle.manifest.languages
+    rows = [row for row in manifest_rows(test) if row.get("language") in languages]
+    recogniser = bundle_recogniser(bundle)
+    found = []
+    for source, language in sorted({(row.get("source", test.stem), row["language"]) for row in rows}):
+        rate_hz = bundle.manifest.sample_rate_hz
+        clips = manifest_waveforms(test, rate_hz, with_text=True, source=source, language=language)
+        rates = error_rates(list(recognise_all(recogniser, clips, source)))
+        print(f"{source} ({language}): WER {rates.wer:.2%} [{rates.wer_low:.2%}, {rates.wer_high:.2%}]")
+        found.append(
+            Evaluation(
+                test_set=source,
+                language=language,
+                utterances=rates.utterances,
+                wer=round(rates.wer, 4),
+                cer=round(rates.cer, 4),
+                decoding=f"greedy, {bundle.manifest.default_graph}",
+            )
+        )
+    return tuple(found)
+
+
+def _speed(bundle: Bundle) -> tuple[Speed, ...]:
+    """Real-time factor of each graph on one thread."""
+    samples = round(SPEED_CLIP_S * bundle.manifest.sample_rate_hz)
+    clip = np.random.default_rng(0).normal(0.0, 0.05, samples).astype(np.float32)
+    return tuple(
+        Speed(
+            hardware=hardware(),
+            threads=1,
+            graph=graph,
+            clip_s=SPEED_CLIP_S,
+            rtf=round(run_s(cpu_session(bundle.graph_path(graph)), clip) / SPEED_CLIP_S, 5),
+        )
+        for graph in bundle.manifest.graphs
+    )
+
+
+def read_card(path: Path) -> Card:
+    """The card's JSON file. Raises ConfigError naming the field."""
+    try:
+        return TypeAdapter(Card).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: {where or 'card'}: {first['msg']}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description="Export, quantize, verify and publish a checkpoint as a bundle."
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--models-dir", type=Path, default=Path("models"))
+    parser.add_argument("--card", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True, help="manifest of training audio")
+    parser.add_argument("--validation", type=Path, required=True, help="manifest with texts, for the gate")
+    parser.add_argument("--test", type=Path, help="manifest of test sets, for manifest and card")
+    parser.add_argument("--max-window-s", type=float, default=20.0)
+    parser.add_argument("--keep-float", action="store_true", help="ship the float32 graph as well")
+    parser.add_argument("--min-speed", type=float, default=Gate.min_speed, help="of INT8 over float32")
+    parser.add_argument(
+        "--max-wer-increase",
+        type=float,
+        default=Gate.max_wer_increase,
+        help="absolute, on the validation set",
+    )
+    given = parser.parse_args(arguments)
+    try:
+        bundle = publish(
+            load_checkpoint(given.checkpoint),
+            given.name,
+            given.models_dir,
+            read_card(given.card),
+            Recordings(given.calibration, given.validation, given.test),
+            max_window_s=given.max_window_s,
+            keep_float=given.keep_float,
+            gate=Gate(given.min_speed, given.max_wer_increase),
+        )
+    except (TrainingError, BundleError, FileNotFoundError) as error:
+        print(f"publish: {error}", file=sys.stderr)
+        return 2
+    print(f"{bundle.path}: verified")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

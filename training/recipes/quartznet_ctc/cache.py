@@ -1,0 +1,129 @@
+"""Stage 1: audio of a manifest -> one memory-mapped file of samples and one of log-mel features.
+
+    python -m training.recipes.quartznet_ctc.cache --manifest MANIFEST --out CACHE
+
+Writes ``pcm.i16`` (int16, 16 kHz mono, utterances back to back), ``mel.npy`` (float16 ``(frames, 64)``
+log-mel before the per-feature normalisation, so that augmentation can add noise as power), and
+``index.json`` with each utterance's offsets. Decoding needs only soundfile; a shard is read once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+import torch
+from tqdm import tqdm
+
+from training.frontend import LogMel
+from training.recipes.quartznet_ctc.dataset import Utterance, read_manifest
+
+SAMPLE_RATE_HZ = 16_000
+
+
+def decode_audio(data: bytes) -> npt.NDArray[np.int16]:
+    """Encoded audio -> int16 mono samples at 16 kHz, shape ``(samples,)``."""
+    samples, rate_hz = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    mono = samples.mean(axis=1)
+    if rate_hz != SAMPLE_RATE_HZ:
+        mono = soxr.resample(mono, rate_hz, SAMPLE_RATE_HZ)
+    samples_i16: npt.NDArray[np.int16] = np.clip(np.round(mono * 32767.0), -32768, 32767).astype(np.int16)
+    return samples_i16
+
+
+def iterate_encoded(rows: list[Utterance], folder: Path) -> Iterator[tuple[int, bytes]]:
+    """``(row index, encoded bytes)`` of every row, shard by shard."""
+    by_shard: dict[str, dict[str, int]] = {}
+    for index, row in enumerate(rows):
+        by_shard.setdefault(row.shard, {})[row.audio_filepath] = index
+    for shard, names in sorted(by_shard.items()):
+        if not shard:
+            for name, index in names.items():
+                yield index, (folder / name).read_bytes()
+            continue
+        with tarfile.open(folder / shard) as archive:
+            for member in archive:
+                if member.name in names and (handle := archive.extractfile(member)) is not None:
+                    yield names[member.name], handle.read()
+
+
+def write_pcm(rows: list[Utterance], folder: Path, out: Path) -> None:
+    """Decode every row into ``out/pcm.i16`` and write ``out/index.json``."""
+    starts = np.zeros(len(rows), np.int64)
+    lengths = np.zeros(len(rows), np.int64)
+    position = 0
+    partial = out / "pcm.partial"
+    with partial.open("wb") as sink, ThreadPoolExecutor(2) as pool:
+        pending = iterate_encoded(rows, folder)
+        progress = tqdm(total=len(rows), desc="decode", unit="clip", mininterval=2)
+        while batch := [item for _, item in zip(range(64), pending, strict=False)]:
+            for (index, _), samples in zip(
+                batch, pool.map(decode_audio, [data for _, data in batch]), strict=True
+            ):
+                starts[index], lengths[index] = position, len(samples)
+                position += len(samples)
+                sink.write(samples.tobytes())
+                progress.update()
+        progress.close()
+    missing = [rows[index].id for index in np.flatnonzero(lengths == 0)]
+    if missing:
+        raise ValueError(f"{len(missing)} utterances have no audio, first: {missing[:3]}")
+    partial.rename(out / "pcm.i16")
+    index_rows = [
+        asdict(row) | {"pcm_start": int(start), "pcm_samples": int(length)}
+        for row, start, length in zip(rows, starts, lengths, strict=True)
+    ]
+    (out / "index.json").write_text(json.dumps(index_rows), encoding="utf-8")
+
+
+def write_mel(out: Path) -> None:
+    """Features of every utterance in ``out/index.json``: ``out/mel.npy`` and their offsets in the index."""
+    index = json.loads((out / "index.json").read_text(encoding="utf-8"))
+    frontend = LogMel()
+    hop = frontend.config.hop_samples
+    counts = [row["pcm_samples"] // hop + 1 for row in index]
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    shape = (int(starts[-1]), frontend.config.features)
+    partial = out / "mel.partial.npy"
+    mel = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+    pcm = np.memmap(out / "pcm.i16", np.int16, mode="r")
+    for row, start, count in zip(
+        tqdm(index, desc="log-mel", unit="clip", mininterval=2), starts, counts, strict=False
+    ):
+        samples = pcm[row["pcm_start"] : row["pcm_start"] + row["pcm_samples"]].astype(np.float32) / 32768.0
+        values, _ = frontend.log_mel(torch.from_numpy(samples)[None], torch.tensor([len(samples)]))
+        mel[start : start + count] = values[0].numpy()
+        row["mel_start"], row["mel_frames"] = int(start), int(count)
+    mel.flush()
+    partial.rename(out / "mel.npy")
+    (out / "index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not (arguments.out / "index.json").exists():
+        rows = read_manifest(arguments.manifest)
+        write_pcm(rows, arguments.manifest.parent, arguments.out)
+    if not (arguments.out / "mel.npy").exists():
+        with torch.inference_mode():
+            write_mel(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Stage 2: what the teacher says and thinks about every cached utterance.
+
+    python -m training.recipes.quartznet_ctc.label --teacher TEACHER.nemo --cache CACHE
+
+Writes ``logits.npy`` (float16 log-probs ``(frames, 29)``, 20 ms each), ``hidden.npy`` (float16 activations
+of two of the teacher's layers on their first principal components), ``components.npz`` (that projection) and
+the teacher's greedy text and confidence into ``labels.json``. The teacher's weights are used here and nowhere
+else. Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training.nemo import read_nemo
+from training.recipes.quartznet_ctc.batches import normalise_features, pad_features
+from training.recipes.quartznet_ctc.dataset import BLANK_ID, VOCABULARY_SIZE, decode_ids
+from training.recipes.quartznet_ctc.fast import channels_last
+
+HIDDEN_BLOCKS = (-3, -1)
+"""Last residual block (acoustic, smooth in time) and the layer before the decoder (near the characters)."""
+COMPONENTS = 128
+"""Principal components kept per layer."""
+SAVE_EVERY = 100
+"""Batches between two states that an interrupted run can go on from."""
+
+
+def principal_components(samples: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,), projection (D, count) and standard deviations (count,) of samples (N, D), largest first."""
+    mean = samples.mean(dim=0)
+    covariance = torch.cov((samples - mean).t())
+    values, vectors = torch.linalg.eigh(covariance)
+    order = values.argsort(descending=True)[:count]
+    return mean, vectors[:, order], values[order].clamp(min=0).sqrt()
+
+
+def greedy(log_probs: npt.NDArray[np.float32]) -> tuple[str, float]:
+    """Best-path text of (frames, vocabulary) log-probs and the mean log-probability of that path."""
+    best = log_probs.argmax(axis=1)
+    keep = (best != BLANK_ID) & np.concatenate([[True], best[1:] != best[:-1]])
+    return " ".join(decode_ids(best[keep].tolist()).split()), float(log_probs.max(axis=1).mean())
+
+
+def length_batches(frames: list[int], budget: int) -> list[list[int]]:
+    """Indices in batches of similar length whose padded frames stay within ``budget``."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(frames)), key=lambda position: -frames[position]):
+        if batches and frames[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+class Labeller:
+    """Runs the teacher over cached features."""
+
+    def __init__(self, teacher: Path, cache: Path) -> None:
+        self.cache = cache
+        self.index: list[dict[str, Any]] = json.loads((cache / "index.json").read_text(encoding="utf-8"))
+        self.mel = np.load(cache / "mel.npy", mmap_mode="r")
+        self.network = channels_last(read_nemo(teacher).model).eval()
+
+    def run(self, batch: list[int]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Log-probs (B,T,V), activations per layer (B,T,C) and lengths (B,) of utterances ``batch``."""
+        rows = [self.index[index] for index in batch]
+        features, lengths = pad_features(
+            [self.mel[row["mel_start"] : row["mel_start"] + row["mel_frames"]] for row in rows]
+        )
+        with torch.inference_mode():
+            output = self.network(normalise_features(features, lengths), lengths, HIDDEN_BLOCKS)
+        return output.log_probs, output.hidden, output.lengths
+
+    def fit_components(self, batches: list[list[int]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Principal components per layer from a seeded sample of batches."""
+        kept: list[list[Tensor]] = [[] for _ in HIDDEN_BLOCKS]
+        for position in np.random.default_rng(0).choice(len(batches), min(12, len(batches)), replace=False):
+            _, hidden, lengths = self.run(batches[int(position)])
+            for layer, values in zip(kept, hidden, strict=True):
+                layer.extend(values[item, : int(lengths[item])].float() for item in range(len(lengths)))
+        return [principal_components(torch.cat(layer), COMPONENTS) for layer in kept]
+
+
+def label(teacher: Path, cache: Path, budget_s: float) -> None:
+    """Fill the cache with the teacher's answers; see the module."""
+    labeller = Labeller(teacher, cache)
+    index = labeller.index
+    counts = [(row["mel_frames"] - 1) // 2 + 1 for row in index]
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    batches = length_batches([row["mel_frames"] for row in index], int(budget_s * 100))
+    order = np.random.default_rng(1).permutation(len(batches))
+    components_path, progress_path = cache / "components.npz", cache / "labels.progress.json"
+    mode, done = "w+", 0
+    labels: dict[str, tuple[str, float]] = {}
+    if progress_path.exists() and components_path.exists():
+        state = json.loads(progress_path.read_text(encoding="utf-8"))
+        mode, done, labels = "r+", state["done"], state["labels"]
+        stored = np.load(components_path)
+        components = [
+            tuple(torch.from_numpy(stored[f"{name}{layer}"]) for name in ("mean", "basis", "std"))
+            for layer in range(len(HIDDEN_BLOCKS))
+        ]
+    else:
+        components = list(labeller.fit_components(batches))
+        arrays = {
+            f"{name}{layer}": value.numpy()
+            for layer, parts in enumerate(components)
+            for name, value in zip(("mean", "basis", "std"), parts, strict=True)
+        }
+        np.savez(components_path, **arrays)  # type: ignore[arg-type]
+    width = COMPONENTS * len(HIDDEN_BLOCKS)
+    files = {"logits": VOCABULARY_SIZE, "hidden": width}
+    logits, hidden_out = (
+        np.lib.format.open_memmap(
+            cache / f"{name}.npy", mode=mode, dtype=np.float16, shape=(int(starts[-1]), size)
+        )
+        for name, size in files.items()
+    )
+    progress = tqdm(total=len(batches), initial=done, desc="teacher", unit="batch", mininterval=2)
+    for position in range(done, len(batches)):
+        batch = batches[int(order[position])]
+        log_probs, hidden, lengths = labeller.run(batch)
+        projected = torch.cat(
+            [
+                (values.float() - mean) @ basis
+                for values, (mean, basis, _) in zip(hidden, components, strict=True)
+            ],
+            dim=-1,
+        )
+        for item, utterance in enumerate(batch):
+            count, start = int(lengths[item]), starts[utterance]
+            logits[start : start + count] = log_probs[item, :count].numpy()
+            hidden_out[start : start + count] = projected[item, :count].numpy()
+            labels[str(utterance)] = greedy(log_probs[item, :count].numpy())
+        progress.update()
+        if (position + 1) % SAVE_EVERY == 0 or position + 1 == len(batches):
+            progress_path.write_text(json.dumps({"done": position + 1, "labels": labels}), encoding="utf-8")
+    progress.close()
+    for array in (logits, hidden_out):
+        array.flush()
+    rows = [
+        {
+            "label_start": int(starts[i]),
+            "label_frames": counts[i],
+            "text": labels[str(i)][0],
+            "confidence": labels[str(i)][1],
+        }
+        for i in range(len(index))
+    ]
+    (cache / "labels.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--batch-s", type=float, default=80.0, help="padded audio-seconds per batch")
+    arguments = parser.parse_args()
+    if not (arguments.cache / "labels.json").exists():
+        label(arguments.teacher, arguments.cache, arguments.batch_s)
+
+
+if __name__ == "__main__":
+    main()

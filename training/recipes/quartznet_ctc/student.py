@@ -1,0 +1,92 @@
+"""The student's shape and the heads that exist only while it learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.recipes.quartznet_ctc.dataset import VOCABULARY_SIZE
+from training.recipes.quartznet_ctc.examples import Batch
+from training.recipes.quartznet_ctc.fast import channels_last, upsampled
+from training.recipes.quartznet_ctc.loss import activation_loss, ctc_loss, dense_loss, posterior_loss
+from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
+
+SIZES: dict[str, tuple[int, list[tuple[int, int, int]], int]] = {
+    # name: stem filters, residual blocks (filters, repeat, kernel), filters of the last layer
+    "tiny": (32, [(32, 1, 7)], 64),
+    "s": (256, [(256, 3, 13), (256, 3, 17), (320, 3, 21), (320, 3, 25), (384, 3, 29)], 512),
+    "m": (256, [(256, 4, 13), (384, 4, 15), (448, 4, 19), (512, 4, 23), (512, 4, 27)], 640),
+    "l": (256, [(384, 4, 13), (448, 4, 15), (512, 4, 19), (512, 4, 23), (512, 4, 27), (512, 4, 31)], 768),
+}
+
+
+def student_config(size: str) -> QuartzNetConfig:
+    """A trunk at 40 ms (stride 4 in the stem) that emits two 20 ms frames per step."""
+    stem, body, last = SIZES[size]
+    blocks = [BlockConfig(stem, 1, 11, stride=4, separable=False)]
+    blocks += [BlockConfig(filters, repeat, kernel, residual=True) for filters, repeat, kernel in body]
+    blocks.append(BlockConfig(last, 1, 1, separable=False))
+    return QuartzNetConfig(VOCABULARY_SIZE, tuple(blocks), upsample=2)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each part counts."""
+
+    hidden: float = 1.0
+    dense: float = 0.3
+    posterior: float = 0.5
+    ctc: float = 0.3
+
+
+class Distiller(nn.Module):
+    """The student and its training-only heads: to the teacher's activations and to dense labels."""
+
+    def __init__(self, config: QuartzNetConfig, components: int) -> None:
+        super().__init__()
+        self.model = QuartzNet(config)
+        self.fast = channels_last(self.model)
+        self.components = components
+        middle, last = config.blocks[-2].filters, config.blocks[-1].filters
+        self.acoustic_head = nn.Linear(middle, config.upsample * components)
+        self.character_head = nn.Linear(last, config.upsample * components)
+        self.dense_head = nn.Linear(middle, config.upsample * config.vocabulary_size)
+
+    def losses(self, batch: Batch, hidden_weights: Tensor, with_ctc: bool = True) -> dict[str, Tensor]:
+        """Each part of the loss on a batch; ``hidden_weights`` (2 * components,)."""
+        output = self.fast(batch.features, batch.lengths, (-2, -1))
+        factor = self.model.config.upsample
+
+        def head(linear: nn.Linear, hidden: Tensor) -> Tensor:
+            out = functional.linear(hidden, linear.weight.to(hidden.dtype), linear.bias.to(hidden.dtype))
+            return upsampled(out, factor).float()
+
+        frames = output.log_probs.shape[1]
+        targets, lengths = batch.hidden[:, :frames], batch.target_lengths
+        first, second = targets[..., : self.components], targets[..., self.components :]
+        weights = hidden_weights[: self.components], hidden_weights[self.components :]
+        losses = {
+            "hidden": 0.5
+            * activation_loss(head(self.acoustic_head, output.hidden[0]), first, weights[0], lengths)
+            + 0.5 * activation_loss(head(self.character_head, output.hidden[1]), second, weights[1], lengths),
+            "dense": dense_loss(head(self.dense_head, output.hidden[0]), batch.dense[:, :frames], lengths),
+            "posterior": posterior_loss(output.log_probs, batch.teacher[:, :frames], lengths),
+        }
+        if with_ctc:
+            losses["ctc"] = ctc_loss(output.log_probs, output.lengths, batch.texts)
+        return losses
+
+
+def mix(start: LossWeights, end: LossWeights, progress: float) -> LossWeights:
+    """Weights between two settings, linear in ``progress`` (0..1)."""
+    names = LossWeights.__dataclass_fields__
+    return LossWeights(**{n: (1 - progress) * getattr(start, n) + progress * getattr(end, n) for n in names})
+
+
+def total_loss(losses: dict[str, Tensor], weights: LossWeights) -> Tensor:
+    """Weighted sum of the parts."""
+    parts = [getattr(weights, name) * value for name, value in losses.items()]
+    return torch.stack(parts).sum()

@@ -1,0 +1,65 @@
+"""Stage 4: the averaged weights of a run as one small checkpoint, for export, ``--init-from`` and git.
+
+    python -m training.recipes.quartznet_ctc.weights --run runs/NAME --out student.safetensors
+
+Half precision, the heads of training only left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.checkpoint import Checkpoint, save_checkpoint
+from training.frontend import FrontendConfig
+from training.recipes.quartznet_ctc.dataset import ALPHABET
+from training.recipes.quartznet_ctc.label import COMPONENTS
+from training.recipes.quartznet_ctc.student import Distiller, student_config
+from training.vocabulary import CharacterCodec
+
+
+def student_of(state: dict[str, Any], raw: bool = False) -> Checkpoint:
+    """The student in a distillation checkpoint: the running average, or the last step's ``raw`` weights."""
+    distiller = Distiller(student_config(state["config"]["size"]), COMPONENTS)
+    distiller.load_state_dict(state["distiller" if raw else "average"])
+    step, elapsed_s, audio_s, best_wer = state["counters"]
+    meta = {
+        "size": state["config"]["size"],
+        "steps": step,
+        "hours_seen": round(audio_s / 3600, 1),
+        "training_minutes": round(elapsed_s / 60, 1),
+        "best_validation_wer": best_wer if best_wer < 10 else None,
+    }
+    vocabulary = CharacterCodec(ALPHABET[1:]).vocabulary
+    return Checkpoint(distiller.model.eval(), FrontendConfig(), vocabulary, meta)
+
+
+def halved(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with float16 weights; batch statistics stay float32, where half precision could overflow."""
+    model = copy.deepcopy(checkpoint.model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half()
+    return Checkpoint(model, checkpoint.frontend, checkpoint.vocabulary, checkpoint.meta)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="last.pt", help="last.pt or best.pt")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--raw", action="store_true", help="the last step's weights instead of the average")
+    arguments = parser.parse_args()
+    state = torch.load(arguments.run / arguments.checkpoint, weights_only=True)
+    checkpoint = student_of(state, arguments.raw)
+    save_checkpoint(arguments.out, halved(checkpoint))
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB, {checkpoint.meta}")
+
+
+if __name__ == "__main__":
+    main()

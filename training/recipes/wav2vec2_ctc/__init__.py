@@ -1,0 +1,1 @@
+"""wav2vec2 of the XLSR kind, fine-tuned with CTC."""

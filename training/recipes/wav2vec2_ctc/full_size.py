@@ -1,0 +1,130 @@
+"""wav2vec2-large-xlsr-53 at full size with random weights: PyTorch, ONNX and INT8 side by side.
+
+    python -m training.recipes.wav2vec2_ctc.full_size --clip-s 5 --threads 2
+
+Speed and size do not depend on what the weights know. All forms take turns in one process on the same clip,
+and what they answer is compared before it is timed. "CPU ms" is the processor's time, which other programs on
+the machine disturb less than the clock's. Needs about 8 GB of memory and 3 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from tqdm import tqdm
+
+from training.data.synthetic import SAMPLE_RATE_HZ, tones
+from training.inference import compare, cpu_session, run_graph
+from training.loop.run_folder import environment
+from training.recipes.wav2vec2_ctc.export import export_graph
+from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc
+from training.transformer_quantize import dynamic, products
+
+OUTPUTS = 35
+TABLE_HEAD = (
+    f"{'form':42} {'MB':>6} {'median ms':>10} {'fastest ms':>10} "
+    f"{'CPU ms':>8} {'speedup':>8} {'posterior':>10}"
+)
+TABLE_ROW = (
+    "{form:42} {megabytes:6.0f} {latency_ms:10.0f} {fastest_ms:10.0f} {processor_ms:8.0f} {speedup:7.2f}x "
+    "{worst_posterior:10.1e}"
+)
+
+
+def int8_forms(graph: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The recipes that are tried."""
+    names = products(onnx.load(graph, load_external_data=False))
+    features = [name for name in names if name.startswith("features.")]
+    yield "INT8 dynamic, Transformer only", dynamic(graph, folder / "transformer.onnx", features)
+    yield "INT8 dynamic, convolutions as MatMul too", dynamic(graph, folder / "everything.onnx")
+
+
+def measure(
+    config: Wav2Vec2Config, clip_s: float, threads: int, repeats: int, folder: Path
+) -> list[dict[str, Any]]:
+    """One row per form: megabytes, milliseconds, ratio to PyTorch, agreement with PyTorch."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    network = Wav2Vec2Ctc(config, OUTPUTS).eval()
+    graph = folder / "float32.onnx"
+    onnx.save(export_graph(network), graph)
+    gc.collect()
+    files = {"PyTorch float32": graph, "ONNX float32": graph, **dict(int8_forms(graph, folder))}
+    gc.collect()
+    clip = np.resize(tones("bir iki üç dört beş"), round(clip_s * SAMPLE_RATE_HZ))
+    waveform, lengths = torch.from_numpy(clip)[None], torch.tensor([len(clip)])
+
+    def run_torch() -> np.ndarray[Any, np.dtype[np.float32]]:
+        with torch.inference_mode():
+            return network(waveform, lengths)[0][0].numpy()  # type: ignore[no-any-return]
+
+    runs: dict[str, Callable[[], np.ndarray[Any, np.dtype[np.float32]]]] = {"PyTorch float32": run_torch}
+    for name, path in list(files.items())[1:]:
+        session = cpu_session(path, threads)
+        runs[name] = lambda session=session: run_graph(session, [clip])[0]  # type: ignore[misc]
+    expected = run_torch()
+    agreements = {name: compare([expected], [run()]) for name, run in runs.items()}
+    if agreements["ONNX float32"].worst_posterior > 1e-4:
+        raise SystemExit(f"ONNX disagrees with PyTorch: {agreements['ONNX float32'].describe()}")
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    processor: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), unit="round"):
+        for name, run in runs.items():
+            started, used = time.perf_counter(), time.process_time()
+            run()
+            processor[name].append(time.process_time() - used)
+            times[name].append(time.perf_counter() - started)
+    base_s = float(np.median(times["PyTorch float32"]))
+    weights_bytes = sum(value.numel() * 4 for value in network.parameters())
+    return [
+        {
+            "form": name,
+            "megabytes": (weights_bytes if index == 0 else files[name].stat().st_size) / 1e6,
+            "latency_ms": 1000 * float(np.median(times[name])),
+            "fastest_ms": 1000 * min(times[name]),
+            "processor_ms": 1000 * min(processor[name]),
+            "speedup": base_s / float(np.median(times[name])),
+            "worst_posterior": agreements[name].worst_posterior,
+        }
+        for index, name in enumerate(runs)
+    ]
+
+
+def main() -> None:
+    """The command; the last line is JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clip-s", type=float, default=5.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=24, help="fewer, to see it work quickly")
+    given = parser.parse_args()
+    config = Wav2Vec2Config(layers=given.layers)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(config, given.clip_s, given.threads, given.repeats, Path(folder))
+    print(TABLE_HEAD)
+    for row in rows:
+        print(TABLE_ROW.format(**row))
+    hardware = environment()["processor"]
+    setting = {
+        "clip_s": given.clip_s,
+        "threads": given.threads,
+        "repeats": given.repeats,
+        "layers": given.layers,
+    }
+    print(json.dumps({"hardware": hardware, **setting, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

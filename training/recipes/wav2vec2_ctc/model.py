@@ -1,0 +1,210 @@
+"""wav2vec2 (Baevski et al. 2020) of the XLSR kind (Conneau et al. 2020) with a CTC head.
+
+XLSR's variant: layer normalisation after every convolution of the feature encoder, pre-norm layers after it.
+Frames depend on their own samples only and attention on own frames only, so batched equals alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.errors import CheckpointError
+from training.transformer import EncoderLayer, key_bias
+
+
+@dataclass(frozen=True)
+class Wav2Vec2Config:
+    """Shape of the network; the defaults are those of wav2vec2-large-xlsr-53 (315 million parameters)."""
+
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    inner: int = 4096
+    channels: tuple[int, ...] = (512,) * 7
+    kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    position_kernel: int = 128
+    position_groups: int = 16
+    norm_eps: float = 1e-5
+
+    @classmethod
+    def from_transformers(cls, config: Any) -> Wav2Vec2Config:
+        """From a `transformers.Wav2Vec2Config`. Raises CheckpointError for wav2vec2-base's variant."""
+        if config.feat_extract_norm != "layer" or not config.do_stable_layer_norm or not config.conv_bias:
+            raise CheckpointError(
+                "only the XLSR kind is known (feat_extract_norm 'layer', do_stable_layer_norm, conv_bias); "
+                f"this checkpoint has {config.feat_extract_norm!r}, {config.do_stable_layer_norm}, "
+                f"{config.conv_bias}"
+            )
+        return cls(
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            inner=config.intermediate_size,
+            channels=tuple(config.conv_dim),
+            kernels=tuple(config.conv_kernel),
+            strides=tuple(config.conv_stride),
+            position_kernel=config.num_conv_pos_embeddings,
+            position_groups=config.num_conv_pos_embedding_groups,
+            norm_eps=config.layer_norm_eps,
+        )
+
+    @property
+    def stride_samples(self) -> int:
+        """Samples from one output frame to the next."""
+        out = 1
+        for stride in self.strides:
+            out *= stride
+        return out
+
+    @property
+    def min_samples(self) -> int:
+        """Samples that give one frame."""
+        need = 1
+        for kernel, stride in zip(reversed(self.kernels), reversed(self.strides), strict=True):
+            need = (need - 1) * stride + kernel
+        return need
+
+
+class FeatureEncoderLayer(nn.Module):
+    """Convolution without padding, layer normalisation over channels, GELU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, outputs, kernel, stride)
+        self.layer_norm = nn.LayerNorm(outputs)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(batch, inputs, frames) -> (batch, outputs, frames')."""
+        normal = self.layer_norm(self.conv(values).transpose(1, 2)).transpose(1, 2)
+        return functional.gelu(normal)
+
+
+class Wav2Vec2Ctc(nn.Module):
+    """Waveform in, log-probabilities out."""
+
+    def __init__(
+        self, config: Wav2Vec2Config, outputs: int, *, dropout: float = 0.0, mask_share: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.config = config
+        inputs = (1, *config.channels[:-1])
+        self.features = nn.ModuleList(
+            FeatureEncoderLayer(*shape)
+            for shape in zip(inputs, config.channels, config.kernels, config.strides, strict=True)
+        )
+        self.projection_norm = nn.LayerNorm(config.channels[-1], eps=config.norm_eps)
+        self.projection = nn.Linear(config.channels[-1], config.width)
+        self.masked = nn.Parameter(torch.zeros(config.width))
+        self.positions = nn.Conv1d(
+            config.width,
+            config.width,
+            config.position_kernel,
+            padding=config.position_kernel // 2,
+            groups=config.position_groups,
+        )
+        self.layers = nn.ModuleList(
+            EncoderLayer(config.width, config.heads, config.inner, dropout=dropout)
+            for _ in range(config.layers)
+        )
+        self.layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(config.width, outputs)
+        self.mask_share = mask_share
+
+    def frame_lengths(self, lengths: Tensor) -> Tensor:
+        """Frames per item; int64 (batch,)."""
+        for kernel, stride in zip(self.config.kernels, self.config.strides, strict=True):
+            lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
+        return lengths
+
+    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, samples), (batch,) -> log_probs (batch, frames, vocabulary), frame lengths (batch,)."""
+        own = (torch.arange(waveform.shape[1], device=lengths.device)[None, :] < lengths[:, None]).float()
+        count = lengths[:, None].float()
+        mean = (waveform * own).sum(dim=1, keepdim=True) / count
+        centred = (waveform - mean) * own
+        signal = centred / torch.sqrt((centred * centred).sum(dim=1, keepdim=True) / count + 1e-7)
+        values = signal[:, None, :]
+        for layer in self.features:
+            values = layer(values)
+        hidden = self.projection(self.projection_norm(values.transpose(1, 2)))
+        counts, frames = self.frame_lengths(lengths), hidden.shape[1]
+        if self.training and self.mask_share > 0:
+            hidden = torch.where(
+                self._masks(counts, frames)[:, :, None], self.masked.to(hidden.dtype), hidden
+            )
+        inside = (torch.arange(frames, device=lengths.device)[None, :] < counts[:, None])[:, :, None]
+        hidden = hidden * inside.to(hidden.dtype)
+        placed = self.positions(hidden.transpose(1, 2))[:, :, :frames]
+        hidden = self.dropout(hidden + functional.gelu(placed).transpose(1, 2))
+        bias = key_bias(counts, frames)
+        for layer in self.layers:
+            hidden = layer(hidden, bias)
+        logits = self.head(self.dropout(self.layer_norm(hidden)))
+        return functional.log_softmax(logits.float(), dim=-1), counts
+
+    def _masks(self, counts: Tensor, frames: int, span: int = 10) -> Tensor:
+        """(batch, frames) bool: stretches of `span` frames that together cover about `mask_share`."""
+        starts = torch.rand(len(counts), frames, device=counts.device) < self.mask_share / span
+        grown = functional.max_pool1d(starts.float(), span, stride=1, padding=span // 2)[:, :frames]
+        return grown > 0
+
+
+_PLACES = {
+    "masked_spec_embed": "masked",
+    "feature_projection.layer_norm.": "projection_norm.",
+    "feature_projection.projection.": "projection.",
+    "encoder.layer_norm.": "layer_norm.",
+    "encoder.pos_conv_embed.conv.bias": "positions.bias",
+}
+_PARTS = {
+    "attention.": "self_attn.",
+    "layer_norm.": "self_attn_layer_norm.",
+    "feed_forward.intermediate_dense.": "fc1.",
+    "feed_forward.output_dense.": "fc2.",
+    "final_layer_norm.": "final_layer_norm.",
+}
+
+
+def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a `transformers.Wav2Vec2Model` (or of a ForCTC with its prefix) under our names.
+
+    The position convolution's weight normalisation is multiplied out; the rest is dropped.
+    """
+    plain = {name.removeprefix("wav2vec2."): value for name, value in state.items()}
+    out: dict[str, Tensor] = {}
+    magnitude = direction = None
+    for name, value in plain.items():
+        if name.startswith("encoder.pos_conv_embed.conv.") and not name.endswith("bias"):
+            if name.endswith(("original0", "weight_g")):
+                magnitude = value
+            elif name.endswith(("original1", "weight_v")):
+                direction = value
+            else:
+                out["positions.weight"] = value
+        elif name.startswith("feature_extractor.conv_layers."):
+            out["features." + name.removeprefix("feature_extractor.conv_layers.")] = value
+        elif name.startswith("encoder.layers."):
+            _, _, index, rest = name.split(".", 3)
+            for theirs, ours in _PARTS.items():
+                if rest.startswith(theirs):
+                    out[f"layers.{index}.{ours}{rest.removeprefix(theirs)}"] = value
+                    break
+        elif name.startswith("lm_head."):
+            out["head." + name.removeprefix("lm_head.")] = value
+        else:
+            for theirs, ours in _PLACES.items():
+                if name.startswith(theirs):
+                    out[ours + name.removeprefix(theirs)] = value
+                    break
+    if magnitude is not None and direction is not None:
+        norm = direction.float().norm(dim=(0, 1), keepdim=True)
+        out["positions.weight"] = direction.float() * (magnitude.float() / norm)
+    return out

@@ -1,0 +1,1 @@
+"""A Whisper encoder with a CTC head."""

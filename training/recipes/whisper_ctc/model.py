@@ -1,0 +1,125 @@
+"""Whisper's encoder, on true lengths or on 30 padded seconds, and the head that turns it into a CTC model.
+
+Weights have the names that `transformers` gives them, so that published checkpoints fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
+from training.recipes.whisper_ctc.frontend import WhisperLogMel
+from training.transformer import EncoderLayer, key_bias
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of a Whisper encoder; the defaults are those of whisper-tiny."""
+
+    bands: int = 80
+    width: int = 384
+    layers: int = 4
+    heads: int = 6
+    inner: int = 1536
+    positions: int = 1500
+
+    @classmethod
+    def from_transformers(cls, config: Any) -> EncoderConfig:
+        """From a `transformers.WhisperConfig`."""
+        return cls(
+            bands=config.num_mel_bins,
+            width=config.d_model,
+            layers=config.encoder_layers,
+            heads=config.encoder_attention_heads,
+            inner=config.encoder_ffn_dim,
+            positions=config.max_source_positions,
+        )
+
+
+class WhisperEncoder(nn.Module):
+    """Two convolutions, positions, pre-norm layers."""
+
+    def __init__(self, config: EncoderConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.conv1 = nn.Conv1d(config.bands, config.width, 3, padding=1)
+        self.conv2 = nn.Conv1d(config.width, config.width, 3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(config.positions, config.width)
+        self.layers = nn.ModuleList(
+            EncoderLayer(config.width, config.heads, config.inner, key_bias=False, dropout=dropout)
+            for _ in range(config.layers)
+        )
+        self.layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, features: Tensor, lengths: Tensor, *, fixed: bool = False) -> tuple[Tensor, Tensor]:
+        """(batch, frames, bands), (batch,) -> (batch, frames / 2 rounded up, width), (batch,).
+
+        With `fixed` nothing is masked: all 30 seconds count, as Whisper was trained.
+        """
+        values = functional.gelu(self.conv1(features.transpose(1, 2)))
+        if not fixed:
+            own = torch.arange(values.shape[-1], device=lengths.device)[None, :] < lengths[:, None]
+            values = values * own[:, None, :].to(values.dtype)
+        values = functional.gelu(self.conv2(values)).transpose(1, 2)
+        lengths = torch.div(lengths + 1, 2, rounding_mode="floor")
+        frames = values.shape[1]
+        if frames > self.config.positions:
+            raise ValueError(f"{frames} frames, the encoder has positions for {self.config.positions} (30 s)")
+        values = values + self.embed_positions.weight[:frames]
+        bias = None if fixed else key_bias(lengths, frames)
+        for layer in self.layers:
+            values = layer(values, bias)
+        return self.layer_norm(values), lengths
+
+
+class WhisperCtc(nn.Module):
+    """Front end, encoder, head `Linear-GELU-LayerNorm-Linear`."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        outputs: int,
+        *,
+        hidden: int | None = None,
+        fixed: bool = False,
+        dropout: float = 0.0,
+        augment: SpecAugmentConfig | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = hidden or config.width
+        self.fixed = fixed
+        self.frontend = WhisperLogMel(config.bands, fixed=fixed)
+        self.augment = SpecAugment(augment) if augment else None
+        self.encoder = WhisperEncoder(config, dropout)
+        self.ctc_head = nn.Sequential(
+            nn.Linear(config.width, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, outputs)
+        )
+
+    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, samples), (batch,) -> log_probs (batch, frames, vocabulary), frame lengths (batch,)."""
+        with torch.autocast(waveform.device.type, enabled=False):
+            features, counts = self.frontend(waveform.float(), lengths)
+        if self.augment is not None:
+            features = self.augment(features.transpose(1, 2), counts).transpose(1, 2)
+        frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            hidden, counts = self.encoder(features, counts, fixed=self.fixed)
+        return functional.log_softmax(self.ctc_head(hidden).float(), dim=-1), counts
+
+    def train(self, mode: bool = True) -> WhisperCtc:
+        """Training mode; an encoder that does not learn stays in evaluation mode."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            self.encoder.eval()
+        return self
+
+
+def head_shape(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Hidden width and outputs of a head's weights, `ctc_head.0.weight` and `ctc_head.3.weight`."""
+    return state["ctc_head.0.weight"].shape[0], state["ctc_head.3.weight"].shape[0]

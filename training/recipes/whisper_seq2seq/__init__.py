@@ -1,0 +1,1 @@
+"""Whisper as it was meant: encoder and decoder, served as one graph."""

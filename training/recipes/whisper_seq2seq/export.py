@@ -1,0 +1,217 @@
+"""WhisperSeq2Seq -> one graph: front end, encoder, greedy search as an ONNX Loop with cached keys, frames.
+
+A step of the loop sees one token; keys and values of earlier tokens are carried from step to step, those of
+the audio are computed once outside.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from training.graph import GraphBuilder
+from training.recipes.whisper_ctc.export import add_encoder, add_features
+from training.recipes.whisper_seq2seq.model import IMPOSSIBLE, DecoderLayer, WhisperSeq2Seq
+from training.transformer_graph import (
+    add_attention_over,
+    add_feed_forward,
+    add_keys_and_memory,
+    add_layer_norm,
+    array,
+)
+
+
+def export_graph(model: WhisperSeq2Seq) -> onnx.ModelProto:
+    """The bundle's float32 graph."""
+    graph = GraphBuilder()
+    features, counts = add_features(graph, model.encoder.config.bands, fixed=model.fixed)
+    hidden, counts, bias = add_encoder(graph, "encoder", model.encoder, features, counts, fixed=model.fixed)
+    one, two = graph.ints("one", [1]), graph.ints("two", [2])
+    up = graph.add("Add", [counts, one], "frames.up")
+    frames = graph.add("Div", [up, two], "frames")
+    limit = graph.add("Div", [frames, two], "frames.limit")
+    heard = [
+        add_keys_and_memory(graph, f"decoder.layers.{index}.encoder_attn", _layer(layer).encoder_attn, hidden)
+        for index, layer in enumerate(model.decoder.layers)
+    ]
+    steps, valid = _add_search(graph, model, heard, bias, limit)
+    _add_frames(graph, model, steps, valid, frames)
+    return graph.build("whisper_seq2seq", model.decoder.config.vocabulary)
+
+
+def _layer(module: object) -> DecoderLayer:
+    if not isinstance(module, DecoderLayer):
+        raise TypeError(f"unknown layer {type(module).__name__}")
+    return module
+
+
+def _add_search(
+    graph: GraphBuilder, model: WhisperSeq2Seq, heard: list[tuple[str, str]], bias: str | None, limit: str
+) -> tuple[str, str]:
+    """Greedy search: log-probabilities (steps, batch, vocabulary), and whether each is a text token."""
+    config, prompt = model.decoder.config, model.prompt.ids
+    shape = graph.add("Shape", ["waveform"], "search.shape")
+    batch = graph.add("Gather", [shape, graph.ints("zero", [0])], "search.batch", axis=0)
+    longest = graph.add("ReduceMax", [limit], "search.longest", keepdims=1)
+    wanted = graph.add("Add", [longest, graph.ints("search.prompt_size", [len(prompt)])], "search.wanted")
+    room = graph.add("Min", [wanted, graph.ints("search.room", [config.positions - 1])], "search.steps_row")
+    count = graph.add("Squeeze", [room], "search.steps")
+    first = graph.add("Expand", [graph.ints("search.start", [prompt[0]]), batch], "search.first")
+    falses = helper.make_tensor("value", TensorProto.BOOL, [1], [False])
+    done = graph.add("ConstantOfShape", [batch], "search.none_done", value=falses)
+    size = config.width // config.heads
+    heads, none = graph.ints("search.heads", [config.heads]), graph.ints("zero", [0])
+    per_head = graph.ints("search.head_size", [size])
+    key_shape = graph.add("Concat", [batch, heads, per_head, none], "search.key_shape", axis=0)
+    value_shape = graph.add("Concat", [batch, heads, none, per_head], "search.value_shape", axis=0)
+    keys = graph.add("ConstantOfShape", [key_shape], "search.no_keys")
+    values = graph.add("ConstantOfShape", [value_shape], "search.no_values")
+    body = _body(graph.inner(), model, heard, bias, limit)
+    caches = [name for _ in heard for name in (keys, values)]
+    finals = ["search.last", "search.done", *(f"search.cache_{index}" for index in range(len(caches)))]
+    graph.nodes.append(
+        helper.make_node(
+            "Loop",
+            [count, "", first, done, *caches],
+            [*finals, "search.log_probs", "search.valid"],
+            name="search",
+            body=body,
+        )
+    )
+    return "search.log_probs", "search.valid"
+
+
+def _body(
+    graph: GraphBuilder,
+    model: WhisperSeq2Seq,
+    heard: list[tuple[str, str]],
+    bias: str | None,
+    limit: str,
+) -> onnx.GraphProto:
+    """One step: token (batch,) and caches in, next token and longer caches out."""
+    config, prompt = model.decoder.config, model.prompt
+    one = graph.ints("one", [1])
+    index = graph.add("Reshape", ["step.index", one], "step.index_row")
+    table = graph.weights("decoder.embed_tokens", array(model.decoder.embed_tokens.weight))
+    places = graph.weights("decoder.embed_positions", array(model.decoder.embed_positions.weight))
+    token = graph.add("Unsqueeze", ["step.token", one], "step.token_column")
+    embedded = graph.add("Gather", [table, token], "step.embedded", axis=0)
+    placed = graph.add("Gather", [places, index], "step.place", axis=0)
+    values = graph.add("Add", [embedded, placed], "step.values")
+    caches = []
+    for number, module in enumerate(model.decoder.layers):
+        values, grown = _add_layer(graph, number, _layer(module), values, heard[number], bias)
+        caches += grown
+    values = add_layer_norm(graph, "decoder.layer_norm", values, model.decoder.layer_norm)
+    output = graph.weights("decoder.output", array(model.decoder.embed_tokens.weight).T)
+    logits = graph.add("MatMul", [values, output], "step.logits")
+    flat = graph.add("Squeeze", [logits, one], "step.flat")
+    allowed = graph.add("Add", [flat, graph.weights("step.suppress", array(model.suppress))], "step.allowed")
+    graph.add("LogSoftmax", [allowed], "step.log_probs", axis=-1)
+    best = graph.add("ArgMax", ["step.log_probs"], "step.best", axis=-1, keepdims=0)
+    following = graph.add("Add", [index, one], "step.following")
+    size = graph.ints("step.prompt_size", [len(prompt.ids)])
+    prompted = graph.add("Less", [following, size], "step.prompted")
+    last = graph.ints("step.prompt_last", [len(prompt.ids) - 1])
+    within = graph.add("Min", [following, last], "step.within")
+    forced = graph.add("Gather", [graph.ints("step.prompt", prompt.ids), within], "step.forced", axis=0)
+    graph.add("Where", [prompted, forced, best], "step.next")
+    text = graph.add("Not", [prompted], "step.text")
+    number_of_text = graph.add("Sub", [following, size], "step.text_number")
+    full = graph.add("GreaterOrEqual", [number_of_text, limit], "step.full")
+    ended = graph.add("Equal", [best, graph.ints("step.end", [prompt.end])], "step.ended")
+    over = graph.add("Or", [ended, full], "step.over")
+    over = graph.add("And", [over, text], "step.over_text")
+    finished = graph.add("Or", ["step.done", over], "step.finished")
+    going = graph.add("Not", [finished], "step.going")
+    graph.add("And", [going, text], "step.valid")
+    count = graph.add("Cast", [going], "step.going_count", to=TensorProto.INT64)
+    any_going = graph.add("ReduceMax", [count], "step.any", keepdims=0)
+    graph.add("Cast", [any_going], "step.continue", to=TensorProto.BOOL)
+    inputs = [
+        helper.make_tensor_value_info("step.index", TensorProto.INT64, []),
+        helper.make_tensor_value_info("step.condition", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("step.token", TensorProto.INT64, ["batch"]),
+        helper.make_tensor_value_info("step.done", TensorProto.BOOL, ["batch"]),
+        *(_cache_info(f"step.cache_{i}", i, config.heads, config.width) for i in range(len(caches))),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("step.continue", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("step.next", TensorProto.INT64, ["batch"]),
+        helper.make_tensor_value_info("step.finished", TensorProto.BOOL, ["batch"]),
+        *(_cache_info(name, i, config.heads, config.width) for i, name in enumerate(caches)),
+        helper.make_tensor_value_info("step.log_probs", TensorProto.FLOAT, ["batch", config.vocabulary]),
+        helper.make_tensor_value_info("step.valid", TensorProto.BOOL, ["batch"]),
+    ]
+    return helper.make_graph(graph.nodes, "step", inputs, outputs)
+
+
+def _cache_info(name: str, index: int, heads: int, width: int) -> onnx.ValueInfoProto:
+    """Keys (batch, heads, size, tokens) for even numbers, values (batch, heads, tokens, size) for odd."""
+    size = width // heads
+    shape: list[str | int | None] = (
+        ["batch", heads, size, None] if index % 2 == 0 else ["batch", heads, None, size]
+    )
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def _add_layer(
+    graph: GraphBuilder,
+    number: int,
+    layer: DecoderLayer,
+    values: str,
+    heard: tuple[str, str],
+    bias: str | None,
+) -> tuple[str, list[str]]:
+    """(batch, 1, width) -> the same, and the grown caches."""
+    name = f"decoder.layers.{number}"
+    normal = add_layer_norm(graph, f"{name}.self_attn_layer_norm", values, layer.self_attn_layer_norm)
+    key, value = add_keys_and_memory(graph, f"{name}.self_attn", layer.self_attn, normal)
+    keys = graph.add("Concat", [f"step.cache_{2 * number}", key], f"{name}.keys", axis=3)
+    memory = graph.add("Concat", [f"step.cache_{2 * number + 1}", value], f"{name}.values", axis=2)
+    mixed = add_attention_over(graph, f"{name}.self_attn", layer.self_attn, normal, keys, memory, None)
+    values = graph.add("Add", [values, mixed], f"{name}.said")
+    normal = add_layer_norm(graph, f"{name}.encoder_attn_layer_norm", values, layer.encoder_attn_layer_norm)
+    mixed = add_attention_over(graph, f"{name}.encoder_attn", layer.encoder_attn, normal, *heard, bias)
+    values = graph.add("Add", [values, mixed], f"{name}.heard")
+    normal = add_layer_norm(graph, f"{name}.final_layer_norm", values, layer.final_layer_norm)
+    values = graph.add("Add", [values, add_feed_forward(graph, name, normal, layer.fc1, layer.fc2)], name)
+    return values, [keys, memory]
+
+
+def _add_frames(graph: GraphBuilder, model: WhisperSeq2Seq, steps: str, valid: str, frames: str) -> None:
+    """Spread the text tokens over the frames, see model.spread."""
+    zero, one = graph.ints("zero", [0]), graph.ints("one", [1])
+    start = graph.ints("spread.start", [len(model.prompt.ids) - 1])
+    far = graph.ints("far", [2**31 - 1])
+    text = graph.add("Slice", [steps, start, far, zero], "spread.text_steps")
+    text = graph.add("Transpose", [text], "spread.text", perm=[1, 0, 2])
+    counted = graph.add("Cast", [valid], "spread.valid", to=TensorProto.INT64)
+    found = graph.add("ReduceSum", [counted, zero], "spread.found", keepdims=0)
+    n = graph.add("Unsqueeze", [found, one], "spread.n")
+    total = graph.add("Unsqueeze", [frames, one], "spread.total")
+    longest = graph.add("ReduceMax", [frames], "spread.longest", keepdims=0)
+    scalars = [graph.ints("spread.zero_row", [0]), graph.ints("spread.one_row", [1])]
+    first, step = (graph.add("Squeeze", [name], f"{name}.scalar") for name in scalars)
+    frame = graph.add("Range", [first, longest, step], "spread.frame")
+    scaled = graph.add("Mul", [frame, n], "spread.scaled")
+    less_one = graph.add("Sub", [total, one], "spread.total_less_one")
+    raised = graph.add("Add", [scaled, less_one], "spread.raised")
+    index = graph.add("Div", [raised, total], "spread.index")
+    reached = graph.add("Mul", [index, total], "spread.reached")
+    place = graph.add("Div", [reached, graph.add("Max", [n, one], "spread.n_or_one")], "spread.place")
+    there = graph.add("Equal", [place, frame], "spread.there")
+    inside = graph.add("Less", [index, n], "spread.inside")
+    hit = graph.add("And", [there, inside], "spread.hit")
+    shape = graph.add("Shape", [text], "spread.shape")
+    count = graph.add("Gather", [shape, one], "spread.count", axis=0)
+    last = graph.add("Sub", [count, one], "spread.last")
+    bounded = graph.add("Min", [index, last], "spread.bounded")
+    chosen = graph.add("Unsqueeze", [bounded, graph.ints("axis_last", [-1])], "spread.chosen")
+    gathered = graph.add("GatherND", [text, chosen], "spread.gathered", batch_dims=1)
+    row = np.full(model.decoder.config.vocabulary, IMPOSSIBLE, np.float32)
+    row[model.prompt.end] = 0.0
+    column = graph.add("Unsqueeze", [hit, graph.ints("axis_last", [-1])], "spread.hit_column")
+    graph.add("Where", [column, gathered, graph.weights("spread.blank", row)], "log_probs")
+    graph.add("Identity", [frames], "frame_lengths")

@@ -1,0 +1,193 @@
+"""Fine-tune a Whisper with its decoder, and serve it as one graph with greedy search inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.config import Section
+from training.errors import CheckpointError, ConfigError
+from training.loop.dataset import Batch
+from training.loop.module import SpeechModule
+from training.loop.settings import TrainingSettings
+from training.recipes.whisper_ctc.model import EncoderConfig
+from training.recipes.whisper_seq2seq.export import export_graph
+from training.recipes.whisper_seq2seq.model import DecoderConfig, Prompt, WhisperSeq2Seq
+from training.stages.recipe import Facts, Recipe, Waveforms
+from training.tokenizer import ByteLevelCodec, load_tokenizer
+from training.transformer_quantize import dynamic, products
+from training.vocabulary import TokenCodec
+
+IGNORED = -100
+
+
+class WhisperSeq2SeqSettings(Section):
+    """The `model` section."""
+
+    base: str = Field(
+        default="openai/whisper-small", description="Whisper checkpoint: a folder, or its hub name."
+    )
+    revision: str | None = Field(default=None, description="Commit of the hub checkpoint.")
+    frozen_encoder: bool = Field(default=False, description="Only the decoder learns.")
+    length: Literal["true", "fixed30"] = Field(
+        default="true", description="Run on the audio's own length, or on 30 padded seconds as Whisper does."
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class Seq2SeqModule(SpeechModule):
+    """Teacher forcing for training, greedy search for validation."""
+
+    model: WhisperSeq2Seq
+
+    def __init__(self, model: WhisperSeq2Seq, codec: TokenCodec, settings: TrainingSettings) -> None:
+        super().__init__(model, settings)
+        self.codec = codec
+
+    def loss_and_texts(self, batch: Batch, *, decode: bool) -> tuple[Tensor, list[str]]:
+        """Cross-entropy per token of text and end, and greedy hypotheses."""
+        tokens, labels = teacher_tokens(batch["targets"], batch["target_lengths"], self.model.prompt)
+        logits = self.model.logits(batch["waveform"], batch["lengths"], tokens)
+        loss = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED)
+        if not decode:
+            return loss, []
+        steps, found, _ = self.model.generate(batch["waveform"], batch["lengths"])
+        best = steps.argmax(dim=-1).tolist()
+        decoded = zip(best, found.tolist(), strict=True)
+        return loss, [self.codec.vocabulary.decode(ids[:count]) for ids, count in decoded]
+
+
+def teacher_tokens(targets: Tensor, lengths: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    """What the decoder sees and what it should say next.
+
+    Args:
+        targets: (batch, tokens) int64 of text, padded with anything.
+        lengths: (batch,) int64.
+        prompt: start tokens and end.
+
+    Returns two (batch, prompt + tokens) int64: tokens, and labels with IGNORED where nothing is learned.
+    """
+    batch, longest = targets.shape
+    size = len(prompt.ids)
+    whole = torch.full((batch, size + longest + 1), prompt.end, device=targets.device)
+    whole[:, :size] = torch.tensor(prompt.ids, device=targets.device)
+    own = torch.arange(longest, device=targets.device)[None, :] < lengths[:, None]
+    whole[:, size : size + longest] = torch.where(own, targets, prompt.end)
+    position = torch.arange(size + longest, device=targets.device)[None, :]
+    learned = (position >= size - 1) & (position < size + lengths[:, None])
+    return whole[:, :-1], torch.where(learned, whole[:, 1:], IGNORED)
+
+
+class WhisperSeq2SeqRecipe(Recipe):
+    """Whisper with its decoder, from recordings to a bundle with greedy search in the graph."""
+
+    name = "whisper_seq2seq"
+    settings_type = WhisperSeq2SeqSettings
+    settings: WhisperSeq2SeqSettings
+
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.settings.base, self.settings.revision)
+
+    def _prompt(self, tokenizer: Any) -> Prompt:
+        names = ["<|startoftranscript|>", f"<|{self.config.language}|>", "<|transcribe|>", "<|notimestamps|>"]
+        known = tokenizer.get_vocab()
+        if missing := [name for name in names if name not in known]:
+            raise ConfigError(f"the tokenizer of {self.settings.base} has no {missing[0]}")
+        end = int(tokenizer.eos_token_id)
+        control = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        return Prompt(tuple(known[name] for name in names), end, tuple(sorted(control - {end})))
+
+    def codec(self) -> ByteLevelCodec:
+        """The checkpoint's tokenizer; the end of text is the bundle's blank."""
+        tokenizer = self._tokenizer()
+        return ByteLevelCodec(tokenizer, self._config().vocab_size, blank_id=int(tokenizer.eos_token_id))
+
+    def _config(self) -> Any:
+        from transformers import WhisperConfig
+
+        try:
+            return WhisperConfig.from_pretrained(
+                self.settings.base, revision=self.settings.revision or "main"
+            )
+        except (OSError, ValueError) as error:
+            problem = str(error).splitlines()[0]
+            raise CheckpointError(f"{self.settings.base}: no Whisper checkpoint there: {problem}") from error
+
+    def facts(self) -> Facts:
+        """40 ms per frame, of which at most every second holds a token."""
+        return Facts(frame_stride_s=0.04, max_window_s=30.0, min_samples=400)
+
+    def room_needed(self, ids: Sequence[int]) -> int:
+        """One place per token."""
+        return len(ids)
+
+    def room(self, samples: int) -> int:
+        """Half of the frames, and never more than the decoder's positions less prompt and end."""
+        return min(super().room(samples) // 2, int(self._config().max_target_positions) - 5)
+
+    def network(self, codec: TokenCodec) -> WhisperSeq2Seq:
+        """The base with all its weights."""
+        from transformers import WhisperForConditionalGeneration
+
+        source, revision = self.settings.base, self.settings.revision or "main"
+        try:
+            base = WhisperForConditionalGeneration.from_pretrained(
+                source, revision=revision, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            problem = str(error).splitlines()[0]
+            raise CheckpointError(f"{source}: no Whisper checkpoint there: {problem}") from error
+        network = WhisperSeq2Seq(
+            EncoderConfig.from_transformers(base.config),
+            DecoderConfig.from_transformers(base.config),
+            self._prompt(self._tokenizer()),
+            fixed=self.settings.length == "fixed30",
+            dropout=self.settings.dropout,
+            augment=self.config.augment.features if self.config.augment else None,
+        )
+        state = {name.removeprefix("model."): value for name, value in base.state_dict().items()}
+        network.load_state_dict({name: value for name, value in state.items() if name != "proj_out.weight"})
+        network.encoder.requires_grad_(not self.settings.frozen_encoder)
+        return network
+
+    def module(self, network: nn.Module, codec: TokenCodec) -> SpeechModule:
+        """Teacher forcing."""
+        return Seq2SeqModule(_checked(network), codec, self.config.training)
+
+    def export(self, network: nn.Module) -> onnx.ModelProto:
+        """Front end, encoder and greedy search in one graph."""
+        return export_graph(_checked(network))
+
+    def quantized(self, graph: Path, out: Path, calibration: Waveforms) -> Iterator[tuple[str, Path]]:
+        """Dynamic INT8 on the matrix products of encoder and decoder, with and without the output layer."""
+        names = products(onnx.load(graph))
+        yield "dynamic MatMul per channel", dynamic(graph, out / "dynamic.onnx")
+        ends = [names[0], "step.logits"]
+        yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "dynamic_ends.onnx", ends)
+
+    def save_model(self, network: nn.Module, folder: Path) -> Path:
+        """The fine-tuned weights in `transformers`' form, with tokenizer and feature extractor."""
+        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+        source, revision = self.settings.base, self.settings.revision or "main"
+        base = WhisperForConditionalGeneration.from_pretrained(source, revision=revision, dtype=torch.float32)
+        state = {f"model.{name}": value for name, value in _checked(network).state_dict().items()}
+        state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
+        base.load_state_dict(state)
+        base.save_pretrained(folder)
+        self._tokenizer().save_pretrained(folder)
+        WhisperFeatureExtractor(feature_size=base.config.num_mel_bins).save_pretrained(folder)  # type: ignore[no-untyped-call]
+        return folder
+
+
+def _checked(network: nn.Module) -> WhisperSeq2Seq:
+    if not isinstance(network, WhisperSeq2Seq):
+        raise TypeError(f"expected WhisperSeq2Seq, got {type(network).__name__}")
+    return network

@@ -1,0 +1,89 @@
+"""Stage 1: look at the data, drop what cannot be used, split by speaker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.config import DataSettings
+from training.data.manifest import Utterance, read_manifest, write_manifest
+from training.data.split import Split, speaker_of, split_by_speaker
+from training.data.validate import Limits, validate
+from training.errors import SplitError
+from training.loop.plots import plot_distributions
+from training.loop.run_folder import RunFolder
+from training.stages.recipe import Recipe
+from training.vocabulary import TokenCodec
+
+PARTS = ("train", "validation", "test")
+
+
+def prepare(recipe: Recipe, folder: RunFolder) -> dict[str, list[Utterance]]:
+    """Write `data/{train,validation,test}.jsonl` and `data/report_*.json`; done already: read them.
+
+    Raises ManifestError, EmptyManifestError, SplitError.
+    """
+    files = {part: folder.manifests / f"{part}.jsonl" for part in PARTS}
+    if all(path.is_file() for path in files.values()):
+        return {part: read_manifest(path) for part, path in files.items()}
+    settings = recipe.config.data
+    codec = recipe.codec()
+    if settings.manifest is not None:
+        kept = _validated(recipe, codec, settings.manifest, folder, "all")
+        split = split_by_speaker(kept, settings.fractions, settings.seed)
+    else:
+        given = {part: path for part in PARTS if (path := getattr(settings, part)) is not None}
+        split = Split(**{part: _validated(recipe, codec, path, folder, part) for part, path in given.items()})
+        _disjoint(split)
+    rows = split.parts()
+    everything = [row for part in rows.values() for row in part]
+    plot_distributions(
+        [row.duration_s or 0.0 for row in everything], [row.text for row in everything], folder.plots
+    )
+    folder.write_json("split.json", {part: _summary(part_rows) for part, part_rows in rows.items()})
+    for part, path in files.items():
+        write_manifest(path, rows[part])
+    return rows
+
+
+def _validated(
+    recipe: Recipe, codec: TokenCodec, manifest: Path, folder: RunFolder, name: str
+) -> list[Utterance]:
+    settings = recipe.config.data
+    rows = read_manifest(manifest)
+    if settings.limit is not None:
+        rows = rows[: settings.limit]
+    facts = recipe.facts()
+    kept, report = validate(
+        rows,
+        normalise=recipe.normaliser(),
+        outside=codec.outside,
+        frames_needed=lambda text: recipe.room_needed(codec.encode(text)),
+        frames_of=recipe.room,
+        limits=_limits(settings, facts.sample_rate_hz),
+    )
+    report.write(folder.manifests / f"report_{name}.json")
+    print(report.summary())
+    return kept
+
+
+def _limits(settings: DataSettings, sample_rate_hz: int) -> Limits:
+    return Limits(
+        sample_rate_hz=sample_rate_hz,
+        min_duration_s=settings.min_duration_s,
+        max_duration_s=settings.max_duration_s,
+    )
+
+
+def _disjoint(split: Split) -> None:
+    heard = {part: {speaker_of(row) for row in rows if row.speaker} for part, rows in split.parts().items()}
+    for part in ("validation", "test"):
+        if shared := heard["train"] & heard[part]:
+            raise SplitError(f"{len(shared)} speakers are in train and in {part}, for example {min(shared)}")
+
+
+def _summary(rows: list[Utterance]) -> dict[str, float]:
+    return {
+        "utterances": len(rows),
+        "speakers": len({speaker_of(row) for row in rows}),
+        "hours": round(sum(row.duration_s or 0.0 for row in rows) / 3600, 4),
+    }

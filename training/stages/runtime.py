@@ -1,0 +1,59 @@
+"""Texts, error rates and latency of an exported graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from training.inference import cpu_session, run_graph
+from training.loop.module import error_rates
+from training.vocabulary import TokenCodec, collapse
+
+Samples = npt.NDArray[np.float32]
+
+
+class GraphRunner:
+    """A bundle's graph on a CPU."""
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        self.session = cpu_session(path, threads)
+
+    def __call__(self, waveforms: Sequence[Samples]) -> list[npt.NDArray[np.float32]]:
+        """Log-probabilities (frames, vocabulary) of each recording, run as one padded batch."""
+        return run_graph(self.session, waveforms)
+
+    def texts(self, waveforms: Sequence[Samples], codec: TokenCodec) -> list[str]:
+        """Greedy texts, one recording at a time."""
+        out = []
+        vocabulary = codec.vocabulary
+        for samples in waveforms:
+            ids = self([samples])[0].argmax(axis=-1).tolist()
+            out.append(vocabulary.decode(collapse(ids, vocabulary.blank_id)))
+        return out
+
+    def latency_s(self, clip: Samples, repeats: int) -> float:
+        """Median seconds for one clip alone, after one run that does not count."""
+        self([clip])
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            self([clip])
+            times.append(time.perf_counter() - started)
+        return float(np.median(times))
+
+
+def score(
+    runner: GraphRunner, waveforms: Sequence[Samples], texts: Sequence[str], codec: TokenCodec
+) -> tuple[float, float]:
+    """WER and CER of a graph on recordings with known texts."""
+    return error_rates(texts, runner.texts(waveforms, codec))
+
+
+def clip_of(waveforms: Sequence[Samples], seconds: float, sample_rate_hz: int) -> Samples:
+    """`seconds` of real signal: the recordings one after the other, repeated as often as needed."""
+    joined = np.concatenate([np.asarray(samples, np.float32) for samples in waveforms])
+    return np.resize(joined, round(seconds * sample_rate_hz))

@@ -1,0 +1,84 @@
+"""Stage 2: train; the best state by validation WER becomes `weights.safetensors`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from training.augment.waveform import WaveformAugment
+from training.data.manifest import Utterance
+from training.errors import CheckpointError, EmptyManifestError
+from training.loop.dataset import UtteranceDataset, make_loader
+from training.loop.fit import fit
+from training.loop.run_folder import RunFolder, read_metrics
+from training.stages.recipe import Recipe
+from training.vocabulary import TokenCodec
+
+WEIGHTS = "weights.safetensors"
+
+
+def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -> Path:
+    """Train and store the weights with the lowest validation WER; goes on where an earlier call stopped."""
+    settings = recipe.config.training
+    stored = folder.read_json("train.json")
+    wanted = settings.model_dump(mode="json")
+    if stored is not None and stored["settings"] == wanted and (folder.path / WEIGHTS).is_file():
+        return folder.path / WEIGHTS
+    for part in ("train", "validation"):
+        if not rows[part]:
+            raise EmptyManifestError(f"the {part} part is empty")
+    codec = recipe.codec()
+    torch.manual_seed(settings.seed)
+    network = recipe.network(codec)
+    facts = recipe.facts()
+    augment = recipe.config.augment
+    changed = (
+        WaveformAugment(augment.waveform, facts.sample_rate_hz) if augment and augment.waveform else None
+    )
+    training = UtteranceDataset(rows["train"], codec.encode, facts.sample_rate_hz, changed)
+    validation = UtteranceDataset(rows["validation"], codec.encode, facts.sample_rate_hz)
+    best = fit(
+        recipe.module(network, codec),
+        make_loader(training, settings, training=True),
+        make_loader(validation, settings, training=False),
+        settings,
+        folder,
+    )
+    state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+    weights = {name.removeprefix("model."): value.contiguous() for name, value in state.items()}
+    save_file(unshared(weights), folder.path / WEIGHTS)
+    metrics = read_metrics(folder.metrics)
+    folder.write_json(
+        "train.json",
+        {"settings": wanted, "best_checkpoint": best.name, "epochs": len(metrics), "history": metrics},
+    )
+    return folder.path / WEIGHTS
+
+
+def unshared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of every tensor that shares its memory with one before it (tied weights)."""
+    seen: set[int] = set()
+    out = {}
+    for name, value in weights.items():
+        out[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return out
+
+
+def load_weights(network: nn.Module, path: Path) -> nn.Module:
+    """Put stored weights into a network, in evaluation mode. Raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no trained weights; run the train stage first")
+    try:
+        network.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit the network of this configuration: {error}") from error
+    return network.eval()
+
+
+def trained(recipe: Recipe, codec: TokenCodec, folder: RunFolder) -> nn.Module:
+    """The network of a finished training."""
+    return load_weights(recipe.network(codec), folder.path / WEIGHTS)

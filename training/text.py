@@ -1,0 +1,147 @@
+"""Transcripts as training wants them: one normaliser per language and the alphabet that goes with it.
+
+A normaliser is a short list of named steps, so that a bundle's manifest can say what was done to the text.
+Letters that a language does not have are left alone, and so are digits: the validation report names them,
+and it is for the owner of the data to spell numbers out or to drop the line.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+TONES = ("", "\u0300", "\u0309", "\u0303", "\u0301", "\u0323")
+"""Vietnamese tones as combining marks: level, falling, dipping, rising glottal, rising, low glottal."""
+
+_VIETNAMESE_VOWELS = "aăâeêioôơuưy"
+_VIETNAMESE = "".join(
+    sorted({unicodedata.normalize("NFC", vowel + tone) for vowel in _VIETNAMESE_VOWELS for tone in TONES})
+)
+
+ALPHABETS: dict[str, str] = {
+    "en": "abcdefghijklmnopqrstuvwxyz'",
+    "ru": "абвгдеёжзийклмнопрстуфхцчшщъыьэюя",
+    "vi": "bcdđghklmnpqrstvx" + "fjwz" + _VIETNAMESE,
+    "tr": "abcçdefgğhıijklmnoöprsştuüvyzâîû'",
+    "az": "abcçdeəfgğhxıijkqlmnoöprsştuüvyz'",
+}
+"""Letters (and the apostrophe where it spells words) per ISO-639-1 language; the space is not listed."""
+
+_APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": "'", "\u00b4": "'"})
+_TURKIC_CAPITALS = str.maketrans({"I": "ı", "\u0130": "i"})
+_STRESS = "\u0301"
+_LOOSE_APOSTROPHE = re.compile(r"(?<!\w)'+|'+(?!\w)")
+
+
+def nfc(text: str) -> str:
+    """Composed form (Unicode NFC): one code point per Vietnamese vowel with its tone, per ё and й."""
+    return unicodedata.normalize("NFC", text)
+
+
+def lowercase(text: str) -> str:
+    """Unicode's lower case, then composed again (a capital can lower to two code points)."""
+    return nfc(text.lower())
+
+
+def lowercase_turkic(text: str) -> str:
+    """Lower case with I -> ı and İ -> i, as Turkish and Azerbaijani have it."""
+    return lowercase(text.translate(_TURKIC_CAPITALS))
+
+
+def drop_stress(text: str) -> str:
+    """Remove the combining acute that dictionaries put on stressed Russian vowels."""
+    return text.replace(_STRESS, "")
+
+
+def fold_yo(text: str) -> str:
+    """ё -> е, for corpora that write both for the same sound."""
+    return text.replace("ё", "е").replace("Ё", "Е")
+
+
+def apostrophes(text: str) -> str:
+    """Typographic apostrophes as the plain one; quotes around words are dropped."""
+    return _LOOSE_APOSTROPHE.sub(" ", text.translate(_APOSTROPHES))
+
+
+def drop_punctuation(text: str) -> str:
+    """Punctuation and symbols (Unicode P*, S*) become spaces."""
+    return "".join(" " if unicodedata.category(character)[0] in "PS" else character for character in text)
+
+
+def drop_punctuation_but_apostrophe(text: str) -> str:
+    """The same for languages whose words hold apostrophes: run `apostrophes` before."""
+    return "'".join(drop_punctuation(part) for part in text.split("'"))
+
+
+def collapse_spaces(text: str) -> str:
+    """Runs of white space as one space, none at the ends."""
+    return " ".join(text.split())
+
+
+STEPS: dict[str, Callable[[str], str]] = {
+    "nfc": nfc,
+    "lowercase": lowercase,
+    "lowercase_turkic": lowercase_turkic,
+    "drop_stress": drop_stress,
+    "fold_yo": fold_yo,
+    "apostrophes": apostrophes,
+    "drop_punctuation": drop_punctuation,
+    "drop_punctuation_but_apostrophe": drop_punctuation_but_apostrophe,
+    "collapse_spaces": collapse_spaces,
+}
+
+_WITH_APOSTROPHE = ("apostrophes", "drop_punctuation_but_apostrophe", "collapse_spaces")
+_PLAIN = ("nfc", "lowercase", "drop_punctuation", "collapse_spaces")
+_LANGUAGE_STEPS: dict[str, tuple[str, ...]] = {
+    "en": ("nfc", "lowercase", *_WITH_APOSTROPHE),
+    "tr": ("nfc", "lowercase_turkic", *_WITH_APOSTROPHE),
+    "az": ("nfc", "lowercase_turkic", *_WITH_APOSTROPHE),
+    "ru": ("drop_stress", *_PLAIN),
+    "vi": _PLAIN,
+}
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Named steps, applied in order. Idempotent: a normalised text stays as it is."""
+
+    steps: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if unknown := [step for step in self.steps if step not in STEPS]:
+            raise ValueError(f"unknown text steps {unknown}; known: {sorted(STEPS)}")
+
+    def __call__(self, text: str) -> str:
+        """The normalised text."""
+        for step in self.steps:
+            text = STEPS[step](text)
+        return text
+
+
+def normaliser(language: str, *, yo: bool = True) -> Normaliser:
+    """The normaliser of a language (ISO-639-1); any language without rules of its own gets the plain one.
+
+    Args:
+        language: two letters, for example "tr".
+        yo: False folds the Russian ё into е.
+    """
+    steps = _LANGUAGE_STEPS.get(language, _PLAIN)
+    if language == "ru" and not yo:
+        steps = (*steps[:-1], "fold_yo", steps[-1])
+    return Normaliser(steps)
+
+
+def alphabet(language: str, texts: Iterable[str] = ()) -> str:
+    """Letters of a language without the space, in a fixed order.
+
+    For a language that is not in ALPHABETS the letters are collected from `texts` (already normalised).
+    Raises ValueError where there is neither.
+    """
+    if language in ALPHABETS:
+        return ALPHABETS[language]
+    found = sorted({character for text in texts for character in text if not character.isspace()})
+    if not found:
+        raise ValueError(f"language {language!r} has no alphabet here and no texts to collect one from")
+    return "".join(found)

@@ -1,0 +1,76 @@
+"""Pre-norm Transformer layers with the shapes that Whisper and XLSR wav2vec2 share.
+
+Source: Vaswani et al. 2017; layer normalisation before each sublayer as in Xiong et al. 2020.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Attention(nn.Module):
+    """Multi-head attention of (batch, frames, width) on itself or on another sequence."""
+
+    def __init__(self, width: int, heads: int, key_bias: bool = True) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=key_bias)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, values: Tensor, bias: Tensor | None, memory: Tensor | None = None) -> Tensor:
+        """Attend; `bias` is added to the scores, 0 where a key counts and very negative where not.
+
+        Args:
+            values: (batch, queries, width).
+            bias: broadcast against (batch, heads, queries, keys), or None.
+            memory: (batch, keys, width), default `values`.
+        """
+        source = values if memory is None else memory
+        query = self._split(self.q_proj(values)) / math.sqrt(values.shape[-1] // self.heads)
+        scores = query @ self._split(self.k_proj(source)).transpose(-1, -2)
+        if bias is not None:
+            scores = scores + bias
+        mixed = torch.softmax(scores.float(), dim=-1).to(scores.dtype) @ self._split(self.v_proj(source))
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _split(self, values: Tensor) -> Tensor:
+        """(batch, frames, width) -> (batch, heads, frames, width per head)."""
+        batch, frames, width = values.shape
+        return values.reshape(batch, frames, self.heads, width // self.heads).transpose(1, 2)
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward, each on a normalised copy, each added to its input."""
+
+    def __init__(
+        self, width: int, heads: int, inner: int, *, key_bias: bool = True, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.self_attn = Attention(width, heads, key_bias)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, values: Tensor, bias: Tensor | None) -> Tensor:
+        """(batch, frames, width), bias of the scores -> the same shape."""
+        values = values + self.dropout(self.self_attn(self.self_attn_layer_norm(values), bias))
+        inner = functional.gelu(self.fc1(self.final_layer_norm(values)))
+        out: Tensor = values + self.dropout(self.fc2(inner))
+        return out
+
+
+def key_bias(lengths: Tensor, frames: int) -> Tensor:
+    """(batch, 1, 1, frames) float32: 0 on an item's own frames, -1e9 beyond."""
+    own = torch.arange(frames, device=lengths.device)[None, :] < lengths[:, None]
+    return torch.where(own, 0.0, -1e9)[:, None, None, :]

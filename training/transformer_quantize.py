@@ -1,0 +1,121 @@
+"""INT8 for graphs whose work is matrix products: dynamic, or static where batches must be exact."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+FRONT = "frontend."
+"""Nodes of the front end stay float: a spectrum does not fit 8 bits."""
+
+
+def products(model: onnx.ModelProto) -> list[str]:
+    """Names of the matrix products with constant weights, front end left out, in the graph's order."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return [
+        node.name
+        for graph in _graphs(model.graph)
+        for node in graph.node
+        if node.op_type == "MatMul" and node.input[1] in constants and not node.name.startswith(FRONT)
+    ]
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+
+
+class _Recordings(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    """Feeds one recording at a time."""
+
+    def __init__(self, recordings: Sequence[npt.NDArray[np.float32]]) -> None:
+        self.feeds = iter(
+            [
+                {"waveform": samples[None], "lengths": np.array([len(samples)], np.int64)}
+                for samples in recordings
+            ]
+        )
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next feed, None at the end."""
+        return next(self.feeds, None)
+
+
+def dynamic(graph: Path, out: Path, skipped: Sequence[str] = ()) -> Path:
+    """Weights S8 per channel, activations U8 with a scale found on every call; `skipped` products stay float.
+
+    The scale is one for the whole batch, so an item's result depends a little on its neighbours.
+    """
+    chosen = [name for name in products(onnx.load(graph)) if name not in set(skipped)]
+    with _quiet():
+        quantize_dynamic(
+            str(graph),
+            str(out),
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=chosen,
+            extra_options={"MatMulConstBOnly": True, "EnableSubgraph": True},
+        )
+    return out
+
+
+def static(
+    graph: Path, out: Path, recordings: Sequence[npt.NDArray[np.float32]], skipped: Sequence[str] = ()
+) -> Path:
+    """Weights S8 per channel, activations U8 with scales measured on `recordings`: batched equals alone."""
+    chosen = [name for name in products(onnx.load(graph)) if name not in set(skipped)]
+    with _quiet():
+        quantize_static(
+            str(graph),
+            str(out),
+            _Recordings(recordings),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=chosen,
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    return out
+
+
+def candidates(
+    graph: Path, out: Path, calibration: Sequence[npt.NDArray[np.float32]]
+) -> Iterator[tuple[str, Path]]:
+    """The ways that are tried for every Transformer encoder."""
+    names = products(onnx.load(graph))
+    yield "dynamic MatMul per channel", dynamic(graph, out / "dynamic.onnx")
+    ends = [names[0], names[-1]]
+    yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "dynamic_ends.onnx", ends)
+    yield "static QDQ MatMul per channel", static(graph, out / "static.onnx", calibration[:8])
+
+
+class _quiet:  # noqa: N801  used like a function
+    """Without onnxruntime's advice to run its shape inference first: the exporter writes plain graphs."""
+
+    def __enter__(self) -> None:
+        self.level = logging.root.level
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *_error: object) -> None:
+        logging.disable(logging.NOTSET)
