@@ -1,0 +1,232 @@
+"""`make bench-peers`: the same weights and the same audio through this service and what people run instead.
+
+    python -m loadtest.bench_peers [--seconds 8] [--rounds 3] [--clients 1,8,32,64] [--open-rates 0.5,0.9]
+
+Needs QuartzNet15x5 (`../shared/models`, or any NeMo CTC archive by --archive) and its bundle (`python -m
+training.nemo import`). All servers run at once and take turns under load, so that a noisy machine treats them
+alike; the figures are medians over the rounds. Load and servers share the cores. Texts are compared with this
+service's. Open-loop rates are shares of this service's own closed-loop capacity. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+
+from api.bundle import load_bundle
+from api.cgroup import cpu_limit_cores, usable_cores
+from api.engine import Engine
+from loadtest.bench import engine_row
+from loadtest.clips import cut_clips, shared_dir
+from loadtest.load import Answer, Form, closed_loop, make_form, open_loop, summarise
+from loadtest.peers.graphs import EXPORTED, SHERPA_INT8, SHERPA_TOKENS
+from loadtest.processes import ROOT, Running, api_server, free_port, hardware, server
+
+CLIP_LENGTHS_S = (2.0, 3.0, 4.0, 5.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
+OURS, AS_EXPORTED, SAME_INT8, SHERPA = (
+    "this service",
+    "naive, as exported",
+    "naive, same INT8",
+    "naive, sherpa-onnx",
+)
+LEAST_AGREEMENT = 0.9  # of characters: the float32 graph and the INT8 graph differ in a few
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One server under one load."""
+
+    server: str
+    load: str
+    requests_per_s: float
+    audio_s_per_s_per_core: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    cpu_s_per_audio_s: float
+    rss_mb: float
+
+
+def measure(
+    name: str, running: Running, load: str, run: Callable[[str], tuple[list[Answer], float]], cores: float
+) -> tuple[Measure, list[Answer]]:
+    """Run one load and account for the server's CPU during it."""
+    before_s = running.cpu_s()
+    answers, elapsed_s = run(f"{running.base_url}/transcribe")
+    used_s = running.cpu_s() - before_s
+    summary = summarise(answers, elapsed_s)
+    if summary.succeeded != summary.requests:
+        raise RuntimeError(f"{name}, {load}: {summary.by_status}")
+    audio_s = summary.audio_s_per_s * elapsed_s
+    return (
+        Measure(
+            name,
+            load,
+            summary.requests_per_s,
+            summary.audio_s_per_s / cores,
+            summary.p50_ms,
+            summary.p95_ms,
+            summary.p99_ms,
+            used_s / audio_s,
+            running.rss_mb(),
+        ),
+        answers,
+    )
+
+
+def median_of(measures: Sequence[Measure]) -> Measure:
+    """Each figure's median over the rounds; memory's maximum."""
+    figures = [asdict(each) for each in measures]
+    numbers = [key for key, value in figures[0].items() if isinstance(value, float)]
+    middle = {key: statistics.median(each[key] for each in figures) for key in numbers}
+    middle["rss_mb"] = max(each["rss_mb"] for each in figures)
+    return Measure(measures[0].server, measures[0].load, **middle)
+
+
+def agreement(ours: dict[str, str], theirs: dict[str, str]) -> float:
+    """Mean similarity of the texts, 0 to 1 (Ratcliff and Obershelp, difflib)."""
+    return statistics.fmean(
+        SequenceMatcher(None, ours[clip], theirs[clip], autojunk=False).ratio() for clip in ours
+    )
+
+
+def peers(folder: Path, bundle: Path) -> dict[str, list[str]]:
+    """Arguments of each naive server."""
+    vocabulary = str(bundle / "vocab.txt")
+    return {
+        AS_EXPORTED: ["onnx", str(folder / EXPORTED), vocabulary],
+        SAME_INT8: ["onnx", str(bundle / "model.int8.onnx"), vocabulary],
+        SHERPA: ["sherpa", str(folder / SHERPA_INT8), str(folder / SHERPA_TOKENS)],
+    }
+
+
+def start_all(stack: contextlib.ExitStack, folder: Path, bundle: Path) -> dict[str, Running]:
+    """Every server, ready."""
+    started = {OURS: stack.enter_context(api_server(bundle.name, bundle.parent))}
+    for name, arguments in peers(folder, bundle).items():
+        port = free_port()
+        command = [sys.executable, "-m", "loadtest.peers.naive", str(port), *arguments]
+        started[name] = stack.enter_context(server(command, port, "/health/ready", {}))
+    return started
+
+
+def closed(
+    clients: int, forms: Sequence[Form], seconds: float
+) -> Callable[[str], tuple[list[Answer], float]]:
+    """A closed loop, bound to everything but the address."""
+    return lambda url: asyncio.run(closed_loop(url, forms, clients, seconds))
+
+
+def opened(rate: float, forms: Sequence[Form], seconds: float) -> Callable[[str], tuple[list[Answer], float]]:
+    """An open loop, bound to everything but the address."""
+    return lambda url: asyncio.run(open_loop(url, forms, rate, seconds))
+
+
+def table(rows: Sequence[Measure]) -> str:
+    """The rows as text."""
+    head = (
+        f"{'':20} {'load':>14} {'req/s':>7} {'audio s/s/core':>15} {'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8}"
+    )
+    lines = [f"{head} {'CPU s/audio s':>14} {'RSS MB':>7}"]
+    for row in rows:
+        lines.append(
+            f"{row.server:20} {row.load:>14} {row.requests_per_s:>7.1f} {row.audio_s_per_s_per_core:>15.1f} "
+            f"{row.p50_ms:>8.1f} {row.p95_ms:>8.1f} {row.p99_ms:>8.1f} "
+            f"{row.cpu_s_per_audio_s:>14.5f} {row.rss_mb:>7.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Build the peers' graphs, run the rounds, print the table, end with one JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--archive", type=Path, default=shared_dir() / "models" / "quartznet15x5_en.nemo")
+    parser.add_argument("--bundle", type=Path, default=ROOT / "models" / "en-quartznet15x5")
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", default="1,8,32,64")
+    parser.add_argument("--open-rates", default="0.5,0.9")
+    arguments = parser.parse_args()
+    for path, how in (
+        (arguments.archive, "--archive"),
+        (arguments.bundle, "python -m training.nemo import"),
+    ):
+        if not path.exists():
+            parser.exit(1, f"error: {path} is not there; see {how}\n")
+    folder = ROOT / ".cache" / "peers"
+    command = [sys.executable, "-m", "loadtest.peers.graphs", arguments.archive, arguments.bundle, folder]
+    subprocess.run([str(part) for part in command], check=True, cwd=ROOT)
+
+    clips, source = cut_clips(CLIP_LENGTHS_S)
+    forms = [make_form(clip) for clip in clips]
+    cores = cpu_limit_cores()
+    engine = Engine(load_bundle(arguments.bundle.parent, arguments.bundle.name))
+    engine.warm_up(usable_cores(cores))
+    measures: dict[tuple[str, str], list[Measure]] = {}
+    texts: dict[str, dict[str, str]] = {}
+    engine_rates: list[float] = []
+
+    def note(
+        name: str, running: Running, load: str, run: Callable[[str], tuple[list[Answer], float]]
+    ) -> None:
+        row, answers = measure(name, running, load, run, cores)
+        measures.setdefault((name, load), []).append(row)
+        texts.setdefault(name, {}).update({answer.clip.name: answer.text for answer in answers})
+
+    with contextlib.ExitStack() as stack:
+        servers = start_all(stack, folder, arguments.bundle)
+        for running in servers.values():
+            closed(2, forms, 2.0)(f"{running.base_url}/transcribe")
+        for _ in range(arguments.rounds):
+            engine_rates.append(
+                engine_row(engine, clips, usable_cores(cores), arguments.seconds).audio_s_per_s
+            )
+            for clients in (int(part) for part in arguments.clients.split(",")):
+                for name, running in servers.items():
+                    note(name, running, f"{clients} clients", closed(clients, forms, arguments.seconds))
+        capacity = max(
+            statistics.median(row.requests_per_s for row in rows)
+            for (name, _), rows in measures.items()
+            if name == OURS
+        )
+        for share in (float(part) for part in arguments.open_rates.split(",") if part):
+            for name, running in servers.items():
+                if name != AS_EXPORTED:  # it cannot keep up with any of these rates: the queue only grows
+                    run = opened(share * capacity, forms, 2 * arguments.seconds)
+                    note(name, running, f"open {share:.0%}", run)
+
+    rows = [median_of(each) for each in measures.values()]
+    engine_rate = statistics.median(engine_rates)
+    print(f"QuartzNet15x5, {len(clips)} clips of 2 to 15 s from {source}; {hardware()}")
+    print(table(sorted(rows, key=lambda row: row.load.rjust(12))))
+    print(f"engine in process: {engine_rate / cores:.1f} audio s/s/core")
+    same = {name: agreement(texts[OURS], said) for name, said in texts.items()}
+    print("agreement of texts with this service: " + ", ".join(f"{n} {v:.3f}" for n, v in same.items()))
+    too_different = [name for name, value in same.items() if value < LEAST_AGREEMENT]
+    print(
+        json.dumps(
+            {
+                "hardware": hardware(),
+                "engine_audio_s_per_s": engine_rate,
+                "agreement": same,
+                "rows": [asdict(row) for row in rows],
+            }
+        )
+    )
+    if too_different:
+        raise SystemExit(f"error: {', '.join(too_different)} gave other texts: the comparison means nothing")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Three times the load the service can take: goodput, deadlines, honest Retry-After, liveness, recovery.
+
+    python -m loadtest.overload [--model en-quartznet-small] [--seconds 120] [--factor 3]
+
+First capacity (closed loop, eight clients), then Poisson arrivals at `factor` times that for `--seconds`. A
+refused client waits as long as it was told and tries again, up to `--tries` times; new ones go on arriving
+meanwhile. `/health/live` is asked ten times per second throughout. The load generator runs on the same cores.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from loadtest.clips import cut_clips
+from loadtest.load import Answer, Form, closed_loop, make_form, send, summarise
+from loadtest.processes import ROOT, Running, api_server, hardware
+
+DEADLINE_S = 20.0
+QUEUE_S = 4.0  # of work at capacity that may wait
+LIVENESS_EVERY_S = 0.1
+
+
+@dataclass
+class Watch:
+    """A thread that asks for liveness and reads memory while the load runs."""
+
+    running: Running
+    latencies_ms: list[float] = field(default_factory=list)
+    failures: int = 0
+    rss_mb: list[float] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Watch:
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(trust_env=False, timeout=10.0) as client:
+            while not self._stop.wait(LIVENESS_EVERY_S):
+                start_s = time.perf_counter()
+                try:
+                    alive = client.get(f"{self.running.base_url}/health/live").status_code == 200
+                except httpx.HTTPError:
+                    alive = False
+                self.latencies_ms.append((time.perf_counter() - start_s) * 1000)
+                self.failures += not alive
+                self.rss_mb.append(self.running.rss_mb())
+
+
+@dataclass
+class Client:
+    """One caller and all its answers."""
+
+    arrived_s: float
+    answers: list[tuple[float, Answer]] = field(default_factory=list)
+
+
+async def overload(
+    url: str, forms: Sequence[Form], rate_per_s: float, duration_s: float, tries: int
+) -> list[Client]:
+    """Poisson arrivals; each client obeys Retry-After. Times are seconds from the start."""
+    generator = random.Random(0)
+    start_s = time.perf_counter()
+    limits = httpx.Limits(max_connections=4000, max_keepalive_connections=64)
+    clients: list[Client] = []
+    async with httpx.AsyncClient(limits=limits, timeout=DEADLINE_S + 30, trust_env=False) as http:
+
+        async def caller(client: Client, form: Form) -> None:
+            for _ in range(tries):
+                answer = await send(http, url, form)
+                client.answers.append((time.perf_counter() - start_s, answer))
+                if answer.status != 429:
+                    return
+                await asyncio.sleep(answer.retry_after_s or 1.0)
+
+        pending = []
+        arrival_s = 0.0
+        while (arrival_s := arrival_s + generator.expovariate(rate_per_s)) < duration_s:
+            await asyncio.sleep(max(0.0, start_s + arrival_s - time.perf_counter()))
+            clients.append(Client(arrival_s))
+            pending.append(asyncio.create_task(caller(clients[-1], forms[len(clients) % len(forms)])))
+        await asyncio.gather(*pending)
+    return clients
+
+
+def report(clients: Sequence[Client], capacity_per_s: float, duration_s: float) -> dict[str, float | int]:
+    """The figures of the overload phase."""
+    answers = [entry for client in clients for entry in client.answers]
+    in_time = [answer for at, answer in answers if answer.status == 200 and at <= duration_s]
+    accepted = [answer for _, answer in answers if answer.status == 200]
+    second = [client.answers[1][1].status == 200 for client in clients if len(client.answers) > 1]
+    other = [answer.status for _, answer in answers if answer.status not in (200, 429)]
+    latencies_s = [answer.latency_s for answer in accepted]
+    return {
+        "clients": len(clients),
+        "refused_first": sum(client.answers[0][1].status == 429 for client in clients),
+        "goodput_of_capacity": len(in_time) / duration_s / capacity_per_s,
+        "accepted_p99_s": float(np.percentile(latencies_s, 99)) if latencies_s else float("nan"),
+        "next_try_succeeded": float(np.mean(second)) if second else float("nan"),
+        "other_statuses": len(other),
+    }
+
+
+async def recovery(url: str, form: Form, usual_s: float) -> float:
+    """Seconds until one request alone takes less than three times its usual time."""
+    start_s = time.perf_counter()
+    async with httpx.AsyncClient(timeout=60, trust_env=False) as http:
+        while time.perf_counter() - start_s < 60:
+            answer = await send(http, url, form)
+            if answer.status == 200 and answer.latency_s < 3 * usual_s:
+                return time.perf_counter() - start_s
+            await asyncio.sleep(0.2)
+    return float("inf")
+
+
+def main() -> None:
+    """The command."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--model", default="en-quartznet-small")
+    parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--factor", type=float, default=3.0)
+    parser.add_argument("--tries", type=int, default=4)
+    given = parser.parse_args()
+    forms = [make_form(clip) for clip in cut_clips([3.0, 4.0, 5.0, 6.0, 7.0])[0]]
+    audio_s = float(np.mean([form.clip.duration_s for form in forms]))
+    with api_server(given.model, given.models_dir) as running:
+        url = f"{running.base_url}/transcribe"
+        asyncio.run(closed_loop(url, forms, 2, 2.0))
+        alone = summarise(*asyncio.run(closed_loop(url, forms, 1, 3.0)))
+        full = summarise(*asyncio.run(closed_loop(url, forms, 8, 8.0)))
+    capacity = full.requests_per_s
+    limit_s = str(round(capacity * audio_s * QUEUE_S))
+    with api_server(
+        given.model, given.models_dir, queue_limit_audio_s=limit_s, request_timeout_s=str(DEADLINE_S)
+    ) as running:
+        url = f"{running.base_url}/transcribe"
+        asyncio.run(closed_loop(url, forms, 2, 2.0))
+        with Watch(running) as watch:
+            clients = asyncio.run(overload(url, forms, given.factor * capacity, given.seconds, given.tries))
+        recovered_s = asyncio.run(recovery(url, forms[2], alone.p50_ms / 1000))
+    figures = report(clients, capacity, given.seconds)
+    figures |= {
+        "capacity_per_s": capacity,
+        "deadline_s": DEADLINE_S,
+        "liveness_p99_ms": float(np.percentile(watch.latencies_ms, 99)),
+        "liveness_failures": watch.failures,
+        "rss_first_mb": watch.rss_mb[min(10, len(watch.rss_mb) - 1)],
+        "rss_most_mb": max(watch.rss_mb),
+        "recovered_s": recovered_s,
+    }
+    load = f"{given.factor:g} times capacity for {given.seconds:g} s"
+    print(f"{given.model}, clips of 3 to 7 s, {load}, {hardware()}")
+    for name, value in figures.items():
+        print(f"{name:>22}  {value:.3f}" if isinstance(value, float) else f"{name:>22}  {value}")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
