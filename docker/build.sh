@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Build one image of this project with BuildKit.
+# usage: docker/build.sh api|ui|training [IMAGE_NAME]
+#   BASE_IMAGE   base of the image          (default: docker/base.env, pinned by digest)
+#   VERSION      tag and label              (default: version in pyproject.toml)
+#   MODEL        bundle inside the API      (default: en-quartznet-small)
+#   PIP_CONF     pip.conf for a mirror or a proxy; a build secret, so no layer keeps it
+#   CACHE=gha    use the runner's build cache (needs buildx)
+#   PUSH=1       push; with buildx also attach an SBOM and the provenance
+#   BUILD_ARGS   more words for the builder, for example --network=host
+set -euo pipefail
+cd "$(dirname "$0")/.."
+kind=${1:?"usage: docker/build.sh api|ui|training [IMAGE_NAME]"}
+name=${2:-asr-$kind}
+file=docker/$kind.Dockerfile
+[ -f "$file" ] || { echo "error: there is no $file" >&2; exit 2; }
+
+if [ -z "${BASE_IMAGE:-}" ]; then
+  # shellcheck source=docker/base.env
+  . docker/base.env
+fi
+VERSION=${VERSION:-$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)}
+REVISION=${REVISION:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}
+CREATED=${CREATED:-$(date -u +%Y-%m-%dT%H:%M:%SZ)}
+
+# A client that builds with BuildKit: one with the buildx plugin, or one old enough to carry BuildKit itself.
+docker_with_buildkit() {
+  local client major
+  while read -r client; do
+    if "$client" buildx version >/dev/null 2>&1; then echo "$client buildx build --load"; return; fi
+  done < <(type -ap docker | sort -u)
+  while read -r client; do
+    major=$("$client" version --format '{{.Client.Version}}' 2>/dev/null | cut -d. -f1)
+    if [ "${major:-99}" -lt 23 ]; then echo "$client build"; return; fi
+  done < <(type -ap docker | sort -u)
+  return 1
+}
+builder=$(docker_with_buildkit) || { echo "error: needs docker with the buildx plugin" >&2; exit 1; }
+read -ra command <<<"$builder"
+
+arguments=(--file "$file" --tag "$name:$VERSION" --tag "$name:${REVISION}"
+  --build-arg "BASE_IMAGE=$BASE_IMAGE" --build-arg "VERSION=$VERSION"
+  --build-arg "REVISION=$REVISION" --build-arg "CREATED=$CREATED")
+[ "$kind" != api ] || arguments+=(--build-arg "MODEL=${MODEL:-en-quartznet-small}")
+[ -z "${PIP_CONF:-}" ] || arguments+=(--secret "id=pip-conf,src=$PIP_CONF")
+case $builder in
+  *buildx*)
+    [ -z "${CACHE:-}" ] || arguments+=(--cache-from "type=$CACHE,scope=$kind" --cache-to "type=$CACHE,mode=max,scope=$kind")
+    if [ "${PUSH:-0}" = 1 ]; then
+      command=("${command[@]/--load/--push}")
+      mkdir -p build
+      arguments+=(--sbom=true --provenance=mode=max --metadata-file "build/$kind.metadata.json")
+    fi
+    ;;
+esac
+read -ra extra <<<"${BUILD_ARGS:-}"
+DOCKER_BUILDKIT=1 "${command[@]}" "${arguments[@]}" "${extra[@]}" .
+if [ "${PUSH:-0}" = 1 ] && [[ $builder != *buildx* ]]; then
+  "${command[0]}" push "$name:$VERSION"
+  "${command[0]}" push "$name:$REVISION"
+fi

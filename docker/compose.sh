@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Run Compose over the whole stack, or over a part of it, with whatever Compose is installed.
+# usage: docker/compose.sh [--part base,api,ui,monitoring] COMPOSE_ARGUMENTS...
+# Compose 2.20 or later reads docker/compose.yml; an older one gets the same files one by one.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+parts=base,api,ui,monitoring
+if [ "${1:-}" = --part ]; then
+  parts=${2:?--part needs a comma list}
+  shift 2
+fi
+if docker compose version >/dev/null 2>&1; then
+  compose=(docker compose)
+elif command -v docker-compose >/dev/null; then
+  compose=(docker-compose)
+else
+  echo "error: needs Docker Compose (the docker-compose-plugin package)" >&2
+  exit 1
+fi
+files=()
+if [ "$parts" = base,api,ui,monitoring ] && [ "${compose[0]}" = docker ]; then
+  files=(-f docker/compose.yml)
+else
+  IFS=, read -ra names <<<"$parts"
+  for name in "${names[@]}"; do files+=(-f "docker/compose.$name.yml"); done
+fi
+[ ! -f "${ENV_FILE:-.env}" ] || files+=(--env-file "${ENV_FILE:-.env}")
+if [ -z "${BASE_IMAGE:-}" ]; then
+  # shellcheck source=docker/base.env
+  . docker/base.env
+  export BASE_IMAGE
+fi
+exec "${compose[@]}" --project-name "${COMPOSE_PROJECT_NAME:-asr}" "${files[@]}" "$@"
