@@ -1,0 +1,91 @@
+# shellcheck shell=bash
+# Shared by setup.sh, monitoring-setup.sh and teardown.sh; sourced, never run.
+
+DRY_RUN=${DRY_RUN:-0}
+KUBECONFIG_FILE=''
+
+say() { printf '\n== %s\n' "$*"; }
+note() { printf '   %s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# Run a command, or with --dry-run only show it.
+run() {
+  if [ "$DRY_RUN" = 1 ]; then
+    if [ "$1" = kube ]; then
+      shift
+      set -- kubectl ${KUBECONFIG_FILE:+--kubeconfig "$KUBECONFIG_FILE"} "$@"
+    fi
+    printf '   [dry-run]'; printf ' %s' "$@"; printf '\n'
+  else
+    "$@"
+  fi
+}
+
+# require_tools NAME...: name every missing tool at once, with where it comes from.
+require_tools() {
+  local tool missing=0
+  for tool in "$@"; do
+    command -v "$tool" >/dev/null && continue
+    missing=1
+    case $tool in
+      terraform) note "missing: terraform (https://developer.hashicorp.com/terraform/install)" ;;
+      doctl) note "missing: doctl (https://docs.digitalocean.com/reference/doctl/how-to/install/)" ;;
+      kubectl) note "missing: kubectl (https://kubernetes.io/docs/tasks/tools/)" ;;
+      helm) note "missing: helm (https://helm.sh/docs/intro/install/)" ;;
+      *) note "missing: $tool" ;;
+    esac
+  done
+  [ "$missing" = 0 ] && return
+  [ "$DRY_RUN" = 1 ] && { note "(a dry run goes on without them)"; return; }
+  fail "install what is missing and start again; every step can be repeated"
+}
+
+kube() {
+  if [ -n "$KUBECONFIG_FILE" ]; then kubectl --kubeconfig "$KUBECONFIG_FILE" "$@"; else kubectl "$@"; fi
+}
+
+# Does it exist? Never true in a dry run, which does not ask the cluster.
+exists() { [ "$DRY_RUN" = 0 ] && kube get "$@" >/dev/null 2>&1; }
+
+random_secret() { head -c 32 /dev/urandom | base64 | tr -d '\n' | tr '+/' '-_' | tr -d '='; }
+
+# Apply manifests from standard input. Client-side apply, so that a field taken out here is taken out there.
+apply_stdin() {
+  if [ "$DRY_RUN" = 1 ]; then
+    local manifests
+    manifests=$(cat)
+    printf '   [dry-run] kubectl apply -f - (%s)\n' "$(grep -c '^kind:' <<<"$manifests") objects"
+    grep -E '^kind:|^  name:' <<<"$manifests" | sed 's/^/      /'
+  else
+    kube apply -f -
+  fi
+}
+
+# make_secret NAMESPACE NAME KEY=VALUE...: make it once; a secret that is there is kept, so keys stay valid.
+make_secret() {
+  local namespace=$1 name=$2 pair
+  shift 2
+  if exists secret "$name" --namespace "$namespace"; then
+    note "secret $namespace/$name is there and is kept"
+    return
+  fi
+  if [ "$DRY_RUN" = 1 ]; then
+    note "[dry-run] create secret $namespace/$name (keys: ${*%%=*})"
+    return
+  fi
+  # Through standard input, so that no secret is in a process's arguments.
+  printf 'apiVersion: v1\nkind: Secret\nmetadata:\n  name: %s\n  namespace: %s\ntype: Opaque\ndata:\n%s\n' "$name" "$namespace" \
+    "$(for pair in "$@"; do printf '  %s: %s\n' "${pair%%=*}" "$(printf '%s' "${pair#*=}" | base64 | tr -d '\n')"; done)" |
+    kube create -f -
+}
+
+authenticate() {
+  say "DigitalOcean"
+  if [ -z "${DIGITALOCEAN_TOKEN:-}" ]; then
+    [ "$DRY_RUN" = 1 ] || fail "set DIGITALOCEAN_TOKEN (https://cloud.digitalocean.com/account/api/tokens, scopes: kubernetes, registry, load_balancer)"
+    note "DIGITALOCEAN_TOKEN is not set (needed for a real run)"
+  fi
+  # doctl reads its token from here; it is never written to a file or to the arguments of a process.
+  export DIGITALOCEAN_ACCESS_TOKEN=${DIGITALOCEAN_TOKEN:-}
+  run doctl account get --format Email,Status
+}

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Prometheus, Alertmanager, Grafana, the metrics adapter and Jaeger on the cluster, with this project's rules,
+# alerts and dashboards. Safe to repeat: Helm upgrades what is there, secrets are kept.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=k8s/lib.sh
+. k8s/lib.sh
+# shellcheck source=k8s/monitoring/versions.env
+. k8s/monitoring/versions.env
+
+usage() {
+  cat <<'EOF'
+usage: k8s/monitoring-setup.sh [options]
+
+Installs kube-prometheus-stack and prometheus-adapter into `monitoring` and Jaeger into `observability`, with
+the values in k8s/monitoring, then the rules, alerts and dashboards generated from monitoring/.
+
+  --kubeconfig FILE      the cluster (default: kubectl's own)
+  --storage-class NAME   of Prometheus's volume (default: do-block-storage)
+  --timeout SECONDS      for each chart (default: 600)
+  --dry-run              show every step, change nothing, contact nothing
+  --help                 this text
+
+Alert receivers: create the secret monitoring/alertmanager-receivers with the files pagerduty_routing_key and
+slack_webhook_url first; without it an empty one is made and alerts show on the pages only.
+EOF
+}
+
+storage_class=do-block-storage timeout_s=600
+while [ $# -gt 0 ]; do
+  case $1 in
+    --kubeconfig) KUBECONFIG_FILE=${2:?--kubeconfig needs a file}; shift 2 ;;
+    --storage-class) storage_class=${2:?--storage-class needs a name}; shift 2 ;;
+    --timeout) timeout_s=${2:?--timeout needs seconds}; shift 2 ;;
+    --dry-run) DRY_RUN=1; shift ;;
+    --help | -h) usage; exit 0 ;;
+    *) usage >&2; fail "unknown option $1" ;;
+  esac
+done
+
+say "Tools"
+require_tools kubectl helm
+[ "$DRY_RUN" = 1 ] || [ -z "$KUBECONFIG_FILE" ] || [ -r "$KUBECONFIG_FILE" ] || fail "cannot read $KUBECONFIG_FILE"
+[ "$DRY_RUN" = 1 ] || kube version --output=yaml >/dev/null || fail "the API server does not answer"
+helm_arguments=(--wait --timeout "${timeout_s}s")
+[ -z "$KUBECONFIG_FILE" ] || helm_arguments+=(--kubeconfig "$KUBECONFIG_FILE")
+
+say "Namespaces and secrets"
+kubectl kustomize k8s/namespaces | apply_stdin
+make_secret monitoring grafana-admin "admin-user=operator" "admin-password=$(random_secret)"
+make_secret monitoring alertmanager-receivers "pagerduty_routing_key=" "slack_webhook_url="
+# The operator mounts the receivers' secret one folder deeper than Compose does.
+sed 's#/etc/alertmanager/secrets/#/etc/alertmanager/secrets/alertmanager-receivers/#' monitoring/alertmanager/alertmanager.yml |
+  kubectl create secret generic asr-alertmanager --namespace monitoring --from-file=alertmanager.yaml=/dev/stdin \
+    --dry-run=client --output=yaml | apply_stdin
+
+chart() { # RELEASE NAMESPACE CHART REPOSITORY VERSION VALUES [HELM_ARGUMENTS...]
+  local release=$1 namespace=$2 chart=$3 repository=$4 version=$5 values=$6
+  shift 6
+  say "$release $version"
+  run helm upgrade --install "$release" "$chart" --repo "$repository" --version "$version" \
+    --namespace "$namespace" --values "$values" "${helm_arguments[@]}" "$@"
+}
+community=https://prometheus-community.github.io/helm-charts
+chart kube-prometheus-stack monitoring kube-prometheus-stack "$community" "$KUBE_PROMETHEUS_STACK_VERSION" \
+  k8s/monitoring/kube-prometheus-stack-values.yaml \
+  --set "prometheus.prometheusSpec.storageSpec.volumeClaimTemplate.spec.storageClassName=$storage_class"
+chart prometheus-adapter monitoring prometheus-adapter "$community" "$PROMETHEUS_ADAPTER_VERSION" \
+  k8s/monitoring/prometheus-adapter-values.yaml
+chart jaeger observability jaeger https://jaegertracing.github.io/helm-charts "$JAEGER_VERSION" \
+  k8s/monitoring/jaeger-values.yaml
+
+say "Rules, alerts and dashboards (monitoring/)"
+k8s/monitoring/render.sh | apply_stdin
+
+say "Addresses"
+kubectl_command=kubectl${KUBECONFIG_FILE:+ --kubeconfig $KUBECONFIG_FILE}
+note "Grafana:    $kubectl_command -n monitoring port-forward service/kube-prometheus-stack-grafana 3000:80"
+note "  user operator, password: $kubectl_command -n monitoring get secret grafana-admin -o jsonpath='{.data.admin-password}' | base64 -d"
+note "Prometheus: $kubectl_command -n monitoring port-forward service/kube-prometheus-stack-prometheus 9090:9090"
+note "Jaeger:     $kubectl_command -n observability port-forward service/jaeger 16686:16686"

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# From nothing to a running service on DigitalOcean Kubernetes. Safe to repeat: what is there is kept or updated.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=k8s/lib.sh
+. k8s/lib.sh
+
+usage() {
+  cat <<'EOF'
+usage: k8s/setup.sh [options]
+
+Authenticates, makes the cluster with Terraform, fetches the kubeconfig, applies an overlay, waits for the
+rollout and prints the addresses.
+
+  --overlay NAME       overlay under k8s/overlays (default: production), or a path
+  --registry PREFIX    where the images are, for example registry.digitalocean.com/my-asr
+  --tag TAG            tag of both images (default: the overlay's)
+  --kubeconfig FILE    use this cluster and skip Terraform and DigitalOcean altogether
+  --skip-terraform     the cluster exists; ask Terraform's state for its kubeconfig only
+  --yes                do not ask before Terraform applies
+  --timeout SECONDS    for each rollout and for the load balancers (default: 600)
+  --dry-run            show every step, change nothing, contact nothing
+  --help               this text
+
+environment: DIGITALOCEAN_TOKEN, and TF_VAR_* for any variable of terraform/variables.tf
+EOF
+}
+
+overlay=production registry='' tag='' terraform=1 yes=0 timeout_s=600
+while [ $# -gt 0 ]; do
+  case $1 in
+    --overlay) overlay=${2:?--overlay needs a name}; shift 2 ;;
+    --registry) registry=${2:?--registry needs a prefix}; shift 2 ;;
+    --tag) tag=${2:?--tag needs a value}; shift 2 ;;
+    --kubeconfig) KUBECONFIG_FILE=${2:?--kubeconfig needs a file}; terraform=0; shift 2 ;;
+    --skip-terraform) terraform=0; shift ;;
+    --yes) yes=1; shift ;;
+    --timeout) timeout_s=${2:?--timeout needs seconds}; shift 2 ;;
+    --dry-run) DRY_RUN=1; shift ;;
+    --help | -h) usage; exit 0 ;;
+    *) usage >&2; fail "unknown option $1" ;;
+  esac
+done
+path=$overlay
+[ -d "$path" ] || path=k8s/overlays/$overlay
+[ -f "$path/kustomization.yaml" ] || fail "there is no overlay $overlay (have: $(find k8s/overlays -mindepth 1 -maxdepth 1 -type d -printf '%f '))"
+[[ $timeout_s =~ ^[0-9]+$ ]] || fail "--timeout needs whole seconds, not $timeout_s"
+
+say "Tools"
+if [ -n "$KUBECONFIG_FILE" ]; then
+  require_tools kubectl
+  [ "$DRY_RUN" = 1 ] || [ -r "$KUBECONFIG_FILE" ] || fail "cannot read $KUBECONFIG_FILE"
+else
+  require_tools terraform doctl kubectl
+  authenticate
+fi
+
+if [ "$terraform" = 1 ]; then
+  say "Cluster (terraform/)"
+  wanted=${TF_VAR_kubernetes_version:-$(sed -n '/"kubernetes_version"/,/^}/s/.*default *= "\(.*\)"/\1/p' terraform/variables.tf)}
+  if [ "$DRY_RUN" = 0 ] && ! doctl kubernetes options versions --format Slug --no-header | grep -qx "$wanted"; then
+    note "offered today: $(doctl kubernetes options versions --format Slug --no-header | tr '\n' ' ')"
+    terraform -chdir=terraform state list 2>/dev/null | grep -q digitalocean_kubernetes_cluster ||
+      fail "DigitalOcean does not offer $wanted any more; export TF_VAR_kubernetes_version=<one of these>"
+  fi
+  run terraform -chdir=terraform init -input=false
+  # A saved plan holds every variable in the clear, the token too if it came as one: keep it private and brief.
+  plan=$(mktemp -d)/setup.tfplan
+  trap 'rm -rf "$(dirname "$plan")"' EXIT
+  run terraform -chdir=terraform plan -input=false -out="$plan"
+  if [ "$yes" = 0 ] && [ "$DRY_RUN" = 0 ]; then
+    read -r -p "   Apply this plan? It costs money. [y/N] " answer
+    [[ $answer == [yY] ]] || fail "nothing was changed"
+  fi
+  run terraform -chdir=terraform apply -input=false "$plan"
+fi
+
+if [ -z "$KUBECONFIG_FILE" ]; then
+  say "Kubeconfig"
+  if [ "$DRY_RUN" = 1 ]; then
+    note "[dry-run] terraform -chdir=terraform output -raw kubeconfig_path"
+  else
+    KUBECONFIG_FILE=$(terraform -chdir=terraform output -raw kubeconfig_path) || fail "Terraform has no cluster yet; run without --skip-terraform"
+    [[ $KUBECONFIG_FILE == /* ]] || KUBECONFIG_FILE=terraform/$KUBECONFIG_FILE
+    chmod 600 "$KUBECONFIG_FILE"
+    note "export KUBECONFIG=$(realpath "$KUBECONFIG_FILE")"
+  fi
+fi
+[ "$DRY_RUN" = 1 ] || kube version --output=yaml >/dev/null || fail "the API server does not answer"
+
+say "Namespaces and secrets"
+kubectl kustomize k8s/namespaces | apply_stdin
+key=$(random_secret)
+make_secret asr-system asr-api-keys "keys=operator:$key" "ui-key=$key"
+note "the API key: kubectl -n asr-system get secret asr-api-keys -o jsonpath='{.data.ui-key}' | base64 -d"
+
+say "Application ($overlay)"
+render=build/k8s-render
+mkdir -p "$render"
+{
+  printf 'apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n  - %s\nimages:\n' "$(realpath --relative-to="$render" "$path")"
+  for image in asr-api asr-ui; do
+    # An overlay has replaced nothing but the tag, so the name is still the one to match.
+    printf '  - name: %s\n    newName: %s%s\n' "$image" "${registry:+${registry%/}/}" "$image"
+    [ -z "$tag" ] || printf '    newTag: "%s"\n' "$tag"
+  done
+} >"$render/kustomization.yaml"
+kubectl kustomize "$render" | apply_stdin
+
+say "Rollout"
+for name in asr-api asr-ui; do
+  run kube rollout status "deployment/$name" --namespace asr-system --timeout="${timeout_s}s"
+done
+
+say "Addresses"
+address() { # SERVICE: print its public address, waiting for the load balancer
+  local service=$1 type deadline found
+  type=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.spec.type}')
+  if [ "$type" != LoadBalancer ]; then
+    note "$service: kubectl -n asr-system port-forward service/$service ${2}:80"
+    return
+  fi
+  deadline=$((SECONDS + timeout_s))
+  while [ $SECONDS -lt $deadline ]; do
+    found=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.status.loadBalancer.ingress[0].ip}{.status.loadBalancer.ingress[0].hostname}')
+    if [ -n "$found" ]; then note "$service: http://$found"; return; fi
+    sleep 5
+  done
+  note "$service: no address yet; kubectl -n asr-system get service $service --watch"
+}
+if [ "$DRY_RUN" = 1 ]; then
+  note "[dry-run] wait for the load balancers of asr-api and asr-ui and print their addresses"
+else
+  address asr-api 8000
+  address asr-ui 8501
+fi
+note "Metrics, alerts, dashboards and traces: k8s/monitoring-setup.sh${KUBECONFIG_FILE:+ --kubeconfig $KUBECONFIG_FILE}"

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Take away what setup.sh and monitoring-setup.sh made. Safe to repeat: what is gone stays gone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=k8s/lib.sh
+. k8s/lib.sh
+
+usage() {
+  cat <<'EOF'
+usage: k8s/teardown.sh [options]
+
+Deletes the application, then monitoring, then the cluster with Terraform. Load balancers and volumes are
+deleted by Kubernetes before the cluster goes; otherwise they would go on costing money.
+
+  --only app|monitoring   stop after that part; the cluster stays
+  --kubeconfig FILE       use this cluster and never touch Terraform
+  --yes                   do not ask
+  --timeout SECONDS       for each deletion (default: 300)
+  --dry-run               show every step, change nothing, contact nothing
+  --help                  this text
+EOF
+}
+
+only='' yes=0 timeout_s=300 terraform=1
+while [ $# -gt 0 ]; do
+  case $1 in
+    --only) only=${2:?--only needs app or monitoring}; shift 2 ;;
+    --kubeconfig) KUBECONFIG_FILE=${2:?--kubeconfig needs a file}; terraform=0; shift 2 ;;
+    --yes) yes=1; shift ;;
+    --timeout) timeout_s=${2:?--timeout needs seconds}; shift 2 ;;
+    --dry-run) DRY_RUN=1; shift ;;
+    --help | -h) usage; exit 0 ;;
+    *) usage >&2; fail "unknown option $1" ;;
+  esac
+done
+[[ -z $only || $only == app || $only == monitoring ]] || fail "--only is app or monitoring, not $only"
+[ -z "$only" ] || terraform=0
+
+say "Tools"
+tools=(kubectl)
+[ "$only" = app ] || tools+=(helm)
+[ "$terraform" = 0 ] || tools+=(terraform doctl)
+require_tools "${tools[@]}"
+if [ "$yes" = 0 ] && [ "$DRY_RUN" = 0 ]; then
+  read -r -p "   Delete ${only:-the application, monitoring with its data, and the cluster}? [y/N] " answer
+  [[ $answer == [yY] ]] || fail "nothing was changed"
+fi
+if [ -z "$KUBECONFIG_FILE" ]; then
+  authenticate
+  if [ "$DRY_RUN" = 1 ]; then
+    note "[dry-run] terraform -chdir=terraform output -raw kubeconfig_path"
+  elif KUBECONFIG_FILE=$(terraform -chdir=terraform output -raw kubeconfig_path 2>/dev/null); then
+    [[ $KUBECONFIG_FILE == /* ]] || KUBECONFIG_FILE=terraform/$KUBECONFIG_FILE
+  else
+    note "Terraform knows no cluster; nothing is left to delete"
+    exit 0
+  fi
+fi
+delete_namespace() { run kube delete namespace "$1" --ignore-not-found --timeout="${timeout_s}s"; }
+uninstall() { # RELEASE NAMESPACE
+  if [ "$DRY_RUN" = 1 ] || helm status "$1" --namespace "$2" ${KUBECONFIG_FILE:+--kubeconfig "$KUBECONFIG_FILE"} >/dev/null 2>&1; then
+    run helm uninstall "$1" --namespace "$2" ${KUBECONFIG_FILE:+--kubeconfig "$KUBECONFIG_FILE"} --wait --timeout "${timeout_s}s"
+  fi
+}
+
+if [ "$only" != monitoring ]; then
+  say "Application"
+  # Services first: their load balancers are released while the cloud controller still runs.
+  run kube delete service --all --namespace asr-system --ignore-not-found --timeout="${timeout_s}s"
+  delete_namespace asr-system
+fi
+if [ "$only" != app ]; then
+  say "Monitoring"
+  uninstall jaeger observability
+  uninstall prometheus-adapter monitoring
+  uninstall kube-prometheus-stack monitoring
+  delete_namespace observability
+  delete_namespace monitoring
+fi
+if [ "$terraform" = 1 ]; then
+  say "Cluster (terraform/)"
+  run terraform -chdir=terraform init -input=false
+  run terraform -chdir=terraform destroy -input=false -auto-approve
+fi
+say "Gone"
