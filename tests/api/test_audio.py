@@ -1,0 +1,275 @@
+"""Decoding: formats by their bytes, resampling, lying headers, damage, limits. Real decoders throughout."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tracemalloc
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from api.audio import AudioReader, decode
+from api.errors import AudioTooLongError, UndecodableAudioError
+from tests.tiny_bundle import sing, wav
+
+RATE_HZ = 16_000
+
+# container, codec, and the sample rate it is written at
+ENCODED = {
+    "mp3": ("mp3", "libmp3lame", 44_100),
+    "opus": ("ogg", "libopus", 48_000),
+    "m4a": ("ipod", "aac", 44_100),
+    "mp4": ("mp4", "aac", 44_100),
+    "webm": ("webm", "libopus", 48_000),
+}
+
+
+KINDS = ["wav", "flac", "ogg", *ENCODED]
+
+
+def encode(kind: str, samples: NDArray[np.float32], *, video: bool = False, audio: bool = True) -> bytes:
+    """float32 (samples,) at the format's rate as an encoded file, optionally with a picture track."""
+    container_name, codec, rate_hz = ENCODED[kind]
+    file = io.BytesIO()
+    with av.open(file, "w", format=container_name) as container:
+        stream = container.add_stream(codec, rate=rate_hz) if audio else None
+        picture = container.add_stream("mpeg4", rate=5) if video else None
+        if picture is not None:
+            picture.width = picture.height = 64
+            picture.pix_fmt = "yuv420p"
+        if stream is not None:
+            stream.layout = "mono"
+            frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+            frame.sample_rate, frame.time_base = rate_hz, Fraction(1, rate_hz)
+            fifo = av.AudioFifo()
+            fifo.write(frame)
+            size = stream.codec_context.frame_size or 1024
+            while (part := fifo.read(size, partial=True)) is not None:
+                container.mux(stream.encode(part))
+            container.mux(stream.encode(None))
+        if picture is not None:
+            for _ in range(5):
+                container.mux(picture.encode(av.VideoFrame(64, 64, "yuv420p")))
+            container.mux(picture.encode(None))
+    return file.getvalue()
+
+
+def file_of(kind: str, samples: NDArray[np.float32], rate_hz: int) -> bytes:
+    if kind == "wav":
+        return wav(samples, rate_hz)
+    if kind in ("flac", "ogg"):
+        file = io.BytesIO()
+        soundfile.write(file, samples, rate_hz, format=kind.upper())
+        return file.getvalue()
+    return encode(kind, samples)
+
+
+def tone(frequency_hz: float, rate_hz: int, duration_s: float = 1.0) -> NDArray[np.float32]:
+    time_s = np.arange(round(duration_s * rate_hz)) / rate_hz
+    return (0.5 * np.sin(2 * np.pi * frequency_hz * time_s)).astype(np.float32)
+
+
+def level(samples: NDArray[np.float32], frequency_hz: float) -> float:
+    """Amplitude of one frequency in the middle of the samples."""
+    middle = samples[len(samples) // 4 : -len(samples) // 4]
+    window = np.hanning(len(middle))
+    angle = 2 * np.pi * frequency_hz * np.arange(len(middle)) / RATE_HZ
+    return float(2 * abs(np.sum(middle * window * np.exp(-1j * angle))) / window.sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_gives_the_same_sound(kind: str) -> None:
+    rate_hz = ENCODED[kind][2] if kind in ENCODED else 44_100
+    original = tone(1000, rate_hz, 2.0)
+    decoded = decode(file_of(kind, original, rate_hz), sample_rate_hz=RATE_HZ)
+    assert decoded.sample_rate_hz == RATE_HZ
+    assert decoded.samples.dtype == np.float32
+    assert decoded.samples.ndim == 1
+    assert decoded.duration_s == pytest.approx(2.0, abs=0.08)  # lossy codecs pad with a frame
+    assert len(decoded.samples) == pytest.approx(decoded.duration_s * RATE_HZ, abs=2)
+    assert level(decoded.samples, 1000) == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
+def test_names_and_types_do_not_matter_only_bytes(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "letter.docx"
+    path.write_bytes(file_of(kind, tone(440, 44_100), 44_100))
+    with path.open("rb") as file:
+        assert decode(file, sample_rate_hz=RATE_HZ).duration_s == pytest.approx(1.0, abs=0.08)
+
+
+def test_resampling_removes_what_would_alias() -> None:
+    """A 10 kHz tone cannot exist at 16 kHz; without a filter it would come back at 6 kHz."""
+    decoded = decode(wav(tone(10_000, 44_100), 44_100), sample_rate_hz=RATE_HZ)
+    assert level(decoded.samples, 6_000) < 1e-4
+    assert np.abs(decoded.samples[800:-800]).max() < 1e-3
+
+
+def test_resampling_keeps_what_fits() -> None:
+    decoded = decode(wav(tone(6_000, 44_100), 44_100), sample_rate_hz=RATE_HZ)
+    assert level(decoded.samples, 6_000) == pytest.approx(0.5, rel=0.02)
+
+
+def test_channels_are_averaged() -> None:
+    left, right = tone(500, RATE_HZ), tone(1500, RATE_HZ)
+    decoded = decode(wav(np.stack([left, right], axis=1), subtype="FLOAT"), sample_rate_hz=RATE_HZ)
+    np.testing.assert_allclose(decoded.samples, (left + right) / 2, atol=1e-6)
+
+
+def test_eight_channels_at_192_khz_in_float() -> None:
+    samples = np.repeat(tone(1000, 192_000)[:, None], 8, axis=1)
+    decoded = decode(wav(samples, 192_000, "FLOAT"), sample_rate_hz=RATE_HZ)
+    assert decoded.duration_s == pytest.approx(1.0)
+    assert level(decoded.samples, 1000) == pytest.approx(0.5, rel=0.01)
+
+
+def test_blocks_and_whole_are_the_same_samples() -> None:
+    data = wav(sing("abc def gab " * 8, sample_rate_hz=44_100), 44_100)
+    whole = decode(data, sample_rate_hz=RATE_HZ).samples
+    with AudioReader(io.BytesIO(data), sample_rate_hz=RATE_HZ, max_audio_s=100) as reader:
+        blocks = list(reader)
+    assert len(blocks) > 1
+    np.testing.assert_array_equal(np.concatenate(blocks), whole)
+
+
+def test_wav_header_that_claims_four_gigabytes_costs_what_is_there() -> None:
+    data = bytearray(wav(tone(1000, RATE_HZ)))
+    struct.pack_into("<I", data, 4, 0xFFFFFFFF)
+    struct.pack_into("<I", data, data.index(b"data") + 4, 0xFFFFFFF0)
+    tracemalloc.start()
+    decoded = decode(bytes(data), sample_rate_hz=RATE_HZ)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert decoded.duration_s == pytest.approx(1.0)
+    assert decoded.warnings == ()  # programs that write to a pipe do this: nothing is missing
+    assert peak_bytes < 20_000_000
+
+
+def test_decompression_bomb_stops_at_the_cap() -> None:
+    """Two hours of silence are a small flac; decoding ends at the limit, whatever the header says."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(16_000 * 600, np.int16), 16_000, format="FLAC")
+    data = file.getvalue()
+    assert len(data) < 100_000
+    with AudioReader(io.BytesIO(data), sample_rate_hz=RATE_HZ, max_audio_s=60) as reader:
+        with pytest.raises(AudioTooLongError, match="60 seconds"):
+            for _ in reader:
+                pass
+        assert reader.duration_s < 100
+
+
+def test_cap_is_counted_on_samples_not_on_the_header() -> None:
+    data = bytearray(wav(tone(1000, RATE_HZ, 3.0)))
+    struct.pack_into("<I", data, data.index(b"data") + 4, 1000)  # claims 31 ms; libsndfile believes it
+    assert decode(bytes(data), sample_rate_hz=RATE_HZ, max_audio_s=1.0).duration_s < 1.0
+    with pytest.raises(AudioTooLongError):
+        decode(wav(tone(1000, RATE_HZ, 3.0)), sample_rate_hz=RATE_HZ, max_audio_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "empty_file"),
+        (b"Dear Sir or Madam,\n" * 200, "undecodable_audio"),
+        (b"\x00" * 5000, "undecodable_audio"),
+        (b"RIFF\x00\x00\x00\x00WAVE", "undecodable_audio"),
+        (wav(np.zeros(0, np.float32)), "no_audio_samples"),
+    ],
+)
+def test_what_is_no_audio_is_refused_with_a_reason(data: bytes, code: str) -> None:
+    with pytest.raises(UndecodableAudioError) as caught:
+        decode(data, sample_rate_hz=RATE_HZ)
+    assert caught.value.code == code
+
+
+def test_video_without_sound_is_refused_and_video_with_sound_is_read() -> None:
+    samples = tone(1000, 44_100)
+    with pytest.raises(UndecodableAudioError, match="no audio stream"):
+        decode(encode("mp4", samples, video=True, audio=False), sample_rate_hz=RATE_HZ)
+    decoded = decode(encode("mp4", samples, video=True), sample_rate_hz=RATE_HZ)
+    assert level(decoded.samples, 1000) == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_no_numbers_are_refused(value: float) -> None:
+    samples = tone(1000, RATE_HZ)
+    samples[5000] = value
+    with pytest.raises(UndecodableAudioError) as caught:
+        decode(wav(samples, subtype="FLOAT"), sample_rate_hz=RATE_HZ)
+    assert caught.value.code == "not_finite_samples"
+
+
+def test_samples_beyond_full_scale_are_clipped() -> None:
+    decoded = decode(wav(tone(1000, RATE_HZ) * 1e20, subtype="FLOAT"), sample_rate_hz=RATE_HZ)
+    assert np.abs(decoded.samples).max() == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_truncated_files_give_what_is_there_or_a_reason(kind: str, share: float) -> None:
+    rate_hz = ENCODED[kind][2] if kind in ENCODED else 44_100
+    rng = np.random.default_rng(0)
+    hiss = rng.normal(0, 0.1, 3 * rate_hz).astype(np.float32)  # fills more than one page of an ogg
+    data = file_of(kind, tone(1000, rate_hz, 3.0) + hiss, rate_hz)
+    cut = data[: int(len(data) * share)]
+    if kind in ("m4a", "mp4"):  # these keep their index at the end
+        with pytest.raises(UndecodableAudioError, match="Formats:"):
+            decode(cut, sample_rate_hz=RATE_HZ)
+        return
+    decoded = decode(cut, sample_rate_hz=RATE_HZ)
+    assert 0.3 < decoded.duration_s < 3.0
+    assert bool(decoded.warnings) == (kind in ("wav", "flac"))
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile://{path}\n#EXT-X-ENDLIST\n",
+        "#EXTM3U\n#EXTINF:10,\n{path}\n",
+        "ffconcat version 1.0\nfile {path}\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=audio 5004 RTP/AVP 0\n",
+    ],
+)
+def test_an_upload_never_opens_another_file(playlist: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.wav"
+    secret.write_bytes(wav(tone(1000, RATE_HZ)))
+    with pytest.raises(UndecodableAudioError):
+        decode(playlist.format(path=secret).encode(), sample_rate_hz=RATE_HZ)
+
+
+@pytest.mark.parametrize("rate_hz", [1, 999])
+def test_absurd_sample_rates_are_refused_before_they_are_resampled(rate_hz: int) -> None:
+    data = bytearray(wav(np.zeros(100_000, np.float32) + 0.1))
+    struct.pack_into("<I", data, 24, rate_hz)
+    with pytest.raises(UndecodableAudioError, match=f"{rate_hz} Hz"):
+        decode(bytes(data), sample_rate_hz=RATE_HZ)
+
+
+SEEDS = {kind: file_of(kind, tone(1000, ENCODED[kind][2] if kind in ENCODED else 44_100, 0.3), 44_100)
+         for kind in KINDS}  # fmt: skip
+
+
+@given(
+    kind=st.sampled_from(sorted(SEEDS)),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=12),
+    keep=st.floats(0.05, 1.0),
+)
+def test_mutated_files_are_audio_or_undecodable_nothing_else(
+    kind: str, edits: list[tuple[float, int]], keep: float
+) -> None:
+    data = bytearray(SEEDS[kind])
+    for place, value in edits:
+        data[min(int(place**2 * len(data)), len(data) - 1)] = value
+    try:
+        decoded = decode(bytes(data[: max(1, int(keep * len(data)))]), sample_rate_hz=RATE_HZ, max_audio_s=60)
+    except (UndecodableAudioError, AudioTooLongError):
+        return
+    assert np.isfinite(decoded.samples).all()

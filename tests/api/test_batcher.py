@@ -1,0 +1,462 @@
+"""The queue and its workers under load, deadlines, cancellation and failing engines."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from api.batcher import Admission, Batcher, SegmentResult
+from api.batching import BatchLimits
+from api.errors import (
+    DeadlineExceededError,
+    DrainingError,
+    InferenceError,
+    OutOfResourcesError,
+    QueueFullError,
+)
+from api.telemetry import Telemetry
+from api.workers import WorkerPool
+
+RATE_HZ = 100  # so that a waveform of 100 samples is a second
+Run = Callable[[Sequence[NDArray[np.float32]]], None]
+
+
+@dataclass
+class EchoEngine:
+    """Returns each waveform as its own result. ``gate`` holds batches back, ``before`` may raise."""
+
+    name: str = "echo"
+    sample_rate_hz: int = RATE_HZ
+    limits: BatchLimits = field(default_factory=lambda: BatchLimits(1, 10**6))
+    before: Run = lambda waveforms: None
+    gate: threading.Event = field(default_factory=threading.Event)
+    batches: list[list[float]] = field(default_factory=list)
+    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[NDArray[np.float32]]:
+        self.batches.append([float(waveform[0]) for waveform in waveforms])
+        self.entered.release()
+        assert self.gate.wait(20)
+        self.before(waveforms)
+        return [waveform[:, None] for waveform in waveforms]
+
+    async def wait_entered(self) -> None:
+        """Until a worker is inside a batch."""
+        assert await asyncio.to_thread(self.entered.acquire, timeout=20)
+
+
+@dataclass
+class House:
+    pool: WorkerPool
+    admission: Admission
+    batcher: Batcher
+    engine: EchoEngine
+    telemetry: Telemetry
+
+    def submit(
+        self,
+        value: float,
+        seconds: float = 1.0,
+        *,
+        timeout_s: float = 20.0,
+        wait: bool = False,
+        owner: str = "",
+    ) -> asyncio.Task[SegmentResult]:
+        waveform = np.full(int(seconds * RATE_HZ), value, np.float32)
+        deadline_s = time.monotonic() + timeout_s
+        return asyncio.create_task(
+            self.batcher.submit(waveform, deadline_s=deadline_s, wait=wait, owner=owner or None)
+        )
+
+    async def blocked(self) -> asyncio.Task[SegmentResult]:
+        """Occupy the only worker with value -1."""
+        task = self.submit(-1)
+        await self.engine.wait_entered()
+        return task
+
+
+@asynccontextmanager
+async def house(
+    engine: EchoEngine | None = None, *, workers: int = 1, limit_s: float = 100.0, rate: float = 10.0
+) -> AsyncIterator[House]:
+    engine = engine or EchoEngine()
+    telemetry = Telemetry()
+    pool = WorkerPool(workers, telemetry, rate=rate)
+    admission = Admission(limit_s, pool)
+    batcher = Batcher(engine, admission, telemetry)
+    pool.start()
+    try:
+        yield House(pool, admission, batcher, engine, telemetry)
+    finally:
+        engine.gate.set()
+        await asyncio.to_thread(pool.close)
+
+
+def sample(telemetry: Telemetry, name: str) -> float:
+    value = telemetry.metrics.registry.get_sample_value(name)
+    assert value is not None
+    return value
+
+
+async def settle(*tasks: asyncio.Task[SegmentResult]) -> list[SegmentResult | BaseException]:
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_everyone_gets_their_own_result() -> None:
+    async with house(EchoEngine(limits=BatchLimits(4, 10**6)), workers=2, limit_s=1e6, rate=1e6) as h:
+        h.engine.gate.set()
+        tasks = [h.submit(float(value), 0.5 + value % 7) for value in range(300)]
+        results = await asyncio.gather(*tasks)
+        assert [float(result.log_probs[0, 0]) for result in results] == list(range(300))
+        assert all(result.queue_s >= 0 and result.inference_s >= 0 for result in results)
+        assert sum(len(batch) for batch in h.engine.batches) == 300
+        assert (h.pool.waiting, h.pool.waiting_audio_s) == (0, 0.0)
+        assert sample(h.telemetry, "asr_batch_size_sum") == 300
+
+
+async def test_batches_form_while_the_engine_is_busy_and_only_of_similar_lengths() -> None:
+    async with house(EchoEngine(limits=BatchLimits(3, 10**6))) as h:
+        first = await h.blocked()
+        others = [h.submit(value, seconds) for value, seconds in enumerate([1.0, 1.0, 9.0, 1.0, 1.0])]
+        await asyncio.sleep(0)
+        h.engine.gate.set()
+        results = await asyncio.gather(first, *others)
+        assert h.engine.batches == [[-1.0], [0.0, 1.0, 3.0], [2.0], [4.0]]
+        assert [result.batch_size for result in results] == [1, 3, 3, 1, 3, 1]
+
+
+async def test_a_full_queue_refuses_with_the_time_it_takes_to_drain() -> None:
+    async with house(limit_s=10.0, rate=2.0) as h:
+        running = await h.blocked()
+        waiting = [h.submit(value, 3.0) for value in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError) as refused:
+            await h.submit(9, 3.0)
+        # 9 of 10 audio-seconds wait, 2 drain per second: one second until there is room for 3 more.
+        assert refused.value.retry_after_s == pytest.approx(1.0 * 1.1 + 0.2)
+        with pytest.raises(QueueFullError) as refused_later:
+            await h.submit(9, 3.0)
+        assert (refused_later.value.retry_after_s or 0) > (refused.value.retry_after_s or 0)
+        h.engine.gate.set()
+        await asyncio.gather(running, *waiting)
+        assert float((await h.submit(9, 3.0)).log_probs[0, 0]) == 9.0
+
+
+async def test_refusing_before_the_upload_is_read() -> None:
+    async with house(limit_s=10.0) as h:
+        h.admission.check_room()
+        running = await h.blocked()
+        waiting = h.submit(1, 10.0)
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError):
+            h.admission.check_room()
+        h.engine.gate.set()
+        await asyncio.gather(running, waiting)
+
+
+async def test_an_empty_queue_takes_even_what_is_longer_than_its_limit() -> None:
+    async with house(limit_s=5.0) as h:
+        h.engine.gate.set()
+        assert (await h.submit(1, 60.0)).batch_size == 1
+
+
+async def test_what_cannot_be_done_in_time_is_refused_at_once() -> None:
+    async with house(limit_s=1000.0, rate=1.0) as h:
+        running = await h.blocked()
+        waiting = h.submit(1, 20.0)
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError):
+            await h.submit(2, 5.0, timeout_s=10.0)
+        patient = h.submit(3, 5.0, timeout_s=60.0)
+        await asyncio.sleep(0)
+        h.engine.gate.set()
+        await asyncio.gather(running, waiting, patient)
+
+
+async def test_a_deadline_that_has_passed_is_not_queued() -> None:
+    async with house() as h:
+        h.engine.gate.set()
+        with pytest.raises(DeadlineExceededError):
+            await h.submit(1, timeout_s=-0.1)
+        assert h.engine.batches == []
+
+
+async def test_a_deadline_that_passes_in_the_queue_is_answered_then_and_never_computed() -> None:
+    async with house(rate=1e6) as h:
+        running = await h.blocked()
+        with pytest.raises(DeadlineExceededError):
+            await h.submit(1, timeout_s=0.05)
+        assert (h.pool.waiting, h.pool.waiting_audio_s, h.pool.expired) == (0, 0.0, 1)
+        h.engine.gate.set()
+        await running
+        assert h.engine.batches == [[-1.0]]
+
+
+async def test_a_deadline_that_passes_during_inference_is_answered_then() -> None:
+    async with house(rate=1e6) as h:
+        task = h.submit(1, timeout_s=0.1)
+        await h.engine.wait_entered()
+        with pytest.raises(DeadlineExceededError):
+            await task
+        h.engine.gate.set()
+        assert float((await h.submit(2)).log_probs[0, 0]) == 2.0
+
+
+async def test_a_caller_that_left_is_dropped_before_the_batch_forms() -> None:
+    async with house(EchoEngine(limits=BatchLimits(8, 10**6))) as h:
+        running = await h.blocked()
+        stays, leaves = h.submit(1), h.submit(2)
+        await asyncio.sleep(0)
+        leaves.cancel()
+        await settle(leaves)
+        assert (h.pool.waiting, h.pool.waiting_audio_s, h.pool.abandoned) == (1, 1.0, 1)
+        h.engine.gate.set()
+        await asyncio.gather(running, stays)
+        assert h.engine.batches == [[-1.0], [1.0]]
+
+
+async def test_a_caller_that_leaves_during_inference_harms_nobody() -> None:
+    async with house(EchoEngine(limits=BatchLimits(8, 10**6))) as h:
+        running = await h.blocked()
+        leaves, stays = h.submit(1), h.submit(2)
+        await asyncio.sleep(0)
+        h.engine.gate.set()
+        h.engine.gate = threading.Event()
+        await running
+        await h.engine.wait_entered()
+        leaves.cancel()
+        await settle(leaves)
+        h.engine.gate.set()
+        assert float((await stays).log_probs[0, 0]) == 2.0
+        assert h.pool.abandoned == 0
+
+
+async def test_a_poisoned_item_fails_alone() -> None:
+    def refuse(waveforms: Sequence[NDArray[np.float32]]) -> None:
+        if any(waveform[0] == 2.0 for waveform in waveforms):
+            raise RuntimeError("no kernel for this shape: /secret/path")
+
+    async with house(EchoEngine(limits=BatchLimits(8, 10**6), before=refuse)) as h:
+        running = await h.blocked()
+        tasks = [h.submit(value) for value in (1, 2, 3)]
+        await asyncio.sleep(0)
+        h.engine.gate.set()
+        await running
+        first, second, third = await settle(*tasks)
+        assert isinstance(first, SegmentResult)
+        assert isinstance(third, SegmentResult)
+        assert isinstance(second, InferenceError)
+        assert "secret" not in second.message
+        assert h.pool.replaced == 0
+
+
+async def test_no_memory_for_one_is_its_own_failure() -> None:
+    def exhaust(waveforms: Sequence[NDArray[np.float32]]) -> None:
+        if waveforms[0][0] == 1.0:
+            raise MemoryError
+
+    async with house(EchoEngine(before=exhaust)) as h:
+        h.engine.gate.set()
+        with pytest.raises(OutOfResourcesError):
+            await h.submit(1)
+        assert (await h.submit(2)).batch_size == 1
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+async def test_a_worker_that_dies_is_replaced_and_only_its_batch_fails(workers: int) -> None:
+    def die(waveforms: Sequence[NDArray[np.float32]]) -> None:
+        if waveforms[0][0] == 1.0:
+            raise SystemExit
+
+    async with house(EchoEngine(before=die), workers=workers) as h:
+        h.engine.gate.set()
+        for _ in range(5):
+            with pytest.raises(InferenceError):
+                await h.submit(1)
+            assert float((await h.submit(2)).log_probs[0, 0]) == 2.0
+        assert h.pool.replaced == 5
+        alive = [thread for thread in threading.enumerate() if thread in h.pool._threads]
+        assert len(alive) == workers
+        assert not h.pool.stalled()
+
+
+async def test_stalled_means_work_without_progress() -> None:
+    now = 1000.0
+    engine, telemetry = EchoEngine(), Telemetry()
+    pool = WorkerPool(1, telemetry, clock=lambda: now)
+    batcher = Batcher(engine, Admission(100.0, pool, clock=lambda: now), telemetry, clock=lambda: now)
+    pool.start()
+    try:
+        now += 10_000  # long idle
+        assert not pool.stalled(after_s=60)
+        task = asyncio.create_task(batcher.submit(np.ones(100, np.float32), deadline_s=now + 1000))
+        await engine.wait_entered()
+        assert not pool.stalled(after_s=60)
+        now += 61
+        assert pool.stalled(after_s=60)
+        engine.gate.set()
+        await task
+        assert not pool.stalled(after_s=60)
+    finally:
+        engine.gate.set()
+        await asyncio.to_thread(pool.close)
+
+
+async def test_draining_refuses_newcomers_and_finishes_what_was_accepted() -> None:
+    async with house(limit_s=2.0) as h:
+        running = await h.blocked()
+        accepted = [h.submit(1, 2.0), h.submit(2, 2.0, wait=True)]
+        await asyncio.sleep(0)
+        drained = asyncio.create_task(h.admission.drain(20.0))
+        await asyncio.sleep(0)
+        with pytest.raises(DrainingError):
+            await h.submit(3)
+        late = h.submit(4, wait=True)  # the next segment of a file that was let in
+        await asyncio.sleep(0)
+        assert not drained.done()
+        h.engine.gate.set()
+        results = await asyncio.gather(running, *accepted, late)
+        assert [float(result.log_probs[0, 0]) for result in results] == [-1.0, 1.0, 2.0, 4.0]
+        assert await drained
+
+
+async def test_draining_gives_up_after_its_time_and_closing_answers_the_rest() -> None:
+    async with house() as h:
+        running = await h.blocked()
+        waiting = h.submit(1)
+        await asyncio.sleep(0)
+        assert not await h.admission.drain(0.05)
+        closing = asyncio.create_task(asyncio.to_thread(h.pool.close))
+        with pytest.raises(DrainingError):
+            await waiting
+        h.engine.gate.set()
+        assert float((await running).log_probs[0, 0]) == -1.0
+        await closing
+        with pytest.raises(DrainingError):
+            h.pool.put(h.batcher._queue, None)  # type: ignore[arg-type]  # refused before it is looked at
+
+
+async def test_accepted_files_wait_for_room_in_order_and_ahead_of_newcomers() -> None:
+    async with house(limit_s=4.0) as h:
+        running = await h.blocked()
+        queued = h.submit(0, 4.0)
+        await asyncio.sleep(0)
+        more = [h.submit(value, 2.0, wait=True) for value in (1, 2, 3)]
+        await asyncio.sleep(0)
+        assert h.pool.waiting == 1
+        with pytest.raises(QueueFullError):
+            await h.submit(9, 0.1)
+        h.engine.gate.set()
+        await asyncio.gather(running, queued, *more)
+        assert h.engine.batches == [[-1.0], [0.0], [1.0], [2.0], [3.0]]
+
+
+async def test_waiting_for_room_ends_with_the_deadline_or_the_caller() -> None:
+    async with house(limit_s=4.0) as h:
+        running = await h.blocked()
+        queued = h.submit(0, 4.0)
+        await asyncio.sleep(0)
+        leaves = h.submit(1, 2.0, wait=True)
+        overdue = h.submit(2, 2.0, wait=True, timeout_s=0.05)
+        stays = h.submit(3, 2.0, wait=True)
+        await asyncio.sleep(0)
+        leaves.cancel()
+        outcome = await settle(leaves, overdue)
+        assert isinstance(outcome[0], asyncio.CancelledError)
+        assert isinstance(outcome[1], DeadlineExceededError)
+        h.engine.gate.set()
+        await asyncio.gather(running, queued, stays)
+        assert h.engine.batches == [[-1.0], [0.0], [3.0]]
+
+
+async def test_a_short_clip_does_not_wait_behind_a_long_file() -> None:
+    async with house() as h:
+        running = await h.blocked()
+        long_file = [h.submit(value, owner="file") for value in range(10, 20)]
+        await asyncio.sleep(0)
+        clip = h.submit(1, owner="clip")
+        await asyncio.sleep(0)
+        h.engine.gate.set()
+        await asyncio.gather(running, clip, *long_file)
+        order = [batch[0] for batch in h.engine.batches]
+        assert order.index(1.0) <= 2
+        assert [value for value in order if value >= 10] == list(range(10, 20))
+
+
+async def test_models_share_the_workers_and_take_turns() -> None:
+    other = EchoEngine(name="other")
+    async with house() as h:
+        second = Batcher(other, h.admission, h.telemetry)
+        running = await h.blocked()
+        deadline_s = time.monotonic() + 20
+        others = [
+            asyncio.create_task(second.submit(np.full(10, value, np.float32), deadline_s=deadline_s))
+            for value in range(3)
+        ]
+        mine = [h.submit(value) for value in range(3)]
+        await asyncio.sleep(0)
+        assert h.pool.waiting == 6
+        h.engine.gate.set()
+        assert await asyncio.to_thread(other.entered.acquire, timeout=20)
+        assert len(h.engine.batches) <= 2  # one worker: it is held in the other model's first batch
+        other.gate.set()
+        await asyncio.gather(running, *mine, *others)
+        assert sum(map(len, other.batches)) == 3
+
+
+async def test_only_a_lone_clip_gets_all_cores() -> None:
+    alone: list[bool] = []
+
+    class Watching(EchoEngine):
+        def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[NDArray[np.float32]]:
+            lone.append(alone)
+            return super().run(waveforms, alone=alone)
+
+    lone = alone
+    async with house(Watching(), workers=2) as h:
+        first = h.submit(1)
+        await h.engine.wait_entered()
+        second = h.submit(2)
+        await h.engine.wait_entered()
+        h.engine.gate.set()
+        await asyncio.gather(first, second)
+        assert alone == [True, False]
+
+
+async def test_nothing_is_lost_or_doubled_when_callers_come_and_go() -> None:
+    rng = random.Random(7)
+
+    def sometimes(waveforms: Sequence[NDArray[np.float32]]) -> None:
+        time.sleep(0.0005)
+        if any(int(waveform[0]) % 13 == 0 for waveform in waveforms):
+            raise RuntimeError("bad luck")
+
+    engine = EchoEngine(limits=BatchLimits(4, 10**6), before=sometimes)
+    async with house(engine, workers=3, limit_s=60.0, rate=1e4) as h:
+        engine.gate.set()
+        tasks = []
+        for value in range(600):
+            tasks.append(h.submit(value, rng.uniform(0.1, 3.0), wait=rng.random() < 0.5))
+            if rng.random() < 0.3:
+                await asyncio.sleep(rng.uniform(0, 0.002))
+            if rng.random() < 0.2:
+                rng.choice(tasks).cancel()
+        outcomes = await settle(*tasks)
+        for value, outcome in enumerate(outcomes):
+            if isinstance(outcome, SegmentResult):
+                assert float(outcome.log_probs[0, 0]) == value
+                assert value % 13 != 0
+            else:
+                assert isinstance(outcome, asyncio.CancelledError | QueueFullError | InferenceError)
+        assert any(isinstance(outcome, SegmentResult) for outcome in outcomes)
+        assert await h.admission.drain(20.0)
+        assert (h.pool.waiting, h.pool.waiting_audio_s, h.pool.busy) == (0, 0.0, 0)

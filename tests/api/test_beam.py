@@ -1,0 +1,221 @@
+"""Prefix beam search against the exact sum over all alignments; hotwords against a plain definition."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.beam import EXACT, MAX_BEAM, beam_search
+from api.ctc import greedy
+from api.hotwords import MAX_BOOST, build_hotwords
+from api.vocabulary import Vocabulary
+
+LETTERS = Vocabulary(("\u2581", *"abcdefghijklmnopqrstuvwxyz'", "<blank>"), blank_id=28)
+TINY = Vocabulary(("\u2581", "a", "b", "<blank>"), blank_id=3)
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    return (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))).astype(np.float32)
+
+
+def all_texts(log_probs: np.ndarray, blank: int) -> dict[tuple[int, ...], float]:
+    """Exact probability of every text: the sum over all its alignments."""
+    total: dict[tuple[int, ...], float] = defaultdict(float)
+    for path in itertools.product(range(log_probs.shape[1]), repeat=len(log_probs)):
+        text = tuple(token for token, _ in itertools.groupby(path) if token != blank)
+        total[text] += math.exp(sum(float(log_probs[frame, token]) for frame, token in enumerate(path)))
+    return total
+
+
+def spoken(text: str, *, alternatives: dict[int, dict[str, float]] | None = None) -> np.ndarray:
+    """Three frames per letter that say ``text``; ``alternatives``: other posteriors at a position."""
+    probabilities = np.full((3 * len(text), len(LETTERS)), 1e-5)
+    for position, letter in enumerate(text.replace(" ", "\u2581")):
+        probabilities[3 * position :: 1][:3, 28] = 0.999
+        row = probabilities[3 * position + 1]
+        row[28] = 0.01
+        for other, value in (alternatives or {}).get(position, {letter: 0.98}).items():
+            row[LETTERS.tokens.index(other)] = value
+    return np.log(probabilities / probabilities.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def best_text(log_probs: np.ndarray, hotwords: list[str], boost: float = 1.5, beam: int = 16) -> str:
+    automaton = build_hotwords(hotwords, LETTERS, boost)
+    return LETTERS.decode(beam_search(log_probs, 28, beam, automaton)[0].token_ids.tolist())
+
+
+@given(st.integers(1, 6), st.integers(2, 4), st.integers(0, 2**32 - 1), st.sampled_from([0.3, 1.0, 4.0]))
+def test_a_wide_beam_finds_every_text_with_its_exact_probability(
+    frames: int, vocabulary: int, seed: int, spread: float
+) -> None:
+    log_probs = log_softmax(np.random.default_rng(seed).normal(0, spread, (frames, vocabulary)))
+    blank = seed % vocabulary
+    exact = all_texts(log_probs, blank)
+    found = beam_search(log_probs, blank, beam=MAX_BEAM, n_best=MAX_BEAM, pruning=EXACT)
+    scores = {tuple(entry.token_ids.tolist()): entry.score for entry in found}
+    assert scores.keys() == exact.keys()
+    for text, probability in exact.items():
+        assert scores[text] == pytest.approx(math.log(probability), abs=1e-4)
+    assert [entry.score for entry in found] == sorted(scores.values(), reverse=True)
+
+
+@given(st.integers(1, 6), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1.5, 3.0]))
+def test_hotwords_add_their_credits_to_the_exact_probability(frames: int, seed: int, boost: float) -> None:
+    log_probs = log_softmax(np.random.default_rng(seed).normal(0, 2.0, (frames, len(TINY))))
+    automaton = build_hotwords(["ab", "b", "a b"], TINY, boost)
+    assert automaton is not None
+    found = beam_search(log_probs, 3, MAX_BEAM, automaton, n_best=MAX_BEAM, pruning=EXACT)
+    exact = all_texts(log_probs, 3)
+    assert {tuple(entry.token_ids.tolist()) for entry in found} == exact.keys()
+    for entry in found:
+        text = "".join(TINY.tokens[token] for token in entry.token_ids).replace("\u2581", " ")
+        expected = math.log(exact[tuple(entry.token_ids.tolist())]) + boost * automaton.credits_of(text)
+        assert entry.score == pytest.approx(expected, abs=1e-4)
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=4), max_size=6), st.text("abc ", max_size=20))
+def test_credits_of_words_are_the_letters_of_the_hotwords_in_the_text(hotwords: list[str], text: str) -> None:
+    automaton = build_hotwords(hotwords, LETTERS)
+    credits = automaton.credits_of(text) if automaton else 0
+    assert credits == sum(len(word) for word in text.split() if word in hotwords)
+
+
+@pytest.mark.parametrize(
+    ("hotwords", "text", "credits"),
+    [
+        (["new york"], "in new york city", 8),
+        (["new york"], "in new jersey", 0),
+        (["new york", "new"], "new jersey", 3),
+        (["new york", "jersey"], "new jersey", 6),
+        (["new york city", "york"], "new york state", 4),
+        (["new york city", "new york"], "new york", 8),
+        (["a b c", "b c d"], "a b c d", 10),
+        (["cat"], "concatenate cats cat", 3),
+        (["new york"], "new  york", 0),
+    ],
+)
+def test_credits_of_phrases(hotwords: list[str], text: str, credits: int) -> None:
+    automaton = build_hotwords(hotwords, LETTERS)
+    assert automaton is not None
+    assert automaton.credits_of(text) == credits
+
+
+def test_the_default_pruning_agrees_with_no_pruning_on_speech() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        scores = rng.normal(0, 1.0, (80, 29))
+        scores[np.arange(80), np.where(rng.random(80) < 0.4, rng.integers(0, 28, 80), 28)] += 6.0
+        log_probs = log_softmax(scores)
+        pruned = beam_search(log_probs, 28, beam=16)[0]
+        exact = beam_search(log_probs, 28, beam=16, pruning=EXACT)[0]
+        assert pruned.token_ids.tolist() == exact.token_ids.tolist()
+        assert pruned.score == pytest.approx(exact.score, abs=0.05)
+
+
+def test_summing_alignments_beats_the_best_path() -> None:
+    """The textbook case: the best path is empty, but 'a' has more probability over all its alignments."""
+    log_probs = np.log(np.array([[0.0001, 0.4, 0.0001, 0.5998]] * 2)).astype(np.float32)
+    assert greedy(log_probs[None], np.array([2]), 3)[0].token_ids.tolist() == []
+    best = beam_search(log_probs, 3, beam=8)[0]
+    assert best.token_ids.tolist() == [1]
+    assert math.exp(best.score) == pytest.approx(0.4 * 0.4 + 2 * 0.4 * 0.5998, rel=1e-3)
+
+
+def test_times_and_confidence_are_those_of_greedy_where_the_text_is_the_same() -> None:
+    log_probs = spoken("the cat sat")
+    from_greedy = greedy(log_probs[None], np.array([len(log_probs)]), 28)[0]
+    from_beam = beam_search(log_probs, 28, beam=16)[0]
+    assert from_beam.token_ids.tolist() == from_greedy.token_ids.tolist()
+    assert from_beam.start_frames.tolist() == from_greedy.start_frames.tolist()
+    assert from_beam.end_frames.tolist() == from_greedy.end_frames.tolist()
+    assert from_beam.confidence == pytest.approx(from_greedy.confidence)
+
+
+def test_a_hotword_turns_a_near_miss() -> None:
+    heard = spoken("call nguyan now", alternatives={9: {"a": 0.8, "e": 0.18}})
+    assert best_text(heard, []) == "call nguyan now"
+    assert best_text(heard, ["nguyen"]) == "call nguyen now"
+    assert best_text(heard, ["nguyenx", "uyen"]) == "call nguyan now"
+
+
+def test_a_hotword_is_a_whole_word() -> None:
+    heard = spoken("cats", alternatives={1: {"a": 0.55, "o": 0.43}})
+    assert best_text(heard, ["cot"]) == "cats"
+    assert best_text(heard, ["cots"]) == "cots"
+
+
+def test_a_phrase_counts_only_as_a_whole() -> None:
+    heard = spoken("saint pial", alternatives={7: {"i": 0.6, "a": 0.35}, 8: {"a": 0.6, "u": 0.35}})
+    assert best_text(heard, []) == "saint pial"
+    assert best_text(heard, ["saint paul"]) == "saint paul"
+    assert best_text(heard, ["saint paula"]) == "saint pial"
+
+
+@pytest.mark.parametrize("boost", [1.5, MAX_BOOST])
+def test_hotwords_are_not_invented_where_nothing_is_said(boost: float) -> None:
+    rng = np.random.default_rng(5)
+    silence = rng.normal(0, 1.0, (500, 29))
+    silence[:, 28] += 12.0
+    words = ["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(1000)]
+    assert best_text(log_softmax(silence), words, boost) == ""
+
+
+def test_hotwords_are_not_invented_on_noise_that_says_nothing_without_them() -> None:
+    rng = np.random.default_rng(6)
+    noise = rng.normal(0, 1.0, (500, 29))
+    noise[:, 28] += 9.0
+    assert best_text(log_softmax(noise), []) == ""
+    assert best_text(log_softmax(noise), ["a", "is", "nguyen", "machine learning"], MAX_BOOST) == ""
+
+
+def test_hotwords_the_vocabulary_cannot_spell_are_named_and_left_out() -> None:
+    automaton = build_hotwords(["naïve", "plain"], LETTERS)
+    assert automaton is not None
+    assert automaton.unknown == ("naïve",)
+    assert automaton.credits_of("plain") == 5
+
+
+def test_hotwords_work_on_pieces_however_a_word_is_cut() -> None:
+    pieces = Vocabulary(
+        ("\u2581new", "\u2581n", "ew", "\u2581y", "ork", "\u2581yolk", "<blank>"), 6, kind="wordpiece"
+    )
+    probabilities = np.full((7, 7), 1e-5)
+    probabilities[::2, 6] = 0.99
+    probabilities[1, [1, 0]] = [0.6, 0.05]
+    probabilities[3, [2, 6]] = [0.7, 0.05]
+    probabilities[5, [5, 3]] = [0.6, 0.39]
+    log_probs = np.log(probabilities).astype(np.float32)
+    tail = np.log(np.array([[1e-5, 1e-5, 1e-5, 1e-5, 0.7, 1e-5, 0.3]])).astype(np.float32)
+    log_probs = np.concatenate([log_probs, tail])
+    plain = pieces.decode(beam_search(log_probs, 6)[0].token_ids.tolist())
+    boosted = build_hotwords(["new york"], pieces)
+    assert plain == "new yolkork"
+    assert pieces.decode(beam_search(log_probs, 6, 16, boosted)[0].token_ids.tolist()) == "new york"
+
+
+def test_no_frames_and_nothing_possible_give_the_empty_text() -> None:
+    assert beam_search(np.zeros((0, 4), np.float32), 3)[0].token_ids.tolist() == []
+    flat = np.full((5, 4), -1000.0, np.float32)
+    assert beam_search(flat, 3)[0].token_ids.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("beam", "blank", "match"), [(0, 3, "beam"), (MAX_BEAM + 1, 3, "beam"), (4, 9, "blank")]
+)
+def test_values_out_of_range_are_refused(beam: int, blank: int, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        beam_search(np.zeros((3, 4), np.float32), blank, beam)
+
+
+def test_boosts_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="boost"):
+        build_hotwords(["a"], LETTERS, MAX_BOOST + 1)
+    assert build_hotwords([], LETTERS) is None
+    assert build_hotwords(["  "], LETTERS) is None

@@ -1,0 +1,327 @@
+"""The catalogue and `asr models pull`, against a hub on loopback that serves tiny checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from api.bundle import verify_bundle
+from api.catalog import CATALOG, Archive, CatalogEntry, HubFiles
+from api.engine import Engine
+from api.pull import DOWNLOADS, PullError, find_entry, pull
+
+REPOSITORY = Path(__file__).parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """Files by path: ``repository/revision/file`` for the hub, anything else for plain addresses."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    commits: dict[str, str] = field(default_factory=dict)
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    cut_after: int | None = None
+    url: str = ""
+
+    def find(self, path: str) -> tuple[bytes, str] | None:
+        match = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
+        if match:
+            repository, revision, file = match.groups()
+            content = self.files.get(f"{repository}/{revision}/{file}")
+            return None if content is None else (content, revision)
+        content = self.files.get(path.lstrip("/"))
+        return None if content is None else (content, "")
+
+
+def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            path = unquote(self.path.split("?")[0])
+            hub.requests.append((self.command, path, self.headers.get("Range")))
+            match = re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path)
+            if match and match[1] in hub.commits:
+                card = {"id": match[1], "sha": hub.commits[match[1]], "siblings": [], "tags": []}
+                self.send(200, json.dumps(card).encode(), {"Content-Type": "application/json"}, body)
+                return
+            found = hub.find(path)
+            if found is None:
+                self.send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+                return
+            content, commit = found
+            headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+            start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+            if start and int(start[1]) >= len(content):
+                self.send(416, b"", headers, body)
+            elif start:
+                headers["Content-Range"] = f"bytes {start[1]}-{len(content) - 1}/{len(content)}"
+                self.send(206, content[int(start[1]) :], headers, body)
+            else:
+                self.send(200, content, headers, body)
+
+        def send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                if value:
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if body:
+                self.wfile.write(content[: hub.cut_after])
+                if hub.cut_after is not None and hub.cut_after < len(content):
+                    self.close_connection = True
+
+    return Handler
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    made = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(made))
+    made.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield made
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def run_pull(name: str, models_dir: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    """The command, as a person calls it."""
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("ASR_", "HF_"))},
+        "ASR_MODELS_DIR": str(models_dir),
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(models_dir / "hf"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "api.cli", "models", "pull", name],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def serve(hub: Hub, source: HubFiles, folder: Path) -> None:
+    """Every file of the source from the folder, under its pinned commit (or COMMIT, told by the API)."""
+    revision = source.revision or COMMIT
+    hub.commits[source.repository] = revision
+    for file in (*source.files, *source.optional):
+        if (folder / file).is_file():
+            hub.files[f"{source.repository}/{revision}/{file}"] = (folder / file).read_bytes()
+
+
+def test_entries_are_pinned_licensed_and_cover_the_languages() -> None:
+    assert {language for entry in CATALOG.values() for language in entry.languages} >= {
+        "az",
+        "en",
+        "ru",
+        "tr",
+        "vi",
+    }
+    for name, entry in CATALOG.items():
+        assert name == entry.name
+        assert entry.licence
+        assert entry.page.startswith("https://")
+        for source in entry.sources:
+            if isinstance(source, Archive):
+                assert source.url.startswith("https://")
+                assert re.search(r"/versions/\d", source.url)
+            else:
+                assert source.revision is None or re.fullmatch(r"[0-9a-f]{40}", source.revision)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(PullError, match=r"tr-wav2vec2-xls-r-300m"):
+        find_entry("nope")
+
+
+@pytest.mark.parametrize("name", ["tr-wav2vec2-xls-r-300m", "az-wav2vec2-xls-r-300m"])
+def test_a_published_wav2vec2_becomes_a_bundle_that_runs(name: str, hub: Hub, tmp_path: Path) -> None:
+    import torch
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    from training.recipes.rehearsal import tiny_wav2vec2
+
+    entry = CATALOG[name]
+    (source,) = entry.sources
+    assert isinstance(source, HubFiles)
+    published = tiny_wav2vec2(tmp_path / "published")
+    letters = ["[PAD]", "[UNK]", "|", *"abcçdeəfgğhı"]
+    torch.manual_seed(1)
+    config = Wav2Vec2Config.from_pretrained(published, vocab_size=len(letters), pad_token_id=0)
+    model = Wav2Vec2ForCTC(config)
+    model.save_pretrained(published)
+    if source.files[0] == "pytorch_model.bin":
+        torch.save(model.state_dict(), published / "pytorch_model.bin")
+    (published / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(letters)}))
+    (published / "special_tokens_map.json").write_text('{"pad_token": "[PAD]", "unk_token": "[UNK]"}')
+    serve(hub, source, published)
+    models_dir = tmp_path / "models"
+    done = run_pull(name, models_dir, hub.url)
+    assert done.returncode == 0, done.stderr
+    bundle = verify_bundle(models_dir, name)
+    assert bundle.manifest.languages == entry.languages
+    assert bundle.manifest.source.revision == source.revision
+    assert bundle.manifest.licence == "Apache-2.0"
+    assert not (models_dir / DOWNLOADS / name).exists()
+    # It says what the published model says.
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    (found,) = Engine(bundle).run([noise], alone=False)
+    normal = (noise - noise.mean()) / np.sqrt(noise.var() + 1e-7)
+    with torch.inference_mode():
+        logits = model.eval()(torch.tensor(normal)[None]).logits[0]
+    np.testing.assert_allclose(found, torch.log_softmax(logits, -1).numpy(), atol=1e-3)
+    assert bundle.vocabulary.decode([3, 2, 4, 1, 5]) == "a bc"
+
+
+def test_phowhisper_records_the_commit_it_found(hub: Hub, tmp_path: Path) -> None:
+    import torch
+    from transformers import WhisperConfig
+
+    from training.recipes.rehearsal import tiny_whisper
+    from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc
+    from training.tokenizer import load_tokenizer
+
+    name = "vi-phowhisper-tiny-ctc"
+    head, base = CATALOG[name].sources
+    assert isinstance(head, HubFiles)
+    assert isinstance(base, HubFiles)
+    assert head.revision is None
+    published = tiny_whisper(tmp_path / "published", "vi")
+    config = EncoderConfig.from_transformers(WhisperConfig.from_pretrained(published))
+    network = WhisperCtc(config, len(load_tokenizer(str(published))), hidden=40, fixed=True)
+    state = {k: v for k, v in network.state_dict().items() if k.startswith(("encoder.", "ctc_head."))}
+    torch.save({"epoch": 1, "state_dict": state}, published / head.files[0])
+    serve(hub, head, published)
+    serve(hub, base, published)
+    models_dir = tmp_path / "models"
+    done = run_pull(name, models_dir, hub.url)
+    assert done.returncode == 0, done.stderr
+    assert verify_bundle(models_dir, name).manifest.source.revision == COMMIT
+    pins = json.loads((models_dir / DOWNLOADS / "pins.json").read_text())
+    assert pins == {head.repository: COMMIT}
+
+
+def test_without_a_network_it_says_so_in_one_line(tmp_path: Path) -> None:
+    done = run_pull("tr-wav2vec2-xls-r-300m", tmp_path / "models", "http://127.0.0.1:9")
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("asr: mpoyraz/wav2vec2-xls-r-300m-cv8-turkish: cannot be fetched from 127.0.0.1:9")
+    assert not (tmp_path / "models" / "tr-wav2vec2-xls-r-300m").exists()
+
+
+def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    done = run_pull("az-wav2vec2-xls-r-300m", tmp_path / "models", hub.url)
+    assert done.returncode == 1
+    assert "answered 404" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_model_and_one_that_is_there_already(tmp_path: Path) -> None:
+    done = run_pull("nope", tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "the catalogue has no model 'nope'" in done.stderr
+    (tmp_path / "ru-quartznet15x5").mkdir()
+    with pytest.raises(PullError, match="already there"):
+        pull(CATALOG["ru-quartznet15x5"], tmp_path)
+
+
+def tiny_nemo() -> bytes:
+    import torch
+    import yaml
+
+    from tests.training.networks import CONFIGS, random_network
+    from tests.training.test_nemo import nemo_config, nemo_state, stored, write_archive
+
+    torch.manual_seed(0)
+    model = random_network(CONFIGS[0] if isinstance(CONFIGS, list | tuple) else next(iter(CONFIGS.values())))
+    members = {
+        "model_config.yaml": yaml.safe_dump(nemo_config(model)).encode(),
+        "model_weights.ckpt": stored(nemo_state(model)),
+    }
+    buffer = io.BytesIO()
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        buffer.write(write_archive(Path(folder) / "tiny.nemo", members).read_bytes())
+    return buffer.getvalue()
+
+
+def archive_entry(hub: Hub, sha256: str | None = None) -> CatalogEntry:
+    source = Archive(f"{hub.url}/versions/1/tiny.nemo", "tiny.nemo", sha256)
+    return CatalogEntry("en-tiny", "Tiny", ("en",), "Apache-2.0", "nemo", (source,), "https://example.org")
+
+
+def test_an_archive_is_resumed_checked_and_converted(hub: Hub, tmp_path: Path) -> None:
+    content = tiny_nemo()
+    hub.files["versions/1/tiny.nemo"] = content
+    entry = archive_entry(hub, hashlib.sha256(content).hexdigest())
+    hub.cut_after = 1000
+    with pytest.raises(PullError, match=r"pull again|cannot be fetched"):
+        pull(entry, tmp_path, say=lambda _: None)
+    partial = tmp_path / DOWNLOADS / "en-tiny" / "tiny.nemo.partial"
+    assert partial.stat().st_size == 1000
+    hub.cut_after = None
+    bundle = pull(entry, tmp_path, say=lambda _: None)
+    assert hub.requests[-1] == ("GET", "/versions/1/tiny.nemo", "bytes=1000-")
+    assert bundle.manifest.graphs.keys() == {"float32"}
+    assert not partial.exists()
+
+
+def test_an_archive_that_changed_is_refused_and_deleted(hub: Hub, tmp_path: Path) -> None:
+    hub.files["versions/1/tiny.nemo"] = b"not what it was"
+    with pytest.raises(PullError, match="sha256"):
+        pull(archive_entry(hub, "0" * 64), tmp_path, say=lambda _: None)
+    assert not (tmp_path / DOWNLOADS / "en-tiny" / "tiny.nemo").exists()
+    assert not (tmp_path / "en-tiny").exists()
+
+
+def test_the_first_pull_of_an_archive_pins_it_for_the_next(hub: Hub, tmp_path: Path) -> None:
+    hub.files["versions/1/tiny.nemo"] = b"no archive"
+    with pytest.raises(PullError, match="converter failed"):
+        pull(archive_entry(hub), tmp_path, say=lambda _: None)
+    pins = json.loads((tmp_path / DOWNLOADS / "pins.json").read_text())
+    assert pins == {f"{hub.url}/versions/1/tiny.nemo": hashlib.sha256(b"no archive").hexdigest()}
+    (tmp_path / DOWNLOADS / "en-tiny" / "tiny.nemo").unlink()
+    hub.files["versions/1/tiny.nemo"] = b"another one"
+    with pytest.raises(PullError, match="sha256"):
+        pull(archive_entry(hub), tmp_path, say=lambda _: None)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "models").write_text("a file is in the way")
+    with pytest.raises(PullError, match="cannot write"):
+        pull(archive_entry(hub), tmp_path / "models", say=lambda _: None)

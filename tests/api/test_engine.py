@@ -1,0 +1,228 @@
+"""ONNX Runtime behind the engine's door: parity of batches, providers, refusals, calibration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from api.bundle import Bundle, list_bundles, load_bundle
+from api.calibration import calibrate
+from api.ctc import greedy
+from api.engine import EncodedBatch, Engine, available_providers, verify_provider
+from api.errors import BundleError, InferenceError, SettingsError
+from tests.tiny_bundle import FRAME, MAX_WINDOW_S, SAMPLE_RATE_HZ, make_bundle, sing
+
+SHIPPED = Path(__file__).parents[2] / "models"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("models")
+    make_bundle(folder)
+    return load_bundle(folder, "tiny")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Bundle) -> Engine:
+    return Engine(tiny, max_batch=8)
+
+
+def change_graph(folder: Path, change: object) -> Bundle:
+    """The tiny bundle with a changed graph and the right sha256."""
+    path = make_bundle(folder)
+    model = onnx.load(path / "model.onnx")
+    assert callable(change)
+    change(model)
+    onnx.save(model, path / "model.onnx")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["model.onnx"] = hashlib.sha256((path / "model.onnx").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return load_bundle(folder, "tiny")
+
+
+def text_of(engine: Engine, log_probs: np.ndarray) -> str:
+    vocabulary = engine.bundle.vocabulary
+    decoded = greedy(log_probs[None], np.array([len(log_probs)]), vocabulary.blank_id)[0]
+    return vocabulary.decode(decoded.token_ids.tolist())
+
+
+@given(texts=st.lists(st.text("abcdefgh", min_size=1, max_size=12), min_size=1, max_size=6))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_batched_equals_alone_and_both_are_right(engine: Engine, texts: list[str]) -> None:
+    waveforms = [sing(text) for text in texts]
+    together = engine.run(waveforms, alone=False)
+    for text, waveform, log_probs in zip(texts, waveforms, together, strict=True):
+        (alone,) = engine.run([waveform], alone=True)
+        assert log_probs.shape == alone.shape == (len(waveform) // FRAME, len(engine.bundle.vocabulary))
+        np.testing.assert_allclose(log_probs, alone, atol=1e-4)
+        assert text_of(engine, log_probs) == text
+
+
+@pytest.mark.parametrize("name", list_bundles(SHIPPED) or [""])
+def test_batched_equals_alone_on_the_bundles_that_ship(name: str) -> None:
+    if not name:
+        pytest.skip("no bundle in models/ yet")
+    bundle = load_bundle(SHIPPED, name)
+    rng = np.random.default_rng(0)
+    rate_hz = bundle.manifest.sample_rate_hz
+    for graph in bundle.manifest.graphs:
+        engine = Engine(bundle, graph=graph, max_batch=4)
+        waveforms = []
+        for seconds in (0.7, 1.3, 2.9, 4.0):
+            time_s = np.arange(int(seconds * rate_hz)) / rate_hz
+            voiced = np.sin(2 * np.pi * 140 * time_s * (1 + 0.1 * np.sin(7 * time_s)))
+            waveforms.append((0.2 * voiced + rng.normal(0, 0.02, len(time_s))).astype(np.float32))
+        together = engine.run(waveforms, alone=False)
+        for waveform, log_probs in zip(waveforms, together, strict=True):
+            (alone,) = engine.run([waveform], alone=False)
+            np.testing.assert_allclose(log_probs, alone, atol=1e-4, err_msg=f"{name} {graph}")
+
+
+def test_what_is_shorter_than_the_least_the_graph_takes_is_padded(engine: Engine) -> None:
+    for samples in (0, 1, FRAME - 1):
+        (log_probs,) = engine.run([np.zeros(samples, np.float32)], alone=False)
+        assert log_probs.shape[0] == 1
+
+
+def test_padding_goes_up_to_a_bucket_and_is_zero(engine: Engine) -> None:
+    waveforms = [np.ones(5000, np.float32), np.ones(9000, np.float32)]
+    padded, lengths = engine.pad(waveforms)
+    assert padded.shape[1] in engine.limits.buckets
+    assert lengths.tolist() == [5000, 9000]
+    assert padded.sum() == 14_000
+    exact = np.ones(engine.limits.buckets[-1], np.float32)
+    assert engine.pad([exact])[0].base is exact  # no copy where none is needed
+
+
+def test_many_threads_share_the_session(engine: Engine) -> None:
+    texts = ["abc", "hgf", "aabb", "dedede"] * 10
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(lambda text: engine.run([sing(text)], alone=False)[0], texts))
+    assert [text_of(engine, output) for output in outputs] == texts
+
+
+class WatchedEngine(Engine):
+    """Remembers the lengths it was given; ``delay_s`` makes it slow."""
+
+    delay_s = 0.0
+
+    def infer(
+        self, waveform: NDArray[np.float32], lengths: NDArray[np.int64], *, wide: bool = False
+    ) -> EncodedBatch:
+        self.__dict__.setdefault("seen", []).append(waveform.shape[1])
+        threading.Event().wait(self.delay_s)
+        return super().infer(waveform, lengths, wide=wide)
+
+
+def test_warm_up_runs_every_bucket(tiny: Bundle) -> None:
+    engine = WatchedEngine(tiny, max_batch=4, wide_threads=2)
+    engine.warm_up(2)
+    assert set(engine.limits.buckets) <= set(engine.__dict__["seen"])
+    assert engine.limits.buckets[-1] == int(MAX_WINDOW_S * SAMPLE_RATE_HZ)
+
+
+def test_a_graph_that_gives_no_numbers_is_refused_at_warm_up(tmp_path: Path) -> None:
+    def break_it(model: onnx.ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            if tensor.name == "blank_level":
+                tensor.CopyFrom(numpy_helper.from_array(np.array(np.nan, np.float32), "blank_level"))
+
+    engine = Engine(change_graph(tmp_path, break_it))
+    with pytest.raises(BundleError, match="finite"):
+        engine.warm_up(1)
+
+
+def test_an_input_that_gives_no_numbers_fails_alone(engine: Engine) -> None:
+    bad = np.full(4000, np.nan, np.float32)
+    with pytest.raises(InferenceError):
+        engine.run([bad], alone=False)
+    assert text_of(engine, engine.run([sing("abc")], alone=False)[0]) == "abc"
+
+
+def test_a_graph_with_other_inputs_is_refused(tmp_path: Path) -> None:
+    def rename(model: onnx.ModelProto) -> None:
+        model.graph.input[0].name = "audio"
+        for node in model.graph.node:
+            for index, name in enumerate(node.input):
+                if name == "waveform":
+                    node.input[index] = "audio"
+
+    with pytest.raises(BundleError, match="waveform"):
+        Engine(change_graph(tmp_path, rename))
+
+
+def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path)
+    (path / "model.onnx").write_bytes(b"not a graph")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["model.onnx"] = hashlib.sha256(b"not a graph").hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="ONNX Runtime"):
+        Engine(load_bundle(tmp_path, "tiny"))
+
+
+def test_a_model_file_that_changes_under_a_running_engine_changes_nothing(tmp_path: Path) -> None:
+    path = make_bundle(tmp_path)
+    engine = Engine(load_bundle(tmp_path, "tiny"))
+    (path / "model.onnx").write_bytes(b"overwritten")
+    assert text_of(engine, engine.run([sing("abc")], alone=False)[0]) == "abc"
+    with pytest.raises(BundleError, match="sha256"):
+        load_bundle(tmp_path, "tiny")
+
+
+def test_a_provider_that_is_asked_for_but_missing_is_an_error(tiny: Bundle) -> None:
+    missing = next((name for name in ("cuda", "openvino") if name not in available_providers()), None)
+    if missing is None:
+        pytest.skip("every provider is installed here")
+    with pytest.raises(SettingsError, match=f"ASR_PROVIDER={missing}"):
+        Engine(tiny, provider=missing)  # type: ignore[arg-type]
+    assert Engine(tiny, provider="auto").provider in available_providers()
+
+
+def test_a_session_that_fell_back_to_the_cpu_silently_is_an_error(tiny: Bundle) -> None:
+    session = onnxruntime.InferenceSession(tiny.graph_path(), providers=["CPUExecutionProvider"])
+    verify_provider(session, "cpu")
+    with pytest.raises(SettingsError, match=r"ASR_PROVIDER=openvino.*fell back to CPUExecutionProvider"):
+        verify_provider(session, "openvino")
+
+
+def test_calibration_chooses_configures_and_says_so(tiny: Bundle) -> None:
+    engine = Engine(tiny, wide_threads=2)
+    engine.warm_up(2)
+    chosen = calibrate(engine, 2, budget_s=0.2)
+    assert chosen.max_batch in (1, 2)
+    assert engine.limits.max_batch == chosen.max_batch
+    assert chosen.audio_s_per_s > 0
+    assert f"batch_{chosen.max_batch}" in chosen.measured
+    assert engine.has_wide == chosen.wide
+    assert chosen.workers == (1 if chosen.wide_only else 2)
+
+
+def test_calibration_takes_what_is_set(tiny: Bundle) -> None:
+    engine = Engine(tiny)
+    engine.warm_up(1)
+    chosen = calibrate(engine, 1, max_batch=3, budget_s=0.05)
+    assert chosen.max_batch == engine.limits.max_batch == 3
+    assert list(chosen.measured) == ["batch_3"]
+
+
+def test_calibration_of_a_slow_engine_stops_at_its_budget(tiny: Bundle) -> None:
+    engine = WatchedEngine(tiny, wide_threads=2)
+    engine.warm_up(1)
+    engine.delay_s = 0.3
+    before = len(engine.__dict__["seen"])
+    chosen = calibrate(engine, 1, budget_s=0.2)
+    assert (chosen.max_batch, chosen.wide) == (1, False)
+    assert len(engine.__dict__["seen"]) == before + 1

@@ -1,0 +1,167 @@
+"""Subtitles, OpenAI bodies, segments and casing: pure functions over transcripts."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.ctc import greedy
+from api.normalise import lower, normalise, upper
+from api.openai_format import json_body, logprob_list, verbose_body
+from api.subtitles import MAX_CUE_S, MAX_LINE_CHARACTERS, MAX_LINES, cues, to_srt, to_vtt
+from api.transcript import Segment, Token, Transcript, segments_of
+from api.vocabulary import Vocabulary
+from api.words import Word
+
+VOCABULARY = Vocabulary(("<blank>", "▁", "a", "b", "c"), 0)
+
+
+def make_segment(*words: Word) -> Segment:
+    text = " ".join(word.text for word in words)
+    tokens = tuple(Token(character, 1, -0.1) for character in text)
+    return Segment(words[0].start_s, words[-1].end_s, text, words, tokens, -0.1, 0.01, 0.0, len(tokens))
+
+
+def make_transcript(*segments: Segment, duration_s: float = 1000.0) -> Transcript:
+    text = " ".join(segment.text for segment in segments)
+    return Transcript(text, segments, duration_s, 0.5, "tiny", "en")
+
+
+def spoken(texts: list[str], start_s: float = 0.0, each_s: float = 0.4) -> list[Word]:
+    return [
+        Word(text, start_s + index * each_s, start_s + index * each_s + 0.3, 0.9)
+        for index, text in enumerate(texts)
+    ]
+
+
+class TestSubtitles:
+    def test_srt_to_the_letter(self) -> None:
+        transcript = make_transcript(
+            make_segment(Word("hello", 0.5, 0.9, 0.9), Word("world", 1.0, 1.5, 0.8)),
+            make_segment(Word("late", 3661.25, 3662.0, 0.9)),
+            duration_s=3670,
+        )
+        assert to_srt(transcript) == (
+            "1\n00:00:00,500 --> 00:00:01,500\nhello world\n\n2\n01:01:01,250 --> 01:01:02,000\nlate\n"
+        )
+
+    def test_vtt_to_the_letter_with_markup_escaped(self) -> None:
+        transcript = make_transcript(make_segment(Word("<b>&", 0.0, 0.7, 0.9)))
+        assert to_vtt(transcript) == "WEBVTT\n\n00:00:00.000 --> 00:00:00.700\n&lt;b&gt;&amp;\n"
+
+    def test_nothing_said(self) -> None:
+        assert to_srt(make_transcript()) == ""
+        assert to_vtt(make_transcript()) == "WEBVTT\n"
+
+    @given(st.lists(st.text("abcdefghij", min_size=1, max_size=30), min_size=1, max_size=80))
+    def test_cues_keep_all_words_in_order_and_stay_readable(self, texts: list[str]) -> None:
+        result = cues(make_transcript(make_segment(*spoken(texts))))
+        assert " ".join(line for cue in result for line in cue.lines).split() == texts
+        for cue in result:
+            assert len(cue.lines) <= MAX_LINES
+            assert all(len(line) <= MAX_LINE_CHARACTERS for line in cue.lines)
+            assert 0 < cue.end_s - cue.start_s <= MAX_CUE_S + 0.5
+        for before, after in pairwise(result):
+            assert before.end_s <= after.start_s + 1e-9
+
+    @given(st.floats(0, 360_000))
+    def test_clock_is_valid_and_true_to_the_millisecond(self, time_s: float) -> None:
+        text = to_srt(make_transcript(make_segment(Word("x", time_s, time_s + 1, 0.9))))
+        found = re.search(r"\n(\d{2,}):([0-5]\d):([0-5]\d),(\d{3}) -->", text)
+        assert found
+        hours, minutes, seconds, milliseconds = map(int, found.groups())
+        assert hours * 3600 + minutes * 60 + seconds + milliseconds / 1000 == pytest.approx(time_s, abs=6e-4)
+
+
+class TestSegments:
+    @staticmethod
+    def decode(path: str, **options: float) -> list[Segment]:
+        """``path``: one character per 20 ms frame, ``_`` is the blank and ``.`` the space."""
+        ids = ["_.abc".index(character) for character in path]
+        log_probs = np.full((len(ids), 5), math.log(0.025), np.float32)
+        log_probs[np.arange(len(ids)), ids] = math.log(0.9)
+        decoded = greedy(log_probs[None], np.array([len(ids)]), 0)[0]
+        return segments_of(
+            decoded,
+            log_probs,
+            VOCABULARY,
+            frame_stride_s=0.02,
+            window_start_s=options.get("start_s", 0.0),
+            window_s=len(ids) * 0.02,
+        )
+
+    def test_one_utterance_is_one_segment(self) -> None:
+        (segment,) = self.decode("__aa_b_.__c__", start_s=10.0)
+        assert segment.text == "ab c"
+        assert segment.start_s == pytest.approx(10.04)
+        assert segment.end_s == pytest.approx(10.22)
+        assert segment.avg_logprob == pytest.approx(math.log(0.9), abs=1e-5)
+        assert segment.confidence == pytest.approx(0.9, abs=1e-5)
+        assert [token.text for token in segment.tokens] == ["a", "b", "▁", "c"]
+        assert segment.window_start_s == 10.0
+
+    def test_pauses_separate_segments_and_lose_nothing(self) -> None:
+        segments = self.decode("ab." + "_" * 50 + "c.a" + "_" * 50 + ".b")
+        assert [segment.text for segment in segments] == ["ab", "c a", "b"]
+        assert sum(segment.token_frames for segment in segments) == 8
+        assert "".join(token.text for segment in segments for token in segment.tokens) == "ab▁c▁a▁b"
+
+    def test_no_speech_prob_is_the_product_of_the_blanks(self) -> None:
+        (segment,) = self.decode("___a__")
+        assert segment.no_speech_prob == pytest.approx(0.9**5 * 0.025, rel=1e-4)
+
+    def test_only_blanks_give_no_segment(self) -> None:
+        assert self.decode("_" * 20) == []
+
+    def test_noise_is_doubtful_single_letters(self) -> None:
+        doubtful = make_segment(*spoken(["e", "a", "o"]))
+        assert not doubtful.is_like_noise(0.5)
+        low = Segment(0, 1, "e a o", doubtful.words, (), math.log(0.44), 0.0, 0.0, 3)
+        assert low.is_like_noise(0.5)
+        assert not low.is_like_noise(0.0)
+        words = Segment(0, 1, "no way", tuple(spoken(["no", "way"])), (), math.log(0.44), 0.0, 0.0, 3)
+        assert not words.is_like_noise(0.5)
+
+
+class TestOpenAIBodies:
+    def test_json_has_text_and_usage_only(self) -> None:
+        body = json_body(make_transcript(make_segment(*spoken(["hi"])), duration_s=1.25), logprobs=False)
+        assert body == {"text": "hi", "usage": {"type": "duration", "seconds": 1.25}}
+
+    def test_logprobs_write_the_space(self) -> None:
+        entries = logprob_list([Token("▁", 1, -0.5), Token("ü", 2, 0.0)])
+        assert entries == [
+            {"token": " ", "logprob": -0.5, "bytes": [32]},
+            {"token": "ü", "logprob": 0.0, "bytes": [195, 188]},
+        ]
+
+    def test_verbose_values_come_from_the_transcript(self) -> None:
+        segment = make_segment(*spoken(["one", "two"], start_s=5.0))
+        body = verbose_body(make_transcript(segment), ("word", "segment"), logprobs=False)
+        (written,) = body["segments"]
+        assert written["compression_ratio"] == pytest.approx(7 / len(zlib.compress(b"one two")), abs=1e-4)
+        assert written["avg_logprob"] == -0.1
+        assert written["no_speech_prob"] == 0.01
+        assert [word["word"] for word in body["words"]] == ["one", "two"]
+        assert body["duration"] == 1000.0
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "lowered", "raised"),
+    [("DIŞ İZMİR", "tr", "dış izmir", "DIŞ İZMİR"), ("İŞIQ", "az", "işıq", "İŞIQ"), ("ID", "en", "id", "ID")],
+)
+def test_casing_follows_the_language(text: str, language: str, lowered: str, raised: str) -> None:
+    assert lower(text, language) == lowered
+    assert upper(lowered, language) == raised
+
+
+def test_normalise_composes_and_joins_white_space() -> None:
+    decomposed = "Việt  Nam\n".replace("ệ", "ệ")
+    assert normalise(decomposed, ("nfc", "lowercase"), "vi") == "việt nam"

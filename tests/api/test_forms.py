@@ -1,0 +1,261 @@
+"""Wire form -> checked fields, and the multipart reader against any way of cutting the body into chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.requests import Request
+
+from api.access import RateLimiter
+from api.errors import (
+    AsrError,
+    ClientDisconnected,
+    InvalidRequestError,
+    InvalidValueError,
+    OutOfResourcesError,
+    RateLimitedError,
+    UploadTimeoutError,
+    UploadTooLargeError,
+)
+from api.forms import OpenAIForm, ServerVad, TranscribeForm, form_schema, parse_form
+from api.multipart import Form, Limits, read_form
+from api.settings import Settings
+from api.vad import VadOptions
+
+SETTINGS = Settings(max_beam=64, max_hotwords=3)
+
+
+class TestFields:
+    def test_defaults_are_openais(self) -> None:
+        form = parse_form(OpenAIForm, [("model", "whisper-1")])
+        assert form.response_format == "json"
+        assert form.timestamp_granularities == ("segment",)
+        assert form.stream is False
+        assert form.chunking_strategy == "auto"
+        assert form.options(SETTINGS).vad is None
+
+    def test_lists_come_with_and_without_brackets(self) -> None:
+        fields = [("model", "m"), ("keywords[]", "a"), ("keywords", "b"), ("include[]", "logprobs")]
+        form = parse_form(OpenAIForm, fields)
+        assert form.keywords == ("a", "b")
+        assert form.include == ("logprobs",)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            [
+                ("chunking_strategy[type]", "server_vad"),
+                ("chunking_strategy[threshold]", "0.7"),
+                ("chunking_strategy[prefix_padding_ms]", "100"),
+                ("chunking_strategy[silence_duration_ms]", "900"),
+            ],
+            [
+                (
+                    "chunking_strategy",
+                    '{"type": "server_vad", "threshold": 0.7, "prefix_padding_ms": 100, '
+                    '"silence_duration_ms": 900}',
+                )
+            ],
+        ],
+    )
+    def test_server_vad_reaches_the_transcriber(self, fields: list[tuple[str, str]]) -> None:
+        form = parse_form(OpenAIForm, [("model", "m"), *fields])
+        assert isinstance(form.chunking_strategy, ServerVad)
+        assert form.options(SETTINGS).vad == VadOptions(0.7, 100, 900)
+
+    @pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("1", True), ("0", False)])
+    def test_booleans(self, text: str, value: bool) -> None:
+        assert parse_form(TranscribeForm, [("timestamps", text)]).timestamps is value
+
+    def test_empty_fields_are_as_if_not_sent(self) -> None:
+        form = parse_form(TranscribeForm, [("language", ""), ("beam", ""), ("model", "")])
+        assert (form.language, form.beam, form.model) == (None, 0, "")
+
+    def test_language_is_case_blind(self) -> None:
+        assert parse_form(TranscribeForm, [("language", "EN")]).options(SETTINGS).language == "en"
+
+    @pytest.mark.parametrize(
+        ("fields", "error", "param"),
+        [
+            ([], InvalidRequestError, "model"),
+            ([("model", "m"), ("model", "n")], InvalidRequestError, "model"),
+            ([("model", "m"), ("modle", "n")], InvalidRequestError, "modle"),
+            ([("model", "m"), ("file", "text")], InvalidRequestError, "file"),
+            ([("model", "m"), ("temperature", "hot")], InvalidRequestError, "temperature"),
+            ([("model", "m"), ("temperature", "nan")], InvalidValueError, "temperature"),
+            ([("model", "m"), ("chunking_strategy", "{")], InvalidRequestError, "chunking_strategy"),
+            ([("model", "m"), ("chunking_strategy[type]", "x")], InvalidValueError, "chunking_strategy"),
+            (
+                [("model", "m"), ("chunking_strategy", "auto"), ("chunking_strategy[type]", "server_vad")],
+                InvalidRequestError,
+                "chunking_strategy",
+            ),
+            ([("model", "m"), ("keywords", "x" * 201)], InvalidValueError, "keywords"),
+        ],
+    )
+    def test_bad_fields(self, fields: list[tuple[str, str]], error: type[AsrError], param: str) -> None:
+        with pytest.raises(error) as caught:
+            parse_form(OpenAIForm, fields)
+        assert str(caught.value.param).startswith(param)
+
+    @pytest.mark.parametrize(("name", "values"), [("beam", ["65"]), ("hotwords", ["a", "b", "c", "d"])])
+    def test_limits_of_the_settings(self, name: str, values: list[str]) -> None:
+        form = parse_form(TranscribeForm, [(name, value) for value in values])
+        with pytest.raises(InvalidValueError, match="at most"):
+            form.options(SETTINGS)
+
+    def test_schema_lists_every_field_and_the_file(self) -> None:
+        schema = form_schema(OpenAIForm)["requestBody"]["content"]["multipart/form-data"]["schema"]
+        assert set(schema["properties"]) == {"file", *OpenAIForm.model_fields}
+        assert "$ref" not in str(schema)
+
+
+def limits(tmp_path: Path, **changes: object) -> Limits:
+    given = {
+        "file_bytes": 10_000, "files": 2, "body_bytes": 20_000, "idle_s": 0.2, "total_s": 5.0,
+        "spool_dir": tmp_path, **changes,
+    }  # fmt: skip
+    return Limits(**given)  # type: ignore[arg-type]
+
+
+def request_of(chunks: list[bytes], *, hang: bool = False, leave: bool = False) -> Request:
+    pending = list(chunks)
+
+    async def receive() -> dict[str, object]:
+        if pending:
+            more = bool(len(pending) > 1 or hang or leave)
+            return {"type": "http.request", "body": pending.pop(0), "more_body": more}
+        if hang:
+            await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    headers = [(b"content-type", b"multipart/form-data; boundary=XX")]
+    return Request({"type": "http", "method": "POST", "headers": headers, "path": "/"}, receive)
+
+
+def part(name: str, value: bytes, filename: str | None = None) -> bytes:
+    file = f'; filename="{filename}"' if filename is not None else ""
+    return f'--XX\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + value + b"\r\n"
+
+
+END = b"--XX--\r\n"
+BODY = (
+    part("model", b"tiny")
+    + part("keywords[]", "Ünï".encode())
+    + part("file", b"\r\n--X" * 900, "a.wav")
+    + END
+)
+
+
+async def read(request: Request, given: Limits) -> Form:
+    return await read_form(request, given)
+
+
+class TestMultipart:
+    @given(cuts=st.lists(st.integers(1, len(BODY) - 1), max_size=20))
+    def test_any_chunks_give_the_same_form(self, cuts: list[int]) -> None:
+        edges = [0, *sorted(set(cuts)), len(BODY)]
+        chunks = [BODY[a:b] for a, b in pairwise(edges)]
+        form = asyncio.run(read(request_of(chunks), limits(Path(tempfile.gettempdir()))))
+        assert form.fields == [("model", "tiny"), ("keywords[]", "Ünï")]
+        (upload,) = form.files
+        assert (upload.field, upload.filename, upload.size_bytes) == ("file", "a.wav", 4500)
+        assert upload.file.read() == b"\r\n--X" * 900
+        form.close()
+        assert upload.file.closed
+
+    async def test_large_files_are_spooled_and_removed(self, tmp_path: Path) -> None:
+        data = bytes(range(256)) * 8192  # 2 MiB
+        body = part("file", data, "a") + END
+        chunks = [body[start : start + 65536] for start in range(0, len(body), 65536)]
+        given = limits(tmp_path, file_bytes=3_000_000, body_bytes=3_000_000)
+        form = await read(request_of(chunks), given)
+        assert form.files[0].file.read() == data
+        form.close()
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("chunks", "error"),
+        [
+            ([part("file", b"x" * 10_001, "a") + END], UploadTooLargeError),
+            ([part("file", b"x", "a") * 3 + END], InvalidRequestError),
+            ([part("file", b"x", "a")], InvalidRequestError),
+            ([part("model", b"x" * 70_000) + END], InvalidRequestError),
+            ([b"garbage"], InvalidRequestError),
+            ([part("f", b"") * 5000 + END], InvalidRequestError),
+        ],
+    )
+    async def test_limits_and_damage(
+        self, tmp_path: Path, chunks: list[bytes], error: type[AsrError]
+    ) -> None:
+        with pytest.raises(error):
+            await read(request_of(chunks), limits(tmp_path))
+
+    async def test_reading_stops_at_the_limit(self, tmp_path: Path) -> None:
+        seen = 0
+
+        class Counting(Request):
+            async def stream(self) -> AsyncIterator[bytes]:
+                nonlocal seen
+                yield part("file", b"", "a")[:-2]
+                for _ in range(1000):
+                    seen += 1
+                    yield b"x" * 5000
+
+        headers = [(b"content-type", b"multipart/form-data; boundary=XX")]
+        request = Counting({"type": "http", "method": "POST", "headers": headers, "path": "/"})
+        with pytest.raises(UploadTooLargeError, match="10000 bytes"):
+            await read(request, limits(tmp_path))
+        assert seen == 3
+
+    async def test_stalled_body(self, tmp_path: Path) -> None:
+        with pytest.raises(UploadTimeoutError):
+            await read(request_of([BODY[:100]], hang=True), limits(tmp_path))
+
+    async def test_caller_that_leaves(self, tmp_path: Path) -> None:
+        with pytest.raises(ClientDisconnected):
+            await read(request_of([BODY[:100]], leave=True), limits(tmp_path))
+
+    async def test_full_disk_asks_to_come_back(self, tmp_path: Path) -> None:
+        given = limits(tmp_path / "gone", file_bytes=3_000_000, body_bytes=3_000_000)
+        chunks = [part("file", b"x" * 2_000_000, "a") + END]
+        with pytest.raises(OutOfResourcesError) as caught:
+            await read(request_of(chunks), given)
+        assert "retry-after-ms" in caught.value.headers()
+
+
+class TestRateLimiter:
+    def test_burst_then_rate_per_caller(self) -> None:
+        limiter = RateLimiter(60)  # one a second, bursts of six
+        for _ in range(6):
+            limiter.take("alice", 100.0)
+        with pytest.raises(RateLimitedError) as caught:
+            limiter.take("alice", 100.0)
+        assert caught.value.retry_after_s == pytest.approx(1.0)
+        limiter.take("bob", 100.0)
+        limiter.take("alice", 101.01)
+
+    def test_waiting_as_told_is_enough(self) -> None:
+        limiter = RateLimiter(7)
+        now_s = 0.0
+        limiter.take("alice", now_s)
+        for _ in range(50):
+            with pytest.raises(RateLimitedError) as caught:
+                limiter.take("alice", now_s)
+            now_s += (caught.value.retry_after_s or 0.0) + 1e-9
+            limiter.take("alice", now_s)
+
+    def test_memory_is_bounded_and_clocks_may_jump_back(self) -> None:
+        limiter = RateLimiter(60)
+        for index in range(20_000):
+            limiter.take(str(index), float(index))
+        assert len(limiter._buckets) == 10_000
+        limiter.take("19999", 0.0)

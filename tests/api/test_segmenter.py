@@ -1,0 +1,154 @@
+"""Cutting: nothing lost, nothing twice, at silence; the same whatever the blocks; silence gives no window."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from api.segmenter import Segmenter, Window, may_be_speech, quietest_cut
+from api.vad import VadOptions
+from tests.tiny_bundle import sing
+
+RATE_HZ = 16_000
+
+
+def cut(
+    samples: NDArray[np.float32], *, block: int = 7_001, window_s: float = 4.0, vad: VadOptions | None = None
+) -> list[Window]:
+    segmenter = Segmenter(sample_rate_hz=RATE_HZ, max_window_s=window_s, vad=vad)
+    windows = []
+    for start in range(0, len(samples), block):
+        windows += list(segmenter.push(samples[start : start + block]))
+    return [*windows, *segmenter.finish()]
+
+
+def noise(duration_s: float, level: float, seed: int = 0) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(0.0, level, round(duration_s * RATE_HZ)).astype(np.float32)
+
+
+def bursts(gaps_s: list[float], burst_s: float = 0.7) -> NDArray[np.float32]:
+    """Loud noise bursts (words) with quiet gaps between them, and one burst at the end."""
+    parts = []
+    for index, gap_s in enumerate(gaps_s):
+        parts += [noise(burst_s, 0.2, index), noise(gap_s, 0.001, 100 + index)]
+    parts.append(noise(burst_s, 0.2, 99))
+    return np.concatenate(parts)
+
+
+def test_short_audio_stays_whole() -> None:
+    samples = sing("abc de")
+    windows = cut(samples)
+    assert len(windows) == 1
+    assert windows[0].start_sample == 0
+    np.testing.assert_array_equal(windows[0].samples, samples)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.floats(0.3, 1.5), min_size=6, max_size=20), st.integers(500, 40_000))
+def test_long_audio_is_cut_without_loss_or_overlap(gaps_s: list[float], block: int) -> None:
+    samples = bursts(gaps_s)
+    windows = cut(samples, block=block)
+    assert all(len(window.samples) <= 4 * RATE_HZ for window in windows)
+    np.testing.assert_array_equal(np.concatenate([window.samples for window in windows]), samples)
+    starts = np.cumsum([0, *(len(window.samples) for window in windows)])[:-1]
+    assert [window.start_sample for window in windows] == starts.tolist()
+
+
+@settings(max_examples=30)
+@given(st.lists(st.floats(0.3, 1.5), min_size=6, max_size=12))
+def test_cuts_fall_into_the_gaps(gaps_s: list[float]) -> None:
+    samples = bursts(gaps_s)
+    edges = np.cumsum([length for gap_s in gaps_s for length in (0.7, gap_s)])
+    for window in cut(samples)[1:]:
+        at_s = window.start_sample / RATE_HZ
+        piece = int(np.searchsorted(edges, at_s))
+        assert piece % 2 == 1, f"the cut at {at_s:.2f} s is inside a burst"
+
+
+@settings(max_examples=30)
+@given(st.integers(100, 50_000), st.booleans())
+def test_windows_do_not_depend_on_the_blocks(block: int, with_vad: bool) -> None:
+    vad = VadOptions(silence_duration_ms=200) if with_vad else None
+    samples = bursts([0.4, 0.9, 0.3, 1.2, 0.5, 0.7, 0.4, 1.0])
+    reference, other = cut(samples, vad=vad), cut(samples, block=block, vad=vad)
+    assert [window.start_sample for window in other] == [window.start_sample for window in reference]
+    for left, right in zip(reference, other, strict=True):
+        np.testing.assert_array_equal(left.samples, right.samples)
+
+
+def test_continuous_speech_is_cut_where_it_is_quietest() -> None:
+    samples = noise(6.0, 0.2)
+    samples[3 * RATE_HZ : 3 * RATE_HZ + 4000] *= 0.05
+    assert 3 * RATE_HZ <= quietest_cut(samples[: 4 * RATE_HZ], RATE_HZ) <= 3 * RATE_HZ + 4000
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        np.zeros(RATE_HZ * 3, np.float32),
+        noise(3.0, 1e-4),
+        noise(3.0, 0.3),
+        (0.5 * np.sin(np.arange(3 * RATE_HZ) * 0.3)).astype(np.float32),
+        np.zeros(10, np.float32),
+    ],
+    ids=["digital silence", "faint noise", "loud steady noise", "tone", "ten samples"],
+)
+def test_what_cannot_be_speech_gives_no_window(samples: NDArray[np.float32]) -> None:
+    assert cut(samples) == []
+
+
+def test_a_quiet_word_in_long_silence_is_kept() -> None:
+    samples = noise(3.5, 0.0003)
+    samples[20_000:24_000] += 0.01 * noise(0.25, 1.0, 5)
+    assert may_be_speech(samples, RATE_HZ)
+
+
+def test_silent_windows_of_a_long_file_are_dropped_and_times_kept() -> None:
+    samples = np.concatenate([sing("abc"), np.zeros(20 * RATE_HZ, np.float32), sing("de")])
+    windows = cut(samples)
+    assert 1 <= len(windows) <= 3
+    last = windows[-1]
+    assert last.start_sample + len(last.samples) == len(samples)
+
+
+class TestServerVad:
+    """The three parameters of ``server_vad`` change what they name."""
+
+    def test_each_stretch_of_speech_is_one_window(self) -> None:
+        samples = np.concatenate([noise(1.0, 0.001, 9), bursts([1.0, 1.0, 1.0])])
+        windows = cut(samples, vad=VadOptions())
+        assert len(windows) == 4
+        for index, window in enumerate(windows):
+            speech_starts_s = 1.0 + index * 1.7
+            assert window.start_sample / RATE_HZ == pytest.approx(speech_starts_s - 0.3, abs=0.05)
+
+    def test_silence_duration_decides_what_is_one_stretch(self) -> None:
+        samples = np.concatenate([noise(1.0, 0.001, 9), bursts([0.4, 0.4], 0.5)])
+        assert len(cut(samples, vad=VadOptions(silence_duration_ms=200))) == 3
+        assert len(cut(samples, vad=VadOptions(silence_duration_ms=800))) == 1
+
+    def test_prefix_padding_is_kept_before_speech(self) -> None:
+        samples = np.concatenate([noise(2.0, 0.001, 9), bursts([1.0])])
+        short = cut(samples, vad=VadOptions(prefix_padding_ms=0))[0].start_sample
+        long = cut(samples, vad=VadOptions(prefix_padding_ms=1000))[0].start_sample
+        assert short - long == RATE_HZ
+
+    def test_threshold_decides_what_is_speech(self) -> None:
+        floor = noise(8.0, 0.01, 9)
+        floor[3 * RATE_HZ : 4 * RATE_HZ] *= 4.5  # 13 dB over the floor: p = 0.82
+        assert len(cut(floor, window_s=9, vad=VadOptions(threshold=0.5))) == 1
+        assert cut(floor, window_s=9, vad=VadOptions(threshold=0.97)) == []
+
+    def test_speech_from_the_first_sample_is_heard(self) -> None:
+        windows = cut(bursts([1.0]), vad=VadOptions())
+        assert windows[0].start_sample == 0
+
+    def test_stretches_longer_than_the_window_are_cut(self) -> None:
+        samples = bursts([0.1] * 12)
+        windows = cut(samples, vad=VadOptions())
+        assert len(windows) >= 3
+        np.testing.assert_array_equal(np.concatenate([window.samples for window in windows]), samples)

@@ -1,0 +1,139 @@
+"""Settings: unsafe values refuse to start and say why, secrets stay secret, the example is in step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from api.env_example import env_example
+from api.errors import SettingsError
+from api.keys import ApiKey, find_key
+from api.settings import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "correct-horse-battery"
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"ASR_{name.upper()}", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_env_example_starts_with_every_variable_of_the_service() -> None:
+    assert (ROOT / ".env.example").read_text().startswith(env_example()), "run: asr settings --env-example"
+
+
+def test_env_example_as_an_environment_gives_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in env_example().splitlines():
+        if line.startswith("#ASR_"):
+            name, _, value = line.removeprefix("#").partition("=")
+            monkeypatch.setenv(name, value)
+    assert load_settings().model_dump(exclude={"spool_dir"}) == Settings().model_dump(exclude={"spool_dir"})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("ASR_PORT", "99999", ["ASR_PORT=99999", "65535"]),
+        ("ASR_PORT", "eighty", ["ASR_PORT=eighty", "integer"]),
+        ("ASR_MAX_UPLOAD_BYTES", "1", ["ASR_MAX_UPLOAD_BYTES=1", "1024"]),
+        ("ASR_GRAPH", "int4", ["ASR_GRAPH=int4", "int8"]),
+        ("ASR_MODELS", "../../etc", ["ASR_MODELS", "not a model name"]),
+        ("ASR_MODELS", "a,a", ["ASR_MODELS", "twice"]),
+        ("ASR_DEFAULT_MODEL", "other", ["ASR_DEFAULT_MODEL=other", "en-quartznet-small"]),
+        ("ASR_HOST", "0.0.0.0", ["ASR_HOST=0.0.0.0", "ASR_API_KEYS", "ASR_ALLOW_ANONYMOUS=true"]),
+        ("ASR_HOST", "::", ["ASR_HOST=::", "ASR_API_KEYS"]),
+        ("ASR_MAX_BODY_BYTES", "2048", ["ASR_MAX_BODY_BYTES=2048", "26214400"]),
+        ("ASR_QUEUE_LIMIT_AUDIO_S", "0", ["ASR_QUEUE_LIMIT_AUDIO_S=0", "greater than 0"]),
+    ],
+)
+def test_bad_values_name_variable_value_and_limit(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: list[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_two_bad_values_are_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASR_PORT", "-1")
+    monkeypatch.setenv("ASR_MAX_BEAM", "0")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    assert not load_settings(host=host).has_keys
+
+
+def test_other_addresses_need_keys_or_an_explicit_word() -> None:
+    assert load_settings(host="0.0.0.0", allow_anonymous=True).host == "0.0.0.0"
+    assert load_settings(host="0.0.0.0", api_keys=f"alice:{SECRET}").has_keys
+
+
+def test_env_file_is_read_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("ASR_PORT=9001\nASR_MAX_BEAM=32\n")
+    monkeypatch.setenv("ASR_PORT", "9002")
+    settings = load_settings()
+    assert (settings.port, settings.max_beam) == (9002, 32)
+
+
+def test_empty_values_mean_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASR_PORT", "")
+    assert load_settings().port == 8000
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Settings().port = 1
+
+
+def test_keys_keep_only_their_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASR_API_KEYS", f"alice:{SECRET}, bob:sha256={'ab' * 32}")
+    settings = load_settings()
+    assert SECRET not in repr(settings)
+    assert SECRET not in str(settings.model_dump())
+    assert [key.name for key in settings.load_keys()] == ["alice", "bob"]
+
+
+@pytest.mark.parametrize("entry", [SECRET, f":{SECRET}", "alice:short", "alice:sha256=zz", f"a b:{SECRET}"])
+def test_malformed_keys_refuse_to_start_without_showing_them(
+    monkeypatch: pytest.MonkeyPatch, entry: str
+) -> None:
+    monkeypatch.setenv("ASR_API_KEYS", entry)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert "ASR_API_KEYS" in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_keys_file_adds_to_the_variable(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"# team\ncarol:{SECRET}2\n\n")
+    settings = load_settings(api_keys=f"alice:{SECRET}", api_keys_file=path)
+    assert [key.name for key in settings.load_keys()] == ["alice", "carol"]
+
+
+def test_keys_file_that_is_missing_or_empty_refuses_to_start(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="ASR_API_KEYS_FILE"):
+        load_settings(api_keys_file=tmp_path / "none").load_keys()
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(SettingsError, match="holds no key"):
+        load_settings(api_keys_file=tmp_path / "empty").load_keys()
+
+
+def test_find_key_knows_its_own_and_no_other() -> None:
+    keys = [ApiKey.parse(f"alice:{SECRET}"), ApiKey.parse(f"bob:{SECRET}bob")]
+    found = find_key(keys, f"{SECRET}bob")
+    assert found is not None
+    assert found.name == "bob"
+    assert find_key(keys, SECRET + "x") is None
+    assert find_key([], SECRET) is None

@@ -1,0 +1,198 @@
+"""From bytes to transcript in process, with the tone model: cutting, order, limits, cancelling, hotwords."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from api.commands.runtime import open_service
+from api.errors import AudioTooLongError, DeadlineExceededError, InvalidValueError, ModelNotFoundError
+from api.service import Service
+from api.settings import Settings
+from api.transcriber import Options
+from api.transcript import Transcript
+from api.vad import VadOptions
+from api.windows import Progress
+from tests.tiny_bundle import make_bundle, recite, sing, wav
+
+Transcribe = Callable[[NDArray[np.float32], Options], Transcript]
+SENTENCE = st.text("abcdefgh", min_size=1, max_size=5)
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_bundle(folder)
+    return folder
+
+
+def make_settings(models_dir: Path, **changes: object) -> Settings:
+    given = {"models_dir": models_dir, "models": ("tiny",), "calibrate": False, "workers": 2, **changes}
+    return Settings(**given)  # type: ignore[arg-type]
+
+
+@pytest_asyncio.fixture
+async def service(models_dir: Path) -> AsyncIterator[Service]:
+    async with open_service(make_settings(models_dir)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def transcribe(models_dir: Path) -> Iterator[Transcribe]:
+    """A service on a loop in a thread of its own, as a plain function."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def wait_for(work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+    context = open_service(make_settings(models_dir))
+    transcriber = wait_for(context.__aenter__()).transcriber("")
+    yield lambda audio, options: wait_for(transcriber.transcribe(io.BytesIO(wav(audio)), options))
+    wait_for(context.__aexit__(None, None, None))
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+class TestCutting:
+    """One service for all examples: hypothesis runs many."""
+
+    @settings(max_examples=25)
+    @given(sentences=st.lists(SENTENCE, min_size=1, max_size=14), pause_s=st.floats(0.3, 1.2))
+    def test_cut_and_whole_agree(self, transcribe: Transcribe, sentences: list[str], pause_s: float) -> None:
+        """Up to a minute against windows of four seconds: no word lost, doubled, moved or changed."""
+        audio = recite(sentences, pause_s)
+        result = transcribe(audio, Options())
+        assert result.text == " ".join(sentences)
+        assert [word.text for word in result.words] == sentences
+        start_s = 0.0
+        for word, sentence in zip(result.words, sentences, strict=True):
+            assert word.start_s == pytest.approx(start_s + 0.1, abs=0.03)
+            start_s += len(sing(sentence + " ")) / 16_000 + pause_s
+        assert result.duration_s == pytest.approx(len(audio) / 16_000)
+
+    @settings(max_examples=15)
+    @given(sentences=st.lists(SENTENCE, min_size=1, max_size=8), silence_ms=st.integers(150, 250))
+    def test_server_vad_and_whole_agree(
+        self, transcribe: Transcribe, sentences: list[str], silence_ms: int
+    ) -> None:
+        audio = np.concatenate([np.zeros(16_000, np.float32), recite(sentences, 0.5)])
+        options = Options(vad=VadOptions(prefix_padding_ms=100, silence_duration_ms=silence_ms))
+        result = transcribe(audio, options)
+        assert result.text == " ".join(sentences)
+
+
+async def test_segments_come_in_order_and_before_the_end(service: Service) -> None:
+    sentences = ["abc", "de", "fgh", "ab"] * 10
+    parts: list[str] = []
+    progress = Progress()
+    transcriber = service.transcriber("tiny")
+    async with aclosing(
+        transcriber.stream(io.BytesIO(wav(recite(sentences, 1.0))), Options(), progress)
+    ) as stream:
+        async for segments in stream:
+            parts.extend(segment.text for segment in segments)
+            if len(parts) == 1:
+                assert progress.duration_s > 0
+    assert parts == sentences
+
+
+async def test_few_windows_of_one_file_wait_at_once(models_dir: Path) -> None:
+    async with open_service(make_settings(models_dir, max_segments_in_flight=2)) as service:
+        most = 0
+
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                summary = service.summary()["queue"]
+                # A worker counts as busy for a moment after it has delivered, so at most one more each.
+                most = max(most, summary["waiting"] + summary["busy_workers"])
+                await asyncio.sleep(0)
+
+        watching = asyncio.create_task(watch())
+        await service.transcriber("").transcribe(io.BytesIO(wav(recite(["abc"] * 40, 0.5))), Options())
+        watching.cancel()
+        assert 1 <= most <= 2 + service.summary()["queue"]["workers"]
+
+
+async def test_leaving_early_drops_the_work(service: Service) -> None:
+    recording = io.BytesIO(wav(recite(["abc"] * 200, 0.5)))
+    task = asyncio.create_task(service.transcriber("").transcribe(recording, Options(beam=64)))
+    while not service.summary()["queue"]["busy_workers"]:  # noqa: ASYNC110  the workers set no event
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert service.summary()["queue"]["waiting"] == 0
+    recording.seek(0)  # the file is ours again: no thread reads it any more
+    position = recording.tell()
+    await asyncio.sleep(0.1)
+    assert recording.tell() == position
+
+
+async def test_deadline_ends_a_request(models_dir: Path) -> None:
+    async with open_service(make_settings(models_dir, request_timeout_s=0.05)) as service:
+        with pytest.raises(DeadlineExceededError):
+            await service.transcriber("").transcribe(
+                io.BytesIO(wav(recite(["abc"] * 2000, 0.5))), Options(beam=64)
+            )
+
+
+async def test_length_cap_is_kept(models_dir: Path) -> None:
+    async with open_service(make_settings(models_dir, max_audio_s=5)) as service:
+        with pytest.raises(AudioTooLongError, match="5 seconds"):
+            await service.transcriber("").transcribe(io.BytesIO(wav(recite(["abc"] * 20))), Options())
+
+
+@pytest.mark.parametrize("options", [Options(), Options(beam=8), Options(hotwords=("CAFE", "Bad"))])
+async def test_decodings_agree_on_clear_audio(service: Service, options: Options) -> None:
+    result = await service.transcriber("").transcribe(io.BytesIO(wav(sing("head bad cafe"))), options)
+    assert result.text == "head bad cafe"
+    assert result.confidence is not None
+    assert result.confidence > 0.99
+
+
+async def test_unknown_names(service: Service) -> None:
+    with pytest.raises(ModelNotFoundError):
+        service.transcriber("../tiny")
+    assert service.transcriber("whisper-1").model.name == "tiny"
+    with pytest.raises(InvalidValueError, match="'ru'"):
+        await service.transcriber("").transcribe(io.BytesIO(wav(sing("a"))), Options(language="ru"))
+
+
+async def test_silence_has_no_text_and_no_confidence(service: Service) -> None:
+    silence = np.zeros(16_000 * 30, np.float32)
+    result = await service.transcriber("").transcribe(io.BytesIO(wav(silence)), Options())
+    assert (result.text, result.segments, result.confidence) == ("", (), None)
+    assert result.duration_s == pytest.approx(30.0)
+
+
+async def test_many_files_at_once_do_not_mix(service: Service) -> None:
+    texts = [f"{first}{second} {first}" for first in "abcdefgh" for second in "abcdefgh"]
+    transcriber = service.transcriber("")
+    results = await asyncio.gather(
+        *(transcriber.transcribe(io.BytesIO(wav(sing(text))), Options()) for text in texts)
+    )
+    assert [result.text for result in results] == texts
+
+
+async def test_hotwords_that_cannot_be_spelled_are_named(service: Service) -> None:
+    result = await service.transcriber("").transcribe(
+        io.BytesIO(wav(sing("bad"))), Options(hotwords=("bad", "xyz"))
+    )
+    assert result.text == "bad"
+    assert result.warnings == ("The model cannot spell the hotword 'xyz'.",)

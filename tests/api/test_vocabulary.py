@@ -1,0 +1,96 @@
+"""Tokens to text and words, for the three kinds of vocabulary."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary, WordSpan, byte_of_character
+
+CHARS = Vocabulary((SPACE_MARK, *"abc'", BLANK_TOKEN), blank_id=5)
+PIECES = Vocabulary((BLANK_TOKEN, "▁he", "llo", "▁", "▁world", "s"), blank_id=0, kind="wordpiece")
+
+
+def encode_bytes(text: str) -> tuple[list[str], list[int]]:
+    """One token per byte, and the ids that spell `text`."""
+    character_of = {byte: character for character, byte in byte_of_character().items()}
+    tokens = [character_of[byte] for byte in range(256)]
+    return tokens, list(text.encode("utf-8"))
+
+
+def test_characters_make_words_with_their_positions() -> None:
+    ids = [1, 2, 0, 0, 3, 4, 1]
+    assert CHARS.decode(ids) == "ab c'a"
+    assert CHARS.words(ids) == [WordSpan("ab", 0, 2), WordSpan("c'a", 4, 7)]
+
+
+def test_spaces_at_the_ends_make_no_words() -> None:
+    assert CHARS.words([0, 0, 1, 0]) == [WordSpan("a", 2, 3)]
+    assert CHARS.decode([]) == ""
+    assert CHARS.decode([0, 0]) == ""
+
+
+def test_pieces_begin_words_at_the_mark() -> None:
+    ids = [1, 2, 4, 5]
+    assert PIECES.decode(ids) == "hello worlds"
+    assert PIECES.words(ids) == [WordSpan("hello", 0, 2), WordSpan("worlds", 2, 4)]
+
+
+def test_a_lone_mark_belongs_to_no_word() -> None:
+    assert PIECES.words([3, 1, 3, 5]) == [WordSpan("he", 1, 2), WordSpan("s", 3, 4)]
+
+
+def test_blank_and_special_tokens_are_dropped_by_id() -> None:
+    vocabulary = Vocabulary((BLANK_TOKEN, "<|en|>", "▁a", "b"), 0, "wordpiece", frozenset({1}))
+    assert vocabulary.decode([1, 2, 0, 3, 1]) == "ab"
+
+
+def test_bytes_join_across_tokens() -> None:
+    tokens, ids = encode_bytes("naïve tiếng Việt")
+    vocabulary = Vocabulary((*tokens, BLANK_TOKEN), 256, "bpe")
+    assert vocabulary.decode(ids) == "naïve tiếng Việt"
+    words = vocabulary.words(ids)
+    assert [word.text for word in words] == ["naïve", "tiếng", "Việt"]
+    assert (words[0].start, words[0].end) == (0, 6)
+
+
+def test_broken_bytes_are_left_out() -> None:
+    tokens, _ = encode_bytes("")
+    vocabulary = Vocabulary((*tokens, BLANK_TOKEN), 256, "bpe")
+    assert vocabulary.decode([0xC3, 0x20, 0x61]) == "a"
+
+
+@given(st.text(max_size=30))
+def test_bytes_give_back_any_text(text: str) -> None:
+    tokens, ids = encode_bytes(text)
+    vocabulary = Vocabulary((*tokens, BLANK_TOKEN), 256, "bpe")
+    parts = [part.strip() for part in unicodedata.normalize("NFC", text).split(" ")]
+    assert vocabulary.decode(ids) == " ".join(part for part in parts if part)
+
+
+def test_text_is_composed() -> None:
+    vocabulary = Vocabulary((BLANK_TOKEN, "e", "\u0301"), 0)
+    assert vocabulary.decode([1, 2]) == "\u00e9"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blank_id", "special", "problem"),
+    [
+        (("a", BLANK_TOKEN), 2, (), "blank_id = 2"),
+        (("a", BLANK_TOKEN), 0, (), "expected '<blank>'"),
+        (("a", BLANK_TOKEN), 1, (7,), "special_ids holds 7"),
+    ],
+)
+def test_a_vocabulary_that_contradicts_itself_is_refused(
+    tokens: tuple[str, ...], blank_id: int, special: tuple[int, ...], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Vocabulary(tokens, blank_id, special_ids=frozenset(special))
+
+
+def test_a_byte_token_must_stand_for_bytes() -> None:
+    with pytest.raises(ValueError, match="stands for no byte"):
+        Vocabulary((BLANK_TOKEN, "語"), 0, "bpe")

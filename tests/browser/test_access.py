@@ -1,0 +1,113 @@
+"""For everybody: phones, keyboards, screen readers, weak eyes, five languages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+from tests.browser.page_server import (
+    ENGLISH,
+    PHONE,
+    Visit,
+    drop,
+    expand,
+    heard,
+    new_context,
+    visit,
+    words,
+)
+from tests.tiny_bundle import sing, wav
+from ui.strings import TABLES
+
+TEXT = "head bad cafe"
+
+
+def test_the_keyboard_reaches_words_and_position(desk: Visit) -> None:
+    drop(desk.page, ("song.wav", wav(sing(TEXT))))
+    heard(desk.page)
+    words(desk.page).first.focus()
+    desk.page.keyboard.press("ArrowRight")
+    expect(words(desk.page).nth(1)).to_be_focused()
+    desk.page.keyboard.press("End")
+    expect(words(desk.page).nth(2)).to_be_focused()
+    desk.page.keyboard.press("Enter")
+    assert desk.page.locator(".player").get_attribute("data-part")
+    position = desk.page.get_by_role("slider", name=ENGLISH["player.position"])
+    position.focus()
+    desk.page.keyboard.press("Home")
+    desk.page.keyboard.press("ArrowRight")
+    expect(position).to_have_attribute("aria-valuenow", "0.5")
+
+
+def test_it_fits_a_phone(browser: Browser, tone_page: str) -> None:
+    with visit(new_context(browser, PHONE), tone_page) as phone:
+        drop(phone.page, ("song.wav", wav(sing(TEXT))))
+        assert heard(phone.page) == TEXT
+        too_wide = phone.page.evaluate(
+            """() => [...document.querySelectorAll("*")].filter((node) => {
+                const box = node.getBoundingClientRect();
+                return box.width > 0 && box.right > innerWidth + 1 && getComputedStyle(node).position
+                    !== "fixed" && !node.closest(".scroll, .asr-scroll");
+            }).map((node) => node.className || node.tagName).slice(0, 5)"""
+        )
+        assert too_wide == []
+        small = phone.page.evaluate(
+            """() => [...document.querySelectorAll('[data-testid="stMainBlockContainer"] button')]
+                .filter((node) => node.offsetParent && node.textContent.trim() && node.offsetHeight < 40)
+                .map((node) => node.textContent.trim())"""
+        )
+        assert small == []
+        phone.page.locator(".player").scroll_into_view_if_needed()
+        phone.shot("phone")
+
+
+def test_every_control_has_a_name(desk: Visit) -> None:
+    drop(desk.page, ("song.wav", wav(sing(TEXT))))
+    heard(desk.page)
+    for key in ("options.title", "result.correct", "compare.title", "details.title"):
+        expand(desk.page, key)
+    session = desk.page.context.new_cdp_session(desk.page)
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+    controls = {"button", "textbox", "combobox", "slider", "tab", "link", "spinbutton"}
+    nameless = [
+        node
+        for node in nodes
+        if not node.get("ignored")
+        and node["role"]["value"] in controls
+        and not str(node.get("name", {}).get("value", "")).strip()
+    ]
+    assert len([node for node in nodes if node["role"]["value"] in controls]) > 20
+    assert nameless == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_background(desk: Visit, scheme: Literal["light", "dark"]) -> None:
+    """WCAG 2.2, success criterion 1.4.3: at least 4.5 to 1, by day and by night."""
+    desk.page.emulate_media(color_scheme=scheme)
+    desk.page.reload()
+    desk.page.get_by_role("heading", level=1).wait_for()
+    drop(desk.page, ("song.wav", wav(sing(TEXT))))
+    heard(desk.page)
+    for key in ("options.title", "compare.title", "details.title"):
+        expand(desk.page, key)
+    desk.page.mouse.move(0, 0)
+    desk.page.wait_for_timeout(500)
+    script = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8")
+    found = desk.page.evaluate(script)
+    assert found["looked"] > 60
+    desk.shot(f"contrast_{scheme}")
+    assert found["bad"] == []
+
+
+@pytest.mark.parametrize("language", ["vi", "ru"])  # all five: tests/ui/test_page.py
+def test_the_page_speaks_the_browsers_language(browser: Browser, tone_page: str, language: str) -> None:
+    with visit(new_context(browser, locale=language), tone_page) as seen:
+        expect(seen.page.get_by_role("heading", level=1)).to_have_text(TABLES[language]["page.title"])
+        expect(seen.page.locator("html")).to_have_attribute("lang", language)
+        if language == "vi":
+            drop(seen.page, ("song.wav", wav(sing(TEXT))))
+            heard(seen.page)
+            seen.shot("vietnamese")

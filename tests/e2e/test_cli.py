@@ -1,0 +1,127 @@
+"""The `asr` command as a process: output, exit codes, one clear line per problem."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.live import ROOT, environment
+from tests.tiny_bundle import make_bundle, recite, sing, wav
+
+
+def asr(models_dir: Path, *arguments: str | Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "api.cli", *map(str, arguments)],
+        env=environment(models_dir, **settings),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    contents = {
+        "one.wav": wav(sing("abc de")),
+        "long.wav": wav(recite(["head bad", "cafe"] * 5, 1.0)),
+        "bad.wav": b"this is no audio",
+    }
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    return {name: tmp_path / name for name in contents}
+
+
+def test_one_file_to_text(models_dir: Path, files: dict[str, Path]) -> None:
+    result = asr(models_dir, "transcribe", files["one.wav"])
+    assert (result.returncode, result.stdout, result.stderr) == (0, "abc de\n", "")
+
+
+def test_srt_and_json(models_dir: Path, files: dict[str, Path]) -> None:
+    srt = asr(models_dir, "transcribe", files["long.wav"], "--format", "srt")
+    assert srt.returncode == 0
+    assert srt.stdout.startswith("1\n00:00:00,1")
+    assert srt.stdout.count(" --> ") == 10
+    body = json.loads(asr(models_dir, "transcribe", files["long.wav"], "--format", "json").stdout)
+    assert body["text"] == "head bad cafe " * 4 + "head bad cafe"
+    assert len(body["words"]) == 15
+
+
+def test_many_files_keep_their_order_and_one_failure_is_status_one(
+    models_dir: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    order = [files["long.wav"], files["bad.wav"], tmp_path / "none.wav", files["one.wav"]]
+    result = asr(models_dir, "transcribe", *order)
+    assert result.returncode == 1
+    assert [line.split(": ")[0] for line in result.stdout.splitlines()] == [str(order[0]), str(order[3])]
+    assert result.stdout.endswith("abc de\n")
+    errors = result.stderr.splitlines()
+    assert len(errors) == 2
+    assert "not audio that can be read" in errors[0]
+    assert "No such file" in errors[1]
+
+
+def test_output_folder(models_dir: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ["transcribe", files["one.wav"], files["long.wav"], "--format", "vtt", "--output", out]
+    result = asr(models_dir, *arguments)
+    assert (result.returncode, result.stdout) == (0, "")
+    assert sorted(path.name for path in out.iterdir()) == ["long.wav.vtt", "one.wav.vtt"]
+    assert (out / "one.wav.vtt").read_text().startswith("WEBVTT")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["transcribe", "x.wav", "--model", "nothing"], 1, "no manifest.json there"),
+        (["transcribe", "x.wav", "--language", "vi"], 1, "does not transcribe language 'vi'"),
+        (["transcribe", "x.wav", "--beam", "9999"], 2, "--beam 9999"),
+        (["transcribe", "x.wav", "--output", "/nowhere/at/all"], 2, "is not a folder"),
+    ],
+)
+def test_mistakes_are_one_line(models_dir: Path, arguments: list[str], status: int, words: str) -> None:
+    result = asr(models_dir, *arguments)
+    assert result.returncode == status
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_usage_errors_are_status_two(models_dir: Path) -> None:
+    assert asr(models_dir, "transcribe").returncode == 2
+    assert asr(models_dir, "sing").returncode == 2
+    assert asr(models_dir).returncode == 2
+
+
+def test_models_list_and_verify(tmp_path: Path) -> None:
+    make_bundle(tmp_path, "tiny")
+    broken = make_bundle(tmp_path, "broken")
+    (broken / "vocab.txt").write_text("changed\n")
+    listed = asr(tmp_path, "models", "list")
+    assert listed.returncode == 0
+    assert "tiny" in listed.stdout
+    assert "broken" in listed.stdout
+    assert "refused" in listed.stdout
+    assert asr(tmp_path, "models", "verify", "tiny").returncode == 0
+    verified = asr(tmp_path, "models", "verify")
+    assert verified.returncode == 1
+    assert "tiny: ok" in verified.stdout
+    assert "broken: REFUSED" in verified.stdout
+    assert "sha256" in verified.stdout
+
+
+def test_bench_ends_with_json(models_dir: Path) -> None:
+    result = asr(models_dir, "bench", "--seconds", "1", "--clips", "8")
+    assert result.returncode == 0
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert [row["in_flight"] for row in report["rows"]] == [1, 8, 32]
+    assert all(row["audio_s_per_s"] > 0 for row in report["rows"])
+
+
+def test_env_example_is_the_committed_one(models_dir: Path) -> None:
+    result = asr(models_dir, "settings", "--env-example")
+    assert (ROOT / ".env.example").read_text().startswith(result.stdout)

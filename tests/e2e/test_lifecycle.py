@@ -1,0 +1,196 @@
+"""Start, readiness, drain and stop of real processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.live import ROOT, LiveServer, environment, wait_until_ready
+from tests.tiny_bundle import make_bundle, recite, sing, wav
+
+Launch = Callable[..., LiveServer]
+
+AUDIO = wav(sing("head bad cafe"))
+LONG = wav(recite(["head bad cafe"] * 60))
+
+
+def test_alive_at_once_and_refusing_work_until_warm(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
+    """Several models make the start long enough to look at."""
+    names = [f"m{index}" for index in range(4)]
+    for name in names:
+        make_bundle(tmp_path, name)
+    live = launch(tmp_path, tmp_path / "log", wait=False, models=",".join(names), calibrate="true")
+    try:
+        with live.client() as client:
+            seen_starting = False
+            while True:
+                assert client.get("/health/live").status_code == 200
+                startup = client.get("/health/startup")
+                if startup.status_code == 200:
+                    break
+                seen_starting = True
+                assert startup.json() == {"status": "starting"}
+                assert "retry-after" in startup.headers
+                work = client.post("/transcribe", files={"file": AUDIO})
+                if work.status_code != 200:  # it may have become ready in between
+                    assert (work.status_code, work.json()["error"]["code"]) == (503, "not_ready")
+                    assert int(work.headers["retry-after"]) >= 1
+                time.sleep(0.02)
+            assert seen_starting
+            assert client.get("/health/ready").status_code == 200
+            assert client.post("/transcribe", files={"file": AUDIO}).status_code == 200
+    finally:
+        live.kill()
+
+
+def test_sigterm_under_load_loses_nothing(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
+    """Every request that got in is answered; after the grace period connections are refused, not dropped."""
+    live = launch(models_dir, tmp_path / "log", drain_grace_s=6)
+    answers: list[int] = []
+    broken: list[str] = []
+    stopped_at: list[float] = []
+    lock = threading.Lock()
+
+    def load(audio: bytes, text_parts: int) -> None:
+        with httpx.Client(base_url=live.url, timeout=60) as client:
+            while True:
+                try:
+                    response = client.post("/transcribe", files={"file": audio})
+                except httpx.ConnectError:
+                    return  # the listener is gone: nothing was accepted
+                except httpx.TransportError as error:
+                    with lock:
+                        broken.append(repr(error))
+                    return
+                with lock:
+                    answers.append(response.status_code)
+                    if response.status_code == 200:
+                        assert len(response.json()["text"].split()) == text_parts
+
+    threads = [threading.Thread(target=load, args=(AUDIO, 3)) for _ in range(6)]
+    threads += [threading.Thread(target=load, args=(LONG, 180)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    live.process.send_signal(signal.SIGTERM)
+    stopped_at.append(time.monotonic())
+    time.sleep(0.3)
+    with live.client() as client:
+        ready = client.get("/health/ready")
+        assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+        assert client.get("/health/live").status_code == 200
+        served = client.post("/transcribe", files={"file": AUDIO})
+        assert (served.status_code, served.headers["connection"]) == (200, "close")
+    for thread in threads:
+        thread.join(60)
+    assert live.process.wait(30) == 0
+    assert broken == []
+    assert answers.count(200) > 20
+    assert set(answers) <= {200, 503}
+    assert '"event": "stopped"' in live.log
+    assert "Traceback" not in live.log
+
+
+def test_interrupt_stops_cleanly_without_grace(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
+    live = launch(models_dir, tmp_path / "log", drain_grace_s=30)
+    live.process.send_signal(signal.SIGINT)
+    assert live.process.wait(10) == 0
+
+
+def test_drain_goes_on_while_an_upload_is_running(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
+    """A request whose body is still arriving when the signal comes is answered."""
+    live = launch(models_dir, tmp_path / "log")
+    body = _multipart(AUDIO)
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        head = (
+            "POST /transcribe HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
+        )
+        connection.sendall(head.encode() + body[:1000])
+        time.sleep(0.3)
+        live.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        connection.sendall(body[1000:])
+        connection.settimeout(20)
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in answer.lower()
+    assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["text"] == "head bad cafe"
+    assert live.process.wait(20) == 0
+
+
+def _multipart(audio: bytes) -> bytes:
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+    return head + audio + b"\r\n--b--\r\n"
+
+
+def run_serve(models_dir: Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "api.cli", "serve"],
+        env=environment(models_dir, **settings),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+
+
+def test_port_in_use_is_one_clear_line(models_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run_serve(models_dir, port=port)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"asr: ASR_PORT={port}: is in use by another program; stop it, or choose another port\n"
+    )
+
+
+def test_missing_model_ends_the_start_with_its_own_status(models_dir: Path) -> None:
+    result = run_serve(models_dir, models="nothing")
+    assert result.returncode == 3
+    assert "model_refused" in result.stderr
+    assert "bundles in the folder: other, tiny" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_changed_model_file_is_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, "tiny")
+    with (bundle / "model.onnx").open("ab") as graph:
+        graph.write(b"x")
+    result = run_serve(tmp_path)
+    assert result.returncode == 3
+    assert "sha256" in result.stderr
+
+
+@pytest.mark.parametrize(("variable", "value"), [("port", "eighty"), ("max_beam", "0"), ("graph", "int3")])
+def test_bad_settings_are_one_line_and_status_two(models_dir: Path, variable: str, value: str) -> None:
+    result = run_serve(models_dir, **{variable: value})
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"asr: ASR_{variable.upper()}={value}: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_model_files_may_change_under_a_running_service(tmp_path: Path, launch: Launch) -> None:
+    """What was verified is in memory: replacing the files neither breaks nor changes what is served."""
+    bundle = make_bundle(tmp_path, "tiny")
+    live = launch(tmp_path, tmp_path / "log")
+    try:
+        (bundle / "model.onnx").write_bytes(b"broken")
+        (bundle / "vocab.txt").unlink()
+        with live.client() as client:
+            assert client.post("/transcribe", files={"file": AUDIO}).json()["text"] == "head bad cafe"
+            wait_until_ready(live)
+    finally:
+        live.kill()

@@ -1,0 +1,232 @@
+"""The project's own routes on the live service."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.api.test_audio import KINDS, file_of
+from tests.e2e.live import LiveServer
+from tests.tiny_bundle import recite, sing, wav
+
+TEXT = "head bad cafe"
+AUDIO = wav(sing(TEXT))
+
+
+def post(client: httpx.Client, data: dict[str, object] | None = None, audio: bytes = AUDIO) -> httpx.Response:
+    return client.post("/transcribe", data=data, files={"file": ("a.bin", audio)})
+
+
+def test_transcribe_answers_what_the_contract_says(client: httpx.Client) -> None:
+    response = post(client)
+    body = response.json()
+    assert response.status_code == 200
+    assert set(body) == {
+        "id", "text", "duration", "processing_time", "real_time_factor", "language", "model", "timestamp",
+        "confidence", "words", "segments",
+    }  # fmt: skip
+    assert body["text"] == TEXT
+    assert body["id"] == response.headers["x-request-id"]
+    assert body["duration"] == pytest.approx(len(sing(TEXT)) / 16_000, abs=1e-4)
+    assert body["real_time_factor"] == pytest.approx(body["processing_time"] / body["duration"], rel=1e-3)
+    assert (body["language"], body["model"]) == ("en", "tiny")
+    assert abs(datetime.fromisoformat(body["timestamp"]) - datetime.now(UTC)) < timedelta(minutes=1)
+    assert body["confidence"] > 0.99
+    assert [word["word"] for word in body["words"]] == TEXT.split()
+    assert body["segments"][0]["id"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_gives_the_same_text(client: httpx.Client, kind: str) -> None:
+    rate_hz = 48_000 if kind in ("opus", "webm") else 44_100
+    response = post(client, audio=file_of(kind, sing(TEXT, sample_rate_hz=rate_hz), rate_hz))
+    assert response.json()["text"] == TEXT
+
+
+@pytest.mark.parametrize("channels", [1, 2, 8])
+def test_channels_are_mixed_down(client: httpx.Client, channels: int) -> None:
+    samples = np.repeat(sing(TEXT)[:, None], channels, axis=1)
+    assert post(client, audio=wav(samples)).json()["text"] == TEXT
+
+
+def test_duration_is_never_clamped(client: httpx.Client) -> None:
+    body = post(client, audio=wav(sing("a", lead_s=0.02))).json()
+    assert body["duration"] == pytest.approx(0.18, abs=0.001)
+
+
+def test_without_timestamps_words_and_segments_stay_out(client: httpx.Client) -> None:
+    body = post(client, {"timestamps": "false"}).json()
+    assert "words" not in body
+    assert "segments" not in body
+
+
+@pytest.mark.parametrize("fields", [{"beam": "16"}, {"hotwords[]": ["cafe", "bad"]}, {"hotwords": "cafe"}])
+def test_beam_and_hotwords(client: httpx.Client, fields: dict[str, object]) -> None:
+    assert post(client, fields).json()["text"] == TEXT
+
+
+def test_hotwords_change_what_is_ambiguous(client: httpx.Client) -> None:
+    """Between two tones, at equal strength, the hotword decides."""
+    mixed = np.concatenate([sing("ca"), (sing("b") + sing("d")) / 2, sing("e")])
+    first = post(client, {"hotwords[]": ["cabe"]}, audio=wav(mixed)).json()["text"]
+    second = post(client, {"hotwords[]": ["cade"]}, audio=wav(mixed)).json()["text"]
+    assert (first, second) == ("cabe", "cade")
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"), [("text", TEXT), ("srt", "1\n00:00:00,1"), ("vtt", "WEBVTT\n\n00:00:00.1")]
+)
+def test_raw_formats(client: httpx.Client, kind: str, start: str) -> None:
+    response = post(client, {"format": kind})
+    assert response.text.startswith(start)
+    assert TEXT in response.text
+
+
+def test_long_files_keep_their_times(client: httpx.Client) -> None:
+    sentences = ["abc", "de", "fgh"] * 4
+    body = post(client, audio=wav(recite(sentences, pause_s=0.9))).json()
+    assert body["text"] == " ".join(sentences)
+    offset_s = 0.0
+    for word, sentence in zip(body["words"], sentences, strict=True):
+        assert word["start"] == pytest.approx(offset_s + 0.1, abs=0.03)
+        offset_s += len(sing(sentence + " ")) / 16_000 + 0.9
+    assert [segment["text"] for segment in body["segments"]] == sentences
+
+
+def test_stream_of_our_own_route(client: httpx.Client) -> None:
+    with client.stream(
+        "POST", "/transcribe", data={"stream": "true"}, files={"file": wav(recite([TEXT] * 6))}
+    ) as response:
+        lines = [line for line in response.iter_lines() if line.startswith("data: {")]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert "".join(event.get("delta", "") for event in events) == " ".join([TEXT] * 6)
+
+
+def test_batch_answers_in_order_with_errors_in_their_place(client: httpx.Client) -> None:
+    files = [
+        ("files", ("one.wav", wav(sing("abc")))),
+        ("files", ("bad.wav", b"no audio" * 50)),
+        ("files", ("two.flac", file_of("flac", sing("de"), 16_000))),
+    ]
+    response = client.post("/transcribe/batch", files=files, data={"model": "other"})
+    body = response.json()
+    assert response.status_code == 200
+    assert [item["index"] for item in body["results"]] == [0, 1, 2]
+    assert [item["filename"] for item in body["results"]] == ["one.wav", "bad.wav", "two.flac"]
+    assert body["results"][0]["transcription"]["text"] == "abc"
+    assert body["results"][1]["error"]["code"] == "undecodable_audio"
+    assert "transcription" not in body["results"][1]
+    assert body["results"][2]["transcription"]["text"] == "de"
+    assert (body["succeeded"], body["failed"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "status"),
+    [
+        ([], {"model": "tiny"}, 400),
+        ([("files", ("a.wav", AUDIO))], {"format": "srt"}, 400),
+        ([("sound", ("a.wav", AUDIO))], {}, 400),
+        ([("files", ("a.wav", AUDIO))] * 17, {}, 400),
+        ([("files", ("a.wav", AUDIO))], {"model": "none"}, 404),
+        ([("files", ("a.wav", AUDIO))], {"beam": "9999"}, 422),
+    ],
+)
+def test_bad_batches(
+    client: httpx.Client, files: list[tuple[str, tuple[str, bytes]]], data: dict[str, str], status: int
+) -> None:
+    response = client.post("/transcribe/batch", files=files or {"x": (None, b"1")}, data=data)
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
+
+
+def test_information_routes(client: httpx.Client) -> None:
+    root = client.get("/").json()
+    assert root["status"] == "ready"
+    for link in root["links"].values():
+        assert client.get(link).status_code in (200, 405), link
+    models = client.get("/models").json()
+    assert [model["name"] for model in models["models"]] == ["tiny", "other"]
+    assert models["aliases"] == {"whisper-1": "tiny"}
+    assert models["models"][0]["default"] is True
+    assert models["models"][0]["engine"]["workers"] >= 1
+    languages = {entry["code"]: entry["models"] for entry in client.get("/languages").json()["languages"]}
+    assert languages == {"en": ["tiny"], "tr": ["tiny"], "vi": ["other"]}
+
+
+def test_probes(client: httpx.Client) -> None:
+    for name in ("live", "ready", "startup"):
+        assert client.get(f"/health/{name}").status_code == 200
+    summary = client.get("/health").json()
+    assert summary["status"] == "ready"
+    assert summary["queue"]["limit_audio_s"] > 0
+
+
+def test_docs_load_nothing_from_other_hosts(client: httpx.Client, server: LiveServer) -> None:
+    page = client.get("/docs").text
+    addresses = set(re.findall(r"""(?:src|href)=["']?([^"'\s>]+)""", page))
+    assert addresses == {"/openapi.json"}
+    assert "<script" not in page
+    hosts = set(re.findall(r"https?://([^/\s<\"]+)", page))
+    assert hosts == {server.url.removeprefix("http://")}
+    for path in ("/transcribe", "/v1/audio/transcriptions", "/health/ready"):
+        assert path in page
+
+
+def test_openapi_describes_the_fields(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    body = paths["/v1/audio/transcriptions"]["post"]["requestBody"]["content"]["multipart/form-data"][
+        "schema"
+    ]
+    assert set(body["required"]) == {"file", "model"}
+    assert {"response_format", "stream", "chunking_strategy", "timestamp_granularities"} <= set(
+        body["properties"]
+    )
+    assert body["properties"]["file"]["format"] == "binary"
+
+
+def test_metrics_count_requests(client: httpx.Client) -> None:
+    def ok_count() -> float:
+        found = re.search(
+            r'asr_requests_total\{model="tiny",outcome="ok",route="/transcribe"\} ([0-9.]+)',
+            client.get("/metrics").text,
+        )
+        return float(found.group(1)) if found else 0.0
+
+    before = ok_count()
+    post(client)
+    assert ok_count() == before + 1
+
+
+def test_headers_of_every_answer(client: httpx.Client) -> None:
+    for response in (post(client), client.get("/health/live"), client.get("/nothing")):
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["x-frame-options"] == "DENY"
+        assert "default-src 'none'" in response.headers["content-security-policy"]
+        assert response.headers["x-request-id"]
+        assert "server" not in response.headers
+
+
+def test_stage_times_are_in_the_headers(client: httpx.Client) -> None:
+    timing = post(client).headers["server-timing"]
+    stages = dict(re.findall(r"(\w+);dur=([0-9.]+)", timing))
+    assert list(stages) == ["read", "decode", "segment", "queue", "inference", "ctc", "render"]
+
+
+def test_request_id_is_the_callers_or_the_traces(client: httpx.Client) -> None:
+    given = client.get("/", headers={"x-request-id": "order-66-abcdef"})
+    assert given.headers["x-request-id"] == "order-66-abcdef"
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    traced = client.get("/", headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"})
+    assert traced.headers["x-request-id"] == trace
+    unsafe = client.get("/", headers={"x-request-id": "a b<script>"})
+    assert "<" not in unsafe.headers["x-request-id"]
+
+
+def test_cors_is_closed_by_default(client: httpx.Client) -> None:
+    response = client.get("/models", headers={"origin": "https://evil.example"})
+    assert not [name for name in response.headers if name.startswith("access-control")]

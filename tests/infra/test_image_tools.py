@@ -1,0 +1,76 @@
+"""The programs around the images: bill of materials, smoke test, and the project's own input to the build."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.infra.render import ROOT
+
+
+def program(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, ROOT / "docker" / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_bill_of_materials_names_what_is_installed() -> None:
+    document = program("sbom").document("asr-api", "1.2.3")
+    components = {component["name"]: component for component in document["components"]}
+    assert document["specVersion"] == "1.6"
+    assert components["onnxruntime"]["purl"].startswith("pkg:pypi/onnxruntime@")
+    references = [component["bom-ref"] for component in document["components"]]
+    assert len(set(references)) == len(references)
+
+
+def test_bill_of_materials_is_the_same_twice() -> None:
+    command = [sys.executable, str(ROOT / "docker/sbom.py"), "asr-api", "1.2.3"]
+    first, second = (subprocess.run(command, capture_output=True, check=True).stdout for _ in range(2))
+    assert first == second
+    assert json.loads(first)["metadata"]["component"]["version"] == "1.2.3"
+
+
+def test_bill_of_materials_reads_debian_packages(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    status.write_text(
+        "Package: libc6\nStatus: install ok installed\nArchitecture: amd64\nVersion: 2.36-9+deb12u7\n\n"
+        "Package: gone\nStatus: deinstall ok config-files\nArchitecture: amd64\nVersion: 1\n"
+    )
+    (only,) = program("sbom").debian_components(status)
+    assert only["purl"] == "pkg:deb/debian/libc6@2.36-9%2Bdeb12u7?arch=amd64"
+
+
+def test_smoke_test_says_what_is_wrong_with_a_dead_address(tmp_path: Path) -> None:
+    audio = tmp_path / "a.wav"
+    audio.write_bytes(b"RIFF")
+    command = [sys.executable, ROOT / "docker/smoke.py", "--url", "http://127.0.0.1:1", "--audio", audio]
+    done = subprocess.run([*command, "--timeout-s", "0.1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "not ready within" in done.stderr
+
+
+def test_warm_up_tone_is_a_wave_file_of_the_asked_length() -> None:
+    import io
+    import wave
+
+    with wave.open(io.BytesIO(program("warm_up").tone(48_000, 0.5))) as file:
+        assert (file.getframerate(), file.getnframes(), file.getnchannels()) == (48_000, 24_000, 1)
+
+
+@pytest.mark.parametrize("name", ["api", "ui", "training"])
+def test_what_a_dockerfile_copies_is_in_the_build_context(name: str) -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    allowed = {line[1:].split("/")[0] for line in lines if line.startswith("!")}
+    for line in (ROOT / "docker" / f"{name}.Dockerfile").read_text().splitlines():
+        if line.startswith("COPY ") and "--from=" not in line:
+            source = next(word for word in line.split()[1:] if not word.startswith("--"))
+            assert source.split("/")[0] in allowed

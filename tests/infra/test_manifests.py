@@ -1,0 +1,155 @@
+"""What the rendered manifests promise: rights, limits, times that fit together, settings that exist."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tomllib
+from typing import Any
+
+import pytest
+import yaml
+
+from api.settings import Settings
+from tests.infra.render import COMPONENTS, OVERLAYS, ROOT, combination, overlay
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="kubectl renders the manifests; it is not here"
+)
+
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def objects(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(overlay(request.param)))
+
+
+@pytest.fixture(scope="module")
+def production() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(overlay("production")))
+
+
+def of_kind(objects: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
+    return {item["metadata"]["name"]: item for item in objects if item["kind"] == kind}
+
+
+def settings_of(objects: list[dict[str, Any]], name: str) -> dict[str, str]:
+    """Data of the one ConfigMap whose generated name starts so."""
+    (found,) = [
+        item["data"] for key, item in of_kind(objects, "ConfigMap").items() if key.startswith(f"{name}-")
+    ]
+    return found  # type: ignore[no-any-return]
+
+
+def seconds(value: object) -> float:
+    return float(str(value))
+
+
+def test_every_pod_has_the_least_rights(objects: list[dict[str, Any]]) -> None:
+    deployments = of_kind(objects, "Deployment")
+    assert set(deployments) == {"asr-api", "asr-ui"}
+    for deployment in deployments.values():
+        pod = deployment["spec"]["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] >= 10000
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            rights = container["securityContext"]
+            assert rights["readOnlyRootFilesystem"] is True
+            assert rights["allowPrivilegeEscalation"] is False
+            assert rights["capabilities"] == {"drop": ["ALL"]}
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+            assert {"cpu", "memory"} <= container["resources"]["limits"].keys()
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                assert container[probe]["httpGet"]["port"] == "http"
+
+
+def test_images_are_pinned_to_a_version(production: list[dict[str, Any]]) -> None:
+    for name, deployment in of_kind(production, "Deployment").items():
+        for container in deployment["spec"]["template"]["spec"]["containers"]:
+            assert container["image"] == f"{name}:{VERSION}"
+
+
+def test_rolling_updates_never_take_a_replica_away(objects: list[dict[str, Any]]) -> None:
+    for deployment in of_kind(objects, "Deployment").values():
+        assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_base_asks_for_three_replicas_and_production_leaves_the_number_to_the_autoscaler(
+    production: list[dict[str, Any]],
+) -> None:
+    for deployment in of_kind(list(yaml.safe_load_all(combination(()))), "Deployment").values():
+        assert deployment["spec"]["replicas"] == 3
+    for name, autoscaler in of_kind(production, "HorizontalPodAutoscaler").items():
+        assert "replicas" not in of_kind(production, "Deployment")[name]["spec"]
+        assert autoscaler["spec"]["minReplicas"] == 3
+
+
+def test_settings_exist_and_are_accepted(objects: list[dict[str, Any]]) -> None:
+    values = {key: value for key, value in settings_of(objects, "asr-api").items() if value}
+    fields = {f"ASR_{name.upper()}" for name in Settings.model_fields}
+    assert {key for key in values if key.startswith("ASR_")} <= fields
+    given = {key.removeprefix("ASR_").lower(): value for key, value in values.items() if key in fields}
+    Settings(_env_file=None, **given)  # type: ignore[call-arg]  # raises when the service would refuse to start
+
+
+def test_stopping_fits_into_the_grace_period(objects: list[dict[str, Any]]) -> None:
+    values = settings_of(objects, "asr-api")
+    pod = of_kind(objects, "Deployment")["asr-api"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    pre_stop_s = seconds(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    drain_s = seconds(values["ASR_DRAIN_GRACE_S"]) + seconds(values["ASR_DRAIN_TIMEOUT_S"])
+    assert pre_stop_s + drain_s < pod["terminationGracePeriodSeconds"]
+    probe = container["readinessProbe"]
+    assert seconds(values["ASR_DRAIN_GRACE_S"]) > probe["periodSeconds"] * probe["failureThreshold"]
+
+
+def test_the_load_balancer_waits_longer_than_a_request_may_take(production: list[dict[str, Any]]) -> None:
+    annotations = of_kind(production, "Service")["asr-api"]["metadata"]["annotations"]
+    prefix = "service.beta.kubernetes.io/do-loadbalancer"
+    idle_s = seconds(annotations[f"{prefix}-http-idle-timeout-seconds"])
+    values = settings_of(production, "asr-api")
+    assert idle_s > seconds(values["ASR_REQUEST_TIMEOUT_S"])
+    assert annotations[f"{prefix}-healthcheck-path"] == "/health/ready"
+
+
+def test_threads_follow_the_limit(objects: list[dict[str, Any]]) -> None:
+    values = settings_of(objects, "asr-api")
+    assert (values["ASR_WORKERS"], values["ASR_THREADS_PER_WORKER"]) == ("0", "0")
+    (container,) = of_kind(objects, "Deployment")["asr-api"]["spec"]["template"]["spec"]["containers"]
+    assert re.fullmatch(r"[1-9]\d*", str(container["resources"]["limits"]["cpu"]))
+
+
+def test_the_autoscaler_reads_a_metric_that_the_service_has_and_the_adapter_serves() -> None:
+    (autoscaler,) = [
+        item for item in yaml.safe_load_all(overlay("production"))
+        if item["kind"] == "HorizontalPodAutoscaler" and item["metadata"]["name"] == "asr-api"
+    ]  # fmt: skip
+    kinds = [metric["type"] for metric in autoscaler["spec"]["metrics"]]
+    assert kinds == ["Pods", "Resource"], "queued audio first, CPU as the fallback"
+    name = autoscaler["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    adapter = yaml.safe_load((ROOT / "k8s/monitoring/prometheus-adapter-values.yaml").read_text())
+    assert [rule["name"]["as"] for rule in adapter["rules"]["custom"]] == [name]
+    assert f'"{name}"' in (ROOT / "api/telemetry/metrics.py").read_text()
+
+
+def test_network_policies_start_from_nothing(objects: list[dict[str, Any]]) -> None:
+    policies = of_kind(objects, "NetworkPolicy")
+    assert policies["deny-all"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    ports = {item["port"] for rule in policies["asr-api"]["spec"]["egress"] for item in rule["ports"]}
+    assert ports == {4317, 4318}, "the API speaks to the trace collector and to nobody else"
+
+
+def test_components_are_the_promised_ones() -> None:
+    assert set(COMPONENTS) >= {"autoscaling", "disruption-budget", "network-policies", "tracing", "gpu"}
+
+
+def test_namespaces() -> None:
+    found = {
+        item["metadata"]["name"]
+        for item in yaml.safe_load_all(overlay("production"))
+        if item["kind"] == "Namespace"
+    }
+    assert found == {"asr-system", "monitoring", "observability"}

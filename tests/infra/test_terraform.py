@@ -1,0 +1,113 @@
+"""terraform/: the defaults that were asked for, and rules that really refuse (no provider needed)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import hcl2
+import pytest
+
+from tests.infra.render import ROOT
+
+TERRAFORM = ROOT / "terraform"
+
+
+def unquoted(value: object) -> object:
+    return value.strip('"') if isinstance(value, str) else value
+
+
+def variables() -> dict[str, dict[str, Any]]:
+    with (TERRAFORM / "variables.tf").open() as file:
+        blocks = hcl2.load(file)["variable"]
+    return {str(unquoted(name)): body for block in blocks for name, body in block.items()}
+
+
+def test_every_variable_has_a_type_and_a_description() -> None:
+    for name, body in variables().items():
+        assert "type" in body, name
+        assert len(str(body["description"])) > 20, name
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("kubernetes_version", "1.32.2-do.0"), ("region", "sgp1"), ("maintenance_day", "sunday"),
+        ("maintenance_start_time", "04:00"), ("auto_upgrade", True), ("surge_upgrade", True),
+        ("node_size", "s-2vcpu-4gb"), ("node_count", 2),
+    ],
+)  # fmt: skip
+def test_defaults(name: str, default: object) -> None:
+    assert unquoted(variables()[name]["default"]) == default
+
+
+def test_the_pool_scales_between_one_and_one_more() -> None:
+    text = (TERRAFORM / "main.tf").read_text()
+    assert re.search(r"min_nodes\s+= 1\n", text)
+    assert re.search(r"max_nodes\s+= var.node_count \+ 1\n", text)
+
+
+def test_the_token_is_sensitive_and_has_no_default() -> None:
+    token = variables()["digitalocean_token"]
+    assert token["sensitive"] is True
+    assert token["default"] in (None, "null")
+    assert "dop_v1" not in "".join(path.read_text() for path in TERRAFORM.glob("*.tf*"))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The variables alone, so that terraform evaluates their rules without any provider."""
+    if shutil.which("terraform") is None:
+        pytest.skip("terraform is not here")
+    folder = tmp_path_factory.mktemp("terraform")
+    shutil.copy(TERRAFORM / "variables.tf", folder)
+    # A variable's rules are evaluated when it is used.
+    uses = "\n".join(
+        f'output "{name}" {{\n  value     = var.{name}\n  sensitive = true\n}}' for name in variables()
+    )
+    (folder / "uses.tf").write_text(uses)
+    assert plan(folder, init=True).returncode == 0
+    return folder
+
+
+def plan(folder: Path, *values: str, init: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TF_CLI_CONFIG_FILE": os.devnull, "TF_IN_AUTOMATION": "1"}
+    words = ["init", "-backend=false"] if init else ["plan", *(f"-var={value}" for value in values)]
+    return subprocess.run(
+        ["terraform", f"-chdir={folder}", *words, "-input=false", "-no-color"],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+
+
+def test_the_defaults_are_accepted(workspace: Path) -> None:
+    done = plan(workspace)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "cluster_name=Bad_Name", "kubernetes_version=1.32", "region=Singapore", "maintenance_day=Sunday",
+        "maintenance_start_time=24:00", "node_size=big", "node_count=0", "node_count=2.5",
+        "registry_tier=gold", "registry_name=A", 'tags=["with space"]', "digitalocean_token=short",
+        'inference_pool={"size":"c-4","min_nodes":0,"max_nodes":2}',
+        'inference_pool={"size":"c-4","min_nodes":3,"max_nodes":2}',
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_by_name(workspace: Path, value: str) -> None:
+    done = plan(workspace, value)
+    assert done.returncode == 1
+    assert value.split("=")[0] in done.stderr
+
+
+@pytest.mark.parametrize(
+    "value",
+    ['inference_pool={"size":"c-4","min_nodes":1,"max_nodes":4}', "node_count=5", "registry_name=my-asr"],
+)
+def test_a_right_value_is_accepted(workspace: Path, value: str) -> None:
+    done = plan(workspace, value)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,243 @@
+"""The distillation at tiny scale: a real cache of generated sound, labelled by a tiny random teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from training.checkpoint import load_checkpoint
+from training.frontend import FrontendConfig, LogMel
+from training.nemo import NemoModel
+from training.recipes.quartznet_ctc import distill, label
+from training.recipes.quartznet_ctc.augment import AugmentConfig
+from training.recipes.quartznet_ctc.cache import write_mel, write_pcm
+from training.recipes.quartznet_ctc.dataset import ALPHABET, VOCABULARY_SIZE, read_manifest
+from training.recipes.quartznet_ctc.evaluate import validate
+from training.recipes.quartznet_ctc.examples import BatchMaker, Corpus
+from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
+from training.recipes.quartznet_ctc.weights import halved, student_of
+
+UTTERANCES = 12
+
+
+def tiny_teacher() -> QuartzNet:
+    """A random network of the teacher's kind: stride 2, three blocks, wide last layers."""
+    torch.manual_seed(3)
+    blocks = (
+        BlockConfig(32, 1, 5, stride=2),
+        BlockConfig(160, 1, 5, residual=True),
+        BlockConfig(160, 1, 5, dilation=2),
+        BlockConfig(160, 1, 1, separable=False),
+    )
+    return QuartzNet(QuartzNetConfig(VOCABULARY_SIZE, blocks)).eval()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stages 1 and 2 on generated noise: six speakers, a text for half of the utterances."""
+    folder = tmp_path_factory.mktemp("corpus")
+    generator = np.random.default_rng(0)
+    lines = []
+    for number in range(UTTERANCES):
+        duration_s = float(generator.uniform(0.8, 1.6))
+        samples = generator.normal(0, 0.1, int(duration_s * 16000))
+        soundfile.write(folder / f"{number}.flac", samples, 16000)
+        row = {"audio_filepath": f"{number}.flac", "duration": duration_s, "speaker": f"s{number % 6}"}
+        lines.append(json.dumps(row | {"text": "hello there" if number % 2 else "", "source": "noise"}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    out = folder / "cache"
+    out.mkdir()
+    write_pcm(read_manifest(folder / "manifest.jsonl"), folder, out)
+    with torch.inference_mode():
+        write_mel(out)
+    with pytest.MonkeyPatch.context() as patch:
+        teacher = NemoModel(tiny_teacher(), FrontendConfig(), tuple(ALPHABET))
+        patch.setattr(label, "read_nemo", lambda path: teacher)
+        label.label(folder / "teacher.nemo", out, budget_s=4.0)
+    return out
+
+
+@pytest.fixture
+def corpus(cache: Path) -> Corpus:
+    return Corpus(cache, min_confidence=-100.0, validation_fraction=0.3)
+
+
+def trainer(corpus: Corpus, seed: int = 0) -> distill.Trainer:
+    return distill.Trainer(
+        distill.TrainConfig(size="tiny", workers=1, batch_s=4.0, warmup_steps=2, seed=seed), corpus
+    )
+
+
+def test_cached_features_are_those_of_the_front_end(cache: Path) -> None:
+    index = json.loads((cache / "index.json").read_text())
+    mel = np.load(cache / "mel.npy", mmap_mode="r")
+    row = index[5]
+    samples, _ = soundfile.read(cache.parent / row["audio_filepath"], dtype="float32")
+    expected, _ = LogMel().log_mel(torch.from_numpy(samples)[None], torch.tensor([len(samples)]))
+    found = mel[row["mel_start"] : row["mel_start"] + row["mel_frames"]]
+    assert found.shape == tuple(expected[0].shape)
+    np.testing.assert_allclose(found, expected[0].numpy(), atol=0.02)
+
+
+def test_labels_are_the_teachers_answers(cache: Path, corpus: Corpus) -> None:
+    features = corpus.features(4)
+    mean, deviation = features.mean(dim=0), features.std(dim=0)
+    normalised = ((features - mean) / (deviation + 1e-5)).T[None]
+    with torch.inference_mode():
+        output = tiny_teacher()(normalised, torch.tensor([len(features)]))
+    posteriors, hidden = corpus.targets(4)
+    assert posteriors.shape == output.log_probs[0].shape
+    assert hidden.shape == (len(posteriors), 2 * label.COMPONENTS)
+    assert (posteriors - output.log_probs[0].exp()).abs().max() < 0.02
+
+
+def test_interrupted_labelling_goes_on_where_it_stopped(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("index.json", "mel.npy"):
+        (tmp_path / name).write_bytes((cache / name).read_bytes())
+    monkeypatch.setattr(
+        label, "read_nemo", lambda path: NemoModel(tiny_teacher(), FrontendConfig(), tuple(ALPHABET))
+    )
+    original = label.Labeller.run
+    calls = 0
+
+    def failing(self: label.Labeller, batch: list[int]) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(label.Labeller, "run", failing)
+    monkeypatch.setattr(label, "SAVE_EVERY", 2)
+    with pytest.raises(KeyboardInterrupt):
+        label.label(tmp_path / "teacher.nemo", tmp_path, budget_s=4.0)
+    done = json.loads((tmp_path / "labels.progress.json").read_text())["done"]
+    assert done > 0
+    monkeypatch.setattr(label.Labeller, "run", original)
+    label.label(tmp_path / "teacher.nemo", tmp_path, budget_s=4.0)
+    assert json.loads((tmp_path / "labels.json").read_text()) == json.loads(
+        (cache / "labels.json").read_text()
+    )
+    # Not bit for bit: how the matrix products are split over threads differs, and half precision rounds.
+    ours, whole = (np.load(folder / "hidden.npy").astype(np.float32) for folder in (tmp_path, cache))
+    np.testing.assert_allclose(ours, whole, rtol=2e-3, atol=1e-3)
+
+
+def test_no_speaker_is_in_both_splits(corpus: Corpus) -> None:
+    train = {corpus.rows[index].speaker for index in corpus.train}
+    held_out = {corpus.rows[index].speaker for index in corpus.validation}
+    assert held_out
+    assert train
+    assert not train & held_out
+    assert all(corpus.rows[index].text for index in corpus.validation)
+
+
+def test_batches_are_a_function_of_seed_and_step(corpus: Corpus) -> None:
+    def make(seed: int) -> BatchMaker:
+        return BatchMaker(corpus, 4.0, seed, AugmentConfig())
+
+    first, again, other = make(1), make(1), make(2)
+    for step in range(3):
+        first(step)
+    ours, same, different = first(3), again(3), other(3)
+    assert torch.equal(ours.features, same.features)
+    assert ours.texts == same.texts
+    assert ours.features.shape != different.features.shape or not torch.equal(
+        ours.features, different.features
+    )
+    assert ours.teacher.shape[1] == ours.hidden.shape[1] == ours.dense.shape[1]
+    assert int(ours.target_lengths.max()) <= ours.teacher.shape[1]
+    assert torch.allclose(ours.teacher.sum(dim=-1), torch.ones(ours.teacher.shape[:2]), atol=1e-2)
+
+
+def test_training_learns_the_teachers_activations(corpus: Corpus, tmp_path: Path) -> None:
+    student = trainer(corpus)
+    maker = BatchMaker(corpus, 4.0, 0, None)
+    batch = maker(0)
+    first = student.train_step([batch], 0.0)["hidden"]
+    for _ in range(30):
+        last = student.train_step([batch], 0.0)
+    assert last["hidden"] < 0.9 * first
+
+
+def test_two_workers_give_the_mean_gradient_of_their_batches(corpus: Corpus) -> None:
+    maker = BatchMaker(corpus, 4.0, 0, None)
+    batch = maker(0)
+    alone, together = trainer(corpus), trainer(corpus)
+    together.config = dataclasses.replace(together.config, workers=2)
+    together.pool = ThreadPoolExecutor(2)
+    alone.train_step([batch], 0.0)
+    together.train_step([batch, batch], 0.0)
+    expected = dict(alone.distiller.named_parameters())
+    for name, value in together.distiller.named_parameters():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(corpus: Corpus, tmp_path: Path) -> None:
+    whole = trainer(corpus)
+    (tmp_path / "whole").mkdir()
+    distill.train(whole, tmp_path / "whole", total_steps=6, deadline_s=None, validate_every_s=1e9)
+    halves = trainer(corpus)
+    (tmp_path / "half").mkdir()
+    # The schedule runs over all six steps, so the first part stops from outside, at a checkpoint.
+    maker = BatchMaker(corpus, 4.0, 0, AugmentConfig())
+    for step in range(3):
+        halves.train_step([maker(step)], step / 6)
+    distill.save(halves.state(), tmp_path / "half" / "last.pt")
+    resumed = trainer(corpus, seed=0)
+    resumed.restore(torch.load(tmp_path / "half" / "last.pt", weights_only=True))
+    distill.train(resumed, tmp_path / "half", total_steps=6, deadline_s=None, validate_every_s=1e9)
+    assert resumed.step == whole.step == 6
+    expected = whole.distiller.state_dict()
+    for name, value in resumed.distiller.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "whole" / "best.pt").exists()
+    assert "wer_all" in (tmp_path / "whole" / "metrics.csv").read_text()
+
+
+def test_published_weights_start_another_run(corpus: Corpus, tmp_path: Path) -> None:
+    student = trainer(corpus)
+    maker = BatchMaker(corpus, 4.0, 0, None)
+    for step in range(3):
+        student.train_step([maker(step)], 0.5)
+    path = tmp_path / "student.safetensors"
+    from training.checkpoint import save_checkpoint
+
+    save_checkpoint(path, halved(student_of(student.state())))
+    assert path.stat().st_size < 2.5 * student.distiller.model.parameter_count() + 40_000
+    loaded = load_checkpoint(path)
+    assert loaded.meta["steps"] == 3
+    successor = trainer(corpus, seed=9)
+    successor.initialise_from(path)
+    ours = successor.distiller.model.state_dict()
+    for name, value in student.average.model.state_dict().items():
+        torch.testing.assert_close(ours[name], value, rtol=2e-3, atol=1e-4)
+    rates = validate(successor.average.fast, corpus)
+    assert set(rates) == {"all", "noise"}
+
+
+def test_published_weights_of_another_size_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    from training.checkpoint import save_checkpoint
+
+    path = tmp_path / "student.safetensors"
+    save_checkpoint(path, student_of(trainer(corpus).state()))
+    bigger = distill.Trainer(distill.TrainConfig(size="s"), corpus)
+    with pytest.raises(ValueError, match="another network"):
+        bigger.initialise_from(path)
+
+
+def test_learning_rate_warms_up_stays_and_falls() -> None:
+    config = distill.TrainConfig(learning_rate=1.0, warmup_steps=10, decay_share=0.5)
+    assert distill.learning_rate(config, 0, 0.0) == pytest.approx(0.1)
+    assert distill.learning_rate(config, 50, 0.3) == pytest.approx(1.0)
+    assert distill.learning_rate(config, 50, 0.75) == pytest.approx(0.51)
+    assert distill.learning_rate(config, 99, 1.0) == pytest.approx(0.02)

@@ -1,0 +1,341 @@
+"""Manifests, import, validation, splits and batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.data import __main__ as command
+from training.data import importers
+from training.data.audio import UndecodableAudioError, load_waveform
+from training.data.manifest import Utterance, read_manifest, write_manifest
+from training.data.sampler import DurationBatchSampler
+from training.data.split import speaker_of, split_by_speaker
+from training.data.synthetic import make_corpus
+from training.data.validate import Limits, validate
+from training.errors import DataError, EmptyManifestError, ManifestError, SplitError
+from training.text import normaliser
+from training.vocabulary import CharacterCodec, ctc_frames_needed
+
+
+def tone(path: Path, seconds: float = 1.0, rate_hz: int = 16_000, gain: float = 0.3) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = gain * np.sin(2 * np.pi * 300 * np.arange(round(seconds * rate_hz)) / rate_hz)
+    soundfile.write(path, samples, rate_hz)
+    return path
+
+
+# --- manifests ---------------------------------------------------------------------------------------
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    rows = [
+        Utterance(tone(tmp_path / "a" / "1.wav"), "bir iki", 1.0, 0.25, "s1", "tr", "mine", "CC0-1.0"),
+        Utterance(Path("/elsewhere/2.wav"), "üç"),
+    ]
+    path = write_manifest(tmp_path / "manifest.jsonl", rows)
+    assert read_manifest(path) == rows
+    first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    assert first["audio_filepath"] == "a/1.wav"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "not a manifest row"),
+        ("[]", "expected an object"),
+        ('{"text": "a"}', "audio_filepath is missing"),
+        ('{"audio_filepath": "a.wav", "text": 3}', "text is int"),
+        ('{"audio_filepath": "a.wav", "text": "a", "duration": "long"}', "could not convert"),
+    ],
+)
+def test_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "manifest.jsonl"
+    path.write_text('{"audio_filepath": "a.wav", "text": "a"}\n' + line + "\n")
+    with pytest.raises(ManifestError, match=rf"manifest.jsonl:2: .*{problem}"):
+        read_manifest(path)
+
+
+def test_empty_and_missing_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no such manifest"):
+        read_manifest(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(EmptyManifestError, match="the manifest is empty"):
+        read_manifest(tmp_path / "empty.jsonl")
+
+
+# --- import ------------------------------------------------------------------------------------------
+
+
+def test_folder(tmp_path: Path) -> None:
+    for name in ("anna/1.wav", "anna/2.flac", "boris/1.wav", "lonely.wav"):
+        tone(tmp_path / name)
+    for name in ("anna/1.txt", "anna/2.txt", "boris/1.txt"):
+        (tmp_path / name).write_text(" да\nнет ", encoding="utf-8")
+    rows = importers.from_folder(tmp_path, language="ru")
+    assert [(row.speaker, row.text) for row in rows] == [("anna", "да нет")] * 2 + [("boris", "да нет")]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EmptyManifestError, match=r"no recording with a \.txt"):
+        importers.from_folder(tmp_path / "empty")
+    with pytest.raises(ManifestError, match="no such folder"):
+        importers.from_folder(tmp_path / "nothing")
+
+
+def test_common_voice_tsv(tmp_path: Path) -> None:
+    tone(tmp_path / "clips" / "a.wav")
+    table = tmp_path / "validated.tsv"
+    table.write_text('client_id\tpath\tsentence\tlocale\nabc\ta.wav\tO "evet" dedi.\ttr\n', encoding="utf-8")
+    (row,) = importers.from_table(table)
+    assert row == Utterance(tmp_path / "clips" / "a.wav", 'O "evet" dedi.', speaker="abc", language="tr")
+
+
+def test_csv_with_other_names(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text('file,transcript,speaker\nx.wav,"yes, no",7\n', encoding="utf-8")
+    (row,) = importers.from_table(table)
+    assert (row.audio, row.text, row.speaker) == (tmp_path / "x.wav", "yes, no", "7")
+
+
+def test_table_problems(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("file,words\nx.wav,hello\n")
+    with pytest.raises(ManifestError, match=r"none of the columns .*sentence"):
+        importers.from_table(table)
+    table.write_text("file,text\n")
+    with pytest.raises(EmptyManifestError, match="no rows"):
+        importers.from_table(table)
+    table.write_text("file,text\n,hello\n")
+    with pytest.raises(ManifestError, match=r"rows\.csv:2"):
+        importers.from_table(table)
+
+
+def test_nemo(tmp_path: Path) -> None:
+    path = tmp_path / "nemo.json"
+    path.write_text('{"audio_filepath": "a.wav", "text": "hi", "duration": 2.5, "offset": 1.0}\n')
+    (row,) = importers.from_nemo(path)
+    assert (row.duration_s, row.offset_s) == (2.5, 1.0)
+
+
+def test_hugging_face_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    paths = [tone(tmp_path / "in" / f"{index}.flac", 0.5 + index) for index in range(3)]
+    columns = {
+        "audio": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+        "transcription": ["bir", "iki", "üç"],
+        "who": [1, 2, 1],
+    }
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
+    options = {"data_files": str(tmp_path / "rows.parquet"), "text_column": "transcription"}
+    rows = importers.from_hugging_face(
+        "parquet", tmp_path / "audio", speaker_column="who", limit=2, **options
+    )
+    assert [(row.text, row.speaker) for row in rows] == [("bir", "1"), ("iki", "2")]
+    assert rows[1].audio.read_bytes() == paths[1].read_bytes()
+    before = rows[0].audio.stat().st_mtime_ns
+    again = importers.from_hugging_face("parquet", tmp_path / "audio", **options)
+    assert len(again) == 3
+    assert again[0].audio.stat().st_mtime_ns == before, "a resumed import writes nothing twice"
+    with pytest.raises(ManifestError, match="no column 'text'"):
+        importers.from_hugging_face("parquet", tmp_path / "audio", data_files=options["data_files"])
+
+
+# --- audio -------------------------------------------------------------------------------------------
+
+
+def test_resamples_and_cuts(tmp_path: Path) -> None:
+    path = tone(tmp_path / "a.wav", 2.0, rate_hz=44_100)
+    whole = load_waveform(path, 16_000)
+    assert whole.dtype == np.float32
+    assert len(whole) == 32_000
+    part = load_waveform(path, 16_000, offset_s=0.5, duration_s=1.0)
+    assert len(part) == 16_000
+    np.testing.assert_allclose(part[200:-200], whole[8_200:23_800], atol=2e-3)
+
+
+def test_decodes_what_libsndfile_cannot(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "a.m4a"
+    samples = (0.3 * np.sin(2 * np.pi * 300 * np.arange(16_000) / 16_000)).astype(np.float32)
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    decoded = load_waveform(path, 16_000)
+    assert abs(len(decoded) / 16_000 - 1.0) < 0.2
+    assert 0.25 < np.abs(decoded).max() < 0.4
+
+
+def test_undecodable_and_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(b"not audio" * 100)
+    with pytest.raises(UndecodableAudioError, match=r"a\.wav"):
+        load_waveform(tmp_path / "a.wav", 16_000)
+    with pytest.raises(FileNotFoundError, match="no such recording"):
+        load_waveform(tmp_path / "b.wav", 16_000)
+
+
+# --- validation --------------------------------------------------------------------------------------
+
+
+def test_validation_says_why(tmp_path: Path) -> None:
+    codec = CharacterCodec("abc")
+    (tmp_path / "noise.wav").write_bytes(b"x" * 2000)
+    rows = [
+        Utterance(tone(tmp_path / "good.wav"), "A b!"),
+        Utterance(tmp_path / "gone.wav", "a"),
+        Utterance(tmp_path / "noise.wav", "a"),
+        Utterance(tone(tmp_path / "silent.wav", gain=0.0), "a"),
+        Utterance(tone(tmp_path / "short.wav", 0.1), "a"),
+        Utterance(tone(tmp_path / "long.wav", 4.0), "a"),
+        Utterance(tone(tmp_path / "empty.wav"), "?!"),
+        Utterance(tone(tmp_path / "foreign.wav"), "a b7 ж ж"),
+        Utterance(tone(tmp_path / "dense.wav"), "aa" * 30),
+    ]
+    kept, report = validate(
+        rows,
+        normalise=normaliser("xx"),
+        outside=codec.outside,
+        frames_needed=lambda text: ctc_frames_needed(codec.encode(text)),
+        frames_of=lambda samples: samples // 320,
+        limits=Limits(max_duration_s=3.0),
+    )
+    assert [(row.audio.name, row.text, row.duration_s) for row in kept] == [("good.wav", "a b", 1.0)]
+    reasons = {Path(entry["audio_filepath"]).stem: entry["reason"] for entry in report.dropped}
+    assert reasons == {
+        "gone": "missing_file",
+        "noise": "undecodable",
+        "silent": "silent",
+        "short": "too_short",
+        "long": "too_long",
+        "empty": "empty_text",
+        "foreign": "outside_vocabulary",
+        "dense": "text_too_long",
+    }
+    assert dict(report.outside) == {"7": 1, "ж": 1}
+    report.write(tmp_path / "report.json")
+    stored = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert stored["kept"] == 1
+    assert stored["dropped"] == 8
+    assert stored["reasons"]["silent"]["count"] == 1
+
+
+def test_wrong_alphabet_ends_with_a_message(tmp_path: Path) -> None:
+    codec = CharacterCodec("абв")
+    with pytest.raises(
+        EmptyManifestError, match=r"outside_vocabulary.*characters outside the vocabulary: 'h'x1"
+    ):
+        validate([Utterance(tone(tmp_path / "a.wav"), "hello")], normalise=str.lower, outside=codec.outside)
+
+
+# --- splits ------------------------------------------------------------------------------------------
+
+
+def rows_of(*counts: int) -> list[Utterance]:
+    return [
+        Utterance(Path(f"{speaker}_{index}.wav"), "a", 1.0, speaker=f"s{speaker}")
+        for speaker, count in enumerate(counts)
+        for index in range(count)
+    ]
+
+
+@given(st.lists(st.integers(1, 20), min_size=3, max_size=40), st.integers(0, 5))
+def test_no_speaker_is_in_two_parts(counts: list[int], seed: int) -> None:
+    rows = rows_of(*counts)
+    split = split_by_speaker(rows, seed=seed)
+    heard = [{speaker_of(row) for row in part} for part in split.parts().values()]
+    assert all(heard)
+    assert not heard[0] & heard[1]
+    assert not heard[0] & heard[2]
+    assert not heard[1] & heard[2]
+    assert sorted(map(id, rows)) == sorted(id(row) for part in split.parts().values() for row in part)
+    assert split_by_speaker(list(reversed(rows)), seed=seed).train == [
+        row for row in reversed(rows) if row in split.train
+    ]
+
+
+def test_fractions_are_met_where_speakers_allow() -> None:
+    split = split_by_speaker(rows_of(*[10] * 50))
+    assert [len(part) for part in split.parts().values()] == [400, 50, 50]
+    assert split_by_speaker(rows_of(*[10] * 50), seed=1).test != split.test
+
+
+def test_one_utterance_cannot_be_split() -> None:
+    with pytest.raises(SplitError, match=r"at least 3 speakers, the data has 1 \(1 utterances\)"):
+        split_by_speaker(rows_of(1))
+    with pytest.raises(SplitError, match="add up to 1"):
+        split_by_speaker(rows_of(1, 1, 1), (0.5, 0.1, 0.1))
+
+
+def test_recordings_without_speaker_count_one_by_one() -> None:
+    rows = [Utterance(Path(f"{index}.wav"), "a", 1.0) for index in range(10)]
+    assert [len(part) for part in split_by_speaker(rows).parts().values()] == [8, 1, 1]
+
+
+# --- batches -----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0.1, 20.0), min_size=1, max_size=200), st.integers(0, 3), st.booleans())
+def test_batches_hold_each_utterance_once_within_the_limit(
+    durations: list[float], epoch: int, shuffle: bool
+) -> None:
+    sampler = DurationBatchSampler(durations, 40.0, max_items=16, shuffle=shuffle)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(durations)))
+    assert all(max(durations[i] for i in batch) * len(batch) <= 40.0 + 1e-9 for batch in batches)
+    assert all(len(batch) <= 16 for batch in batches)
+    assert len(sampler) == len(batches)
+    assert list(sampler) == batches, "the same epoch gives the same batches"
+
+
+def test_epochs_differ_and_padding_is_small() -> None:
+    durations = np.random.default_rng(0).uniform(1, 15, 500).tolist()
+    sampler = DurationBatchSampler(durations, 120.0)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    padded = sum(max(durations[i] for i in batch) * len(batch) for batch in first)
+    assert sum(durations) / padded > 0.85
+
+
+def test_batches_refuse_what_cannot_fit() -> None:
+    with pytest.raises(DataError, match="does not fit a batch"):
+        DurationBatchSampler([3.0, 50.0], 40.0)
+    with pytest.raises(DataError, match="no utterances"):
+        DurationBatchSampler([], 40.0)
+
+
+# --- commands ----------------------------------------------------------------------------------------
+
+
+def test_commands_from_folder_to_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_corpus(tmp_path / "audio", "tr", utterances=8, speakers=4, synthesiser="tones")
+    raw, checked = tmp_path / "raw.jsonl", tmp_path / "checked.jsonl"
+    assert (
+        command.main(["import", "folder", str(tmp_path / "audio"), "--language", "tr", "--out", str(raw)])
+        == 0
+    )
+    assert command.main(["validate", str(raw), "--language", "tr", "--out", str(checked)]) == 0
+    assert command.main(["split", str(checked), "--out", str(tmp_path)]) == 0
+    assert (
+        sum(len(read_manifest(tmp_path / f"{part}.jsonl")) for part in ("train", "validation", "test")) == 8
+    )
+    assert command.main(["split", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_synthetic_corpus_is_in_its_alphabet(corpus: Callable[[str], Path]) -> None:
+    rows = read_manifest(corpus("az"))
+    codec = CharacterCodec("".join(sorted({c for row in rows for c in row.text if c != " "})))
+    kept, report = validate(rows, normalise=normaliser("az"), outside=codec.outside)
+    assert len(kept) == 24
+    assert report.dropped == []

@@ -1,0 +1,238 @@
+"""The shared loop: records, resume, schedules, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.data.importers import from_folder
+from training.data.manifest import Utterance
+from training.data.synthetic import make_corpus
+from training.data.validate import validate
+from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
+from training.frontend import LogMel
+from training.loop.dataset import UtteranceDataset, collate, make_loader
+from training.loop.fit import choose_device, fit, is_out_of_memory
+from training.loop.module import CtcModule, error_rates, parameter_groups, warmup_cosine
+from training.loop.run_folder import RunFolder, append_metrics, open_run, read_metrics
+from training.loop.settings import TrainingSettings
+from training.text import normaliser
+from training.vocabulary import CharacterCodec
+
+CODEC = CharacterCodec("abcdefghijklmnopqrstuvwxyz'")
+
+
+class Small(nn.Module):
+    """Two convolutions on log-mel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frontend = LogMel()
+        self.first = nn.Conv1d(64, 48, 5, stride=2, padding=2)
+        self.second = nn.Conv1d(48, len(CODEC.vocabulary), 1)
+
+    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        features, frames = self.frontend(waveform, lengths)
+        logits = self.second(functional.relu(self.first(features))).transpose(1, 2)
+        return functional.log_softmax(logits, dim=-1), (frames - 1) // 2 + 1
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Utterance]:
+    folder = tmp_path_factory.mktemp("tones")
+    make_corpus(folder, "en", utterances=16, speakers=4, synthesiser="tones")
+    kept, _ = validate(from_folder(folder), normalise=normaliser("en"), outside=CODEC.outside)
+    return kept
+
+
+def settings(**changes: Any) -> TrainingSettings:
+    values = {"epochs": 2, "learning_rate": 5e-3, "max_batch_s": 12.0, "workers": 0, "early_stopping": 0}
+    return TrainingSettings(**(values | changes))
+
+
+def run(
+    rows: list[Utterance],
+    folder: Path,
+    chosen: TrainingSettings,
+    callbacks: tuple[lightning.Callback, ...] = (),
+    network: nn.Module | None = None,
+) -> Path:
+    torch.manual_seed(0)
+    module = CtcModule(network or Small(), CODEC, chosen)
+    dataset = UtteranceDataset(rows, CODEC.encode)
+    training, validation = (
+        make_loader(dataset, chosen, training=True),
+        make_loader(dataset, chosen, training=False),
+    )
+    return fit(module, training, validation, chosen, RunFolder(folder), callbacks)
+
+
+class StopAt(lightning.Callback):
+    """Pulls the plug at one step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("the power went out")
+
+
+class Steps(lightning.Callback):
+    """Notes the steps that were done."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.seen.append(trainer.global_step)
+
+
+def test_learns_and_keeps_records(rows: list[Utterance], tmp_path: Path) -> None:
+    best = run(rows, tmp_path, settings(epochs=12))
+    metrics = read_metrics(tmp_path / "metrics.csv")
+    losses = [float(row["train_loss"]) for row in metrics]
+    assert [int(row["epoch"]) for row in metrics] == list(range(12))
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(float(row["val_wer"]) > 0 for row in metrics)
+    assert best.parent == tmp_path / "checkpoints"
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"loss.png", "validation_wer.png"}
+    assert (tmp_path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_goes_on_after_an_interruption(rows: list[Utterance], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the power went out"):
+        run(rows, tmp_path, settings(epochs=3), (StopAt(5),))
+    assert RunFolder(tmp_path).resume_from() == tmp_path / "checkpoints" / "interrupted.ckpt"
+    steps = Steps()
+    run(rows, tmp_path, settings(epochs=3), (steps,))
+    assert steps.seen[0] == 6, "step 5 was done before the interruption"
+    assert [int(row["epoch"]) for row in read_metrics(tmp_path / "metrics.csv")] == [0, 1, 2]
+
+
+def test_more_epochs_go_on_from_the_last(rows: list[Utterance], tmp_path: Path) -> None:
+    run(rows, tmp_path, settings(epochs=1))
+    first = read_metrics(tmp_path / "metrics.csv")
+    run(rows, tmp_path, settings(epochs=2))
+    both = read_metrics(tmp_path / "metrics.csv")
+    assert both[0] == first[0]
+    assert int(both[1]["step"]) == 2 * int(first[0]["step"])
+
+
+def test_out_of_memory_says_what_to_change_and_keeps_the_state(rows: list[Utterance], tmp_path: Path) -> None:
+    class Greedy(Small):
+        """Asks for a petabyte in its third training batch."""
+
+        calls = 0
+
+        def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+            Greedy.calls += int(self.training)
+            if self.training and Greedy.calls == 3:
+                torch.empty(2**50, dtype=torch.uint8)
+            return super().forward(waveform, lengths)
+
+    with pytest.raises(
+        OutOfMemoryError, match=r"lower training\.max_batch_s \(now 12\).*goes on from .*ckpt"
+    ):
+        run(rows, tmp_path, settings(), network=Greedy())
+    steps = Steps()
+    run(rows, tmp_path, settings(max_batch_s=6.0, accumulation=2), (steps,))
+    assert steps.seen[0] == 2, "two steps were done before, the first of the next two batches adds none"
+    assert len(read_metrics(tmp_path / "metrics.csv")) == 2
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_stops_early(rows: list[Utterance], tmp_path: Path) -> None:
+    run(rows, tmp_path, settings(epochs=20, early_stopping=2, learning_rate=1e-9))
+    assert len(read_metrics(tmp_path / "metrics.csv")) == 3
+
+
+def test_an_empty_part_is_refused(rows: list[Utterance], tmp_path: Path) -> None:
+    chosen = settings()
+    loader = make_loader(UtteranceDataset(rows, CODEC.encode), chosen, training=True)
+    with pytest.raises(EmptyManifestError, match="the validation part is empty"):
+        fit(CtcModule(Small(), CODEC, chosen), loader, [], chosen, RunFolder(tmp_path))  # type: ignore[arg-type]
+
+
+def test_reading_in_other_processes_gives_the_same(rows: list[Utterance]) -> None:
+    dataset = UtteranceDataset(rows[:4], CODEC.encode)
+    here = list(make_loader(dataset, settings(), training=False))
+    there = list(make_loader(dataset, settings(workers=1), training=False))
+    assert all(torch.equal(a["waveform"], b["waveform"]) for a, b in zip(here, there, strict=True))
+    assert [batch["texts"] for batch in here] == [batch["texts"] for batch in there]
+
+
+def test_padding(rows: list[Utterance]) -> None:
+    dataset = UtteranceDataset(rows[:3], CODEC.encode)
+    batch = collate([dataset[index] for index in range(3)])
+    for row, length, count in zip(range(3), batch["lengths"], batch["target_lengths"], strict=True):
+        assert not batch["waveform"][row, length:].any()
+        assert (batch["targets"][row, count:] == -100).all()
+        assert CODEC.vocabulary.decode(batch["targets"][row, :count].tolist()) == batch["texts"][row]
+
+
+def test_schedule() -> None:
+    factors = [warmup_cosine(step, 100, 0.1, 0.05) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx(1.0)
+    assert factors.index(max(factors)) == 9
+    assert factors[55] == pytest.approx(0.525, abs=0.02)
+    assert 0.05 <= factors[-1] < 0.06
+    assert all(later <= earlier for earlier, later in itertools.pairwise(factors[9:]))
+
+
+def test_no_decay_on_biases() -> None:
+    decayed, plain = parameter_groups(Small().parameters(), 0.1)
+    assert [p.ndim for p in decayed["params"]] == [3, 3]
+    assert [p.ndim for p in plain["params"]] == [1, 1]
+    assert plain["weight_decay"] == 0.0
+
+
+def test_error_rates() -> None:
+    assert error_rates(["a b c d"], ["a x c"]) == (0.5, pytest.approx(3 / 7))
+
+
+def test_device_and_precision() -> None:
+    assert choose_device(settings(device="cpu")) == ("cpu", "32-true")
+    assert choose_device(settings(device="cpu", precision="bfloat16")) == ("cpu", "bf16-mixed")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"training\.device is gpu"):
+            choose_device(settings(device="gpu"))
+
+
+def test_bfloat16_trains(rows: list[Utterance], tmp_path: Path) -> None:
+    run(rows, tmp_path, settings(epochs=1, precision="bfloat16", device="cpu"))
+    assert float(read_metrics(tmp_path / "metrics.csv")[0]["train_loss"]) > 0
+
+
+def test_run_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
+    config = {"name": "a", "training": {"epochs": 1}, "model": {"width": 1}}
+    open_run(tmp_path, config)
+    open_run(tmp_path, {**config, "training": {"epochs": 9}})
+    with pytest.raises(ConfigError, match="another configuration \\(model changed\\)"):
+        open_run(tmp_path, {**config, "model": {"width": 2}})
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert "git_commit" in environment
+
+
+def test_a_repeated_epoch_replaces_the_old_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    for epoch, loss in ((0, 3.0), (1, 2.0), (2, 1.5), (1, 1.9)):
+        append_metrics(path, {"epoch": epoch, "train_loss": loss})
+    assert [(row["epoch"], row["train_loss"]) for row in read_metrics(path)] == [("0", "3.0"), ("1", "1.9")]

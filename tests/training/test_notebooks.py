@@ -1,0 +1,92 @@
+"""The notebooks run from the first cell to the last, at tiny scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from training.recipes.rehearsal import tiny_wav2vec2, tiny_whisper
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "training" / "notebooks"
+
+CONFIG = """
+name: {language}-notebook
+language: {language}
+data: {{manifest: {manifest}, fractions: [0.6, 0.2, 0.2]}}
+model: {{base: {base}}}
+training: {{epochs: 1, max_batch_s: 30, workers: 0, threads: 1, device: cpu}}
+benchmark: {{clip_s: 1, repeats: 1, max_wer_loss: 1}}
+bundle: {{licence: Apache-2.0}}
+"""
+
+
+def run(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, manifest: Path, language: str, base: Path
+) -> str:
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.format(language=language, manifest=manifest, base=base))
+    monkeypatch.setenv("ASR_NOTEBOOK_CONFIG", str(config))
+    monkeypatch.setenv("ASR_NOTEBOOK_RUN", str(folder / "run"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    return str(notebook.cells[-1].outputs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wav2vec2(corpus: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_wav2vec2(tmp_path / "base")
+    shown = run("wav2vec2_turkish", tmp_path, monkeypatch, corpus("tr"), "tr", base)
+    assert "held-out speakers" in shown
+    assert (tmp_path / "run" / "bundle" / "tr-notebook" / "manifest.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_whisper_experiment_leaves_everything(
+    corpus: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_whisper(tmp_path / "base", "az")
+    shown = run("whisper_azerbaijani", tmp_path, monkeypatch, corpus("az"), "az", base)
+    assert "az-notebook" in shown
+    out = tmp_path / "run"
+    assert {path.name for path in (out / "charts").iterdir()} == {
+        "durations.png",
+        "text_lengths.png",
+        "loss.png",
+        "validation_wer.png",
+        "results.png",
+    }
+    assert {path.name for path in (out / "artifacts").iterdir()} == {
+        "environment.json",
+        "config.json",
+        "device.json",
+        "validation.json",
+        "split.json",
+        "data_summary.json",
+        "tokenizer.json",
+        "model.json",
+        "history.json",
+        "history.csv",
+        "results.json",
+        "sample_predictions.csv",
+    }
+    report = (out / "outputs" / "report.md").read_text(encoding="utf-8")
+    assert "| fine-tuned |" in report
+    assert "int8" in report or "none passed the gate" in report
+    from transformers import WhisperForConditionalGeneration
+
+    model = WhisperForConditionalGeneration.from_pretrained(out / "outputs" / "model")
+    assert model.config.vocab_size == model.proj_out.weight.shape[0]
+    assert (out / "outputs" / "model" / "README.md").is_file()
+
+
+def test_notebooks_are_kept_without_outputs() -> None:
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            assert cell.cell_type != "code" or (not cell.outputs and cell.execution_count is None), path.name
+            assert "def " not in cell.source, "code belongs into training/, not into a notebook"

@@ -1,0 +1,197 @@
+"""Checkpoint -> verified bundle, on small random networks and synthetic sound; and error rates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from api.bundle import load_bundle, verify_bundle
+from api.manifest import Source
+from tests.training.networks import CONFIGS, VOCABULARY, chirps, random_checkpoint, write_corpus
+from training import publish as command
+from training.bundle_writer import Card, Graphs, write_bundle
+from training.calibration import manifest_rows, manifest_waveforms
+from training.checkpoint import average_weights, load_checkpoint, save_checkpoint
+from training.errors import CheckpointError, EmptyManifestError, ManifestError
+from training.evaluate import Utterance, bundle_recogniser, error_rates
+from training.export import export_graph
+
+CARD = {
+    "title": "A random network",
+    "languages": ["en"],
+    "source": {"title": "tests", "url": "https://example.org"},
+    "licence": "Apache-2.0",
+    "training_data": [{"name": "chirps", "licence": "CC0-1.0", "hours": 0.1}],
+    "limits": "It knows nothing.",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
+    before = random_checkpoint(name)
+    save_checkpoint(tmp_path / "model.safetensors", before)
+    after = load_checkpoint(tmp_path / "model.safetensors")
+    assert after.model.config == before.model.config
+    assert (after.frontend, after.vocabulary, after.meta) == (
+        before.frontend,
+        before.vocabulary,
+        {"hours": 1.5},
+    )
+    features, lengths = torch.randn(1, 64, 40), torch.tensor([40])
+    with torch.inference_mode():
+        assert torch.equal(
+            after.model(features, lengths).log_probs, before.model(features, lengths).log_probs
+        )
+
+
+def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(path)
+    path.write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load_checkpoint(path)
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="checkpoint"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_whose_head_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    checkpoint = random_checkpoint()
+    save_checkpoint(path, checkpoint)
+    with safetensors.safe_open(path, framework="pt") as stream:
+        header = json.loads(stream.metadata()["checkpoint"])
+    header["model"]["vocabulary_size"] = 7
+    weights = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(weights, path, metadata={"checkpoint": json.dumps(header)})
+    with pytest.raises(CheckpointError, match="7 outputs for 6 tokens"):
+        load_checkpoint(path)
+
+
+def test_averaging_takes_the_mean(tmp_path: Path) -> None:
+    first, second = random_checkpoint(), random_checkpoint()
+    with torch.no_grad():
+        first.model.head.bias.fill_(1.0)
+        second.model.head.bias.fill_(4.0)
+    paths = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for path, checkpoint in zip(paths, (first, second), strict=True):
+        save_checkpoint(path, checkpoint)
+    mean = average_weights(paths)
+    assert mean["head.bias"].tolist() == [2.5] * 6
+    assert mean["blocks.0.layers.0.norm.num_batches_tracked"].dtype == torch.int64
+
+
+def publish(tmp_path: Path, *more: str) -> int:
+    """Run the command on a random checkpoint; the gate is wide, since the network knows nothing."""
+    save_checkpoint(tmp_path / "model.safetensors", random_checkpoint())
+    (tmp_path / "card.json").write_text(json.dumps(CARD), encoding="utf-8")
+    manifest = str(write_corpus(tmp_path, chirps(8)))
+    arguments = [
+        str(tmp_path / "model.safetensors"),
+        "--name",
+        "en-random",
+        "--models-dir",
+        str(tmp_path / "models"),
+    ]
+    arguments += ["--card", str(tmp_path / "card.json"), "--calibration", manifest, "--validation", manifest]
+    arguments += ["--min-speed", "0", "--max-wer-increase", "9"]
+    return command.main([*arguments, "--test", manifest, *more])
+
+
+def test_publishing_makes_a_verified_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish(tmp_path, "--keep-float") == 0
+    bundle = verify_bundle(tmp_path / "models", "en-random")
+    manifest = bundle.manifest
+    assert set(manifest.graphs) == {"int8", "float32"}
+    assert manifest.default_graph == "int8"
+    assert manifest.frame_stride_s == pytest.approx(0.02)
+    assert {entry.test_set for entry in manifest.evaluation} == {"first", "second"}
+    assert {entry.graph for entry in manifest.speed} == {"int8", "float32"}
+    card = (bundle.path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("# A random network\n")
+    assert "| chirps | CC0-1.0 | 0.1 |" in card
+    assert "INT8, mean of extremes" in card
+    assert "verified" in capsys.readouterr().out
+    assert isinstance(bundle_recogniser(bundle)(chirps(1)[0]), str)
+
+
+def test_publishing_again_replaces_the_bundle(tmp_path: Path) -> None:
+    assert publish(tmp_path, "--keep-float") == 0
+    assert publish(tmp_path) == 0
+    assert set(load_bundle(tmp_path / "models", "en-random").manifest.graphs) == {"int8"}
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["en-random"]
+
+
+def test_a_refused_graph_leaves_the_old_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish(tmp_path) == 0
+    before = (tmp_path / "models" / "en-random" / "manifest.json").read_bytes()
+    assert publish(tmp_path, "--min-speed", "1e9") == 2
+    assert "INT8 is refused: speed" in capsys.readouterr().err
+    assert (tmp_path / "models" / "en-random" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [({"title": None}, "title"), ({"training_data": [{"name": "x"}]}, "training_data.0.licence")],
+)
+def test_a_wrong_card_names_its_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], problem: str
+) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(CARD | change), encoding="utf-8")
+    assert publish(tmp_path, "--card", str(path)) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_bundle_that_does_not_hold_is_never_written(tmp_path: Path) -> None:
+    graph = export_graph(random_checkpoint().model, random_checkpoint().frontend)
+    graphs = Graphs({"float32": graph.SerializeToString()}, "float32", 17, 1, 0.08, 20.0, 160)
+    card = Card("t", ("en",), Source(title="t", url=""), "Apache-2.0")
+    with pytest.raises(Exception, match="frame_stride_s"):
+        write_bundle(tmp_path, "en-random", graphs, VOCABULARY, card)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_error_rates_count_words_and_characters() -> None:
+    rates = error_rates(
+        [Utterance("a b c d", "a x c"), Utterance("e f", "e f"), Utterance("", "g"), Utterance("h", "")]
+    )
+    assert (rates.utterances, rates.words) == (4, 7)
+    assert rates.wer == pytest.approx(4 / 7)  # substitution, deletion; insertion; deletion
+    assert rates.cer == pytest.approx((1 + 2 + 1 + 1) / (7 + 3 + 1))
+    assert rates.wer_low <= rates.wer <= rates.wer_high
+
+
+def test_the_interval_shrinks_with_more_utterances() -> None:
+    few = [Utterance("a b", "a b"), Utterance("a b", "a x")] * 4
+    narrow, wide = error_rates(few * 16), error_rates(few)
+    assert narrow.wer_high - narrow.wer_low < wide.wer_high - wide.wer_low
+
+
+def test_error_rates_need_words() -> None:
+    with pytest.raises(ValueError, match="at least one reference word"):
+        error_rates([Utterance("", "a")])
+
+
+def test_manifest_rows_are_filtered_and_spread(tmp_path: Path) -> None:
+    manifest = write_corpus(tmp_path, chirps(8))
+    assert len(manifest_rows(manifest, source="first")) == 4
+    spread = manifest_rows(manifest, 3)
+    assert [row["audio_filepath"] for row in spread] == ["0.wav", "4.wav", "7.wav"]
+    clip, text = manifest_waveforms(manifest, 16_000, 1)[0]
+    assert (clip.dtype, text) == (np.float32, "ab cd")
+    with pytest.raises(EmptyManifestError):
+        manifest_rows(manifest, source="third")
+
+
+def test_a_broken_manifest_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.jsonl"
+    path.write_text('{"audio_filepath": "a.wav"}\n[1]\n', encoding="utf-8")
+    with pytest.raises(ManifestError, match=":2: expected an object"):
+        manifest_rows(path)

@@ -1,0 +1,308 @@
+"""Configurations, stages and the transfer of an encoder to another alphabet; bad data ends with a message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from training.config import load_config
+from training.data.manifest import read_manifest, write_manifest
+from training.errors import CheckpointError, ConfigError
+from training.inference import compare, cpu_session, run_graph
+from training.loop.dataset import UtteranceDataset, collate
+from training.loop.run_folder import read_metrics
+from training.recipes.quartznet_ctc.architectures import citrinet
+from training.recipes.quartznet_ctc.model import QuartzNet
+from training.recipes.quartznet_ctc.network import QuartzNetCtc, transferred
+from training.recipes.quartznet_ctc.recipe import QuartzNetRecipe
+from training.recipes.wav2vec2_ctc.recipe import Wav2Vec2Recipe
+from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
+from training.recipes.whisper_seq2seq.model import Prompt
+from training.recipes.whisper_seq2seq.recipe import IGNORED, WhisperSeq2SeqRecipe, teacher_tokens
+from training.stages.command import main
+from training.stages.export import Candidate, choose
+from training.stages.prepare import prepare
+from training.text import alphabet, normaliser
+from training.vocabulary import CharacterCodec
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = {
+    "quartznet_ctc": QuartzNetRecipe,
+    "whisper_ctc": WhisperCtcRecipe,
+    "wav2vec2_ctc": Wav2Vec2Recipe,
+    "whisper_seq2seq": WhisperSeq2SeqRecipe,
+}
+
+TINY = """
+name: tiny
+language: ru
+data: {manifest: MANIFEST, fractions: [0.6, 0.2, 0.2]}
+model:
+  options: {groups: [[32, 5]], blocks_per_group: 1, repeat: 1, stem: [32, 5], tail: [32, 5], last_filters: 32}
+training: {epochs: 1, max_batch_s: 20, workers: 0, device: cpu}
+bundle: {licence: Apache-2.0}
+"""
+
+
+def tiny_config(folder: Path, manifest: Path) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(TINY.replace("MANIFEST", str(manifest)))
+    return path
+
+
+def run(config: Path, folder: Path, stage: str, *changes: str) -> int:
+    arguments = [stage, "--config", str(config), "--run", str(folder)]
+    for change in changes:
+        arguments += ["--set", change]
+    return main(QuartzNetRecipe, arguments)
+
+
+# --- configurations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("training/recipes/*/configs/*.yaml")), ids=lambda path: path.stem
+)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    config = load_config(path)
+    recipe = RECIPES[path.parent.parent.name](config)
+    assert recipe.facts().frame_stride_s <= 0.04
+    assert config.language == path.stem or path.stem == "tiny"
+
+
+def test_defaults_of_the_published_recipes() -> None:
+    whisper = load_config(ROOT / "training/recipes/whisper_ctc/configs/vi.yaml").training
+    assert (whisper.epochs, whisper.learning_rate, whisper.weight_decay, whisper.max_items) == (
+        64,
+        1e-4,
+        0.1,
+        24,
+    )
+    wav2vec2 = load_config(ROOT / "training/recipes/wav2vec2_ctc/configs/tr.yaml").training
+    assert (wav2vec2.epochs, wav2vec2.learning_rate, wav2vec2.max_items, wav2vec2.accumulation) == (
+        5,
+        3e-4,
+        4,
+        4,
+    )
+    assert load_config(ROOT / "training/recipes/whisper_seq2seq/configs/az.yaml").data.fractions == (
+        0.8,
+        0.1,
+        0.1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("name: [", "not YAML"),
+        ("- 1", "expected sections"),
+        ("name: a b", "name: String should match"),
+        (TINY + "extra: 1\n", "extra: Extra inputs"),
+        (TINY.replace("epochs: 1", "epochs: 0"), r"training\.epochs"),
+        (TINY.replace("manifest: MANIFEST", "train: a"), "give either `manifest`, or all of"),
+    ],
+)
+def test_bad_configuration_names_the_field(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        load_config(path)
+
+
+def test_changes_from_the_command_line(tmp_path: Path) -> None:
+    path = tiny_config(tmp_path, Path("manifest.jsonl"))
+    config = load_config(path, ["training.epochs=7", "data.limit=3", "name=other"])
+    assert (config.training.epochs, config.data.limit, config.name) == (7, 3, "other")
+    assert config.data.manifest == tmp_path / "manifest.jsonl"
+    for change in ("training.epochs", "name.first=1"):
+        with pytest.raises(ConfigError, match="--set"):
+            load_config(path, [change])
+
+
+def test_unknown_options_of_a_network(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny_config(tmp_path, corpus("ru"))
+    assert run(path, tmp_path / "run", "prepare", "model.options.colour=red") == 2
+    assert "model.options" in capsys.readouterr().err
+
+
+# --- bad data ----------------------------------------------------------------------------------------
+
+
+def test_bad_data_ends_with_a_message(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = read_manifest(corpus("ru"))
+    (tmp_path / "empty.jsonl").write_text("")
+    one = write_manifest(tmp_path / "one.jsonl", rows[:1])
+    gone = [row.__class__(tmp_path / f"{index}.wav", row.text) for index, row in enumerate(rows)]
+    missing = write_manifest(tmp_path / "missing.jsonl", gone)
+    turkish = corpus("tr")
+    problems = {
+        tmp_path / "none.jsonl": "no such manifest",
+        tmp_path / "empty.jsonl": "the manifest is empty",
+        one: "at least 3 speakers, the data has 1 (1 utterances)",
+        missing: "24 missing_file",
+        turkish: "characters outside the vocabulary",
+    }
+    for number, (manifest, problem) in enumerate(problems.items()):
+        assert run(tiny_config(tmp_path, manifest), tmp_path / f"run{number}", "prepare") == 2
+        message = capsys.readouterr().err
+        assert message.count("error: ") == 1
+        assert problem in message
+        assert "Traceback" not in message
+
+
+def test_mended_data_goes_on_in_the_same_run(corpus: Callable[[str], Path], tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "manifest.jsonl", read_manifest(corpus("ru"))[:1])
+    config = tiny_config(tmp_path, manifest)
+    assert run(config, tmp_path / "run", "prepare") == 2
+    write_manifest(manifest, read_manifest(corpus("ru")))
+    assert run(config, tmp_path / "run", "prepare") == 0
+
+
+def test_speakers_in_two_given_parts_are_refused(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = yaml.safe_load(TINY)
+    values["data"] = {part: str(corpus("ru")) for part in ("train", "validation", "test")}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    assert run(config, tmp_path / "run", "prepare") == 2
+    assert "speakers are in train and in validation" in capsys.readouterr().err
+
+
+def test_stages_in_the_wrong_order_say_what_is_missing(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, corpus("ru"))
+    assert run(config, tmp_path / "run", "export") == 2
+    assert "run the train stage first" in capsys.readouterr().err
+    assert run(config, tmp_path / "run", "publish") == 2
+    assert "run the export stage first" in capsys.readouterr().err
+
+
+def test_the_command_itself(corpus: Callable[[str], Path], tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path / "none.jsonl")
+    command = [sys.executable, "-m", "training.recipes.quartznet_ctc", "all"]
+    answer = subprocess.run(
+        [*command, "--config", str(config), "--run", str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.strip().endswith("no such manifest")
+
+
+# --- the INT8 gate -----------------------------------------------------------------------------------
+
+
+def test_gate_takes_the_best_of_the_fast() -> None:
+    def tried(how: str, speedup: float, wer: float, accepted: bool = True) -> Candidate:
+        return Candidate(how, 1, 1.0, speedup, wer, 0.0, 0.0, accepted, "")
+
+    fast, exact = tried("fast", 3.0, 0.12), tried("exact", 2.8, 0.10)
+    slow, refused = tried("slow", 1.2, 0.09), tried("refused", 9.0, 0.9, accepted=False)
+    assert choose([fast, exact, slow, refused]) is exact
+    assert choose([fast, slow]) is fast
+    assert choose([refused]) is None
+
+
+# --- transfer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", ["ru", "vi"])
+def test_english_encoder_carries_over(
+    language: str, teacher_archive: Path, corpus: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The encoder is the archive's, the decoder is new, a few steps teach both, the graph agrees."""
+    codec = CharacterCodec(alphabet(language))
+    outputs = len(codec.vocabulary)
+    model, frontend = transferred(teacher_archive, outputs)
+    assert model.head.weight.shape[0] == outputs
+    english, _ = transferred(teacher_archive, 29)
+    kept = model.blocks.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in english.blocks.state_dict().items())
+    network = QuartzNetCtc(model, frontend, frozen_norms=True).train()
+    rows = read_manifest(corpus(language))[:2]
+    dataset = UtteranceDataset(rows, lambda text: codec.encode(normaliser(language)(text)))
+    batch = collate([dataset[index] for index in range(2)])
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(4):
+        log_probs, frames = network(batch["waveform"], batch["lengths"])
+        targets = (batch["targets"].clamp(min=0), frames, batch["target_lengths"])
+        loss = torch.nn.functional.ctc_loss(log_probs.transpose(0, 1), *targets, blank=outputs - 1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    network.eval()
+    recordings = [dataset[index].samples for index in range(2)]
+    with torch.inference_mode():
+        log_probs, frames = network(batch["waveform"], batch["lengths"])
+    expected = [row[:count].numpy() for row, count in zip(log_probs, frames.tolist(), strict=True)]
+    graph = QuartzNetRecipe.export(object.__new__(QuartzNetRecipe), network)
+    found = run_graph(cpu_session(graph.SerializeToString()), recordings)
+    assert compare(expected, found).worst_posterior < 1e-4
+
+
+def test_an_archive_that_is_not_one(tmp_path: Path) -> None:
+    (tmp_path / "a.nemo").write_bytes(b"no tar")
+    with pytest.raises(CheckpointError, match=r"model\.transfer_from"):
+        transferred(tmp_path / "a.nemo", 30)
+
+
+def test_citrinet_has_three_halvings_and_gates() -> None:
+    config = citrinet(50, channels=16, repeat=2, tail_channels=24, blocks=2, upsample=4)
+    assert config.stride == 2
+    model = QuartzNet(config).eval()
+    out = model(torch.randn(1, 80, 100), torch.tensor([100]))
+    assert out.log_probs.shape == (1, 52, 50)
+    assert all(block.squeeze is not None for block in model.blocks)
+
+
+# --- details -----------------------------------------------------------------------------------------
+
+
+def test_teacher_forcing_learns_text_and_end_only() -> None:
+    prompt = Prompt((90, 91, 92), end=99, suppressed=(90, 91, 92))
+    tokens, labels = teacher_tokens(torch.tensor([[1, 2, -100], [3, 4, 5]]), torch.tensor([2, 3]), prompt)
+    assert tokens.tolist() == [[90, 91, 92, 1, 2, 99], [90, 91, 92, 3, 4, 5]]
+    skip = IGNORED
+    assert labels.tolist() == [[skip, skip, 1, 2, 99, skip], [skip, skip, 3, 4, 5, 99]]
+
+
+def test_a_finished_training_is_not_repeated(corpus: Callable[[str], Path], tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, corpus("ru"))
+    assert run(config, tmp_path / "run", "train") == 0
+    weights = tmp_path / "run" / "weights.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert run(config, tmp_path / "run", "train") == 0
+    assert weights.stat().st_mtime_ns == before
+    assert run(config, tmp_path / "run", "train", "training.epochs=2") == 0
+    assert len(read_metrics(tmp_path / "run" / "metrics.csv")) == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["epochs"] == 2
+
+
+def test_prepared_parts_share_no_speaker(corpus: Callable[[str], Path], tmp_path: Path) -> None:
+    from training.loop.run_folder import RunFolder
+
+    recipe = QuartzNetRecipe(load_config(tiny_config(tmp_path, corpus("ru"))))
+    parts = prepare(recipe, RunFolder(tmp_path / "run"))
+    heard = [{row.speaker for row in rows} for rows in parts.values()]
+    assert sum(map(len, heard)) == len(set().union(*heard)) == 6
+    summary = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert sum(part["utterances"] for part in summary.values()) == 24

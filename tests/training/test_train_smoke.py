@@ -1,0 +1,168 @@
+"""`make train-smoke`: each recipe from raw recordings to a bundle that a live API serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from training.data.manifest import read_manifest
+from training.recipes.quartznet_ctc.recipe import QuartzNetRecipe
+from training.recipes.rehearsal import tiny_wav2vec2, tiny_whisper
+from training.recipes.wav2vec2_ctc.recipe import Wav2Vec2Recipe
+from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
+from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
+from training.stages.command import main
+from training.stages.export import FLOAT32, INT8, load_part
+from training.stages.recipe import Recipe
+from training.stages.runtime import GraphRunner
+
+ROOT = Path(__file__).resolve().parents[2]
+
+COMMON = """
+data: {{manifest: {manifest}, fractions: [0.6, 0.2, 0.2]}}
+training: {{epochs: 2, learning_rate: 0.002, max_batch_s: 30, workers: 0, early_stopping: 0, device: cpu}}
+benchmark: {{clip_s: 1, repeats: 2, max_wer_loss: 0.2}}
+bundle: {{licence: Apache-2.0, data_name: synthetic rehearsal, data_licence: CC0-1.0}}
+"""
+
+RECIPES: dict[str, tuple[type[Recipe], str, str]] = {
+    "quartznet_ctc": (
+        QuartzNetRecipe,
+        "ru",
+        "{options: {groups: [[48, 11], [48, 13]], blocks_per_group: 1, repeat: 2, stem: [48, 11],"
+        " tail: [64, 15], last_filters: 96}}",
+    ),
+    "whisper_ctc": (WhisperCtcRecipe, "vi", "{{base: {base}}}"),
+    "wav2vec2_ctc": (Wav2Vec2Recipe, "tr", "{{base: {base}}}"),
+    "whisper_seq2seq": (WhisperSeq2SeqRecipe, "az", "{{base: {base}}}"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the bundles of all recipes end up."""
+    return tmp_path_factory.mktemp("models")
+
+
+def write_config(recipe: str, folder: Path, manifest: Path) -> Path:
+    _, language, model = RECIPES[recipe]
+    base = folder / "base"
+    if recipe.startswith("whisper"):
+        tiny_whisper(base, language)
+    elif recipe == "wav2vec2_ctc":
+        tiny_wav2vec2(base)
+    lines = [
+        f"name: {recipe}-tiny",
+        f"language: {language}",
+        f"model: {model.format(base=base) if '{{' in model else model}",
+    ]
+    path = folder / "config.yaml"
+    path.write_text("\n".join(lines) + COMMON.format(manifest=manifest))
+    return path
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recordings_become_a_bundle(
+    recipe: str, corpus: Callable[[str], Path], models: Path, tmp_path: Path
+) -> None:
+    recipe_type, language, _ = RECIPES[recipe]
+    config, run = write_config(recipe, tmp_path, corpus(language)), tmp_path / "run"
+    assert main(recipe_type, ["all", "--config", str(config), "--run", str(run)]) == 0
+    assert {
+        "config.json",
+        "environment.json",
+        "metrics.csv",
+        "export.json",
+        "quantize.json",
+        "benchmark.json",
+    } <= {path.name for path in run.iterdir()}
+    tried = json.loads((run / "quantize.json").read_text())
+    assert len(tried["candidates"]) >= 2
+    assert (run / "export" / INT8).is_file() == (tried["chosen"] is not None)
+    table = json.loads((run / "benchmark.json").read_text())["rows"]
+    assert [row["graph"] for row in table][:2] == ["pytorch", "onnx"]
+    assert table[0]["wer"] == table[1]["wer"], "torch and ONNX write the same texts"
+    bundle = run / "bundle" / f"{recipe}-tiny"
+    bundle.rename(models / bundle.name)
+    (models / f"{recipe}.run").symlink_to(run)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def service(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real `asr serve` over every bundle that was made."""
+    names = sorted(path.name for path in models.iterdir() if (path / "manifest.json").is_file())
+    if not names:
+        pytest.skip("no bundle was made: run the whole file")
+    port = free_port()
+    environment = {
+        **os.environ,
+        "ASR_MODELS_DIR": str(models),
+        "ASR_MODELS": ",".join(names),
+        "ASR_GRAPH": "float32",
+        "ASR_WORKERS": "1",
+        "ASR_CALIBRATE": "false",
+        "ASR_NOISE_CONFIDENCE": "0",  # two epochs make nobody confident
+    }
+    log = tmp_path_factory.mktemp("service") / "log"
+    with log.open("w") as sink:
+        command = [sys.executable, "-m", "api.cli", "serve", "--port", str(port)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=sink)
+        try:
+            deadline = time.monotonic() + 180
+            while True:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"the service did not start:\n{log.read_text()[-4000:]}")
+                try:
+                    if httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=5).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.3)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_live_api_serves_it(recipe: str, models: Path, service: str) -> None:
+    """What the service answers is what the graph says in training's own decoding, on every test recording."""
+    recipe_type, language, _ = RECIPES[recipe]
+    run = models / f"{recipe}.run"
+    rows = read_manifest(run / "data" / "test.jsonl")
+    made = _recipe(recipe_type, run)
+    recordings, _ = load_part(rows, 16_000)
+    expected = GraphRunner(run / "export" / FLOAT32).texts(recordings, made.codec())
+    answers = []
+    for row in rows:
+        form = {"model": f"{recipe}-tiny", "language": language}
+        answer = httpx.post(
+            f"{service}/transcribe", data=form, files={"file": row.audio.read_bytes()}, timeout=60
+        )
+        assert answer.status_code == 200, answer.text
+        answers.append(answer.json()["text"])
+    assert answers == expected
+    assert any(expected) or recipe == "wav2vec2_ctc", "two epochs of wav2vec2 learn the blank only"
+
+
+def _recipe(recipe_type: type[Recipe], run: Path) -> Recipe:
+    from training.config import RunConfig, check
+
+    values = json.loads((run / "config.json").read_text())
+    values.pop("recipe")
+    return recipe_type(check(RunConfig, values, "config.json"))

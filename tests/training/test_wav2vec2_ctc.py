@@ -1,0 +1,134 @@
+"""wav2vec2 of the XLSR kind: parity with `transformers`, lengths, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import Wav2Vec2Config as TheirConfig
+from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Model
+
+from training.errors import CheckpointError
+from training.inference import compare, cpu_session, run_graph
+from training.recipes.rehearsal import tiny_wav2vec2
+from training.recipes.wav2vec2_ctc.export import export_graph
+from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc, from_published
+from training.recipes.wav2vec2_ctc.recipe import fill
+from training.transformer_quantize import dynamic, static
+
+LENGTHS = (16_000, 23_456, 4_001, 400)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_wav2vec2(tmp_path_factory.mktemp("wav2vec2"))
+
+
+@pytest.fixture(scope="module")
+def recordings() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.normal(0.02, 0.1, length).astype(np.float32) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def network(base: Path) -> Wav2Vec2Ctc:
+    theirs = Wav2Vec2Model.from_pretrained(base)
+    torch.manual_seed(1)
+    made = Wav2Vec2Ctc(Wav2Vec2Config.from_transformers(theirs.config), 35, mask_share=0.3)
+    fill(made, from_published(theirs.state_dict()))
+    return made.eval()
+
+
+def padded(recordings: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    waveform = torch.full((len(recordings), max(LENGTHS) + 777), 0.5)
+    for row, samples in enumerate(recordings):
+        waveform[row, : len(samples)] = torch.from_numpy(samples)
+    return waveform, torch.tensor(LENGTHS)
+
+
+def ours(network: Wav2Vec2Ctc, recordings: list[np.ndarray]) -> list[np.ndarray]:
+    with torch.inference_mode():
+        log_probs, counts = network(*padded(recordings))
+    return [row[:count].numpy() for row, count in zip(log_probs, counts.tolist(), strict=True)]
+
+
+def test_is_transformers_network(base: Path, network: Wav2Vec2Ctc, recordings: list[np.ndarray]) -> None:
+    theirs = Wav2Vec2Model.from_pretrained(base).eval()
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    batch = extractor(recordings, sampling_rate=16_000, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden = theirs(batch.input_values, attention_mask=batch.attention_mask).last_hidden_state
+        expected = torch.log_softmax(network.head(hidden), dim=-1)
+    found = ours(network, recordings)
+    assert [len(row) for row in found] == [49, 73, 12, 1]
+    trimmed = [row[: len(own)].numpy() for row, own in zip(expected, found, strict=True)]
+    assert compare(trimmed, found).worst_log_prob < 1e-4
+
+
+def test_reads_a_fine_tuned_checkpoint(base: Path, network: Wav2Vec2Ctc) -> None:
+    theirs = Wav2Vec2ForCTC(TheirConfig.from_pretrained(base, vocab_size=35))
+    state = from_published(theirs.state_dict())
+    made = Wav2Vec2Ctc(network.config, 35)
+    fill(made, state)
+    feed_forward = theirs.wav2vec2.encoder.layers[0].feed_forward
+    assert torch.equal(made.layers[0].fc1.weight, feed_forward.intermediate_dense.weight)
+    assert "head.weight" in state
+
+
+def test_graph_agrees_and_batched_equals_alone(network: Wav2Vec2Ctc, recordings: list[np.ndarray]) -> None:
+    graph = export_graph(network)
+    onnx.checker.check_model(graph)
+    session = cpu_session(graph.SerializeToString())
+    batched = run_graph(session, recordings)
+    alone = [run_graph(session, [samples])[0] for samples in recordings]
+    assert compare(ours(network, recordings), batched).worst_log_prob < 1e-4
+    assert compare(alone, batched).worst_log_prob < 1e-4
+
+
+def test_int8_stays_close_and_static_is_exact_in_batches(
+    network: Wav2Vec2Ctc, recordings: list[np.ndarray], tmp_path: Path
+) -> None:
+    path = tmp_path / "float.onnx"
+    onnx.save(export_graph(network), path)
+    expected = run_graph(cpu_session(path), recordings)
+    sizes = [path.stat().st_size]
+    for made in (dynamic(path, tmp_path / "d.onnx"), static(path, tmp_path / "s.onnx", recordings[:2])):
+        session = cpu_session(made)
+        found = run_graph(session, recordings)
+        assert compare(expected, found).worst_posterior < 0.1
+        operators = {node.op_type for node in onnx.load(made).graph.node}
+        assert operators & {"MatMulInteger", "QuantizeLinear", "DynamicQuantizeLinear"}
+        sizes.append(made.stat().st_size)
+    alone = [run_graph(session, [samples])[0] for samples in recordings]
+    assert compare(alone, found).worst_log_prob < 1e-4, "static scales do not see the neighbours"
+    assert max(sizes[1:]) < sizes[0]
+
+
+def test_masks_while_training_only(network: Wav2Vec2Ctc, recordings: list[np.ndarray]) -> None:
+    waveform, lengths = padded(recordings)
+    with torch.inference_mode():
+        first, second = (network(waveform, lengths)[0] for _ in range(2))
+        network.train()
+        masked = network(waveform, lengths)[0]
+        network.eval()
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, masked, atol=1e-3)
+
+
+def test_published_shape() -> None:
+    config = Wav2Vec2Config()
+    assert (config.stride_samples, config.min_samples) == (320, 400)
+    with pytest.raises(CheckpointError, match="only the XLSR kind"):
+        Wav2Vec2Config.from_transformers(TheirConfig())
+
+
+def test_missing_and_foreign_tensors_are_named(base: Path, network: Wav2Vec2Ctc) -> None:
+    state = from_published(Wav2Vec2Model.from_pretrained(base).state_dict())
+    fresh = Wav2Vec2Ctc(network.config, 35)
+    with pytest.raises(CheckpointError, match=r"projection\.weight is missing"):
+        fill(fresh, {name: value for name, value in state.items() if name != "projection.weight"})
+    with pytest.raises(CheckpointError, match=r"projection\.weight has shape \(1,\)"):
+        fill(fresh, {**state, "projection.weight": torch.zeros(1)})

@@ -1,0 +1,220 @@
+"""Whisper with a CTC head: parity with `transformers`, true lengths, the published checkpoint's form."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import WhisperFeatureExtractor, WhisperModel, WhisperProcessor
+
+from training.errors import CheckpointError
+from training.inference import compare, cpu_session, run_graph
+from training.recipes.rehearsal import tiny_whisper
+from training.recipes.whisper_ctc.export import export_graph
+from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc
+from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
+from training.restricted_pickle import Inert, load_state_dict
+from training.stages.command import main
+from training.tokenizer import ByteLevelCodec, load_tokenizer
+
+LENGTHS = (16_000, 23_456, 4_001, 400)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_whisper(tmp_path_factory.mktemp("whisper"), "vi")
+
+
+@pytest.fixture(scope="module")
+def recordings() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.normal(0, 0.1, length).astype(np.float32) for length in LENGTHS]
+
+
+def padded(recordings: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    waveform = torch.full((len(recordings), max(LENGTHS) + 777), 0.5)
+    for row, samples in enumerate(recordings):
+        waveform[row, : len(samples)] = torch.from_numpy(samples)
+    return waveform, torch.tensor(LENGTHS)
+
+
+def network(base: Path, *, fixed: bool) -> tuple[WhisperCtc, Any]:
+    model = WhisperModel.from_pretrained(base).eval()
+    torch.manual_seed(1)
+    made = WhisperCtc(EncoderConfig.from_transformers(model.config), 50, fixed=fixed).eval()
+    made.encoder.load_state_dict(model.encoder.state_dict())
+    return made, model
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_features_are_whispers(base: Path, recordings: list[np.ndarray], fixed: bool) -> None:
+    made, _ = network(base, fixed=fixed)
+    expected = WhisperFeatureExtractor()(recordings, sampling_rate=16_000, return_tensors="np").input_features
+    features, counts = made.frontend(*padded(recordings))
+    assert counts.tolist() == [100, 147, 26, 3]
+    for row, count in enumerate(counts.tolist()):
+        own = 3_000 if fixed else count
+        np.testing.assert_allclose(features[row, :own].numpy(), expected[row].T[:own], atol=1e-4)
+
+
+def test_fixed_mode_is_whispers_encoder(base: Path, recordings: list[np.ndarray]) -> None:
+    made, model = network(base, fixed=True)
+    features = WhisperFeatureExtractor()(recordings, sampling_rate=16_000, return_tensors="pt").input_features
+    with torch.inference_mode():
+        expected = model.encoder(features).last_hidden_state
+        found, _ = made.encoder(*made.frontend(*padded(recordings)), fixed=True)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_graph_agrees_and_batched_equals_alone(base: Path, recordings: list[np.ndarray], fixed: bool) -> None:
+    made, _ = network(base, fixed=fixed)
+    graph = export_graph(made)
+    onnx.checker.check_model(graph)
+    session = cpu_session(graph.SerializeToString())
+    with torch.inference_mode():
+        log_probs, counts = made(*padded(recordings))
+    expected = [row[:count].numpy() for row, count in zip(log_probs, counts.tolist(), strict=True)]
+    batched = run_graph(session, recordings)
+    alone = [run_graph(session, [samples])[0] for samples in recordings]
+    assert compare(expected, batched).worst_log_prob < 1e-4
+    assert compare(alone, batched).worst_log_prob < 1e-4
+    assert [len(row) for row in alone] == [50, 74, 13, 2]
+
+
+def test_true_length_costs_less(base: Path, recordings: list[np.ndarray]) -> None:
+    made, _ = network(base, fixed=False)
+    with torch.inference_mode():
+        log_probs, _ = made(*padded(recordings))
+    assert log_probs.shape[1] < 100, "1.5 s of frames, not 30"
+
+
+class Processor:
+    """Pickled inside the published checkpoint; running it would leave a file."""
+
+    def __init__(self, trace: str) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.trace,)
+
+
+def published(base: Path, path: Path, extra: Any) -> dict[str, torch.Tensor]:
+    """A Lightning checkpoint in the form of `best-val_wer=0.3986.ckpt`."""
+    made, model = network(base, fixed=False)
+    size = len(load_tokenizer(str(base)))
+    made = WhisperCtc(EncoderConfig.from_transformers(model.config), size, hidden=40)
+    made.encoder.load_state_dict(model.encoder.state_dict())
+    state = {k: v for k, v in made.state_dict().items() if k.startswith(("encoder.", "ctc_head."))}
+    content = {
+        "epoch": 11,
+        "global_step": 100,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": state,
+        "hyper_parameters": {"processor": extra, "lr": 1e-4},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.3986)}},
+        "optimizer_states": [{"state": {}, "param_groups": [{"lr": 1e-4}]}],
+    }
+    torch.save(content, path)
+    return state
+
+
+def test_pickled_objects_are_not_run(base: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "was_run"
+    path = tmp_path / "best-val_wer=0.3986.ckpt"
+    state = published(base, path, Processor(str(trace)))
+    loaded = load_state_dict(path)
+    assert not trace.exists()
+    assert set(loaded) == set(state)
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    torch.load(path, weights_only=False)
+    assert trace.exists(), "the same file does run code when it is loaded carelessly"
+
+
+def test_a_real_processor_inside_is_inert(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "best.ckpt"
+    processor = WhisperProcessor(WhisperFeatureExtractor(), load_tokenizer(str(base)))
+    state = published(base, path, processor)
+    assert set(load_state_dict(path)) == set(state)
+
+
+def test_placeholder_takes_everything() -> None:
+    thing = Inert(1, two=2)
+    thing[0] = thing
+    thing.append(1)
+    thing.extend([1])
+    thing.add(1)
+    assert isinstance(thing("call"), Inert)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps({"state_dict": 3})])
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.ckpt"):
+        load_state_dict(path)
+
+
+def test_special_tokens_are_dropped_by_id(base: Path) -> None:
+    tokenizer = load_tokenizer(str(base))
+    codec = ByteLevelCodec(tokenizer)
+    vocabulary = codec.vocabulary
+    text = "một đỏ hai"
+    ids = codec.encode(text)
+    control = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|vi|>", "<|notimestamps|>"])
+    assert vocabulary.decode([*control, *ids, control[0]]) == text
+    assert vocabulary.blank_id == tokenizer.pad_token_id
+    assert vocabulary.tokens[vocabulary.blank_id] == "<blank>"
+    assert vocabulary.decode(codec.encode("<")) == "<", "nothing is cut by characters"
+
+
+def test_more_outputs_than_tokens(base: Path) -> None:
+    tokenizer = load_tokenizer(str(base))
+    vocabulary = ByteLevelCodec(tokenizer, outputs=len(tokenizer) + 3).vocabulary
+    assert len(vocabulary) == len(tokenizer) + 3
+    assert vocabulary.decode([len(tokenizer) + 1]) == ""
+    with pytest.raises(CheckpointError, match="blank id"):
+        ByteLevelCodec(tokenizer, outputs=100)
+
+
+CONFIG = """
+name: vi-published
+language: vi
+data: {{manifest: {manifest}, fractions: [0.6, 0.2, 0.2]}}
+model: {{base: {base}, checkpoint: {checkpoint}}}
+benchmark: {{clip_s: 1, repeats: 1, max_wer_loss: 1}}
+bundle: {{licence: BSD-3-Clause}}
+"""
+
+
+def test_published_checkpoint_becomes_a_bundle(
+    base: Path, tmp_path: Path, corpus: Callable[[str], Path]
+) -> None:
+    from api.bundle import verify_bundle
+
+    checkpoint = tmp_path / "best-val_wer=0.3986.ckpt"
+    state = published(base, checkpoint, Processor(str(tmp_path / "was_run")))
+    config, folder = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(CONFIG.format(manifest=corpus("vi"), base=base, checkpoint=checkpoint))
+    for stage in ("convert", "export", "publish"):
+        assert main(WhisperCtcRecipe, [stage, "--config", str(config), "--run", str(folder)]) == 0
+    bundle = verify_bundle(folder / "bundle", "vi-published")
+    assert bundle.manifest.vocabulary.size == state["ctc_head.3.weight"].shape[0]
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_checkpoint_of_another_network_is_refused(
+    base: Path, tmp_path: Path, corpus: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, config = tmp_path / "other.ckpt", tmp_path / "config.yaml"
+    torch.save({"state_dict": {"decoder.weight": torch.zeros(1)}}, checkpoint)
+    config.write_text(CONFIG.format(manifest=corpus("vi"), base=base, checkpoint=checkpoint))
+    assert main(WhisperCtcRecipe, ["convert", "--config", str(config), "--run", str(tmp_path / "run")]) == 2
+    assert "ctc_head.0.weight is missing" in capsys.readouterr().err

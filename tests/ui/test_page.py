@@ -1,0 +1,356 @@
+"""The page through Streamlit's AppTest, the service through MockTransport."""
+
+from __future__ import annotations
+
+import gc
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+from streamlit.testing.v1 import AppTest
+
+from tests.ui.service import TRANSCRIPT, envelope, sse
+from ui.background import Background
+from ui.settings import UiSettings
+from ui.strings import NAMES, TABLES
+from ui.work import State
+
+ENGLISH = TABLES["en"]
+DONE = sse(
+    {"type": "transcript.text.delta", "delta": "the quick", "end": 0.8},
+    {
+        "type": "transcript.text.done",
+        **TRANSCRIPT,
+        "timings": {"decode": 0.01, "inference": 0.05, "new": 0.001},
+    },
+)
+METRICS = "asr_queue_audio_seconds 12\nasr_queue_limit_audio_seconds 900\nasr_worker_busy_ratio 0.5\n"
+Answer = httpx.Response | Exception
+# AppTest leaves its scripts' event loops open; they are collected here, so that the warning stays here.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class Service:
+    """Answers of the service, to be changed during a test."""
+
+    def __init__(self) -> None:
+        self.health: Answer = httpx.Response(200, json={"status": "ready"})
+        self.transcribe: Answer = httpx.Response(200, content=DONE, headers={"x-request-id": "req-9"})
+        self.models = [
+            {
+                "name": "en-small",
+                "languages": ["en"],
+                "default": True,
+                "parameters": 1_600_000,
+                "graph": "int8",
+            },
+            {"name": "vi-tiny", "languages": ["vi", "en"], "default": False},
+        ]
+        self.sent: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        answers: dict[str, Answer] = {
+            "/health": self.health,
+            "/models": httpx.Response(200, json={"models": self.models}),
+            "/languages": httpx.Response(200, json={"languages": [{"code": "en", "models": ["en-small"]}]}),
+            "/": httpx.Response(200, json={"limits": {"max_upload_bytes": 26_214_400}}),
+            "/metrics": httpx.Response(200, text=METRICS),
+            "/transcribe": self.transcribe,
+        }
+        if request.method == "POST":
+            self.sent.append(request)
+        answer = answers[request.url.path]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def script(settings, background):  # its source is run by itself: no names from here, not even in hints
+    from ui.page import render
+
+    render(settings, background)
+
+
+Opened = Callable[..., AppTest]
+
+
+@pytest.fixture
+def service() -> Service:
+    return Service()
+
+
+@pytest.fixture
+def opened(service: Service) -> Iterator[Opened]:
+    """Opens the page; ``query`` becomes the address's query."""
+    settings = UiSettings(
+        api_url="http://service.test",
+        jaeger_url="http://jaeger.test",
+        grafana_url="http://grafana.test/d/asr",
+    )
+    background = Background(settings, httpx.MockTransport(service))
+
+    def open_page(**query: str) -> AppTest:
+        page = AppTest.from_function(
+            script, kwargs={"settings": settings, "background": background}, default_timeout=30
+        )
+        for name, value in query.items():
+            page.query_params[name] = value
+        return page.run()
+
+    yield open_page
+    background.close()
+    gc.collect()
+
+
+def button(page: AppTest, label: str) -> Any:
+    return next(item for item in page.button if item.label == label)
+
+
+def texts(page: AppTest) -> str:
+    parts = [
+        *page.markdown,
+        *page.caption,
+        *page.error,
+        *page.warning,
+        *page.info,
+        *page.subheader,
+        *page.title,
+    ]
+    return "\n".join(str(part.value) for part in parts)
+
+
+def settle(page: AppTest) -> AppTest:
+    """Run until nothing is in progress."""
+    work = page.session_state["asr_session"].work
+    work.wait()
+    page.run()
+    assert not list(work.running)
+    assert not page.exception
+    return page
+
+
+def sample(page: AppTest) -> AppTest:
+    button(page, ENGLISH["input.sample"]).click().run()
+    return settle(page)
+
+
+def only_task(page: AppTest) -> Any:
+    (task,) = page.session_state["asr_session"].work.tasks
+    return task
+
+
+def test_first_sight(opened: Opened) -> None:
+    page = opened()
+    assert not page.exception
+    assert page.title[0].value == ENGLISH["page.title"]
+    assert not page.error
+    assert not page.warning
+    assert [box.label for box in page.selectbox] == [
+        ENGLISH["page.language"],
+        ENGLISH["options.model"],
+        ENGLISH["options.language"],
+    ]
+
+
+def test_models_and_languages_are_those_the_service_serves(opened: Opened) -> None:
+    page = opened()
+    model, language = page.selectbox[1], page.selectbox[2]
+    assert model.options == ["en-small", "vi-tiny"]
+    assert language.options == [ENGLISH["options.any"], "English"]
+    model.select("vi-tiny").run()
+    assert page.selectbox[2].options == [ENGLISH["options.any"], "Tiếng Việt", "English"]
+
+
+def test_the_sample_becomes_a_transcript(opened: Opened, service: Service) -> None:
+    page = sample(opened())
+    assert only_task(page).state is State.DONE
+    assert ENGLISH["result.title"].format(name="sample.flac") in texts(page)
+    assert page.text_area[0].value == "the quick brown fox"
+    assert {code.value for code in page.code} >= {"req-9"}
+    body = service.sent[0].content
+    assert b'name="stream"' in body
+    assert b"en-small" in body
+
+
+def test_options_are_sent(opened: Opened, service: Service) -> None:
+    page = opened()
+    page.selectbox[1].select("vi-tiny").run()
+    page.selectbox[2].set_value("vi").run()
+    page.text_input[0].set_value("fox,  big  hound ; fox").run()
+    sample(page)
+    body = service.sent[0].content.decode("latin-1")
+    assert body.count('name="hotwords[]"') == 2
+    for part in ("vi-tiny", '"language"\r\n\r\nvi', "big hound"):
+        assert part in body
+
+
+def test_other_options_offer_to_transcribe_again(opened: Opened, service: Service) -> None:
+    page = sample(opened())
+    assert ENGLISH["options.again"] not in [item.label for item in page.button]
+    page.selectbox[1].select("vi-tiny").run()
+    button(page, ENGLISH["options.again"]).click().run()
+    settle(page)
+    assert b"vi-tiny" in service.sent[1].content
+    assert only_task(page).state is State.DONE
+
+
+def test_a_file_that_is_dropped_is_sent_at_once(opened: Opened, service: Service) -> None:
+    page = opened()
+    page.file_uploader[0].set_value(
+        [("a.wav", b"RIFF....", "audio/wav"), ("b.wav", b"RIFF,,,,", "audio/wav")]
+    )
+    settle(page.run())
+    tasks = page.session_state["asr_session"].work.tasks
+    assert [task.name for task in tasks] == ["a.wav", "b.wav"]
+    assert len(service.sent) == 2
+    choice = next(box for box in page.selectbox if box.label == ENGLISH["result.choose"])
+    assert len(choice.options) == 2
+
+
+def test_a_correction_goes_into_the_downloads_and_can_be_undone(opened: Opened) -> None:
+    page = sample(opened())
+    session = page.session_state["asr_session"]
+    page.text_area[0].set_value("the quick brown dog").run()
+    assert ENGLISH["result.changed"] in texts(page)
+    assert list(session.edits.values()) == ["the quick brown dog"]
+    button(page, ENGLISH["result.undo"]).click().run()
+    assert page.text_area[0].value == "the quick brown fox"
+    assert ENGLISH["result.changed"] not in texts(page)
+
+
+def test_word_error_rate_against_a_pasted_text(opened: Opened) -> None:
+    page = sample(opened())
+    box = next(area for area in page.text_area if area.label == ENGLISH["compare.reference"])
+    box.set_value("The quick red fox jumps.").run()
+    rate = next(metric for metric in page.metric if metric.label == ENGLISH["compare.wer"])
+    assert rate.value == "40.0 %"
+    assert ENGLISH["compare.errors"].format(changed=1, missing=1, extra=0, words=5) in texts(page)
+
+
+def test_history_survives_reruns_and_can_be_removed(opened: Opened) -> None:
+    page = sample(sample(opened()))
+    work = page.session_state["asr_session"].work
+    assert len(work.tasks) == 2
+    page.run()
+    assert len(page.session_state["asr_session"].work.tasks) == 2
+    button(page, ENGLISH["result.clear"]).click().run()
+    assert work.tasks == []
+    assert not page.subheader
+
+
+def test_another_session_sees_nothing_of_it(opened: Opened) -> None:
+    sample(opened())
+    assert opened().session_state["asr_session"].work.tasks == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "key"),
+    [
+        (httpx.ConnectError("refused"), "problem.down"),
+        (httpx.Response(200, text="<html>"), "problem.protocol"),
+        (envelope(401, "invalid_api_key"), "problem.access"),
+    ],
+)
+def test_a_service_that_cannot_be_used_is_said(
+    opened: Opened, service: Service, answer: Answer, key: str
+) -> None:
+    service.health = answer
+    page = opened()
+    assert not page.exception
+    assert ENGLISH[key] in page.error[0].value
+    assert button(page, ENGLISH["input.sample"]).disabled
+
+
+@pytest.mark.parametrize("state", ["starting", "draining"])
+def test_a_service_that_is_not_ready_is_a_warning_and_goes_away(
+    opened: Opened, service: Service, state: str
+) -> None:
+    service.health = httpx.Response(503, json={"status": state})
+    page = opened()
+    assert ENGLISH[f"problem.{state}"] in page.warning[0].value
+    service.health = httpx.Response(200, json={"status": "ready"})
+    page.run()
+    assert not page.warning
+    assert not button(page, ENGLISH["input.sample"]).disabled
+
+
+@pytest.mark.parametrize(
+    ("answer", "key", "can_retry"),
+    [
+        (envelope(429, "queue_full", **{"retry-after": "90"}), "problem.busy", True),
+        (envelope(413, "upload_too_large"), "problem.too_large", False),
+        (envelope(422, "audio_too_long"), "problem.too_long", False),
+        (envelope(400, "undecodable_audio"), "problem.undecodable", False),
+        (envelope(404, "model_not_found"), "problem.model", True),
+        (envelope(500, "internal_error"), "problem.server", True),
+        (httpx.ReadTimeout("slow"), "problem.late", True),
+    ],
+)
+def test_each_failure_of_a_file_is_said(
+    opened: Opened, service: Service, answer: Answer, key: str, can_retry: bool
+) -> None:
+    service.transcribe = answer
+    page = sample(opened())
+    assert ENGLISH[key] in page.error[0].value
+    assert (ENGLISH["problem.retry"] in [item.label for item in page.button]) is can_retry
+    if key == "problem.busy":
+        assert "90" in page.error[0].value
+
+
+def test_trying_again_after_a_failure(opened: Opened, service: Service) -> None:
+    good, service.transcribe = service.transcribe, envelope(500, "internal_error")
+    page = sample(opened())
+    service.transcribe = good
+    button(page, ENGLISH["problem.retry"]).click().run()
+    settle(page)
+    assert only_task(page).state is State.DONE
+    assert not page.error
+
+
+def test_silence_is_said(opened: Opened, service: Service) -> None:
+    silent = {**TRANSCRIPT, "text": "", "words": [], "segments": [], "confidence": None}
+    service.transcribe = httpx.Response(200, content=sse({"type": "transcript.text.done", **silent}))
+    page = sample(opened())
+    assert ENGLISH["result.silence"] in page.info[0].value
+    assert not page.text_area
+
+
+def test_an_empty_file_is_said(opened: Opened, service: Service) -> None:
+    service.transcribe = envelope(400, "undecodable_audio")
+    page = opened()
+    page.file_uploader[0].upload("empty.wav", b"", "audio/wav")
+    settle(page.run())
+    assert ENGLISH["problem.empty"] in page.error[0].value
+
+
+@pytest.mark.parametrize("language", sorted(NAMES))
+def test_every_language_draws_the_whole_page(opened: Opened, language: str) -> None:
+    page = opened(lang=language)
+    assert page.title[0].value == TABLES[language]["page.title"]
+    button(page, TABLES[language]["input.sample"]).click().run()
+    settle(page)
+    assert TABLES[language]["result.title"].format(name="sample.flac") in texts(page)
+
+
+def test_the_overview_shows_models_load_and_what_was_sent(opened: Opened) -> None:
+    page = sample(opened())
+    page.session_state["tabs.en"] = ENGLISH["tab.overview"]
+    page.run()
+    assert not page.exception
+    shown = {metric.label: metric.value for metric in page.metric}
+    assert shown[ENGLISH["overview.queue"]] == "12 / 900 s"
+    assert shown[ENGLISH["overview.busy"]] == "50 %"
+    assert shown[ENGLISH["overview.state"]] == "ready"
+
+
+def test_pictures_need_no_runtime(opened: Opened) -> None:
+    out = io.BytesIO()
+    soundfile.write(out, np.zeros(8000, np.float32), 16_000, format="WAV")
+    page = opened()
+    page.file_uploader[0].upload("quiet.wav", out.getvalue(), "audio/wav")
+    settle(page.run())
+    assert only_task(page).picture is not None
