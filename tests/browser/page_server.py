@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -158,3 +159,24 @@ def download(page: Page, name: str) -> bytes:
 
 def expand(page: Page, key: str) -> None:
     page.locator("summary", has_text=ENGLISH[key]).click()
+
+
+def choose(page: Page, key: str, option: str) -> None:
+    """Choose in a select box with the keyboard, as often as a redraw of the page closes the list meanwhile.
+
+    Whoever opens a list within the moment that Streamlit redraws the page sees it close and opens it again.
+    """
+    box = page.get_by_role("combobox", name=ENGLISH[key], exact=True)
+    expect(box).to_be_visible()
+    for _ in range(5):
+        box.press("ArrowDown")
+        with contextlib.suppress(AssertionError):
+            expect(page.get_by_role("option", name=option, exact=True)).to_be_visible(timeout=5_000)
+            box.fill(option)
+            expect(page.get_by_role("option")).to_have_text([option], timeout=5_000)
+            box.press("Enter")
+            expect(page.get_by_role("option")).to_have_count(0, timeout=5_000)
+            expect(box).to_have_value(option, timeout=5_000)
+            return
+        box.press("Escape")
+    raise AssertionError(f"{option!r} could not be chosen")

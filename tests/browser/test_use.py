@@ -12,6 +12,7 @@ from playwright.sync_api import expect
 from tests.browser.page_server import (
     ENGLISH,
     Visit,
+    choose,
     download,
     drop,
     expand,
@@ -126,14 +127,7 @@ def test_what_is_typed_survives_another_file_and_another_tab(desk: Visit) -> Non
 
 def test_the_model_is_chosen_from_what_is_served(desk: Visit) -> None:
     expand(desk.page, "options.title")
-    box = desk.page.get_by_role("combobox", name=ENGLISH["options.model"], exact=True)
-    expect(box).to_be_visible()
-    box.focus()
-    box.press("ArrowDown")
-    expect(desk.page.get_by_role("option")).to_have_text(["tiny", "other"])
-    box.fill("other")
-    expect(desk.page.get_by_role("option")).to_have_text(["other"])
-    box.press("Enter")
+    choose(desk.page, "options.model", "other")
     drop(desk.page, ("song.wav", wav(sing(TEXT))))
     heard(desk.page)
     expect(desk.page.get_by_text("· other ·")).to_be_visible()
