@@ -19,6 +19,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from training.checkpoint import load_checkpoint
@@ -35,7 +37,7 @@ from training.recipes.quartznet_ctc.examples import Batch, BatchMaker, Corpus
 from training.recipes.quartznet_ctc.label import COMPONENTS
 from training.recipes.quartznet_ctc.muon import Muon
 from training.recipes.quartznet_ctc.student import (
-    SIZES,
+    SIZE_NAMES,
     Distiller,
     LossWeights,
     mix,
@@ -108,13 +110,21 @@ class Trainer:
             found.append(Muon(wide, config.learning_rate, 0.95, config.weight_decay, self.pool))
         return found
 
+    def _losses(self, batch: Batch, with_ctc: bool) -> dict[str, Tensor]:
+        """The parts of the loss, each with its gradient recorded."""
+        return self.distiller.losses(batch, self.corpus.hidden_weights, with_ctc)
+
+    def _total(self, losses: dict[str, Tensor], weights: LossWeights) -> Tensor:
+        """One number to follow downhill."""
+        return total_loss(losses, weights)
+
     def _backward(self, batch: Batch, weights: LossWeights, with_ctc: bool) -> dict[str, float]:
         """Adds the gradients of one batch of the step; runs in a worker thread."""
-        losses = self.distiller.losses(batch, self.corpus.hidden_weights, with_ctc)
+        losses = self._losses(batch, with_ctc)
         values = {name: float(value.detach()) for name, value in losses.items()}
-        if with_ctc:
+        if "ctc" in losses:
             losses["ctc"] = losses["ctc"] * self.config.ctc_every
-        loss = total_loss(losses, weights) / self.config.workers
+        loss = self._total(losses, weights) / self.config.workers
         loss.backward()  # type: ignore[no-untyped-call]
         return values
 
@@ -290,13 +300,14 @@ def parse_deadline(until: str | None, max_minutes: float | None) -> float | None
     return None if max_minutes is None else time.time() + 60.0 * max_minutes
 
 
-def main() -> None:
+def arguments_of(description: str | None) -> argparse.ArgumentParser:
+    """The command line that this stage and stage ``pieces`` share."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run, created or resumed")
-    parser.add_argument("--size", choices=sorted(SIZES), default="m")
+    parser.add_argument("--size", choices=sorted(SIZE_NAMES), default=TrainConfig.size)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--until", help="HH:MM UTC")
@@ -309,10 +320,14 @@ def main() -> None:
     )
     parser.add_argument("--validate-every-minutes", type=float, default=5.0)
     parser.add_argument("--init-from", type=Path, help="checkpoint (.safetensors) to start from")
-    arguments = parser.parse_args()
+    return parser
+
+
+def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Corpus], Trainer]) -> None:
+    """Train as the command line says, or go on with the run that is there. Raises SystemExit on misuse."""
     deadline_s = parse_deadline(arguments.until, arguments.max_minutes)
     if arguments.steps is None and deadline_s is None:
-        parser.error("say how long: --steps, --max-minutes or --until")
+        raise SystemExit("say how long: --steps, --max-minutes or --until")
     torch.set_num_threads(1)
     config = TrainConfig(
         size=arguments.size,
@@ -323,7 +338,7 @@ def main() -> None:
         seed=arguments.seed,
     )
     arguments.run.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, Corpus(arguments.cache, config.min_confidence))
+    trainer = trainer_class(config, Corpus(arguments.cache, config.min_confidence))
     last = arguments.run / "last.pt"
     if last.exists():
         trainer.restore(torch.load(last, weights_only=True))
@@ -332,6 +347,10 @@ def main() -> None:
         trainer.initialise_from(arguments.init_from)
     (arguments.run / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
     train(trainer, arguments.run, arguments.steps, deadline_s, 60.0 * arguments.validate_every_minutes)
+
+
+def main() -> None:
+    run(arguments_of(__doc__).parse_args(), Trainer)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,8 @@ class FastQuartzNet(nn.Module):
             x = _full_convolution(x, layer.pointwise)
         return x, convolved_length(lengths, layer.kernel, layer.stride, layer.dilation)
 
-    def _block(self, x: Tensor, lengths: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def block(self, x: Tensor, lengths: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        """One block of the network alone: bfloat16 (B,T,C), (B,) -> (B,T',C'), (B,)."""
         start = x
         for index, module in enumerate(block.layers):
             layer = cast(ConvNorm, module)
@@ -226,7 +227,7 @@ class FastQuartzNet(nn.Module):
         wanted = {index % len(self.model.blocks) for index in hidden_blocks}
         hidden: list[Tensor] = []
         for index, block in enumerate(self.model.blocks):
-            x, lengths = self._block(x, lengths, cast(Block, block))
+            x, lengths = self.block(x, lengths, cast(Block, block))
             if index in wanted:
                 hidden.append(x)
         head = self.model.head

@@ -12,7 +12,7 @@ from training.recipes.quartznet_ctc.dataset import VOCABULARY_SIZE
 from training.recipes.quartznet_ctc.examples import Batch
 from training.recipes.quartznet_ctc.fast import channels_last, upsampled
 from training.recipes.quartznet_ctc.loss import activation_loss, ctc_loss, dense_loss, posterior_loss
-from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
+from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig, quartznet
 
 SIZES: dict[str, tuple[int, list[tuple[int, int, int]], int]] = {
     # name: stem filters, residual blocks (filters, repeat, kernel), filters of the last layer
@@ -23,8 +23,15 @@ SIZES: dict[str, tuple[int, list[tuple[int, int, int]], int]] = {
 }
 
 
+QUARTZNET_5X5 = "5x5"
+"""The published QuartzNet5x5: strides, widths and kernels of the 15x5 teacher, a third of its blocks."""
+SIZE_NAMES = (*SIZES, QUARTZNET_5X5)
+
+
 def student_config(size: str) -> QuartzNetConfig:
-    """A trunk at 40 ms (stride 4 in the stem) that emits two 20 ms frames per step."""
+    """QuartzNet5x5, or a trunk at 40 ms (stride 4 in the stem) that emits two 20 ms frames per step."""
+    if size == QUARTZNET_5X5:
+        return quartznet(VOCABULARY_SIZE, blocks_per_group=1)
     stem, body, last = SIZES[size]
     blocks = [BlockConfig(stem, 1, 11, stride=4, separable=False)]
     blocks += [BlockConfig(filters, repeat, kernel, residual=True) for filters, repeat, kernel in body]
@@ -50,14 +57,16 @@ class Distiller(nn.Module):
         self.model = QuartzNet(config)
         self.fast = channels_last(self.model)
         self.components = components
-        middle, last = config.blocks[-2].filters, config.blocks[-1].filters
+        residual = max(index for index, block in enumerate(config.blocks) if block.residual)
+        self.hidden_blocks = (residual, len(config.blocks) - 1)
+        middle, last = (config.blocks[index].filters for index in self.hidden_blocks)
         self.acoustic_head = nn.Linear(middle, config.upsample * components)
         self.character_head = nn.Linear(last, config.upsample * components)
         self.dense_head = nn.Linear(middle, config.upsample * config.vocabulary_size)
 
     def losses(self, batch: Batch, hidden_weights: Tensor, with_ctc: bool = True) -> dict[str, Tensor]:
         """Each part of the loss on a batch; ``hidden_weights`` (2 * components,)."""
-        output = self.fast(batch.features, batch.lengths, (-2, -1))
+        output = self.fast(batch.features, batch.lengths, self.hidden_blocks)
         factor = self.model.config.upsample
 
         def head(linear: nn.Linear, hidden: Tensor) -> Tensor:

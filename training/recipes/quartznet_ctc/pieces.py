@@ -1,0 +1,119 @@
+"""Stage 2b: each piece of the student learns what the same stretch of the teacher does, on its input.
+
+    python -m training.recipes.quartznet_ctc.pieces --teacher TEACHER.nemo --cache CACHE --run runs/pieces \\
+        --size 5x5 --max-minutes 20
+
+A student with the teacher's widths at the borders of its pieces (QuartzNet5x5: stem, one block for each
+three of the teacher's, the wide convolution, the last, the head) starts from random weights. The teacher
+runs on the augmented batch; every piece sees the teacher's activations before its stretch and answers those
+after it (mean squared error over the target's variance). No gradient crosses a border, so several shallow
+problems are solved at once instead of one deep one; joined up, the pieces are the start of stage 3
+(`weights`, then `distill --init-from`). The idea is that of Li et al. 2020, "Blockwisely supervised neural
+architecture search with knowledge distillation". Neither weights nor decoder of the teacher are copied.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training.nemo import read_nemo
+from training.recipes.quartznet_ctc.distill import TrainConfig, Trainer, arguments_of, run
+from training.recipes.quartznet_ctc.examples import Batch, BatchMaker, Corpus
+from training.recipes.quartznet_ctc.fast import FastQuartzNet, channels_last
+from training.recipes.quartznet_ctc.loss import posterior_loss
+from training.recipes.quartznet_ctc.model import Block, QuartzNet, QuartzNetConfig
+from training.recipes.quartznet_ctc.student import LossWeights
+
+
+def borders(student: QuartzNetConfig, teacher: QuartzNetConfig) -> list[int]:
+    """For each of the student's blocks the teacher's block whose output it answers.
+
+    Runs of residual blocks of one shape in the teacher become one block of the student. Raises ValueError
+    where the two do not line up.
+    """
+    found: list[int] = []
+    blocks = teacher.blocks
+    for index, block in enumerate(blocks):
+        goes_on = block.residual and index + 1 < len(blocks) and blocks[index + 1] == block
+        if not goes_on:
+            found.append(index)
+    shapes = [(blocks[index].filters, blocks[index].stride) for index in found]
+    if shapes != [(block.filters, block.stride) for block in student.blocks]:
+        raise ValueError("the student's blocks are not one per stretch of the teacher's: choose size 5x5")
+    return found
+
+
+def relative_error(predicted: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
+    """Squared error over the target's variance in time; both (B,T,C), zero beyond lengths (B,)."""
+    predicted, target = predicted.float(), target.float()
+    mean = target.sum(dim=(0, 1)) / lengths.sum()
+    variance = target.square().sum() - mean.square().sum() * lengths.sum()
+    return (predicted - target).square().sum() / variance.clamp(min=1e-6)
+
+
+class PieceStudy:
+    """The teacher's activations at the borders, and each piece's error against them."""
+
+    def __init__(self, teacher: QuartzNet, student: QuartzNet) -> None:
+        self.borders = borders(student.config, teacher.config)
+        fast_teacher, fast_student = channels_last(teacher), channels_last(student)
+        if not isinstance(fast_teacher, FastQuartzNet) or not isinstance(fast_student, FastQuartzNet):
+            raise SystemExit("stage pieces needs the fast path: a CPU with AVX512-BF16 and a C++ compiler")
+        self.teacher, self.student = fast_teacher.requires_grad_(False), fast_student
+        self.sizes = [1.0] * len(self.borders)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> None:
+        """Take the size of the teacher's activations at each border from ``batch``."""
+        hidden = self.teacher(batch.features, batch.lengths, tuple(self.borders)).hidden
+        self.sizes = [max(1e-6, float(values.float().std())) for values in hidden]
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Relative error of each piece on the teacher's input, and the head's divergence."""
+        with torch.no_grad():
+            answer = self.teacher(batch.features, batch.lengths, tuple(self.borders))
+        losses: dict[str, Tensor] = {}
+        network = self.student.model
+        given, lengths = batch.features.to(torch.bfloat16), batch.lengths
+        for index, (module, target) in enumerate(zip(network.blocks, answer.hidden, strict=True)):
+            target = target / self.sizes[index]  # batch norms follow: only the student's range changes
+            out, lengths = self.student.block(given, lengths, cast(Block, module))
+            losses[f"piece{index}"] = relative_error(out, target, lengths)
+            given = target
+        weight, bias = network.head.weight[:, :, 0], cast(Tensor, network.head.bias)
+        logits = functional.linear(given, weight.to(given.dtype), bias.to(given.dtype)).float()
+        log_probs = functional.log_softmax(logits, dim=-1)
+        losses["head"] = posterior_loss(log_probs, answer.log_probs.exp(), answer.lengths)
+        return losses
+
+
+class PieceTrainer(Trainer):
+    """The trainer of stage 3 with local targets in place of its losses."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, archive: Path) -> None:
+        super().__init__(config, corpus)
+        self.study = PieceStudy(read_nemo(archive).model.eval(), self.distiller.model)
+        first = BatchMaker(corpus, config.batch_s, config.seed, None)(0)
+        self.study.measure(first)
+
+    def _losses(self, batch: Batch, with_ctc: bool) -> dict[str, Tensor]:
+        return self.study.losses(batch)
+
+    def _total(self, losses: dict[str, Tensor], weights: LossWeights) -> Tensor:
+        return torch.stack(list(losses.values())).sum()
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--teacher", type=Path, required=True, help=".nemo archive")
+    arguments = parser.parse_args()
+    run(arguments, lambda config, corpus: PieceTrainer(config, corpus, arguments.teacher))
+
+
+if __name__ == "__main__":
+    main()
