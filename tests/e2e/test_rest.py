@@ -107,6 +107,21 @@ def test_stream_of_our_own_route(client: httpx.Client) -> None:
     assert "".join(event.get("delta", "") for event in events) == " ".join([TEXT] * 6)
 
 
+def test_stream_events_of_our_own_route_carry_times_and_the_whole_answer(client: httpx.Client) -> None:
+    form = {"stream": "true", "timestamps": "true"}
+    with client.stream("POST", "/transcribe", data=form, files={"file": wav(recite([TEXT] * 6))}) as response:
+        lines = [line for line in response.iter_lines() if line.startswith("data: {")]
+    *deltas, done = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert {event["type"] for event in deltas} == {"transcript.text.delta"}
+    times = [(event["start"], event["end"]) for event in deltas]
+    assert times == sorted(times)
+    assert all(start < end for start, end in times)
+    assert done["type"] == "transcript.text.done"
+    assert done["text"] == " ".join([TEXT] * 6)
+    assert [word["word"] for word in done["words"]] == done["text"].split()
+    assert {"decode", "queue", "inference", "ctc"} <= set(done["timings"])
+
+
 def test_batch_answers_in_order_with_errors_in_their_place(client: httpx.Client) -> None:
     files = [
         ("files", ("one.wav", wav(sing("abc")))),

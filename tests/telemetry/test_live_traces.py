@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -17,6 +18,10 @@ from loadtest.local_stack import LocalStack, Process, free_port
 from tests.telemetry.live import MODEL, clip, metric_sum, settings, stack, tracing, transcribe
 from tests.telemetry.otlp_receiver import OtlpReceiver, ReceivedSpan
 from tests.tiny_bundle import sing, wav
+from ui.client import AsrClient, AudioFile
+from ui.settings import UiSettings
+from ui.tracing import Tracing
+from ui.transcript import Transcript
 
 __all__ = ["stack"]
 
@@ -61,6 +66,33 @@ def test_a_request_is_one_trace_through_every_stage(stack: LocalStack, protocol:
     assert attributes["asr.real_time_factor"] > 0
     assert attributes["http.response.status_code"] == 200
     assert answer.headers["x-request-id"] == TRACE_ID == attributes["asr.request_id"]
+
+
+def test_the_page_and_the_service_share_one_trace(stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OtlpReceiver() as receiver:
+        variables = tracing(receiver, "http/protobuf")
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        api = stack.api(settings(stack.folder / "models", **variables))
+        of_the_page = Tracing()
+
+        async def use_the_page() -> Transcript:
+            environ = {"ASR_API_URL": api.url}
+            async with AsrClient(UiSettings.from_env(environ), tracing=of_the_page) as client:
+                return await client.transcribe(AudioFile("song.wav", clip("bad cafe")))
+
+        transcript = asyncio.run(use_the_page())
+        of_the_page.close()
+        spans = receiver.wait_for(
+            lambda found: server_ended(found) and any(s.resource["service.name"] == "asr-ui" for s in found)
+        )
+    assert transcript.text == "bad cafe"
+    (page,) = [span for span in spans if span.resource["service.name"] == "asr-ui"]
+    (server,) = [span for span in spans if span.name == "POST /transcribe" and span is not page]
+    assert page.parent_id == ""
+    assert (server.trace_id, server.parent_id) == (page.trace_id, page.span_id)
+    assert page.start_ns <= server.start_ns <= page.end_ns
+    assert transcript.trace_id == page.trace_id
 
 
 def test_the_segments_of_a_long_file_are_in_its_trace(stack: LocalStack) -> None:
