@@ -47,8 +47,8 @@ lock: ## resolve the locks again (needs uv)
 run: $(VENV)/.run ## set up, start API and page, transcribe a sample; MODEL=name serves another bundle
 	@exec $(BIN)/python scripts/run.py --model "$(MODEL)" $(ARGS)
 
-test: $(VENV)/.dev ## set up and run every test
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.dev ## set up and run every test, in two processes; ARGS=...
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 .PHONY: train-smoke
 train-smoke: $(VENV)/.dev ## all four recipes, from recordings to bundles that a live API serves

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,11 @@ def test_an_empty_part_is_refused(rows: list[Utterance], tmp_path: Path) -> None
         fit(CtcModule(Small(), CODEC, chosen), loader, [], chosen, RunFolder(tmp_path))  # type: ignore[arg-type]
 
 
-def test_reading_in_other_processes_gives_the_same(rows: list[Utterance]) -> None:
+def test_reading_in_other_processes_gives_the_same(
+    rows: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A started process runs its parent's main file, and a pytest-xdist worker's is not one to run twice.
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     dataset = UtteranceDataset(rows[:4], CODEC.encode)
     here = list(make_loader(dataset, settings(), training=False))
     there = list(make_loader(dataset, settings(workers=1), training=False))

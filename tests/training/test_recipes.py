@@ -227,6 +227,7 @@ def test_english_encoder_carries_over(
     language: str, teacher_archive: Path, corpus: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The encoder is the archive's, the decoder is new, a few steps teach both, the graph agrees."""
+    torch.manual_seed(0)  # of the new decoder; the first steps depend on it
     codec = CharacterCodec(alphabet(language))
     outputs = len(codec.vocabulary)
     model, frontend = transferred(teacher_archive, outputs)
@@ -238,7 +239,7 @@ def test_english_encoder_carries_over(
     rows = read_manifest(corpus(language))[:2]
     dataset = UtteranceDataset(rows, lambda text: codec.encode(normaliser(language)(text)))
     batch = collate([dataset[index] for index in range(2)])
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4)
     losses = []
     for _ in range(4):
         log_probs, frames = network(batch["waveform"], batch["lengths"])
