@@ -15,6 +15,7 @@ import asyncio
 import json
 import math
 import signal
+import socket
 import time
 import uuid
 from types import FrameType
@@ -31,6 +32,8 @@ from api.settings import Settings
 _MAX_HEAD_BYTES = 64 * 1024
 _LINGER_S = 5.0
 _LAST_SCRAPE_WAIT_S = 30.0  # twice the usual scrape interval
+_LAST_REQUEST_S = 0.5  # what a connection that was let in has to send its request when the server stops
+_ACCEPT_TURNS = 3  # of the loop: it looks at its sockets between two
 _BACKLOG = 2048
 START_FAILED = 3
 
@@ -56,6 +59,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = True
         self._deaf = False
+        self._last_request = False
         self._idle_since_s = time.monotonic()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -85,6 +89,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._disarm()
         super().on_headers_complete()
+        if self._last_request and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         self._in_head = True
@@ -97,6 +103,18 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self._in_head and not self.transport.is_closing():
             self._arm(_LINGER_S)
         super().on_response_complete()
+
+    def shutdown(self) -> None:
+        """Close when nothing is under way. A request that is on its way in is still answered.
+
+        To close a connection whose first bytes were not read yet would reset it.
+        """
+        waits_for_request = self.cycle is None or (self._in_head and self._head_bytes > 0)
+        if waits_for_request and not self.transport.is_closing():
+            self._last_request = True
+            self._arm(min(_LAST_REQUEST_S, self.head_timeout_s))
+        else:
+            super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequestError(msg))
@@ -184,6 +202,12 @@ class Server(uvicorn.Server):
         """A model was refused: stop, with a status that says so."""
         self.failed = True
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take the connections that wait to be accepted: a closed listener would reset them. Then stop."""
+        for _ in range(_ACCEPT_TURNS):
+            await asyncio.sleep(0)
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         if self._exit_at_s is not None and time.monotonic() >= self._exit_at_s:
