@@ -161,8 +161,8 @@ def expand(page: Page, key: str) -> None:
     page.locator("summary", has_text=ENGLISH[key]).click()
 
 
-def choose(page: Page, key: str, option: str) -> None:
-    """Choose in a select box with the keyboard, as often as a redraw of the page closes the list meanwhile.
+def choose(page: Page, key: str, option: str, offered: list[str]) -> None:
+    """Choose from exactly ``offered`` with the keyboard, again where a redraw of the page closes the list.
 
     Whoever opens a list within the moment that Streamlit redraws the page sees it close and opens it again.
     """
@@ -171,7 +171,7 @@ def choose(page: Page, key: str, option: str) -> None:
     for _ in range(5):
         box.press("ArrowDown")
         with contextlib.suppress(AssertionError):
-            expect(page.get_by_role("option", name=option, exact=True)).to_be_visible(timeout=5_000)
+            expect(page.get_by_role("option")).to_have_text(offered, timeout=5_000)
             box.fill(option)
             expect(page.get_by_role("option")).to_have_text([option], timeout=5_000)
             box.press("Enter")
@@ -179,4 +179,4 @@ def choose(page: Page, key: str, option: str) -> None:
             expect(box).to_have_value(option, timeout=5_000)
             return
         box.press("Escape")
-    raise AssertionError(f"{option!r} could not be chosen")
+    raise AssertionError(f"{option!r} could not be chosen from {offered}")

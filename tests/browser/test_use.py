@@ -127,7 +127,7 @@ def test_what_is_typed_survives_another_file_and_another_tab(desk: Visit) -> Non
 
 def test_the_model_is_chosen_from_what_is_served(desk: Visit) -> None:
     expand(desk.page, "options.title")
-    choose(desk.page, "options.model", "other")
+    choose(desk.page, "options.model", "other", offered=["tiny", "other"])
     drop(desk.page, ("song.wav", wav(sing(TEXT))))
     heard(desk.page)
     expect(desk.page.get_by_text("· other ·")).to_be_visible()
