@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from training.recipes.quartznet_ctc.dataset import VOCABULARY_SIZE
 from training.recipes.quartznet_ctc.examples import Batch
 from training.recipes.quartznet_ctc.kernels import load
+from training.recipes.quartznet_ctc.loss import ctc_loss, posterior_loss
 from training.recipes.quartznet_ctc.model import QuartzNet, quartznet
 from training.recipes.quartznet_ctc.pieces import PieceStudy, borders, relative_error
 from training.recipes.quartznet_ctc.student import QUARTZNET_5X5, Distiller, student_config
@@ -65,3 +68,22 @@ def test_pieces_learn_alone_and_no_gradient_crosses_a_border() -> None:
     study.losses(batch)["piece3"].backward()
     touched = {name.split(".")[1] for name, p in distiller.model.named_parameters() if p.grad is not None}
     assert touched == {"3"}
+
+
+@pytest.mark.skipif(load() is None, reason="needs AVX512-BF16 and a C++ compiler")
+def test_joined_pieces_are_the_whole_student() -> None:
+    torch.manual_seed(0)
+    distiller = Distiller(student_config(QUARTZNET_5X5), components=4)
+    study = PieceStudy(QuartzNet(TEACHER).eval(), distiller.model, joined=True)
+    batch = replace(some_batch(), texts=[[3, 4], [5]])
+    losses = study.losses(batch, with_ctc=True)
+    answer = study.student(batch.features, batch.lengths)
+    teacher = study.teacher(batch.features, batch.lengths)
+    whole = posterior_loss(answer.log_probs, teacher.log_probs.exp(), teacher.lengths)
+    assert losses["head"].item() == pytest.approx(whole.item(), rel=0.02)
+    assert losses["ctc"].item() == pytest.approx(
+        ctc_loss(answer.log_probs, answer.lengths, batch.texts).item(), rel=0.02
+    )
+    losses["piece3"].backward()
+    touched = {name.split(".")[1] for name, p in distiller.model.named_parameters() if p.grad is not None}
+    assert touched == {"0", "1", "2", "3"}

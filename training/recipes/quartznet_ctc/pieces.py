@@ -7,9 +7,13 @@ A student with the teacher's widths at the borders of its pieces (QuartzNet5x5: 
 three of the teacher's, the wide convolution, the last, the head) starts from random weights. The teacher
 runs on the augmented batch; every piece sees the teacher's activations before its stretch and answers those
 after it (mean squared error over the target's variance). No gradient crosses a border, so several shallow
-problems are solved at once instead of one deep one; joined up, the pieces are the start of stage 3
-(`weights`, then `distill --init-from`). The idea is that of Li et al. 2020, "Blockwisely supervised neural
-architecture search with knowledge distillation". Neither weights nor decoder of the teacher are copied.
+problems are solved at once instead of one deep one. The idea is that of Li et al. 2020, "Blockwisely
+supervised neural architecture search with knowledge distillation". Neither weights nor decoder of the teacher
+are copied.
+
+``--joined`` goes on from there (``weights``, then ``pieces --joined --init-from``): each piece hears the one
+before it and gradients cross the borders, so the pieces learn to live with each other's errors. The targets
+at the borders stay (deep supervision), with the teacher's posteriors and CTC on the text at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from training.nemo import read_nemo
 from training.recipes.quartznet_ctc.distill import TrainConfig, Trainer, arguments_of, run
 from training.recipes.quartznet_ctc.examples import Batch, BatchMaker, Corpus
 from training.recipes.quartznet_ctc.fast import FastQuartzNet, channels_last
-from training.recipes.quartznet_ctc.loss import posterior_loss
+from training.recipes.quartznet_ctc.loss import ctc_loss, posterior_loss
 from training.recipes.quartznet_ctc.model import Block, QuartzNet, QuartzNetConfig
 from training.recipes.quartznet_ctc.student import LossWeights
 
@@ -57,15 +61,19 @@ def relative_error(predicted: Tensor, target: Tensor, lengths: Tensor) -> Tensor
 
 
 class PieceStudy:
-    """The teacher's activations at the borders, and each piece's error against them."""
+    """The teacher's activations at the borders, and each piece's error against them.
 
-    def __init__(self, teacher: QuartzNet, student: QuartzNet) -> None:
+    A piece is given what the teacher hands to its stretch or, ``joined``, what the piece before it made.
+    """
+
+    def __init__(self, teacher: QuartzNet, student: QuartzNet, joined: bool = False) -> None:
         self.borders = borders(student.config, teacher.config)
         fast_teacher, fast_student = channels_last(teacher), channels_last(student)
         if not isinstance(fast_teacher, FastQuartzNet) or not isinstance(fast_student, FastQuartzNet):
             raise SystemExit("stage pieces needs the fast path: a CPU with AVX512-BF16 and a C++ compiler")
         self.teacher, self.student = fast_teacher.requires_grad_(False), fast_student
         self.sizes = [1.0] * len(self.borders)
+        self.joined = joined
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> None:
@@ -73,8 +81,8 @@ class PieceStudy:
         hidden = self.teacher(batch.features, batch.lengths, tuple(self.borders)).hidden
         self.sizes = [max(1e-6, float(values.float().std())) for values in hidden]
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Relative error of each piece on the teacher's input, and the head's divergence."""
+    def losses(self, batch: Batch, with_ctc: bool = False) -> dict[str, Tensor]:
+        """Relative error of each piece and the head's divergence; CTC where it is asked for."""
         with torch.no_grad():
             answer = self.teacher(batch.features, batch.lengths, tuple(self.borders))
         losses: dict[str, Tensor] = {}
@@ -84,35 +92,44 @@ class PieceStudy:
             target = target / self.sizes[index]  # batch norms follow: only the student's range changes
             out, lengths = self.student.block(given, lengths, cast(Block, module))
             losses[f"piece{index}"] = relative_error(out, target, lengths)
-            given = target
+            given = out if self.joined else target
         weight, bias = network.head.weight[:, :, 0], cast(Tensor, network.head.bias)
         logits = functional.linear(given, weight.to(given.dtype), bias.to(given.dtype)).float()
         log_probs = functional.log_softmax(logits, dim=-1)
         losses["head"] = posterior_loss(log_probs, answer.log_probs.exp(), answer.lengths)
+        if with_ctc:
+            losses["ctc"] = ctc_loss(log_probs, answer.lengths, batch.texts)
         return losses
 
 
 class PieceTrainer(Trainer):
     """The trainer of stage 3 with local targets in place of its losses."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, archive: Path) -> None:
+    def __init__(self, config: TrainConfig, corpus: Corpus, archive: Path, joined: bool) -> None:
         super().__init__(config, corpus)
-        self.study = PieceStudy(read_nemo(archive).model.eval(), self.distiller.model)
+        self.study = PieceStudy(read_nemo(archive).model.eval(), self.distiller.model, joined)
         first = BatchMaker(corpus, config.batch_s, config.seed, None)(0)
         self.study.measure(first)
 
     def _losses(self, batch: Batch, with_ctc: bool) -> dict[str, Tensor]:
-        return self.study.losses(batch)
+        return self.study.losses(batch, with_ctc and self.study.joined)
 
     def _total(self, losses: dict[str, Tensor], weights: LossWeights) -> Tensor:
-        return torch.stack(list(losses.values())).sum()
+        if not self.study.joined:
+            return torch.stack(list(losses.values())).sum()
+        total = weights.posterior * losses["head"]
+        if "ctc" in losses:
+            total = total + weights.ctc * losses["ctc"]
+        errors = [value for name, value in losses.items() if name.startswith("piece")]
+        return total + weights.hidden * torch.stack(errors).sum()
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--teacher", type=Path, required=True, help=".nemo archive")
+    parser.add_argument("--joined", action="store_true", help="each piece hears the one before it")
     arguments = parser.parse_args()
-    run(arguments, lambda config, corpus: PieceTrainer(config, corpus, arguments.teacher))
+    run(arguments, lambda config, corpus: PieceTrainer(config, corpus, arguments.teacher, arguments.joined))
 
 
 if __name__ == "__main__":
