@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
 from collections import defaultdict
@@ -15,7 +14,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from training.errors import EmptyManifestError, ManifestError
+from training.data.manifest import read_rows
+from training.errors import EmptyManifestError
 from training.inference import Waveform
 
 
@@ -30,19 +30,14 @@ def manifest_rows(
 ) -> list[dict[str, Any]]:
     """Rows of a JSON lines manifest, filtered by equal fields; `limit` of them, evenly spread over the file.
 
-    Raises ManifestError on a line that is not an object, EmptyManifestError where nothing is left.
+    Raises ManifestError on a line that is no row, EmptyManifestError where nothing is left.
     """
-    rows = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ManifestError(f"{manifest}:{number}: {error}") from error
-        if not isinstance(row, dict) or "audio_filepath" not in row:
-            raise ManifestError(f"{manifest}:{number}: expected an object with audio_filepath")
-        fits = all(row.get(name) == value for name, value in wanted.items())
-        if fits and (row.get("text") or not with_text):
-            rows.append(row)
+    rows = [
+        row
+        for row in read_rows(manifest, dict)
+        if all(row.get(name) == value for name, value in wanted.items())
+        and (row.get("text") or not with_text)
+    ]
     if not rows:
         raise EmptyManifestError(f"{manifest}: no utterance fits {wanted or 'the request'}")
     if limit is not None and limit < len(rows):

@@ -193,5 +193,5 @@ def test_manifest_rows_are_filtered_and_spread(tmp_path: Path) -> None:
 def test_a_broken_manifest_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_text('{"audio_filepath": "a.wav"}\n[1]\n', encoding="utf-8")
-    with pytest.raises(ManifestError, match=":2: expected an object"):
+    with pytest.raises(ManifestError, match=":2: not a manifest row: expected an object"):
         manifest_rows(path)

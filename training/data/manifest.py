@@ -7,12 +7,14 @@ Paths are relative to the manifest's folder or absolute. `offset` (seconds into 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from training.errors import EmptyManifestError, ManifestError
+
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,8 @@ class Utterance:
         return row | {key: value for key, value in optional.items() if value}
 
 
-def _utterance(row: Any, folder: Path) -> Utterance:
-    if not isinstance(row, dict):
-        raise ValueError("expected an object")
-    audio, text = row.get("audio_filepath"), row.get("text", "")
-    if not isinstance(audio, str) or not audio:
-        raise ValueError("audio_filepath is missing")
+def _utterance(row: dict[str, Any], folder: Path) -> Utterance:
+    audio, text = row["audio_filepath"], row.get("text", "")
     if not isinstance(text, str):
         raise ValueError(f"text is {type(text).__name__}, expected a string")
     duration = row.get("duration")
@@ -69,25 +67,38 @@ def _utterance(row: Any, folder: Path) -> Utterance:
     )
 
 
-def read_manifest(path: Path) -> list[Utterance]:
-    """Rows in file order.
+def read_rows(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> list[Parsed]:
+    """What `parse` makes of each line's object, in file order; every object names its `audio_filepath`.
 
-    Raises ManifestError naming the line that is wrong, EmptyManifestError when there is none.
+    Raises ManifestError naming the line that is wrong (`parse` raises KeyError, TypeError or ValueError),
+    EmptyManifestError when there is none.
     """
     if not path.is_file():
         raise ManifestError(f"{path}: no such manifest")
-    rows: list[Utterance] = []
+    rows: list[Parsed] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                rows.append(_utterance(json.loads(line), path.parent))
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("expected an object with audio_filepath")
+                if not isinstance(row.get("audio_filepath"), str) or not row["audio_filepath"]:
+                    raise ValueError("audio_filepath is missing")
+                rows.append(parse(row))
+            except KeyError as error:
+                raise ManifestError(f"{path}:{number}: not a manifest row: {error} is missing") from error
             except (TypeError, ValueError) as error:
                 raise ManifestError(f"{path}:{number}: not a manifest row: {error}") from error
     if not rows:
         raise EmptyManifestError(f"{path}: the manifest is empty; import recordings first")
     return rows
+
+
+def read_manifest(path: Path) -> list[Utterance]:
+    """Rows in file order, their audio as resolved paths. Raises as `read_rows` does."""
+    return read_rows(path, lambda row: _utterance(row, path.parent))
 
 
 def write_manifest(path: Path, rows: Iterable[Utterance]) -> Path:

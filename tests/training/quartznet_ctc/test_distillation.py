@@ -18,7 +18,7 @@ from training.nemo import NemoModel
 from training.recipes.quartznet_ctc import distill, label
 from training.recipes.quartznet_ctc.augment import AugmentConfig
 from training.recipes.quartznet_ctc.cache import write_mel, write_pcm
-from training.recipes.quartznet_ctc.dataset import ALPHABET, VOCABULARY_SIZE, read_manifest
+from training.recipes.quartznet_ctc.dataset import ALPHABET, VOCABULARY_SIZE, read_utterances
 from training.recipes.quartznet_ctc.evaluate import validate
 from training.recipes.quartznet_ctc.examples import BatchMaker, Corpus
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
@@ -54,7 +54,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "manifest.jsonl").write_text("\n".join(lines), encoding="utf-8")
     out = folder / "cache"
     out.mkdir()
-    write_pcm(read_manifest(folder / "manifest.jsonl"), folder, out)
+    write_pcm(read_utterances(folder / "manifest.jsonl"), folder, out)
     with torch.inference_mode():
         write_mel(out)
     with pytest.MonkeyPatch.context() as patch:

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from training.frontend import LogMel
-from training.recipes.quartznet_ctc.dataset import Utterance, read_manifest
+from training.recipes.quartznet_ctc.dataset import Utterance, read_utterances
 
 SAMPLE_RATE_HZ = 16_000
 
@@ -118,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not (arguments.out / "index.json").exists():
-        rows = read_manifest(arguments.manifest)
+        rows = read_utterances(arguments.manifest)
         write_pcm(rows, arguments.manifest.parent, arguments.out)
     if not (arguments.out / "mel.npy").exists():
         with torch.inference_mode():

@@ -16,6 +16,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from training.data.manifest import read_rows
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz'"
 """Characters of the English alphabet in the order of their token ids; the blank is the last id (28)."""
@@ -58,32 +61,22 @@ def decode_ids(ids: Iterable[int]) -> str:
     return "".join(ALPHABET[index] for index in ids)
 
 
-def read_manifest(path: Path) -> list[Utterance]:
-    """Rows of a JSON-lines manifest in file order; raises ``ValueError`` naming the line that is wrong."""
-    rows: list[Utterance] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                rows.append(
-                    Utterance(
-                        id=row.get("id") or row["audio_filepath"],
-                        shard=row.get("shard", ""),
-                        audio_filepath=row["audio_filepath"],
-                        text=normalise_text(row.get("text") or ""),
-                        duration_s=float(row["duration"]),
-                        speaker=row.get("speaker") or "",
-                        source=row.get("source") or "unknown",
-                        licence=row.get("licence") or "unknown",
-                    )
-                )
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: not a manifest row: {error!r}") from error
-    if not rows:
-        raise ValueError(f"{path}: the manifest is empty")
-    return rows
+def _utterance(row: dict[str, Any]) -> Utterance:
+    return Utterance(
+        id=row.get("id") or row["audio_filepath"],
+        shard=row.get("shard", ""),
+        audio_filepath=row["audio_filepath"],
+        text=normalise_text(row.get("text") or ""),
+        duration_s=float(row["duration"]),
+        speaker=row.get("speaker") or "",
+        source=row.get("source") or "unknown",
+        licence=row.get("licence") or "unknown",
+    )
+
+
+def read_utterances(path: Path) -> list[Utterance]:
+    """Rows of a manifest whose audio may lie in tar shards, in file order. Raises as `read_rows` does."""
+    return read_rows(path, _utterance)
 
 
 def is_validation(row: Utterance, fraction: float, seed: int = 0) -> bool:
@@ -108,7 +101,7 @@ def split_rows(rows: list[Utterance], fraction: float, seed: int = 0) -> tuple[l
 
 def write_validation(manifest: Path, out: Path, fraction: float = VALIDATION_FRACTION) -> int:
     """Write the held-out rows as a manifest of its own, with absolute paths; returns how many they are."""
-    rows = read_manifest(manifest)
+    rows = read_utterances(manifest)
     folder = manifest.parent.resolve()
     lines = []
     for index in split_rows(rows, fraction)[1]:
