@@ -95,6 +95,10 @@ bench-engine: $(VENV)/.bench ## engine in process: workers, threads, batch; MODE
 bench-overload: $(VENV)/.bench ## three times capacity for two minutes; MODEL=name, ARGS=--seconds 30
 	$(BIN)/python -m loadtest.overload --model "$(MODEL)" $(ARGS)
 
+.PHONY: fuzz-audio
+fuzz-audio: $(VENV)/.bench ## 100,000 damaged files through the decoder, in a child that may die; ARGS=--count 2000
+	$(BIN)/python -m loadtest.fuzz_audio $(ARGS)
+
 # --- ship: images, Compose, Kubernetes (docs/deploy.md) ------------------------------------------------
 INFRA := .venv-infra
 VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

@@ -24,6 +24,7 @@ from api.errors import UndecodableAudioError
 _BLOCK_VALUES = 1 << 18  # float32 values per block, all channels together: 1 MiB
 _FLAC_BLOCK_VALUES = 1 << 14
 _MAX_DAMAGED_PACKETS = 1000
+_UNSAFE_PLANES = 8
 
 # Containers and bare streams FFmpeg may try. Playlists and other formats that name further files or hosts
 # (hls, concat, dash, sdp) stay out: an upload must never make this process open anything else.
@@ -80,6 +81,8 @@ class SoundfileSource:
     """wav and flac through libsndfile."""
 
     def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._rescue: AvSource | None = None
         self._sound = soundfile.SoundFile(file)
         self.container = str(self._sound.format).lower()
         self.warnings: list[str] = []
@@ -90,7 +93,7 @@ class SoundfileSource:
             )
 
     def blocks(self) -> Iterator[Block]:
-        sound = self._sound
+        sound, found = self._sound, False
         # A damaged flac loses the whole read that meets the damage, so its reads are short.
         values = _FLAC_BLOCK_VALUES if self.container == "flac" else _BLOCK_VALUES
         frames = max(1, values // sound.channels)
@@ -99,14 +102,26 @@ class SoundfileSource:
             try:
                 samples = sound.read(frames, dtype="float32", always_2d=True)
             except soundfile.SoundFileError:
+                if not found:  # FFmpeg steps over damage, so there may be audio behind it
+                    yield from self._rescued()
+                    return
                 self.warnings.append("The file is damaged; the audio before the damage was used.")
                 return
             if len(samples) == 0:
                 return
+            found = True
             yield Block(samples, sound.samplerate)
+
+    def _rescued(self) -> Iterator[Block]:
+        self._file.seek(0)
+        self._rescue = AvSource(self._file)
+        yield from self._rescue.blocks()
+        self.warnings.append("The file is damaged; what could be decoded was used.")
 
     def close(self) -> None:
         self._sound.close()
+        if self._rescue is not None:
+            self._rescue.close()
 
 
 class AvSource:
@@ -136,35 +151,39 @@ class AvSource:
         parts: list[NDArray[np.float32]] = []
         shape, values = (0, 0), 0
         for samples, rate_hz in self._float_frames():
-            if parts and (shape != (rate_hz, samples.shape[0]) or values >= _BLOCK_VALUES):
-                yield Block(np.concatenate(parts, axis=1).T, shape[0])
+            if parts and (shape != (rate_hz, samples.shape[1]) or values >= _BLOCK_VALUES):
+                yield Block(np.concatenate(parts), shape[0])
                 parts, values = [], 0
             parts.append(samples)
-            shape, values, found = (rate_hz, samples.shape[0]), values + samples.size, True
+            shape, values, found = (rate_hz, samples.shape[1]), values + samples.size, True
         if parts:
-            yield Block(np.concatenate(parts, axis=1).T, shape[0])
+            yield Block(np.concatenate(parts), shape[0])
         if self._damaged_packets and not found:
             raise _unreadable()
         if self._damaged_packets:
             self.warnings.append("The file is damaged or cut short; what could be decoded was used.")
 
     def _float_frames(self) -> Iterator[tuple[NDArray[np.float32], int]]:
-        """float32 (channels, samples) of each frame, and its sample rate in Hz."""
-        to_float = av.AudioResampler(format="fltp")
+        """float32 (samples, channels) of each frame, and its sample rate in Hz."""
+        to_float = av.AudioResampler(format="flt")
         layout: tuple[str, int, str] | None = None
         for frame in self._frames():
             shape = (frame.layout.name, frame.sample_rate, frame.format.name)
             if shape != layout:  # a stream may change its mind; each part is converted for itself
-                to_float, layout = av.AudioResampler(format="fltp"), shape
+                # PyAV finds the end of a planar frame's channels by a null pointer. Frames of eight or more
+                # have none, and looking at one ends the process (PyAV 18): those are interleaved first.
+                planar = frame.layout.nb_channels < _UNSAFE_PLANES
+                to_float, layout = av.AudioResampler(format="fltp" if planar else "flt"), shape
             try:
                 converted = to_float.resample(frame)
             except (av.error.FFmpegError, ValueError):
                 self._damaged_packets += 1
                 continue
             for part in converted:
-                samples = part.to_ndarray()
-                if samples.shape[1]:
-                    yield np.asarray(samples, dtype=np.float32), int(part.sample_rate)
+                values = np.asarray(part.to_ndarray(), dtype=np.float32)
+                samples = values.T if part.format.is_planar else values.reshape(part.samples, -1)
+                if len(samples):
+                    yield samples, int(part.sample_rate)
 
     def _frames(self) -> Iterator[Any]:
         """Decoded frames; damaged packets are counted and stepped over."""
@@ -176,6 +195,10 @@ class AvSource:
                 return
             except (av.error.FFmpegError, ValueError, OSError):
                 self._damaged_packets += 1
+                return
+            except IndexError:
+                # PyAV's flush stumbles over streams that FFmpeg found while reading (MPEG-TS, FLV). They
+                # come after ours, which has been flushed by then.
                 return
             try:
                 yield from packet.decode()

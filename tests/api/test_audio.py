@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import tracemalloc
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 from api.audio import AudioReader, decode
 from api.errors import AudioTooLongError, UndecodableAudioError
+from loadtest import fuzz_seeds
 from tests.tiny_bundle import sing, wav
 
 RATE_HZ = 16_000
@@ -251,6 +254,54 @@ def test_absurd_sample_rates_are_refused_before_they_are_resampled(rate_hz: int)
     struct.pack_into("<I", data, 24, rate_hz)
     with pytest.raises(UndecodableAudioError, match=f"{rate_hz} Hz"):
         decode(bytes(data), sample_rate_hz=RATE_HZ)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "channels"),
+    [("mov", "pcm_s16le", count) for count in (2, 7, 8, 9, 16, 64)]
+    + [("ipod", "aac", 8), ("ogg", "libopus", 8), ("matroska", "flac", 8)],
+)
+def test_many_channels_do_not_end_the_process(container: str, codec: str, channels: int) -> None:
+    """PyAV reads past the end of planar frames with eight or more channels: 7.1 sound ended the service."""
+    rate_hz = 48_000
+    recipe = fuzz_seeds.Recipe(container, codec, rate_hz, channels)
+    decoded = decode(fuzz_seeds.encode(recipe, tone(1000, rate_hz), rate_hz), sample_rate_hz=RATE_HZ)
+    assert decoded.duration_s == pytest.approx(1.0, abs=0.03)
+    if codec == "pcm_s16le":  # lossy codecs cut the tone out of the subwoofer's channel
+        assert level(decoded.samples, 1000) == pytest.approx(0.5 * 0.75, rel=0.01)
+
+
+def test_damage_that_reads_as_47_channels_is_survived() -> None:
+    """Mutant 4660 of the first fuzzing run: sixty-four zeros in an AAC stream."""
+    data = bytearray(fuzz_seeds.make_seeds()["aac"])
+    data[225:289] = bytes(64)
+    assert decode(bytes(data), sample_rate_hz=RATE_HZ).duration_s > 0.5
+
+
+LATE_STREAM = (
+    "c-muN7_z|KfkB9YVFND%<3S*g@dJa_MwU%O#q9w=w=-=J0=xYo!v_X_5V39cfty3X?T!p4>~J0<lFa{)3=ER{2esQ78BBWye"
+    "F!(>3U@P5xa%N=J1aEY0~{pmfkOIgwsOl&I-*#7Y}uc`Nz49hUwdlF^2@XB8Oj+LzLj!&l=dAvF9|l{#8un!RZEgiXsY_mOj"
+    "^A!_+~M~N(SGlvJ5{NZfkb7zSnjVbJv_0bmg#q)`h+N3=CxqVL1#|=NRIuJ~1#<^L_q!ch}RVoUCknk4gr4po!lZDy<%^;C5"
+    "l~VyI=%XL!CYufUKYfZ^@we~!EiIxWC(H=i+BgWK-#ZfAS8V|=fUA9!!XApfH58^i3)40l9RCq8UG3J!M*l=Oasp@9{i-lZ4"
+    "@d3v|(9BKvoOsLyE8LY6EGoyfF005fYYi0"
+)
+
+
+def test_streams_that_appear_while_reading_are_no_error_of_ours() -> None:
+    """PyAV's flush raises IndexError for a second stream found late; cut down from a mutant of MPEG-TS."""
+    decoded = decode(zlib.decompress(base64.b85decode(LATE_STREAM)), sample_rate_hz=RATE_HZ)
+    assert decoded.container == "mpegts"
+    assert decoded.duration_s > 0
+    assert decoded.warnings
+
+
+def test_flac_damaged_at_its_beginning_gives_what_is_behind() -> None:
+    """libFLAC gives up the read that meets damage; FFmpeg goes on with the next frame."""
+    data = bytearray(file_of("flac", tone(1000, 44_100, 3.0), 44_100))
+    data[1_000:1_004] = bytes(4)
+    decoded = decode(bytes(data), sample_rate_hz=RATE_HZ)
+    assert decoded.duration_s > 2.0
+    assert len(decoded.warnings) == 1
 
 
 SEEDS = {kind: file_of(kind, tone(1000, ENCODED[kind][2] if kind in ENCODED else 44_100, 0.3), 44_100)
