@@ -17,6 +17,7 @@ import faulthandler
 import io
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -28,8 +29,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
+from tqdm import tqdm
 
 from api.audio import AudioReader
 from api.errors import ClientError
@@ -45,7 +48,6 @@ FILE_MEMORY_MB = 200.0
 GROWTH_MB = 10.0  # per 10,000 files, in the longest-lived child
 MIN_FILES_FOR_GROWTH = 5_000
 MAX_DESCRIPTORS_MORE = 8
-LOUDEST = 2.0  # full scale is clipped to 1 before resampling, which may overshoot
 
 
 def outcome_of(data: bytes) -> str:
@@ -57,7 +59,7 @@ def outcome_of(data: bytes) -> str:
     try:
         with AudioReader(io.BytesIO(data), sample_rate_hz=SAMPLE_RATE_HZ, max_audio_s=MAX_AUDIO_S) as reader:
             for block in reader:
-                if block.dtype != np.float32 or block.ndim != 1 or not np.abs(block).max() <= LOUDEST:
+                if block.dtype != np.float32 or block.ndim != 1 or not np.abs(block).max() <= 1.0:
                     raise AssertionError(f"not a waveform: {block.dtype} {block.shape}")
                 samples += len(block)
             if not abs(samples / SAMPLE_RATE_HZ - reader.duration_s) < 0.01 + 0.01 * reader.duration_s:
@@ -161,25 +163,10 @@ def watch(command: Sequence[str], count: int, timeout_s: float = FILE_TIMEOUT_S)
     or is silent for ``timeout_s`` costs the mutant it had announced.
     """
     tally, number = Tally(), 0
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=count, unit="file", disable=None) as bar:
         while number < count:
             tally.children.append([])
-            read_end, write_end = os.pipe()
-            running = subprocess.Popen(
-                [*command, str(number), str(write_end)],
-                cwd=ROOT,
-                env={**os.environ, "TMPDIR": scratch},
-                pass_fds=[write_end],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-            os.close(write_end)
-            try:
-                number = _follow(running, read_end, number, tally, timeout_s)
-            finally:
-                os.close(read_end)
-                running.kill()
-                running.wait()
+            number = _follow(command, number, tally, timeout_s, scratch, bar)
             left = os.listdir(scratch)
             if left:
                 tally.findings.append(Finding(number - 1, f"left files behind: {left[:3]}"))
@@ -189,26 +176,57 @@ def watch(command: Sequence[str], count: int, timeout_s: float = FILE_TIMEOUT_S)
     return tally
 
 
-def _follow(running: subprocess.Popen[bytes], pipe: int, number: int, tally: Tally, timeout_s: float) -> int:
+def _follow(
+    command: Sequence[str],
+    number: int,
+    tally: Tally,
+    timeout_s: float,
+    scratch: str,
+    progress: tqdm[NoReturn],
+) -> int:
     """Read one child's lines to its end; the number the next child starts from."""
     begun = number - 1
-    try:
-        for line in _lines(pipe, timeout_s):
-            if line.startswith(b"> "):
-                begun = int(line[2:])
-            else:
-                tally.finished(json.loads(line))
-    except TimeoutError:
-        running.send_signal(signal.SIGABRT)  # faulthandler tells where it was
-        tally.findings.append(Finding(begun, f"silent for {timeout_s:.0f} s"))
-        return begun + 1
-    status = running.wait()
-    if status != 0:
-        name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        if begun < number:
-            raise RuntimeError(f"the child ended with {name} before its first file")
-        tally.findings.append(Finding(begun, f"the child died: {name}"))
+    read_end, write_end = os.pipe()
+    with tempfile.TemporaryFile() as log, os.fdopen(read_end) as pipe:
+        running = subprocess.Popen(
+            [*command, str(number), str(write_end)],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": scratch},
+            pass_fds=[write_end],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        os.close(write_end)
+        try:
+            for line in _lines(pipe.fileno(), timeout_s):
+                if line.startswith(b"> "):
+                    begun = int(line[2:])
+                    bar.update(begun - bar.n)
+                else:
+                    tally.finished(json.loads(line))
+            status = running.wait()
+            problem = f"the child died of {_cause(status)}" if status else ""
+        except TimeoutError:
+            running.send_signal(signal.SIGABRT)  # faulthandler tells where it was
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(5)
+            problem = f"silent for {timeout_s:.0f} s"
+        finally:
+            running.kill()
+            running.wait()
+        log.seek(0)
+        said = log.read().decode(errors="replace")
+    if problem and begun < number:
+        raise RuntimeError(f"{problem} before its first file:\n{said[-2000:]}")
+    if problem:
+        ours = re.search(r'File ".*/(api/\w+\.py)", line (\d+)', said)
+        where = f" in {ours[1]} line {ours[2]}" if ours else ""
+        tally.findings.append(Finding(begun, problem + where))
     return begun + 1
+
+
+def _cause(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
 
 def _lines(pipe: int, timeout_s: float) -> Iterator[bytes]:
@@ -268,6 +286,12 @@ def report(tally: Tally, base_seed: int) -> None:
     print(json.dumps(summary))
 
 
+def child_command(base_seed: int, count: int) -> list[str]:
+    """What `watch` runs, but for the numbers it appends."""
+    program = [sys.executable, "-m", "loadtest.fuzz_audio"]
+    return [*program, "--seed", str(base_seed), "--count", str(count), "--child"]
+
+
 def main() -> int:
     """The command."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -288,8 +312,7 @@ def main() -> int:
         print(f"{kind}: {done}; {len(data)} bytes")
         print(outcome_of(data))
         return 0
-    command = [sys.executable, "-m", "loadtest.fuzz_audio", "--seed", str(given.seed)]
-    tally = watch([*command, "--count", str(given.count), "--child"], given.count)
+    tally = watch(child_command(given.seed, given.count), given.count)
     report(tally, given.seed)
     if given.save:
         given.save.mkdir(parents=True, exist_ok=True)

@@ -215,6 +215,14 @@ def test_samples_beyond_full_scale_are_clipped() -> None:
     assert np.abs(decoded.samples).max() == 1.0
 
 
+def test_resampling_does_not_leave_full_scale() -> None:
+    """Mutant 51 of seed 7: full-scale noise at 8 kHz comes out of the filter at twice its height."""
+    noise = np.random.default_rng(0).choice([-1.0, 1.0], 8_000).astype(np.float32)
+    decoded = decode(wav(noise, 8_000, "FLOAT"), sample_rate_hz=RATE_HZ)
+    assert np.abs(decoded.samples).max() == 1.0
+    assert len(decoded.samples) == RATE_HZ
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_truncated_files_give_what_is_there_or_a_reason(kind: str, share: float) -> None:
