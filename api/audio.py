@@ -108,7 +108,7 @@ class AudioReader:
 
 
 def _within_full_scale(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Clipped to [-1, 1]: the resampler's filter overshoots where loud sound jumps, up to twice full scale."""
+    """Clipped to [-1, 1]: the resampler overshoots where loud sound jumps, up to twice full scale."""
     return np.clip(samples, -1.0, 1.0, out=samples)
 
 

@@ -182,7 +182,7 @@ def _follow(
     tally: Tally,
     timeout_s: float,
     scratch: str,
-    progress: tqdm[NoReturn],
+    bar: tqdm[NoReturn],
 ) -> int:
     """Read one child's lines to its end; the number the next child starts from."""
     begun = number - 1
