@@ -201,10 +201,10 @@ def draw(rows: list[Row], path: Path) -> None:
         loads = [row.utilisation for row in own]
         (line,) = axes.plot(loads, [row.p95 for row in own], linewidth=1.2)
         axes.plot(
-            loads, [row.simulated.p95 for row in own], "o", color=line.get_color(), label=f"{workers} workers"
+            loads, [row.simulated.p95 for row in own], "o", color=line.get_color(), label=f"c = {workers}"
         )
     axes.set(xlabel="utilisation", ylabel="95th percentile of the wait, mean service times", ylim=(0, 20))
-    axes.legend(title="points: simulated\nlines: approximated", frameon=False)
+    axes.legend(title="c workers\npoints: simulated\nlines: approximated", frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
@@ -250,11 +250,7 @@ def main() -> None:
     print("|---|" + "--:|" * len(targets))
     for workers in WORKERS:
         loads = [highest_utilisation(workers, target, variation) for target in targets]
-        print(
-            f"| highest utilisation, {workers} workers | "
-            + " | ".join(f"{load:.2f}" for load in loads)
-            + " |"
-        )
+        print(f"| highest utilisation, c = {workers} | " + " | ".join(f"{load:.2f}" for load in loads) + " |")
     if given.image:
         draw(rows, given.image)
     print(

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from api.settings import Settings
+from loadtest.capacity import p95_wait
 from tests.infra.render import COMPONENTS, OVERLAYS, ROOT, combination, overlay
 
 pytestmark = pytest.mark.skipif(
@@ -133,6 +134,17 @@ def test_the_autoscaler_reads_a_metric_that_the_service_has_and_the_adapter_serv
     adapter = yaml.safe_load((ROOT / "k8s/monitoring/prometheus-adapter-values.yaml").read_text())
     assert [rule["name"]["as"] for rule in adapter["rules"]["custom"]] == [name]
     assert f'"{name}"' in (ROOT / "api/telemetry/metrics.py").read_text()
+
+
+def test_the_autoscaler_adds_a_pod_while_waits_are_short(production: list[dict[str, Any]]) -> None:
+    """docs/capacity.md: nothing happens within 10 % of the target, and a pod is full at 0.91 of its CPU."""
+    container = of_kind(production, "Deployment")["asr-api"]["spec"]["template"]["spec"]["containers"][0]
+    workers = int(container["resources"]["limits"]["cpu"])
+    autoscaler = of_kind(production, "HorizontalPodAutoscaler")["asr-api"]
+    target = autoscaler["spec"]["metrics"][1]["resource"]["target"]["averageValue"]
+    load = 1.1 * int(target.removesuffix("m")) / 1000 / (0.91 * workers)
+    assert p95_wait(workers, load, 0.17) < 10
+    assert load > 0.5, "half of every pod would idle"
 
 
 def test_network_policies_start_from_nothing(objects: list[dict[str, Any]]) -> None:
