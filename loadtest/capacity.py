@@ -98,7 +98,7 @@ def replicas_needed(
 # --- the simulation ---------------------------------------------------------------------------------------
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _waits(gaps: NDArray[np.float64], services: NDArray[np.float64], workers: int) -> NDArray[np.float64]:
     """Waits of all arrivals, float64 (n,): each takes the worker that is free first, in order of arrival."""
     free = np.zeros(workers)
