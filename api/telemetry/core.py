@@ -12,7 +12,7 @@ from api.telemetry.busy import BusyWindow
 from api.telemetry.metrics import REJECTION_REASONS, TIMED_OUTCOMES, Metrics
 from api.telemetry.record import RequestRecord, current_record, outcome_of
 from api.telemetry.scrape import ScrapeWatch
-from api.telemetry.spans import AttributeValue, child_context, exemplar, named
+from api.telemetry.spans import AttributeValue, child_context, named
 from api.telemetry.stages import Batch, Stage
 from api.telemetry.tracing import Tracing, build_tracing
 
@@ -89,7 +89,7 @@ class Telemetry:
             attributes=named(attributes),
             links=[Link(context) for context in links if context is not None],
         )
-        self.metrics.stages[name].observe(elapsed_s, exemplar(parent))
+        self.metrics.stages[name].record(elapsed_s, parent)
 
     def sampled_parent(self) -> SpanContext | None:
         """The span that the caller works for, if it will be kept."""
@@ -172,14 +172,14 @@ class Telemetry:
         """
         metrics = self.metrics
         model, language = metrics.model_label(model), metrics.language_label(language)
-        kept = exemplar(trace.get_current_span().get_span_context()) if self.tracing is not None else None
-        metrics.audio_duration.labels(model).observe(audio_s, kept)
+        kept = self.sampled_parent()
+        metrics.audio_duration.labels(model).record(audio_s, kept)
         metrics.audio_processed.labels(model, language).inc(audio_s)
         real_time_factor = processing_s / audio_s if audio_s > 0 else 0.0
         if audio_s > 0:
-            metrics.real_time_factor.labels(model).observe(real_time_factor, kept)
+            metrics.real_time_factor.labels(model).record(real_time_factor, kept)
         if confidence is not None:
-            metrics.confidence.labels(model, language).observe(confidence, kept)
+            metrics.confidence.labels(model, language).record(confidence, kept)
         record = current_record()
         if record is not None:
             record.model, record.language = model, language
@@ -196,12 +196,12 @@ class Telemetry:
         self.scrapes.changed()
         if record.error_code in REJECTION_REASONS:
             metrics.rejections.labels(record.error_code).inc()
-        kept = exemplar(trace.get_current_span().get_span_context()) if self.tracing is not None else None
+        kept = self.sampled_parent()
         if outcome in TIMED_OUTCOMES:
-            metrics.request_duration.labels(record.route, model).observe(elapsed_s, kept)
+            metrics.request_duration.labels(record.route, model).record(elapsed_s, kept)
         if outcome == "ok":
             first_s = record.first_result_s if record.first_result_s is not None else elapsed_s
-            metrics.time_to_first_result.labels(record.transport).observe(first_s, kept)
+            metrics.time_to_first_result.labels(record.transport).record(first_s, kept)
         if self.tracing is not None:
             self.set_attributes(outcome=outcome, request_id=record.request_id, **_final_attributes(record))
         return outcome

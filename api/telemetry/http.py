@@ -22,11 +22,11 @@ from api.telemetry.core import Telemetry
 from api.telemetry.metrics import TRANSCRIPTION_ROUTES
 from api.telemetry.record import RequestRecord, _current, current_record
 from api.telemetry.scrape import SCRAPER_HEADER
-from api.telemetry.spans import exemplar
 
 _log = structlog.get_logger("api.request")
 
 OnError = Callable[[Exception, str], Response]
+SpanDetails = Callable[[dict[Any, Any]], tuple[str, dict[str, Any]]]
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 _QUIET_ROUTES = re.compile(r"^/(health|metrics)(/|$)")
@@ -57,6 +57,39 @@ def instrument(app: FastAPI, telemetry: Telemetry, on_error: OnError) -> None:
         excluded_urls=EXCLUDED_URLS,
         exclude_spans=["receive", "send"],
     )
+    app.build_middleware_stack = _with_known_names(app.build_middleware_stack)  # type: ignore[method-assign]
+
+
+def _with_known_names(build: Callable[[], ASGIApp]) -> Callable[[], ASGIApp]:
+    """Let the instrumentation ask once what the spans of the transcription routes are called.
+
+    With every request it would try the application's routes in turn, as the router does again afterwards.
+    """
+
+    def build_middleware_stack() -> ASGIApp:
+        from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+
+        stack = build()
+        middleware = getattr(stack, "app", None)
+        if isinstance(middleware, OpenTelemetryMiddleware):
+            middleware.default_span_details = _remember(middleware.default_span_details)
+        return stack
+
+    return build_middleware_stack
+
+
+def _remember(details: SpanDetails) -> SpanDetails:
+    known: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    def remembered(scope: dict[Any, Any]) -> tuple[str, dict[str, Any]]:
+        path = scope["path"]
+        if scope.get("method") != "POST" or path not in TRANSCRIPTION_ROUTES:
+            return details(scope)
+        if path not in known:
+            known[path] = details(scope)
+        return known[path]
+
+    return remembered
 
 
 def metrics_response(telemetry: Telemetry, request: Request) -> Response:
@@ -193,15 +226,12 @@ class _Exchange:
 
     def _observe_http(self, status: int, elapsed_s: float) -> None:
         method = self.scope["method"]
-        kept = None
-        if self.telemetry.tracing is not None:
-            kept = exemplar(trace.get_current_span().get_span_context())
         self.telemetry.metrics.http_duration.labels(
             method if method in _METHODS else "_OTHER",
             self._route(),
             str(status),
             str(status) if status >= 500 else "",
-        ).observe(elapsed_s, kept)
+        ).record(elapsed_s, self.telemetry.sampled_parent())
 
     def _log(self, status: int, elapsed_s: float, fields: dict[str, Any]) -> None:
         quiet = _QUIET_ROUTES.match(self.scope["path"])

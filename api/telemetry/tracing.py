@@ -61,9 +61,9 @@ def build_exporter(environ: Mapping[str, str] = os.environ) -> SpanExporter:
     """
     protocol = _protocol(environ)
     if protocol == "grpc":
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc
+        from api.telemetry.otlp import DirectSpanExporter
 
-        return Grpc()
+        return DirectSpanExporter()
     if protocol == "http/protobuf":
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http
 
