@@ -18,6 +18,7 @@ import signal
 import socket
 import time
 import uuid
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from api.errors import AsrError, InvalidRequestError, RetryLaterError
 from api.service import Service
 from api.settings import Settings
+from api.telemetry import Telemetry
 
 _MAX_HEAD_BYTES = 64 * 1024
 _LINGER_S = 5.0
@@ -48,8 +50,9 @@ class _ConnectionsFullError(RetryLaterError):
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection. What it refuses the application never sees, so it is counted here."""
 
+    telemetry: Telemetry
     max_connections = 2048
     head_timeout_s = 15.0
 
@@ -143,6 +146,7 @@ class GuardedProtocol(HttpToolsProtocol):
         While a request is being answered, its answer comes first and nothing more is heard.
         """
         self._disarm()
+        self.telemetry.refused(error.status, error.code)
         if self.cycle is not None and not self.cycle.response_complete:
             self._deaf = True
             self.cycle.keep_alive = False
@@ -174,8 +178,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _expired(self) -> None:
         self._timer = None
-        if not self.transport.is_closing():
-            self.transport.close()
+        if self.transport.is_closing():
+            return
+        if self._in_head and self._head_bytes:  # a request began; without a byte it is an idle connection
+            self.telemetry.refused(HTTPStatus.REQUEST_TIMEOUT, "request_head_timeout")
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -229,8 +236,12 @@ class Server(uvicorn.Server):
 def make_server(app: FastAPI, settings: Settings) -> Server:
     """The server for an application of ``create_app``."""
     service: Service = app.state.service
-    limits = {"max_connections": settings.max_connections, "head_timeout_s": settings.head_timeout_s}
-    protocol = type("BoundProtocol", (GuardedProtocol,), limits)
+    attributes = {
+        "telemetry": service.telemetry,
+        "max_connections": settings.max_connections,
+        "head_timeout_s": settings.head_timeout_s,
+    }
+    protocol = type("BoundProtocol", (GuardedProtocol,), attributes)
     config = uvicorn.Config(
         app,
         host=settings.host,

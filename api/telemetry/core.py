@@ -9,7 +9,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Link, SpanContext
 
 from api.telemetry.busy import BusyWindow
-from api.telemetry.metrics import REJECTION_REASONS, TIMED_OUTCOMES, Metrics
+from api.telemetry.metrics import REJECTION_REASONS, TIMED_OUTCOMES, UNKNOWN, UNMATCHED_ROUTE, Metrics
 from api.telemetry.record import RequestRecord, current_record, outcome_of
 from api.telemetry.scrape import ScrapeWatch
 from api.telemetry.spans import AttributeValue, child_context, named
@@ -205,6 +205,16 @@ class Telemetry:
         if self.tracing is not None:
             self.set_attributes(outcome=outcome, request_id=record.request_id, **_final_attributes(record))
         return outcome
+
+    def refused(self, status: int, code: str) -> None:
+        """Count a request that was refused before the application saw it, with `status` and error `code`.
+
+        Nobody read whether it was meant for a transcription route, so it is counted as if it was.
+        """
+        self.metrics.requests.labels(UNMATCHED_ROUTE, UNKNOWN, outcome_of(status, code)).inc()
+        self.scrapes.changed()
+        if code in REJECTION_REASONS:
+            self.metrics.rejections.labels(code).inc()
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
         """The last step of a stop: send the spans that are still buffered."""

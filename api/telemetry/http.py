@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.telemetry.core import Telemetry
-from api.telemetry.metrics import TRANSCRIPTION_ROUTES
+from api.telemetry.metrics import TRANSCRIPTION_ROUTES, UNMATCHED_ROUTE
 from api.telemetry.record import RequestRecord, _current, current_record
 from api.telemetry.scrape import SCRAPER_HEADER
 
@@ -34,7 +34,6 @@ _QUIET_ROUTES = re.compile(r"^/(health|metrics)(/|$)")
 EXCLUDED_URLS = r"^[a-z]+://[^/]+/health(/|\?|$),^[a-z]+://[^/]+/metrics(\?|$)"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
-UNMATCHED_ROUTE = "unmatched"
 CLIENT_CLOSED = 499
 
 

@@ -51,10 +51,17 @@ REJECTION_REASONS = (
     "deadline_exceeded",
     "upload_too_large",
     "audio_too_long",
+    "too_many_connections",
 )
 
 # The routes that transcribe; every other route is in http_server_request_duration_seconds only.
 TRANSCRIPTION_ROUTES = ("/transcribe", "/transcribe/batch", "/v1/audio/transcriptions")
+
+# Where no route was found, or the request was refused before anybody looked for one.
+UNMATCHED_ROUTE = "unmatched"
+# How a request ends that is refused before the application sees it: malformed or too large a head, all
+# connections in use, a head that never ended.
+REFUSED_OUTCOMES = ("invalid", "rejected", "cancelled")
 
 TRANSPORTS = ("http", "sse", "websocket")
 PROTOCOLS = ("sse", "realtime", "vosk")
@@ -240,6 +247,8 @@ class Metrics:
         self.memory_limit.set(memory_limit_bytes())
         self.ready.set(0)
         self._start_at_zero(UNKNOWN)
+        for outcome in REFUSED_OUTCOMES:
+            self.requests.labels(UNMATCHED_ROUTE, UNKNOWN, outcome)
         for reason in REJECTION_REASONS:
             self.rejections.labels(reason)
         self.stages = {stage: self.stage_duration.labels(stage) for stage in STAGES}
