@@ -1,4 +1,4 @@
-"""CTC prefix beam search with hotwords.
+"""CTC prefix beam search with hotwords and a language model.
 
 Source: Hannun et al., "First-Pass Large Vocabulary Continuous Speech Recognition using Bi-Directional
 Recurrent DNNs" (2014), algorithm 1. Each entry of the beam is a prefix with the probability of all its
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from api.ctc import Decoded, FloatArray, align
-from api.hotwords import DEAD, HotwordAutomaton, build_hotwords
+from api.hotwords import DEAD, HotwordAutomaton, Symbols, build_hotwords, symbols_of
+from api.ngram import NgramModel
 from api.prefix_search import search, trace
 from api.vocabulary import Vocabulary
 
@@ -29,8 +30,8 @@ class Pruning:
     ``blank_skip``: blank posterior from which a frame extends nothing. ``beam_floor``: an entry whose score
     is below the best one's by this many nats is dropped. ``hotword_floor``: a token this many nats behind
     the frame's most probable one earns no boost and is left out there: many such frames would add up to a
-    word that nobody said. ``guard_silence``: where the blank wins every frame, hotwords are left out
-    altogether, so that they do not make words out of silence.
+    word that nobody said. ``guard_silence``: where the blank wins every frame, hotwords and language model
+    are left out altogether, so that they do not make words out of silence.
     """
 
     max_tokens: int = 12
@@ -50,8 +51,23 @@ EXACT = Pruning(
     guard_silence=False,
 )
 
-_NO_SYMBOLS = (np.zeros(1, np.int32), np.zeros(1, np.int32))
+_NO_SYMBOLS = Symbols(np.zeros(1, np.int32), np.zeros(1, np.int32), {})
 _NO_HOTWORDS = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32))
+_ONE, _NONE = np.ones(1, np.float64), np.zeros(1, np.int32)
+_NO_NGRAM = (np.int32(0), 1.0, np.zeros((2, 2), np.int64), _NONE, _ONE, _NONE, _ONE)
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """A language model and the symbols it reads, those of the model's vocabulary."""
+
+    ngram: NgramModel
+    symbols: Symbols
+
+
+def guide_of(ngram: NgramModel, vocabulary: Vocabulary) -> Guide:
+    """What ``beam_search`` takes, for a model that was weighed for ``vocabulary``."""
+    return Guide(ngram, symbols_of(vocabulary))
 
 
 def beam_search(
@@ -61,13 +77,14 @@ def beam_search(
     hotwords: HotwordAutomaton | None = None,
     n_best: int = 1,
     pruning: Pruning | None = None,
+    guide: Guide | None = None,
 ) -> list[Decoded]:
     """The ``n_best`` most probable texts of one utterance, best first.
 
     ``log_probs`` float32 ``(frames, vocabulary)``, only valid frames. ``beam``: prefixes kept per frame, 1 to
     ``MAX_BEAM``. Times and confidences come from the best alignment of each text (``ctc.align``), so that
-    they mean the same as those of ``ctc.greedy``. ``score`` is the text's log-probability plus its boosts.
-    Raises ValueError for values out of range.
+    they mean the same as those of ``ctc.greedy``. ``score`` is the text's log-probability plus its boosts
+    and what the language model gives it. Raises ValueError for values out of range.
     """
     if not 1 <= beam <= MAX_BEAM:
         raise ValueError(f"beam = {beam}: expected 1 to {MAX_BEAM}")
@@ -78,15 +95,28 @@ def beam_search(
     max_tokens = min(cut.max_tokens, log_probs.shape[1])
     cuts = (cut.token_floor, cut.blank_skip, math.exp(-cut.beam_floor), math.exp(-cut.hotword_floor))
     options = (blank_id, beam, max_tokens, *cuts)
-    if cut.guard_silence and hotwords is not None and bool((log_probs.argmax(axis=1) == blank_id).all()):
-        hotwords = None
-    if hotwords is None:
-        found = search(log_probs, options, False, 0, 0.0, _NO_SYMBOLS, _NO_HOTWORDS)
-    else:
-        symbols = (hotwords.symbols.flat, hotwords.symbols.offsets)
-        trie = (hotwords.edges, hotwords.states)
-        found = search(log_probs, options, True, hotwords.symbols.count, hotwords.boost, symbols, trie)
-    leaves, scores, parents, tokens = found
+    extras = hotwords is not None or guide is not None
+    if cut.guard_silence and extras and bool((log_probs.argmax(axis=1) == blank_id).all()):
+        hotwords = guide = None
+    symbols, trie, boost, ngram = _NO_SYMBOLS, _NO_HOTWORDS, 0.0, _NO_NGRAM
+    if hotwords is not None:
+        symbols, trie, boost = hotwords.symbols, (hotwords.edges, hotwords.states), hotwords.boost
+    if guide is not None:
+        model = guide.ngram
+        symbols = guide.symbols
+        tables = (model.slots, model.following, model.factors, model.fail, model.backoff)
+        ngram = (np.int32(model.start), model.most, *tables)
+    leaves, scores, parents, tokens = search(
+        log_probs,
+        options,
+        (symbols.flat, symbols.offsets),
+        symbols.count,
+        hotwords is not None,
+        boost,
+        trie,
+        guide is not None,
+        ngram,
+    )
     best = [entry for entry in np.argsort(-scores, kind="stable")[:n_best] if scores[entry] > -math.inf]
     return [
         align(log_probs, trace(leaves[entry], parents, tokens), blank_id, float(scores[entry]))

@@ -4,6 +4,7 @@
       manifest.json       see api/manifest.py; unknown fields are refused
       model.int8.onnx     and/or model.onnx; which one loads is a setting, the manifest names the default
       vocab.txt           one token per line (see api/vocabulary.py)
+      ngram.npz           optional: a language model for the beam search (see api/ngram.py)
       README.md           the model card
 
 A bundle is data from outside. Names cannot leave the models folder, nothing loads before its sha256 was
@@ -24,8 +25,10 @@ import numpy.typing as npt
 import onnxruntime
 from pydantic import ValidationError
 
+from api.beam import Guide, guide_of
 from api.errors import BundleError
 from api.manifest import GraphName, Manifest
+from api.ngram import load_table, weigh
 from api.vocabulary import Vocabulary, WordSpan
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
 MANIFEST_FILE: Final = "manifest.json"
 MAX_MANIFEST_BYTES: Final = 1_000_000
 MAX_VOCABULARY_BYTES: Final = 20_000_000
+MAX_LANGUAGE_MODEL_BYTES: Final = 500_000_000
 _UNLISTED_FILES: Final = frozenset({MANIFEST_FILE, "README.md", "LICENSE"})
 
 
@@ -56,11 +60,24 @@ class Bundle:
     path: Path
     manifest: Manifest
     vocabulary: Vocabulary
+    guide: Guide | None = None
+    """The language model for the beam search, where there is one."""
 
     @property
     def name(self) -> str:
         """The folder's name, which is the manifest's."""
         return self.manifest.name
+
+    @property
+    def default_beam(self) -> int:
+        """Width of the beam search where nobody asks for one: the language model's, else 0 for greedy."""
+        entry = self.manifest.language_model
+        return entry.beam if entry is not None else 0
+
+    @property
+    def decoding(self) -> str:
+        """The default way to decode, in words."""
+        return f"beam {self.default_beam} with language model" if self.default_beam else "greedy"
 
     def choose_graph(self, wanted: Literal["auto", "int8", "float32"] = "auto") -> GraphName:
         """The graph to load; `auto` is the manifest's default. Raises BundleError where it is not there."""
@@ -98,7 +115,8 @@ def load_bundle(models_dir: Path, name: str) -> Bundle:
         if actual != expected:
             problem = f"expected sha256 {expected}, the file has {actual}"
             raise BundleError(name, f"files[{file!r}]", expected, problem)
-    return Bundle(folder, manifest, _vocabulary(folder, manifest))
+    vocabulary = _vocabulary(folder, manifest)
+    return Bundle(folder, manifest, vocabulary, _guide(folder, manifest, vocabulary))
 
 
 def sha256_of(path: Path) -> str:
@@ -161,7 +179,10 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
             raise BundleError(name, f"files[{file!r}]", file, "the file is missing")
         _check_inside(folder, name, file)
     named = {f"graphs.{graph}.file": entry.file for graph, entry in manifest.graphs.items()}
-    for field, file in {**named, "vocabulary.file": manifest.vocabulary.file}.items():
+    named["vocabulary.file"] = manifest.vocabulary.file
+    if manifest.language_model is not None:
+        named["language_model.file"] = manifest.language_model.file
+    for field, file in named.items():
         if file not in manifest.files:
             raise BundleError(name, field, file, "expected a name that `files` lists with its sha256")
     if manifest.default_graph not in manifest.graphs:
@@ -203,6 +224,20 @@ def _vocabulary(folder: Path, manifest: Manifest) -> Vocabulary:
         )
     except ValueError as error:
         raise BundleError(name, "vocabulary", entry.file, str(error)) from error
+
+
+def _guide(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -> Guide | None:
+    entry, name = manifest.language_model, manifest.name
+    if entry is None:
+        return None
+    path = folder / entry.file
+    if path.stat().st_size > MAX_LANGUAGE_MODEL_BYTES:
+        problem = f"expected at most {MAX_LANGUAGE_MODEL_BYTES} bytes"
+        raise BundleError(name, "language_model.file", path.stat().st_size, problem)
+    try:
+        return guide_of(weigh(load_table(path), vocabulary, entry.weight, entry.bonus), vocabulary)
+    except ValueError as error:
+        raise BundleError(name, "language_model.file", entry.file, str(error)) from error
 
 
 class _Node(Protocol):

@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     transcribe.add_argument("--model", default="", help="bundle to use (default: ASR_DEFAULT_MODEL)")
     transcribe.add_argument("--language", default=None, help="ISO-639-1 code")
-    transcribe.add_argument("--beam", type=int, default=0, help="width of the beam search, 0 is greedy")
+    transcribe.add_argument(
+        "--beam", type=int, help="width of the beam search, 0 is greedy (default: the model's own way)"
+    )
     transcribe.add_argument("--hotword", action="append", default=[], metavar="WORD", help="may be repeated")
     transcribe.add_argument("--no-progress", action="store_true", help="no progress bar")
     transcribe.set_defaults(run=_transcribe)

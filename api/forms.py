@@ -60,7 +60,12 @@ class TranscribeForm(_Fields):
     model: str = Field("", max_length=100, description="Name of a loaded model; empty: the default model.")
     language: str | None = Field(None, pattern="^[a-zA-Z]{2,3}$", description="ISO-639-1 code.")
     timestamps: Flag = Field(True, description="false leaves words and segments out of the answer.")
-    beam: int = Field(0, ge=0, description="Width of the beam search; 0 is greedy, 16 is a good start.")
+    beam: int | None = Field(
+        None,
+        ge=0,
+        description="Width of the beam search; 0 is greedy. Without it the model decides: greedy, or the "
+        "beam of its language model.",
+    )
     hotwords: tuple[Hotword, ...] = Field(
         (), description="Words the beam search prefers where the audio allows."
     )
@@ -100,7 +105,7 @@ class OpenAIForm(_Fields):
         if isinstance(self.chunking_strategy, ServerVad):
             strategy = self.chunking_strategy
             vad = VadOptions(strategy.threshold, strategy.prefix_padding_ms, strategy.silence_duration_ms)
-        return _options(settings, self.language, 0, self.keywords, vad, hotwords_field="keywords")
+        return _options(settings, self.language, None, self.keywords, vad, hotwords_field="keywords")
 
 
 _LISTS = frozenset({"hotwords", "keywords", "timestamp_granularities", "include"})
@@ -160,13 +165,13 @@ def _maybe_object(name: str, value: str) -> object:
 def _options(
     settings: Settings,
     language: str | None,
-    beam: int,
+    beam: int | None,
     hotwords: tuple[str, ...],
     vad: VadOptions | None,
     *,
     hotwords_field: str,
 ) -> Options:
-    if beam > settings.max_beam:
+    if beam is not None and beam > settings.max_beam:
         raise InvalidValueError(f"beam: at most {settings.max_beam}.", param="beam")
     if len(hotwords) > settings.max_hotwords:
         raise InvalidValueError(

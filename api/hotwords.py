@@ -137,7 +137,7 @@ def _spell(text: str, symbols: Symbols) -> list[int] | None:
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _slot(node, symbol, count, edges):  # type: ignore[no-untyped-def]
+def edge_slot(node, symbol, count, edges):  # type: ignore[no-untyped-def]
     """Key of an edge, and its place in the hash table or the free place for it (Fibonacci hashing)."""
     key = np.int64(node) * count + symbol + 1
     mask = edges.shape[0] - 1
@@ -157,14 +157,14 @@ def step(state, symbol, count, edges, states):  # type: ignore[no-untyped-def]
     """
     gain = 0
     while state != DEAD:
-        key, index = _slot(state, symbol, count, edges)
+        key, index = edge_slot(state, symbol, count, edges)
         if edges[index, 0] == key:
             following = np.int32(edges[index, 1])
             return following, gain + states[following, DEPTH] - states[state, DEPTH]
         if symbol == SPACE and states[state, TERMINAL]:
             suffix = states[state, FAIL]
             while suffix != DEAD:
-                key, index = _slot(suffix, symbol, count, edges)
+                key, index = edge_slot(suffix, symbol, count, edges)
                 if edges[index, 0] == key:
                     following = np.int32(edges[index, 1])
                     return following, gain + states[following, DEPTH]
@@ -216,7 +216,7 @@ def _build(flat, offsets, count, slots):  # type: ignore[no-untyped-def]
         node = np.int64(ROOT)
         for position in range(offsets[word], offsets[word + 1]):
             symbol = flat[position]
-            key, index = _slot(node, symbol, count, edges)
+            key, index = edge_slot(node, symbol, count, edges)
             if edges[index, 0] == 0:
                 edges[index, 0] = key
                 edges[index, 1] = size

@@ -42,6 +42,19 @@ class GraphEntry(_Strict):
     opset: int = Field(ge=1)
 
 
+class LanguageModelEntry(_Strict):
+    """A character n-gram model for the beam search (`api/ngram.py`), and how much it counts.
+
+    `weight` scales its log-probabilities, `bonus` is nats per character, `beam` the width it was chosen at.
+    """
+
+    file: FileName
+    order: int = Field(ge=1, le=20)
+    weight: float = Field(gt=0, le=5)
+    bonus: float = Field(ge=0, le=10)
+    beam: int = Field(ge=1, le=1024)
+
+
 class Source(_Strict):
     """Where the weights come from; `revision` pins what was downloaded."""
 
@@ -95,6 +108,7 @@ class Manifest(_Strict):
     input: InputEntry
     graphs: dict[GraphName, GraphEntry] = Field(min_length=1)
     default_graph: GraphName
+    language_model: LanguageModelEntry | None = None
     files: dict[FileName, Sha256] = Field(min_length=1)
     source: Source
     licence: str = Field(min_length=1)

@@ -6,8 +6,8 @@
   exact whatever their token, by a 64-bit rolling hash of the prefix.
 - A min-heap of the beam's size bounds what an extension must score, so most are never built.
 
-The scoring of hotwords is a state and a weight per entry (see ``hotwords.py``); a language model would be a
-second such pair, and costs nothing while there is none.
+Hotwords (``hotwords.py``) and the language model (``ngram.py``) are a state per entry each, and share its
+weight; either costs nothing while there is none.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit
 
 from api.hotwords import DEAD, ROOT, SPACE, finish, step
+from api.ngram import advance
 
 POWERS = 128  # most credits one token can change
 
@@ -92,16 +93,17 @@ def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untype
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def search(log_probs, options, boosted, symbol_count, boost, symbols, trie):  # type: ignore[no-untyped-def]
+def search(log_probs, options, symbols, symbol_count, boosted, boost, trie, guided, ngram):  # type: ignore[no-untyped-def]
     """All frames; returns leaf node and score of each entry, and the tree of prefixes.
 
     Arrays of entries have two rows, the current frame's and the next one's. ``ended``/``held``: probability
-    of the prefix ending in blank / in its last token. ``weight``: e to the boosts. Both are rescaled by their
-    largest value every frame; ``log_scale`` remembers by how much.
+    of the prefix ending in blank / in its last token. ``weight``: e to the boosts, times the language model's
+    factors. Both are rescaled by their largest value every frame; ``log_scale`` remembers by how much.
     """
     blank, beam, max_tokens, token_floor, blank_skip, beam_cut, hotword_cut = options
     flat, offsets = symbols
     edges, states = trie
+    start, most, slots, following_gram, factors, fail, backoff = ngram
     frames = log_probs.shape[0]
     parents = np.zeros(frames * beam + 1, np.int32)
     tokens = np.full(frames * beam + 1, -1, np.int32)
@@ -114,11 +116,13 @@ def search(log_probs, options, boosted, symbol_count, boost, symbols, trie):  # 
     prefix_hash = np.zeros((2, beam), np.uint64)
     parent_hash = np.zeros((2, beam), np.uint64)
     state = np.full((2, beam), ROOT, np.int32)
+    gram = np.full((2, beam), start, np.int32)
     capacity = beam * (max_tokens + 1)
     candidate_ended = np.zeros(beam, np.float64)
     candidate_probability = np.zeros(capacity, np.float64)
     candidate_weight = np.zeros(capacity, np.float64)
     candidate_state = np.zeros(capacity, np.int32)
+    candidate_gram = np.zeros(capacity, np.int32)
     candidate_from = np.zeros(capacity, np.int32)
     candidate_token = np.zeros(capacity, np.int32)
     heap = np.zeros(beam, np.float64)
@@ -133,10 +137,13 @@ def search(log_probs, options, boosted, symbol_count, boost, symbols, trie):  # 
     now = 0
     log_scale = 0.0
     most_gain = 1.0
+    most_factor = 1.0
     longest = 1
+    for token in range(len(offsets) - 1):
+        longest = max(longest, offsets[token + 1] - offsets[token])
+    if guided:
+        most_factor = max(1.0, most**longest)
     if boosted:
-        for token in range(len(offsets) - 1):
-            longest = max(longest, offsets[token + 1] - offsets[token])
         most_gain = math.exp(boost * longest)
         for gain in range(-POWERS, POWERS + 1):
             powers[gain + POWERS] = math.exp(boost * gain)
@@ -191,9 +198,9 @@ def search(log_probs, options, boosted, symbol_count, boost, symbols, trie):  # 
         winner = max(blank_probability, values[0]) if count > 0 else blank_probability
         for entry in range(entries):
             total = ended[now, entry] + held[now, entry]
-            reach = 1.0  # in the middle of a word that no hotword starts, no token gains
+            reach = most_factor
             if boosted and (state[now, entry] != DEAD or longest > 1):
-                reach = most_gain
+                reach *= most_gain  # in the middle of a word that no hotword starts, no token gains
             for index in range(count):
                 token = chosen[index]
                 bound = best * beam_cut
@@ -205,6 +212,7 @@ def search(log_probs, options, boosted, symbol_count, boost, symbols, trie):  # 
                 if token == last[now, entry]:
                     probability = ended[now, entry] * values[index]
                 following = state[now, entry]
+                new_gram = gram[now, entry]
                 new_weight = weight[now, entry]
                 if boosted:
                     gain = 0
@@ -216,6 +224,19 @@ def search(log_probs, options, boosted, symbol_count, boost, symbols, trie):  # 
                         continue
                     if gain != 0:
                         new_weight *= powers[min(max(gain, -POWERS), POWERS) + POWERS]
+                if guided:
+                    for position in range(offsets[token], offsets[token + 1]):
+                        new_gram, factor = advance(
+                            new_gram,
+                            flat[position],
+                            symbol_count,
+                            slots,
+                            following_gram,
+                            factors,
+                            fail,
+                            backoff,
+                        )
+                        new_weight *= factor
                 score = probability * new_weight
                 if score <= bound:
                     continue
@@ -227,6 +248,7 @@ def search(log_probs, options, boosted, symbol_count, boost, symbols, trie):  # 
                 candidate_probability[candidates] = probability
                 candidate_weight[candidates] = new_weight
                 candidate_state[candidates] = following
+                candidate_gram[candidates] = new_gram
                 candidate_from[candidates] = entry
                 candidate_token[candidates] = token
                 size = _push(heap, heap_items, size, beam, score, candidates)
@@ -252,6 +274,7 @@ def search(log_probs, options, boosted, symbol_count, boost, symbols, trie):  # 
                 prefix_hash[following_row, kept] = prefix_hash[now, item]
                 parent_hash[following_row, kept] = parent_hash[now, item]
                 state[following_row, kept] = state[now, item]
+                gram[following_row, kept] = gram[now, item]
             else:
                 source_entry = candidate_from[item]
                 token = candidate_token[item]
@@ -266,6 +289,7 @@ def search(log_probs, options, boosted, symbol_count, boost, symbols, trie):  # 
                 mixed = (above ^ np.uint64(token + 1)) * np.uint64(0x9E3779B97F4A7C15)
                 prefix_hash[following_row, kept] = mixed ^ (mixed >> np.uint64(29))
                 state[following_row, kept] = candidate_state[item]
+                gram[following_row, kept] = candidate_gram[item]
                 nodes += 1
             largest = max(largest, ended[following_row, kept] + held[following_row, kept])
             largest_weight = max(largest_weight, weight[following_row, kept])
@@ -284,4 +308,9 @@ def search(log_probs, options, boosted, symbol_count, boost, symbols, trie):  # 
         scores[entry] = (math.log(total) if total > 0.0 else -np.inf) + log_scale
         if boosted:
             scores[entry] += boost * finish(state[now, entry], states)
+        if guided and last[now, entry] >= 0:
+            _, factor = advance(
+                gram[now, entry], SPACE, symbol_count, slots, following_gram, factors, fail, backoff
+            )
+            scores[entry] += math.log(factor)
     return leaves, scores, parents, tokens

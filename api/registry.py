@@ -59,6 +59,7 @@ class LoadedModel:
         """What was chosen and measured, for ``/models``."""
         return {
             **self.engine.describe(),
+            "decoding": self.bundle.decoding,
             "workers": self.calibration.workers,
             "audio_s_per_s": round(self.calibration.audio_s_per_s, 1),
             "measured": self.calibration.measured,

@@ -19,6 +19,8 @@ import soundfile
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from api.ngram import NgramTable
+
 SAMPLE_RATE_HZ = 16_000
 FRAME = 320
 TOKENS = ("<blank>", "▁", *"abcdefgh")
@@ -71,6 +73,18 @@ def make_bundle(folder: Path, name: str = "tiny", *, languages: tuple[str, ...] 
     }
     (path / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     return path
+
+
+def add_language_model(
+    path: Path, table: NgramTable, weight: float = 1.0, bonus: float = 0.5, beam: int = 8
+) -> None:
+    """Give the bundle at ``path`` a language model for its beam search."""
+    table.save(path / "ngram.npz")
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    entry = {"file": "ngram.npz", "order": 3, "weight": weight, "bonus": bonus, "beam": beam}
+    manifest["language_model"] = entry
+    manifest["files"]["ngram.npz"] = hashlib.sha256((path / "ngram.npz").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def _graph() -> onnx.ModelProto:

@@ -17,16 +17,19 @@ from api.manifest import (
     GraphEntry,
     GraphName,
     InputEntry,
+    LanguageModelEntry,
     Manifest,
     Source,
     Speed,
     TrainingData,
     VocabularyEntry,
 )
+from api.ngram import NgramTable
 from api.vocabulary import Vocabulary
 
 GRAPH_FILES: Mapping[GraphName, str] = {"int8": "model.int8.onnx", "float32": "model.onnx"}
 VOCABULARY_FILE = "vocab.txt"
+LANGUAGE_MODEL_FILE = "ngram.npz"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,17 @@ class Graphs:
 
 
 @dataclass(frozen=True)
+class LanguageModel:
+    """For the beam search: the table, and the weights chosen for it."""
+
+    table: NgramTable
+    order: int
+    weight: float
+    bonus: float
+    beam: int
+
+
+@dataclass(frozen=True)
 class Measurements:
     """Numbers for manifest and card, each with where it was measured."""
 
@@ -75,6 +89,7 @@ def write_bundle(
     vocabulary: Vocabulary,
     card: Card,
     measurements: Measurements | None = None,
+    language_model: LanguageModel | None = None,
 ) -> Bundle:
     """Write `models_dir/name` and verify it; a bundle that was there is replaced only then.
 
@@ -84,7 +99,8 @@ def write_bundle(
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=models_dir) as scratch:
         folder = Path(scratch) / name
         folder.mkdir()
-        _write_files(folder, name, graphs, vocabulary, card, measurements or Measurements())
+        given = measurements or Measurements()
+        _write_files(folder, name, graphs, vocabulary, card, given, language_model)
         verify_bundle(Path(scratch), name)
         target = models_dir / name
         if target.exists():
@@ -104,7 +120,13 @@ def add_measurements(models_dir: Path, name: str, card: Card, measurements: Meas
 
 
 def _write_files(
-    folder: Path, name: str, graphs: Graphs, vocabulary: Vocabulary, card: Card, measurements: Measurements
+    folder: Path,
+    name: str,
+    graphs: Graphs,
+    vocabulary: Vocabulary,
+    card: Card,
+    measurements: Measurements,
+    language_model: LanguageModel | None,
 ) -> None:
     for graph, content in graphs.files.items():
         path = folder / GRAPH_FILES[graph]
@@ -114,6 +136,17 @@ def _write_files(
             path.write_bytes(content)
     _write_text(folder / VOCABULARY_FILE, "\n".join(vocabulary.tokens) + "\n")
     listed = [*(GRAPH_FILES[graph] for graph in graphs.files), VOCABULARY_FILE]
+    entry = None
+    if language_model is not None:
+        language_model.table.save(folder / LANGUAGE_MODEL_FILE)
+        listed.append(LANGUAGE_MODEL_FILE)
+        entry = LanguageModelEntry(
+            file=LANGUAGE_MODEL_FILE,
+            order=language_model.order,
+            weight=language_model.weight,
+            bonus=language_model.bonus,
+            beam=language_model.beam,
+        )
     manifest = Manifest(
         name=name,
         version=card.version,
@@ -133,6 +166,7 @@ def _write_files(
         input=InputEntry(min_samples=graphs.min_samples),
         graphs={graph: GraphEntry(file=GRAPH_FILES[graph], opset=graphs.opset) for graph in graphs.files},
         default_graph=graphs.default,
+        language_model=entry,
         files={file: sha256_of(folder / file) for file in listed},
         source=card.source,
         licence=card.licence,

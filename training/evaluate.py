@@ -1,6 +1,6 @@
-"""Word and character error rates of a bundle's graph, with the service's own vocabulary and greedy decoding.
+"""Word and character error rates of a bundle's graph, with the service's own vocabulary and decoding.
 
-python -m training.evaluate MODELS_DIR NAME --manifest MANIFEST [--graph int8|float32] [--limit N]
+python -m training.evaluate MODELS_DIR NAME --manifest MANIFEST [--graph int8|float32] [--beam N] [--limit N]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from api.bundle import Bundle, load_bundle
 from api.ctc import greedy
+from api.decoding import decode
 from api.vocabulary import Vocabulary
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
 
@@ -103,15 +104,19 @@ Recogniser = Callable[[Waveform], str]
 """Waveform (samples,) -> text."""
 
 
-def bundle_recogniser(bundle: Bundle, graph: str = "auto", threads: int = 1) -> Recogniser:
-    """Greedy recognition with one of a bundle's graphs."""
+def bundle_recogniser(
+    bundle: Bundle, graph: str = "auto", threads: int = 1, beam: int | None = None
+) -> Recogniser:
+    """Recognition with one of a bundle's graphs; ``beam`` 0 is greedy, None the bundle's own way."""
     chosen = bundle.choose_graph(graph)  # type: ignore[arg-type]
     session = cpu_session(bundle.graph_path(chosen), threads)
+    width = bundle.default_beam if beam is None else beam
 
     def recognise(waveform: Waveform) -> str:
         shortest = bundle.manifest.input.min_samples
         padded = np.pad(waveform, (0, max(0, shortest - len(waveform))))
-        return greedy_text(run_graph(session, [padded])[0], bundle.vocabulary)
+        decoded = decode(run_graph(session, [padded])[0], bundle, width)
+        return bundle.vocabulary.decode(decoded.token_ids.tolist())
 
     return recognise
 
@@ -133,10 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name")
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--graph", choices=["auto", "int8", "float32"], default="auto")
+    parser.add_argument("--beam", type=int, help="0 is greedy; default: the bundle's own way")
     parser.add_argument("--limit", type=int, help="at most this many utterances, spread over the manifest")
     given = parser.parse_args(arguments)
     bundle = load_bundle(given.models_dir, given.name)
-    recogniser = bundle_recogniser(bundle, given.graph)
+    recogniser = bundle_recogniser(bundle, given.graph, beam=given.beam)
     clips = manifest_waveforms(given.manifest, bundle.manifest.sample_rate_hz, given.limit, with_text=True)
     rates = error_rates(list(recognise_all(recogniser, clips, given.name)))
     print(f"WER {rates.wer:.2%} [{rates.wer_low:.2%}, {rates.wer_high:.2%}]  CER {rates.cer:.2%}")

@@ -64,7 +64,9 @@ def _import(given: argparse.Namespace) -> Bundle:
     if not calibration.is_file():
         raise FileNotFoundError(f"{calibration}: no such manifest; name recordings with --calibration")
     recordings = Recordings(
-        calibration, given.validation or calibration, test if test is not None and test.is_file() else None
+        calibration,
+        given.validation or calibration,
+        test=test if test is not None and test.is_file() else None,
     )
     card = Card(
         title=given.name,

@@ -1,7 +1,7 @@
 """Network -> verified bundle: export, agreement check, quantization behind its gate, manifest, model card.
 
     python -m training.publish CHECKPOINT --name en-quartznet-small --models-dir models --card card.json \\
-        --calibration MANIFEST --validation MANIFEST [--test MANIFEST] [--keep-float]
+        --calibration MANIFEST --validation MANIFEST [--test MANIFEST] [--texts FILE ...] [--keep-float]
 
 `--card` names a JSON file with what no program can know: title, languages, source, licence, training data,
 limits. Nothing replaces an existing bundle before the new one has passed verification.
@@ -20,14 +20,24 @@ from pydantic import TypeAdapter, ValidationError
 
 from api.bundle import Bundle, BundleError
 from api.manifest import Evaluation, GraphName, Speed
-from training.bundle_writer import Card, Graphs, Measurements, add_measurements, hardware, write_bundle
+from api.vocabulary import Vocabulary
+from training.bundle_writer import (
+    Card,
+    Graphs,
+    LanguageModel,
+    Measurements,
+    add_measurements,
+    hardware,
+    write_bundle,
+)
 from training.calibration import manifest_rows, manifest_waveforms
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import ConfigError, TrainingError
 from training.evaluate import bundle_recogniser, error_rates, recognise_all
 from training.export import MIN_SAMPLES, check_agreement, export_graph
 from training.graph import OPSET
-from training.inference import cpu_session, run_s
+from training.inference import Waveform, cpu_session, run_graph, run_s
+from training.ngram import ORDER, Fit, character_ngrams, fit, read_texts
 from training.quantize import Gate, Outcome, quantize
 
 SPEED_CLIP_S = 5.0
@@ -41,6 +51,8 @@ class Recordings:
     """Training audio; its texts are not looked at."""
     validation: Path
     """Audio with texts for the gate; never a test set."""
+    texts: tuple[Path, ...] = ()
+    """Manifests or plain text to make a language model of; it ships where it earns its place."""
     test: Path | None = None
     """Test sets, told apart by `source` and `language`; measured only after the choice is made."""
     calibration_clips: int = 48
@@ -88,9 +100,50 @@ def publish(
         "Export": f"PyTorch against ONNX: {agreement.describe()}.",
         **_quantization(outcome),
     }
-    bundle = write_bundle(models_dir, name, graphs, checkpoint.vocabulary, card, Measurements(notes=notes))
+    language_model = None
+    if recordings.texts:
+        found = _fit_language_model(checkpoint.vocabulary, card, recordings, files["int8"], validation)
+        if found.earns_its_place:
+            best = found.best
+            language_model = LanguageModel(found.table, ORDER, best.weight, best.bonus, best.beam)
+        notes["Language model"] = _language_model(found)
+        print(found.markdown())
+    bundle = write_bundle(
+        models_dir,
+        name,
+        graphs,
+        checkpoint.vocabulary,
+        card,
+        Measurements(notes=notes),
+        language_model,
+    )
     measurements = Measurements(_evaluate(bundle, recordings.test), _speed(bundle), notes)
     return add_measurements(models_dir, name, card, measurements)
+
+
+def _fit_language_model(
+    vocabulary: Vocabulary,
+    card: Card,
+    recordings: Recordings,
+    graph: bytes | Path,
+    validation: Sequence[tuple[Waveform, str]],
+) -> Fit:
+    """A language model of the texts, its weights chosen on validation audio."""
+    references = [text for _, text in validation]
+    spelling = (vocabulary, card.text_normalisation, card.languages[0])
+    texts = read_texts(recordings.texts, *spelling, without=references)
+    session = cpu_session(graph)
+    log_probs = [run_graph(session, [clip])[0] for clip, _ in validation]
+    return fit(character_ngrams(texts), vocabulary, log_probs, references)
+
+
+def _language_model(found: Fit) -> str:
+    verdict = "shipped" if found.earns_its_place else "left out"
+    return (
+        f"Character {ORDER}-grams of the training texts, {len(found.table.edge_state):,} of them; {verdict}. "
+        f"Chosen on validation audio, INT8, whose texts the language model has not seen.\n\n"
+        + found.markdown()
+    )
 
 
 def _quantization(outcome: Outcome) -> dict[str, str]:
@@ -103,28 +156,30 @@ def _quantization(outcome: Outcome) -> dict[str, str]:
 
 
 def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:
-    """Error rates of the default graph on each test set in the bundle's languages."""
+    """Error rates of the default graph on each test set in its languages: greedy, then the default way."""
     if test is None:
         return ()
     languages = bundle.manifest.languages
     rows = [row for row in manifest_rows(test) if row.get("language") in languages]
-    recogniser = bundle_recogniser(bundle)
+    ways = {"greedy": bundle_recogniser(bundle, beam=0), bundle.decoding: bundle_recogniser(bundle)}
     found = []
     for source, language in sorted({(row.get("source", test.stem), row["language"]) for row in rows}):
         rate_hz = bundle.manifest.sample_rate_hz
         clips = manifest_waveforms(test, rate_hz, with_text=True, source=source, language=language)
-        rates = error_rates(list(recognise_all(recogniser, clips, source)))
-        print(f"{source} ({language}): WER {rates.wer:.2%} [{rates.wer_low:.2%}, {rates.wer_high:.2%}]")
-        found.append(
-            Evaluation(
-                test_set=source,
-                language=language,
-                utterances=rates.utterances,
-                wer=round(rates.wer, 4),
-                cer=round(rates.cer, 4),
-                decoding=f"greedy, {bundle.manifest.default_graph}",
+        for decoding, recogniser in ways.items():
+            rates = error_rates(list(recognise_all(recogniser, clips, source)))
+            interval = f"[{rates.wer_low:.2%}, {rates.wer_high:.2%}]"
+            print(f"{source} ({language}), {decoding}: WER {rates.wer:.2%} {interval}")
+            found.append(
+                Evaluation(
+                    test_set=source,
+                    language=language,
+                    utterances=rates.utterances,
+                    wer=round(rates.wer, 4),
+                    cer=round(rates.cer, 4),
+                    decoding=f"{decoding}, {bundle.manifest.default_graph}",
+                )
             )
-        )
     return tuple(found)
 
 
@@ -165,6 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True, help="manifest of training audio")
     parser.add_argument("--validation", type=Path, required=True, help="manifest with texts, for the gate")
+    parser.add_argument(
+        "--texts", type=Path, nargs="+", default=[], help="texts for a language model (manifests or plain)"
+    )
     parser.add_argument("--test", type=Path, help="manifest of test sets, for manifest and card")
     parser.add_argument("--max-window-s", type=float, default=20.0)
     parser.add_argument("--keep-float", action="store_true", help="ship the float32 graph as well")
@@ -182,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.name,
             given.models_dir,
             read_card(given.card),
-            Recordings(given.calibration, given.validation, given.test),
+            Recordings(given.calibration, given.validation, tuple(given.texts), given.test),
             max_window_s=given.max_window_s,
             keep_float=given.keep_float,
             gate=Gate(given.min_speed, given.max_wer_increase),

@@ -40,7 +40,7 @@ class AudioFile:
 
 @dataclass(frozen=True)
 class Options:
-    """What to ask for. ``model`` None is the service's default, ``beam`` None is greedy decoding."""
+    """What to ask for. ``model`` None is the service's default, ``beam`` None the model's own way."""
 
     model: str | None = None
     language: str | None = None
@@ -257,6 +257,6 @@ def _form(options: Options, hotwords_field: str) -> dict[str, str | list[str]]:
         form["language"] = options.language
     if options.hotwords:
         form[hotwords_field] = list(options.hotwords)
-    if options.beam:
+    if options.beam is not None:
         form["beam"] = str(options.beam)
     return form

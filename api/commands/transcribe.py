@@ -30,7 +30,7 @@ _BAR_FROM_BYTES = 5_000_000
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """0 where every file was transcribed, 1 where one failed (the others are still done)."""
-    if not 0 <= arguments.beam <= settings.max_beam:
+    if arguments.beam is not None and not 0 <= arguments.beam <= settings.max_beam:
         raise SettingsError(f"--beam {arguments.beam}: must be 0 to {settings.max_beam}")
     if arguments.output is not None and not arguments.output.is_dir():
         raise SettingsError(f"--output {arguments.output}: is not a folder")

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
 from api.bundle import list_bundles, load_bundle, sha256_of, verify_bundle
 from api.errors import BundleError
-from tests.tiny_bundle import TOKENS, make_bundle
+from tests.tiny_bundle import TOKENS, add_language_model, make_bundle
+from training.ngram import character_ngrams
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -153,6 +155,45 @@ def test_each_lie_names_its_field(models: Path, change: Change, field: str, word
     assert error.bundle == "tiny"
     assert error.field == field
     assert words in error.problem
+
+
+def test_a_language_model_comes_along(models: Path) -> None:
+    add_language_model(models / "tiny", character_ngrams(["abc abd"], 3), beam=24)
+    bundle = verify_bundle(models, "tiny")
+    assert bundle.guide is not None
+    assert (bundle.default_beam, bundle.decoding) == (24, "beam 24 with language model")
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        (put("language_model", "weight", value=0), "language_model.weight", "greater than 0"),
+        (put("language_model", "beam", value=0), "language_model.beam", "greater than or equal to 1"),
+        (put("language_model", "file", value="other.npz"), "language_model.file", "`files` lists"),
+        (put("language_model", "file", value="vocab.txt"), "language_model.file", "pickle"),
+        (put("language_model", value=None), "files", "lies in the folder"),
+    ],
+)
+def test_a_language_model_that_lies_is_refused(models: Path, change: Change, field: str, words: str) -> None:
+    add_language_model(models / "tiny", character_ngrams(["abc abd"], 3))
+    change_manifest(models, change)
+    if field == "files":
+        change_manifest(models, lambda values: values["files"].pop("ngram.npz"))
+    error = refused(models)
+    assert error.field == field
+    assert words in error.problem
+
+
+def test_a_damaged_language_model_names_what_is_wrong(models: Path) -> None:
+    table = character_ngrams(["abc abd"], 3)
+    add_language_model(models / "tiny", table)
+    path = models / "tiny" / "ngram.npz"
+    arrays = {name: getattr(table, name) for name in table.__dataclass_fields__}
+    np.savez(path, **(arrays | {"fail": np.zeros_like(table.fail)}))
+    change_manifest(models, put("files", "ngram.npz", value=sha256_of(path)))
+    error = refused(models)
+    assert error.field == "language_model.file"
+    assert "fail: each state but the first" in error.problem
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"name": "tiny"}'])

@@ -77,7 +77,7 @@ class TestFields:
 
     def test_empty_fields_are_as_if_not_sent(self) -> None:
         form = parse_form(TranscribeForm, [("language", ""), ("beam", ""), ("model", "")])
-        assert (form.language, form.beam, form.model) == (None, 0, "")
+        assert (form.language, form.beam, form.model) == (None, None, "")
 
     def test_language_is_case_blind(self) -> None:
         assert parse_form(TranscribeForm, [("language", "EN")]).options(SETTINGS).language == "en"

@@ -25,7 +25,8 @@ from api.transcriber import Options
 from api.transcript import Transcript
 from api.vad import VadOptions
 from api.windows import Progress
-from tests.tiny_bundle import make_bundle, recite, sing, wav
+from tests.tiny_bundle import add_language_model, make_bundle, recite, sing, wav
+from training.ngram import character_ngrams
 
 Transcribe = Callable[[NDArray[np.float32], Options], Transcript]
 SENTENCE = st.text("abcdefgh", min_size=1, max_size=5)
@@ -94,6 +95,25 @@ class TestCutting:
         options = Options(vad=VadOptions(prefix_padding_ms=100, silence_duration_ms=silence_ms))
         result = transcribe(audio, options)
         assert result.text == " ".join(sentences)
+
+
+async def test_the_language_model_of_a_bundle_decides_what_is_unclear(tmp_path: Path) -> None:
+    """Two tones at once, the wrong one a little louder; by default the language model is heard, too."""
+    add_language_model(make_bundle(tmp_path), character_ngrams(["bad bad bad had"], 3, 1))
+    audio = sing("bac", amplitude=0.3) + sing("bad", amplitude=0.29)
+    async with open_service(make_settings(tmp_path)) as opened:
+        transcriber = opened.transcriber("")
+
+        async def text(options: Options) -> str:
+            return (await transcriber.transcribe(io.BytesIO(wav(audio)), options)).text
+
+        assert await text(Options()) == "bad"
+        assert await text(Options(beam=0)) == "bac"
+        assert await text(Options(beam=4)) == "bad"
+        assert transcriber.model.describe()["decoding"] == "beam 8 with language model"
+    async with open_service(make_settings(tmp_path, max_beam=2)) as narrow:
+        result = await narrow.transcriber("").transcribe(io.BytesIO(wav(audio)), Options())
+        assert result.text == "bad"
 
 
 async def test_segments_come_in_order_and_before_the_end(service: Service) -> None:

@@ -14,12 +14,13 @@ from api.bundle import load_bundle, verify_bundle
 from api.manifest import Source
 from tests.training.networks import CONFIGS, VOCABULARY, chirps, random_checkpoint, write_corpus
 from training import publish as command
-from training.bundle_writer import Card, Graphs, write_bundle
+from training.bundle_writer import Card, Graphs, LanguageModel, write_bundle
 from training.calibration import manifest_rows, manifest_waveforms
 from training.checkpoint import average_weights, load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, EmptyManifestError, ManifestError
 from training.evaluate import Utterance, bundle_recogniser, error_rates
 from training.export import export_graph
+from training.ngram import character_ngrams
 
 CARD = {
     "title": "A random network",
@@ -118,6 +119,27 @@ def test_publishing_makes_a_verified_bundle(tmp_path: Path, capsys: pytest.Captu
     assert "| chirps | CC0-1.0 | 0.1 |" in card
     assert "INT8, mean of extremes" in card
     assert "verified" in capsys.readouterr().out
+    assert isinstance(bundle_recogniser(bundle)(chirps(1)[0]), str)
+
+
+def test_a_language_model_that_does_not_help_is_reported_and_left_out(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("ab cd\nba dc\n", encoding="utf-8")
+    assert publish(tmp_path, "--texts", str(tmp_path / "texts.txt")) == 0
+    bundle = verify_bundle(tmp_path / "models", "en-random")
+    assert bundle.manifest.language_model is None
+    card = (bundle.path / "README.md").read_text(encoding="utf-8")
+    assert "## Language model" in card
+    assert "left out" in card
+
+
+def test_a_language_model_is_written_into_the_bundle(tmp_path: Path) -> None:
+    graph = export_graph(random_checkpoint().model, random_checkpoint().frontend)
+    graphs = Graphs({"float32": graph.SerializeToString()}, "float32", 17, 1, 0.02, 20.0, 160)
+    card = Card("t", ("en",), Source(title="t", url=""), "Apache-2.0")
+    language_model = LanguageModel(character_ngrams(["ab cd"], 3, 1), 3, 0.5, 1.0, 12)
+    bundle = write_bundle(tmp_path, "en-random", graphs, VOCABULARY, card, language_model=language_model)
+    assert bundle.guide is not None
+    assert bundle.decoding == "beam 12 with language model"
     assert isinstance(bundle_recogniser(bundle)(chirps(1)[0]), str)
 
 

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ class TrainConfig:
     ctc_every: int = 2
     seed: int = 0
     augment: bool = True
+    output_only: bool = False
+    """Posteriors and text count, activations do not: for a student that already follows the teacher."""
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
@@ -140,6 +142,8 @@ class Trainer:
                 group["lr"] = rate
         with_ctc = self.step % self.config.ctc_every == 0
         weights = mix(START_WEIGHTS, END_WEIGHTS, progress)
+        if self.config.output_only:
+            weights = replace(weights, hidden=0.0, dense=0.0)
         parts = list(self.pool.map(lambda batch: self._backward(batch, weights, with_ctc), batches))
         norm = torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), self.config.gradient_clip)
         if torch.isfinite(norm):
@@ -314,6 +318,7 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch-s", type=float, default=TrainConfig.batch_s)
     parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
     parser.add_argument("--no-muon", action="store_true", help="AdamW for every weight")
+    parser.add_argument("--output-only", action="store_true", help="no activations among the targets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--workers", type=int, default=TrainConfig.workers, help="threads, each with a batch of its own"
@@ -336,6 +341,7 @@ def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Cor
         batch_s=arguments.batch_s,
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
+        output_only=arguments.output_only,
     )
     arguments.run.mkdir(parents=True, exist_ok=True)
     trainer = trainer_class(config, Corpus(arguments.cache, config.min_confidence))

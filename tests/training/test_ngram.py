@@ -1,0 +1,94 @@
+"""Language models: texts in a model's spelling, weights chosen on validation, and a gate that refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from api.bundle import verify_bundle
+from api.vocabulary import Vocabulary
+from tests.api.test_beam import LETTERS, spoken
+from tests.tiny_bundle import make_bundle, sing, wav
+from training import ngram
+from training.errors import DataError
+from training.ngram import Fit, Trial, character_ngrams, fit, read_texts
+
+STEPS = ("nfc", "lowercase")
+
+
+def test_texts_come_in_the_models_spelling_and_without_what_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The Cat, sat\n\nHELD OUT!\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(
+        '{"audio_filepath": "1.wav", "text": "A  hat 7"}\n{"audio_filepath": "2.wav", "text": ""}\n',
+        encoding="utf-8",
+    )
+    paths = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    assert read_texts(paths, LETTERS, STEPS, "en", without=["held out"]) == ["the cat sat", "a hat"]
+
+
+def test_a_byte_level_vocabulary_reads_bytes(tmp_path: Path) -> None:
+    vocabulary = Vocabulary(("\u2581", "a", "\u00c4", "<blank>"), blank_id=3, kind="bpe")
+    (tmp_path / "a.txt").write_text("ı a\n", encoding="utf-8")
+    (text,) = read_texts([tmp_path / "a.txt"], vocabulary, STEPS, "tr", without=[])
+    assert text.encode("latin-1").decode() == "ı a"
+
+
+def test_a_missing_file_of_texts_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.txt: no such file of texts"):
+        read_texts([tmp_path / "none.txt"], LETTERS, STEPS, "en", without=[])
+
+
+@pytest.mark.parametrize("texts", [[], ["", "  "]])
+def test_nothing_to_learn_from_is_said(texts: list[str]) -> None:
+    with pytest.raises(DataError, match="no text to learn from"):
+        character_ngrams(texts)
+
+
+def test_rare_n_grams_are_dropped() -> None:
+    texts = ["the cat sat"] * 3 + ["quite another text"]
+    assert len(character_ngrams(texts, 6, 2).edge_state) < len(character_ngrams(texts, 6, 1).edge_state)
+
+
+def heard(near_miss: str, at: int, meant: str) -> np.ndarray:
+    return spoken(near_miss, alternatives={at: {near_miss[at]: 0.6, meant: 0.38}})
+
+
+def test_a_language_model_that_helps_is_kept_with_its_best_weights() -> None:
+    log_probs = [heard("the cet sat", 5, "a"), heard("a het", 3, "a"), spoken("the cat")]
+    references = ["the cat sat", "a hat", "the cat"]
+    table = character_ngrams(["the cat ran", "the hat sat", "a cat", "the cat"], 5, 1)
+    found = fit(table, LETTERS, log_probs, references, beam=8)
+    assert found.greedy_wer == pytest.approx(2 / 7)
+    assert found.best.wer == 0.0
+    assert found.best.weight > 0
+    assert found.earns_its_place
+    assert "| beam 8, language model |" in found.markdown()
+
+
+def test_a_language_model_that_does_not_help_is_left_out() -> None:
+    log_probs = [spoken("the cat sat"), spoken("a hat")]
+    found = fit(character_ngrams(["zzz"], 3, 1), LETTERS, log_probs, ["the cat sat", "a hat"], beam=8)
+    assert not found.earns_its_place
+
+
+def test_a_gain_too_small_does_not_earn_its_place() -> None:
+    table = character_ngrams(["a b"], 2, 1)
+    trials = (Trial(8, 0.0, 0.0, 0.20), Trial(8, 0.5, 0.5, 0.196))
+    assert not Fit(table, 0.2, trials).earns_its_place
+    assert Fit(table, 0.2, (*trials, Trial(8, 0.5, 1.0, 0.19))).earns_its_place
+
+
+def test_the_command_measures_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_bundle(tmp_path / "models")
+    (tmp_path / "1.wav").write_bytes(wav(sing("bad")))
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"audio_filepath": "1.wav", "text": "bad", "duration": 1}\n', encoding="utf-8")
+    (tmp_path / "texts.txt").write_text("bad\na bed\n", encoding="utf-8")
+    arguments = [str(tmp_path / "models"), "tiny", "--validation", str(manifest), "--beam", "4", "--texts"]
+    assert ngram.main([*arguments, str(tmp_path / "texts.txt")]) == 0
+    assert "| greedy |  |  | 0.00% |" in capsys.readouterr().out
+    assert ngram.main([*arguments, str(tmp_path / "none.txt")]) == 2
+    assert "no such file of texts" in capsys.readouterr().err
+    assert verify_bundle(tmp_path / "models", "tiny").guide is None

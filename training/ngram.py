@@ -1,0 +1,271 @@
+"""A character n-gram language model from texts, and its weights for one model, chosen on validation audio.
+
+    python -m training.ngram MODELS_DIR NAME --texts MANIFEST|TEXT ... --validation MANIFEST
+
+measures a bundle's greedy text, its beam search, and the beam search with a language model of the texts, over
+a grid of weights. `training.publish --texts` does the same on the way to a bundle, and keeps the language
+model where it earns its place (`MIN_GAIN`).
+
+Smoothing: interpolated Witten-Bell (Witten and Bell 1991). Rare n-grams are dropped and the back-off weights
+normalised again, so the probabilities after each context sum to one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from api.beam import Guide, beam_search, guide_of
+from api.bundle import BundleError, load_bundle
+from api.ngram import NgramTable, weigh
+from api.normalise import normalise
+from api.vocabulary import Vocabulary
+from training.calibration import manifest_rows, manifest_waveforms
+from training.errors import DataError, TrainingError
+from training.evaluate import Utterance, error_rates, greedy_text
+from training.inference import LogProbs, cpu_session, run_graph
+
+ORDER = 6
+MIN_COUNT = 2
+"""Of n-grams longer than three characters."""
+BEAM = 32
+WEIGHTS = (0.4, 0.6, 0.8, 1.0)
+BONUSES = (0.5, 1.0, 1.5)
+MIN_GAIN = 0.03
+"""Share of the word errors of greedy decoding that a language model must remove to be shipped."""
+_SPACE = " "
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Word error rate (fraction of one) of one way to decode; weight 0 is without a language model."""
+
+    beam: int
+    weight: float
+    bonus: float
+    wer: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The best language model found, and every trial; `best.weight` is 0 where none helped."""
+
+    table: NgramTable
+    greedy_wer: float
+    trials: tuple[Trial, ...]
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the fewest errors; the first of equals."""
+        return min(self.trials, key=lambda trial: trial.wer)
+
+    @property
+    def earns_its_place(self) -> bool:
+        """Whether it removes enough of greedy decoding's errors."""
+        return self.best.weight > 0 and self.best.wer <= (1.0 - MIN_GAIN) * self.greedy_wer
+
+    def markdown(self) -> str:
+        """All trials as a table."""
+        lines = ["| decoding | weight | bonus | WER |", "|---|---|---|---|", _row("greedy", self.greedy_wer)]
+        for trial in self.trials:
+            with_model = trial.weight > 0
+            name = f"beam {trial.beam}" + (", language model" if with_model else "")
+            lines.append(_row(name, trial.wer, *((trial.weight, trial.bonus) if with_model else ())))
+        return "\n".join(lines)
+
+
+def _row(name: str, wer: float, weight: float | None = None, bonus: float | None = None) -> str:
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:g}"
+
+    return f"| {name} | {cell(weight)} | {cell(bonus)} | {wer:.2%} |"
+
+
+def character_ngrams(texts: Iterable[str], order: int = ORDER, min_count: int = MIN_COUNT) -> NgramTable:
+    """The language model of `texts`, each read as if it stood between two spaces.
+
+    Raises DataError where there is no text.
+    """
+    counts = _count(texts, order)
+    symbols = [_SPACE, *sorted(set(counts[0][""]) - {_SPACE})] if counts[0][""] else []
+    if len(symbols) < 2:
+        raise DataError("the language model has no text to learn from")
+    probabilities = _witten_bell(counts, symbols)
+    kept = {
+        context: {
+            character: probability
+            for character, probability in after.items()
+            if len(context) < 3 or counts[len(context)][context][character] >= min_count
+        }
+        for context, after in probabilities.items()
+    }
+    # A context is a state if it has edges; so are its suffixes, which are at least as frequent.
+    contexts = sorted((context for context, after in kept.items() if after), key=lambda c: (len(c), c))
+    state_of = {context: index for index, context in enumerate(contexts)}
+    symbol_of = {symbol: index for index, symbol in enumerate(symbols)}
+
+    def lower(context: str) -> str:
+        """The longest proper suffix that is a state."""
+        return next(context[cut:] for cut in range(1, len(context) + 1) if context[cut:] in state_of)
+
+    def probability_of(context: str, character: str) -> float:
+        factor = 1.0
+        while character not in kept[context]:
+            factor *= backoff[context]
+            context = lower(context)
+        return factor * kept[context][character]
+
+    backoff: dict[str, float] = {"": 1.0}
+    for context in contexts[1:]:
+        shorter = lower(context)
+        left = 1.0 - sum(kept[context].values())
+        below = 1.0 - sum(probability_of(shorter, character) for character in kept[context])
+        backoff[context] = max(left, 1e-9) / max(below, 1e-9)
+    edges = []
+    for context in contexts:
+        for character, probability in sorted(kept[context].items()):
+            longest = (context + character)[-(order - 1) :]
+            after = longest if longest in state_of else lower(longest)
+            edges.append((state_of[context], symbol_of[character], state_of[after], np.log(probability)))
+    state, symbol, after_state, log_prob = zip(*edges, strict=True)
+    return NgramTable(
+        symbols=np.array([ord(symbol) for symbol in symbols], np.int32),
+        fail=np.array([-1, *(state_of[lower(context)] for context in contexts[1:])], np.int32),
+        backoff=np.log([backoff[context] for context in contexts]).astype(np.float32),
+        edge_state=np.array(state, np.int32),
+        edge_symbol=np.array(symbol, np.int32),
+        edge_next=np.array(after_state, np.int32),
+        edge_log_prob=np.minimum(np.array(log_prob, np.float32), 0.0),
+    )
+
+
+Counts = list[defaultdict[str, Counter[str]]]
+"""For each context length: context -> characters after it."""
+
+
+def _count(texts: Iterable[str], order: int) -> Counts:
+    counts: Counts = [defaultdict(Counter) for _ in range(order)]
+    for text in texts:
+        words = [word for word in text.split(_SPACE) if word]
+        line = _SPACE + _SPACE.join(words) + _SPACE
+        for position in range(1, len(line)) if len(line) > 2 else ():
+            for length in range(min(order, position + 1)):
+                counts[length][line[position - length : position]][line[position]] += 1
+    return counts
+
+
+def _witten_bell(counts: Counts, symbols: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Context -> character -> probability, each interpolated with the context one character shorter."""
+    found: dict[str, dict[str, float]] = {}
+    for length, contexts in enumerate(counts):
+        for context, after in contexts.items():
+            total, kinds = sum(after.values()), len(after)
+            characters = symbols if length == 0 else after
+            below = found[context[1:]] if length else dict.fromkeys(symbols, 1.0 / len(symbols))
+            found[context] = {c: (after[c] + kinds * below[c]) / (total + kinds) for c in characters}
+    return found
+
+
+def fit(
+    table: NgramTable,
+    vocabulary: Vocabulary,
+    log_probs: Sequence[LogProbs],
+    references: Sequence[str],
+    beam: int = BEAM,
+) -> Fit:
+    """Try every weight and bonus on validation audio; `log_probs` (frames, vocabulary) each."""
+
+    def wer(decode: Callable[[LogProbs], str], label: str) -> float:
+        heard = [decode(values) for values in tqdm(log_probs, desc=label, unit="clip", disable=None)]
+        return error_rates([Utterance(*pair) for pair in zip(references, heard, strict=True)]).wer
+
+    def searched(guide: Guide | None) -> Callable[[LogProbs], str]:
+        return lambda values: beam_text(values, vocabulary, beam, guide)
+
+    greedy_wer = wer(lambda values: greedy_text(values, vocabulary), "greedy")
+    trials = [Trial(beam, 0.0, 0.0, wer(searched(None), f"beam {beam}"))]
+    for weight in WEIGHTS:
+        for bonus in BONUSES:
+            guide = guide_of(weigh(table, vocabulary, weight, bonus), vocabulary)
+            trials.append(Trial(beam, weight, bonus, wer(searched(guide), f"weight {weight}, bonus {bonus}")))
+    return Fit(table, greedy_wer, tuple(trials))
+
+
+def beam_text(log_probs: LogProbs, vocabulary: Vocabulary, beam: int, guide: Guide | None) -> str:
+    """Text of (frames, vocabulary) by the service's own beam search."""
+    decoded = beam_search(log_probs, vocabulary.blank_id, beam, guide=guide)[0]
+    return vocabulary.decode(decoded.token_ids.tolist())
+
+
+def read_texts(
+    paths: Sequence[Path], vocabulary: Vocabulary, steps: Sequence[str], language: str, without: Sequence[str]
+) -> list[str]:
+    """Texts of manifests (`.jsonl`) and of files with one text a line, in the model's spelling.
+
+    `steps` are the bundle's text normalisation; what the vocabulary cannot spell becomes a space. For a
+    byte-level vocabulary each character stands for one byte of the text's UTF-8. Texts that are measured on
+    (`without`) are left out: recordings of one sentence by several speakers are common.
+    Raises DataError for a file that is not there, ManifestError for a line that is no row.
+    """
+    known = "".join(unit for unit in vocabulary.units if isinstance(unit, str))
+    outside = re.compile(f"[^ {re.escape(known)}]+") if known else None
+
+    def spelled(text: str) -> str:
+        text = normalise(text, steps, language)
+        text = " ".join((outside.sub(" ", text) if outside else text).split())
+        return text.encode().decode("latin-1") if vocabulary.kind == "bpe" else text
+
+    left_out = {spelled(text) for text in without}
+    texts: list[str] = []
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file of texts")
+        if path.suffix == ".jsonl":
+            texts += [row["text"] for row in manifest_rows(path, with_text=True)]
+        else:
+            texts += path.read_text(encoding="utf-8").splitlines()
+    return [text for text in map(spelled, texts) if text and text not in left_out]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Does a language model of these texts help a bundle?")
+    parser.add_argument("models_dir", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="manifests or plain text files")
+    parser.add_argument("--validation", type=Path, required=True, help="manifest with texts")
+    parser.add_argument("--limit", type=int, help="at most this many utterances")
+    parser.add_argument("--order", type=int, default=ORDER)
+    parser.add_argument("--beam", type=int, default=BEAM)
+    given = parser.parse_args(arguments)
+    try:
+        bundle = load_bundle(given.models_dir, given.name)
+        rate_hz = bundle.manifest.sample_rate_hz
+        clips = manifest_waveforms(given.validation, rate_hz, given.limit, with_text=True)
+        session = cpu_session(bundle.graph_path())
+        log_probs = [run_graph(session, [clip])[0] for clip, _ in tqdm(clips, desc="infer", disable=None)]
+        references = [text for _, text in clips]
+        manifest = bundle.manifest
+        spelling = (bundle.vocabulary, manifest.text_normalisation, manifest.languages[0])
+        table = character_ngrams(read_texts(given.texts, *spelling, without=references), given.order)
+        found = fit(table, bundle.vocabulary, log_probs, references, given.beam)
+    except (TrainingError, BundleError, FileNotFoundError) as error:
+        print(f"ngram: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(table.fail)} contexts, {len(table.edge_state)} n-grams; {len(references)} utterances\n")
+    print(found.markdown())
+    print(json.dumps(found.best.__dict__ | {"greedy_wer": found.greedy_wer}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
