@@ -153,6 +153,7 @@ class WorkerPool:
                 self.expired += 1
             else:
                 self.abandoned += 1
+        self._telemetry.segments_dropped("expired" if expired else "abandoned")
         return True
 
     @property
@@ -188,7 +189,7 @@ class WorkerPool:
                 self._forget(entry)
             self._changed.notify_all()
             threads = list(self._threads)
-        _fail(left, DrainingError("The service is shutting down."))
+        self._fail(left, DrainingError("The service is shutting down."))
         until_s = time.monotonic() + timeout_s
         for thread in threads:
             thread.join(max(0.0, until_s - time.monotonic()))
@@ -245,7 +246,7 @@ class WorkerPool:
                 self.replaced += 1
                 self._spawn()
             if lost is not None:
-                _fail(lost.entries, InferenceError("The engine failed on this audio."))
+                self._fail(lost.entries, InferenceError("The engine failed on this audio."))
 
     def _take(self) -> tuple[ModelQueue, list[Entry]]:
         """The next batch: models take turns, then ``plan_batch`` decides. Overdue entries are dropped."""
@@ -263,6 +264,7 @@ class WorkerPool:
             self._forget(entry)
             if entry.deadline_s <= now_s:
                 self.expired += 1  # the submitter's timer tells its caller
+                self._telemetry.segments_dropped("expired")
             else:
                 entries.append(entry)
         return queue, entries
@@ -283,7 +285,7 @@ class WorkerPool:
         except Exception as error:
             log.error("batch failed", model=engine.name, size=len(entries), error=repr(error))
             if len(entries) == 1:
-                _fail(entries, _public(error))
+                self._fail(entries, _public(error))
             else:
                 for entry in entries:
                     self._run(engine, [entry], alone=False)
@@ -293,7 +295,39 @@ class WorkerPool:
             SegmentResult(output, start_s - entry.queued_s, inference_s, len(entries), batch.span_context)
             for entry, output in zip(entries, outputs, strict=True)
         ]
-        _deliver(entries, lambda index, future: future.set_result(results[index]))
+        self._deliver(entries, lambda index, future: future.set_result(results[index]))
+
+    def _fail(self, entries: Sequence[Entry], error: AsrError) -> None:
+        self._deliver(entries, lambda _, future: future.set_exception(error), failed=True)
+
+    def _deliver(
+        self,
+        entries: Sequence[Entry],
+        settle: Callable[[int, asyncio.Future[SegmentResult]], None],
+        *,
+        failed: bool = False,
+    ) -> None:
+        """Settle the futures on their own loops, one call per loop; a caller may have left meanwhile."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[int]] = {}
+        for index, entry in enumerate(entries):
+            by_loop.setdefault(entry.future.get_loop(), []).append(index)
+
+        def settle_all(indices: list[int]) -> None:
+            for index in indices:
+                future = entries[index].future
+                if future.done():
+                    self._telemetry.segments_dropped("unclaimed")
+                    continue
+                settle(index, future)
+                if failed:
+                    self._telemetry.segments_dropped("failed")
+
+        for loop, indices in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(settle_all, indices)
+            except RuntimeError:
+                self._telemetry.segments_dropped("unclaimed", len(indices))
+                log.warning("results for a closed event loop", count=len(indices))
 
 
 def _public(error: Exception) -> AsrError:
@@ -303,26 +337,3 @@ def _public(error: Exception) -> AsrError:
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return OutOfResourcesError("The machine has no memory left for this audio.")
     return InferenceError("The engine failed on this audio.")
-
-
-def _fail(entries: Sequence[Entry], error: AsrError) -> None:
-    _deliver(entries, lambda _, future: future.set_exception(error))
-
-
-def _deliver(entries: Sequence[Entry], settle: Callable[[int, asyncio.Future[SegmentResult]], None]) -> None:
-    """Settle the futures on their own loops, one call per loop; a caller may have left meanwhile."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[int]] = {}
-    for index, entry in enumerate(entries):
-        by_loop.setdefault(entry.future.get_loop(), []).append(index)
-
-    def settle_all(indices: list[int]) -> None:
-        for index in indices:
-            future = entries[index].future
-            if not future.done():
-                settle(index, future)
-
-    for loop, indices in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(settle_all, indices)
-        except RuntimeError:
-            log.warning("results for a closed event loop", count=len(indices))

@@ -121,6 +121,11 @@ class Telemetry:
         """
         return Batch(self, model, lengths_s, requests)
 
+    def segments_dropped(self, reason: str, count: int = 1) -> None:
+        """Count segments that will be in no transcript; `reason` is one of ``metrics.DROP_REASONS``."""
+        if count:
+            self.metrics.segments_dropped.labels(reason).inc(count)
+
     # -- set-up
 
     def engine_configured(

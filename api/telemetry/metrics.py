@@ -54,6 +54,12 @@ REJECTION_REASONS = (
     "too_many_connections",
 )
 
+# What became of segments that are in no transcript. `abandoned`: the caller left while it waited; `expired`:
+# its deadline passed while it waited; `unclaimed`: it was computed, but its caller had left or given up by
+# then; `failed`: the engine failed on it, or the process stopped; `noise`: recognised, with so little
+# confidence that it is taken for noise.
+DROP_REASONS = ("abandoned", "expired", "unclaimed", "failed", "noise")
+
 # The routes that transcribe; every other route is in http_server_request_duration_seconds only.
 TRANSCRIPTION_ROUTES = ("/transcribe", "/transcribe/batch", "/v1/audio/transcriptions")
 
@@ -217,6 +223,9 @@ class Metrics:
         self.queue_limit = gauge(
             "asr_queue_limit_audio_seconds", "Audio-seconds the queue takes before it refuses."
         )
+        self.segments_dropped = counter(
+            "asr_segments_dropped_total", "Segments that are in no transcript, by reason.", "reason"
+        )
         self.batch_size = histogram("asr_batch_size", "Segments per batch.", _BATCH_BUCKETS)
         self.batch_padding = histogram(
             "asr_batch_padding_ratio", "Share of a batch's samples that is padding.", _RATIO_BUCKETS
@@ -251,6 +260,8 @@ class Metrics:
             self.requests.labels(UNMATCHED_ROUTE, UNKNOWN, outcome)
         for reason in REJECTION_REASONS:
             self.rejections.labels(reason)
+        for reason in DROP_REASONS:
+            self.segments_dropped.labels(reason)
         self.stages = {stage: self.stage_duration.labels(stage) for stage in STAGES}
         for protocol in PROTOCOLS[:1]:
             self.stream_sessions.labels(protocol)

@@ -30,6 +30,7 @@ DOCUMENTED = {
     "asr_queue_depth": set(),
     "asr_queue_audio_seconds": set(),
     "asr_queue_limit_audio_seconds": set(),
+    "asr_segments_dropped_total": {"reason"},
     "asr_batch_size": set(),
     "asr_batch_padding_ratio": set(),
     "asr_rejections_total": {"reason"},
