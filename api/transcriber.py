@@ -24,13 +24,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, ParamSpec, TypeVar
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from api.batcher import SegmentResult
-from api.beam import beam_search
-from api.ctc import Decoded, greedy
+from api.decoding import decode
 from api.errors import InvalidValueError
 from api.hotwords import HotwordAutomaton, build_hotwords
 from api.normalise import normalise
@@ -53,10 +50,13 @@ _INLINE_VALUES = 200_000  # greedy decoding below this many log-probabilities ta
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a request may choose. ``beam`` 0 is greedy; ``vad`` None cuts only where the window ends."""
+    """What a request may choose.
+
+    ``beam``: 0 is greedy, None the model's own way. ``vad`` None cuts only where the window ends.
+    """
 
     language: str | None = None
-    beam: int = 0
+    beam: int | None = None
     hotwords: tuple[str, ...] = ()
     vad: VadOptions | None = None
 
@@ -175,7 +175,7 @@ class Transcriber:
         result = await self.model.batcher.submit(window.samples, deadline_s=deadline_s, wait=wait)
         self._telemetry.record_stage("queue", result.queue_s, ended_ago_s=result.inference_s)
         self._telemetry.record_stage("inference", result.inference_s, links=[result.batch_span])
-        if not options.beam and not hotwords and result.log_probs.size <= _INLINE_VALUES:
+        if not self._beam(options, hotwords) and result.log_probs.size <= _INLINE_VALUES:
             return self._decode(window, result, options, hotwords)
         return await self._in_pool(self._decode, window, result, options, hotwords)
 
@@ -185,7 +185,7 @@ class Transcriber:
         """log-probabilities -> segments of one window."""
         bundle = self.model.bundle
         with self._telemetry.stage("ctc"):
-            decoded = decode_log_probs(result.log_probs, bundle.vocabulary.blank_id, options.beam, hotwords)
+            decoded = decode(result.log_probs, bundle, self._beam(options, hotwords), hotwords)
             rate_hz = bundle.manifest.sample_rate_hz
             segments = segments_of(
                 decoded,
@@ -198,6 +198,13 @@ class Transcriber:
         kept = [seg for seg in segments if not seg.is_like_noise(self._settings.noise_confidence)]
         self._telemetry.segments_dropped("noise", len(segments) - len(kept))
         return kept
+
+    def _beam(self, options: Options, hotwords: HotwordAutomaton | None) -> int:
+        """Width of the beam search, 0 for greedy decoding."""
+        beam = options.beam
+        if beam is None:
+            beam = min(self.model.bundle.default_beam, self._settings.max_beam)
+        return beam or (DEFAULT_HOTWORD_BEAM if hotwords is not None else 0)
 
     def language_of(self, language: str | None) -> str:
         """The language asked for, or the model's first. Raises InvalidValueError for an unknown one."""
@@ -226,12 +233,3 @@ class Transcriber:
         """Run in the pool, in the caller's context: spans find their parents there."""
         run = partial(contextvars.copy_context().run, function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._pool, run)
-
-
-def decode_log_probs(
-    log_probs: NDArray[np.float32], blank_id: int, beam: int, hotwords: HotwordAutomaton | None
-) -> Decoded:
-    """float32 (frames, vocabulary) -> tokens: greedy, or the best of the beam where there is one."""
-    if beam or hotwords is not None:
-        return beam_search(log_probs, blank_id, beam or DEFAULT_HOTWORD_BEAM, hotwords)[0]
-    return greedy(log_probs[None], np.array([len(log_probs)], dtype=np.int64), blank_id)[0]
