@@ -111,6 +111,7 @@ OVERLAY ?= production
 REPLICAS ?= 3
 URL ?=
 CACHE ?=
+AUDIT_STRICT ?= 0
 export REGISTRY REPLICAS
 export TRIVY_IMAGE ?= aquasec/trivy:0.69.3@sha256:bcc376de8d77cfe086a917230e818dc9f8528e3c852f7b1aff648949b6258d1c
 
@@ -119,7 +120,7 @@ $(INFRA)/.done: requirements/infra.txt
 	$(INFRA)/bin/pip install -q --require-hashes -r requirements/infra.txt
 	@touch $@
 
-.PHONY: ci lint-infra terraform-validate images image-api image-ui image-training sbom scan registry-login registry-logout push sign
+.PHONY: ci lint-infra terraform-validate images image-api image-ui image-training sbom audit scan registry-login registry-logout push sign
 ci: ## what a clean runner does: system packages, then every test
 	.ci/run
 
@@ -139,7 +140,10 @@ sbom: ## build/sbom/: what is inside the images, as CycloneDX
 	@for kind in api ui; do docker run --rm --network none --volume "$(CURDIR)/docker/sbom.py:/sbom.py:ro" --entrypoint python3 \
 	  $(REGISTRY_PREFIX)asr-$$kind:$(VERSION) /sbom.py asr-$$kind $(VERSION) > build/sbom/$$kind.cdx.json && echo build/sbom/$$kind.cdx.json; done
 
-scan: $(INFRA)/.done ## known vulnerabilities in locks and images
+audit: $(INFRA)/.done ## known vulnerabilities in every lock; AUDIT_STRICT=1 fails where the database does not answer
+	AUDIT_STRICT=$(AUDIT_STRICT) scripts/audit.sh
+
+scan: $(INFRA)/.done ## known vulnerabilities in the images and what is locked for them
 	docker/scan.sh $(VERSION)
 
 registry-login: ## with REGISTRY_USER and REGISTRY_PASSWORD

@@ -7,18 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 version=${1:?usage: docker/scan.sh VERSION}
 strict=${SCAN_STRICT:-0} skipped=0 failed=0
-for group in api ui; do
-  rc=0
-  output=$(.venv-infra/bin/pip-audit --disable-pip --require-hashes --requirement "requirements/$group.txt" --progress-spinner off 2>&1) || rc=$?
-  unaudited=$(grep -c 'could not be audited' <<<"$output" || true)
-  if [ "$rc" != 0 ]; then
-    printf '%s\nFAILED   requirements/%s.txt\n' "$output" "$group"; failed=1
-  elif [ "$unaudited" -gt 0 ]; then
-    echo "SKIPPED  requirements/$group.txt: the advisory database does not answer for $unaudited packages"; skipped=1
-  else
-    echo "ok       requirements/$group.txt"
-  fi
-done
+AUDIT_STRICT=$strict scripts/audit.sh api ui || failed=1
 for kind in api ui; do
   image=${REGISTRY:+$REGISTRY/}asr-$kind:$version
   if ! docker image inspect "$image" >/dev/null 2>&1; then
