@@ -25,6 +25,13 @@ TILE_COLUMNS = 4096
 TOP_HZ = 8000.0
 _FLOOR_DB = 70.0
 _BLOCK_S = 10.0
+# As in the service: no playlist, session description or script may make FFmpeg open files, hosts or ports.
+_FFMPEG_OPTIONS = {
+    "format_whitelist": "aac,aiff,amr,amrnb,amrwb,asf,au,avi,caf,flac,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,"
+    "mj2,mp3,mpeg,mpegts,ogg,w64,wav,wv",
+    "protocol_whitelist": "none",
+    "max_streams": "16",
+}
 _ANCHORS = [(0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)]
 
 Floats = NDArray[np.float32]
@@ -138,7 +145,7 @@ def blocks(data: bytes) -> Iterator[tuple[Floats, int]]:
 
 def _blocks_with_ffmpeg(data: bytes) -> Iterator[tuple[Floats, int]]:
     try:
-        with closing(av.open(io.BytesIO(data), mode="r")) as container:
+        with closing(av.open(io.BytesIO(data), mode="r", options=_FFMPEG_OPTIONS)) as container:
             if not container.streams.audio:
                 raise UnreadableSoundError("There is no sound in this file.")
             resampler = av.AudioResampler(format="flt", layout="mono")
@@ -152,7 +159,7 @@ def _blocks_with_ffmpeg(data: bytes) -> Iterator[tuple[Floats, int]]:
                 rate = frame.sample_rate
             if waiting:
                 yield np.nan_to_num(np.concatenate(waiting)), rate
-    except (av.FFmpegError, ValueError) as error:
+    except (av.FFmpegError, ValueError, IndexError) as error:  # PyAV trips over streams that appear late
         raise UnreadableSoundError("The sound in this file cannot be read.") from error
 
 

@@ -113,6 +113,21 @@ def test_what_is_no_sound_is_refused(data: bytes) -> None:
     assert not duration_of(data)
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        "ffconcat version 1.0\nfile samples/hello.flac\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+        "#EXTM3U\n#EXTINF:10,\nsamples/hello.flac\n#EXT-X-ENDLIST\n",
+    ],
+)
+def test_a_file_never_makes_the_page_open_another(script: str) -> None:
+    """A concat script read files below the working directory, a session description listened on a port."""
+    with pytest.raises(UnreadableSoundError) as caught:
+        list(blocks(script.encode()))
+    assert isinstance(caught.value.__cause__, av.error.InvalidDataError | av.error.ArgumentError)
+
+
 def test_unknown_bytes_have_no_media_type() -> None:
     assert media_type(b"hello") is None
     assert media_type(b"") is None
