@@ -7,10 +7,13 @@ with the HTK mel scale (Young et al., The HTK Book, section 5.4), a Hann window 
 
 from __future__ import annotations
 
+import ctypes
 import io
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import av
 import numpy as np
@@ -33,6 +36,7 @@ _FFMPEG_OPTIONS = {
     "max_streams": "16",
 }
 _ANCHORS = [(0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)]
+_MAX_ALLOCATION_BYTES = 32 * 2**20  # a header of a kilobyte can claim tables of gigabytes
 
 Floats = NDArray[np.float32]
 
@@ -143,7 +147,17 @@ def blocks(data: bytes) -> Iterator[tuple[Floats, int]]:
             yield np.nan_to_num(block.mean(axis=1)), file.samplerate
 
 
+@cache
+def _limit_ffmpeg_memory() -> None:
+    """Bound each allocation of the loaded libavutil; PyAV does not expose ``av_max_alloc``. Linux only."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    for library in {line.split(maxsplit=5)[-1] for line in lines if "libavutil" in line}:
+        ctypes.CDLL(library).av_max_alloc(ctypes.c_size_t(_MAX_ALLOCATION_BYTES))
+
+
 def _blocks_with_ffmpeg(data: bytes) -> Iterator[tuple[Floats, int]]:
+    _limit_ffmpeg_memory()
     try:
         with closing(av.open(io.BytesIO(data), mode="r", options=_FFMPEG_OPTIONS)) as container:
             if not container.streams.audio:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -126,6 +129,22 @@ def test_a_file_never_makes_the_page_open_another(script: str) -> None:
     with pytest.raises(UnreadableSoundError) as caught:
         list(blocks(script.encode()))
     assert isinstance(caught.value.__cause__, av.error.InvalidDataError | av.error.ArgumentError)
+
+
+def test_counts_in_a_header_cost_no_memory() -> None:
+    """A sample table that claims eighty million samples took FFmpeg a gigabyte."""
+    data = bytearray(m4a_of(tone(440, 0.5)))
+    struct.pack_into(">II", data, data.index(b"stsz") + 8, 1, 80_000_000)
+    program = (
+        "import resource, sys\n"
+        "from ui.sound import UnreadableSoundError, picture_of\n"
+        "def peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000\n"
+        "before_mb = peak_mb()\n"
+        "try: picture_of(sys.stdin.buffer.read())\n"
+        "except UnreadableSoundError: print(peak_mb() - before_mb)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], input=bytes(data), capture_output=True, check=True)
+    assert float(run.stdout) < 100
 
 
 def test_unknown_bytes_have_no_media_type() -> None:
