@@ -71,6 +71,12 @@ class LanguageModel:
     bonus: float
     beam: int
 
+    def entry(self) -> LanguageModelEntry:
+        """For the manifest."""
+        return LanguageModelEntry(
+            file=LANGUAGE_MODEL_FILE, order=self.order, weight=self.weight, bonus=self.bonus, beam=self.beam
+        )
+
 
 @dataclass(frozen=True)
 class Measurements:
@@ -119,6 +125,26 @@ def add_measurements(models_dir: Path, name: str, card: Card, measurements: Meas
     return load_bundle(models_dir, name)
 
 
+def add_language_model(models_dir: Path, name: str, language_model: LanguageModel, note: str) -> Bundle:
+    """Give a bundle a language model, or another one; `note` (Markdown) ends its card.
+
+    Raises BundleError where the bundle does not hold, before or after.
+    """
+    bundle = load_bundle(models_dir, name)
+    partial = bundle.path / f".{LANGUAGE_MODEL_FILE}.partial"
+    language_model.table.save(partial)
+    files = {**bundle.manifest.files, LANGUAGE_MODEL_FILE: sha256_of(partial)}
+    changes = {"language_model": language_model.entry(), "files": files}
+    os.replace(partial, bundle.path / LANGUAGE_MODEL_FILE)
+    manifest = bundle.manifest.model_copy(update=changes)
+    _write_text(bundle.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+    card = bundle.path / "README.md"
+    before = card.read_text(encoding="utf-8") if card.is_file() else f"# {name}\n"
+    kept = before.partition("\n## Language model\n")[0].rstrip()
+    _write_text(card, f"{kept}\n\n## Language model\n\n{note}\n")
+    return load_bundle(models_dir, name)
+
+
 def _write_files(
     folder: Path,
     name: str,
@@ -136,17 +162,9 @@ def _write_files(
             path.write_bytes(content)
     _write_text(folder / VOCABULARY_FILE, "\n".join(vocabulary.tokens) + "\n")
     listed = [*(GRAPH_FILES[graph] for graph in graphs.files), VOCABULARY_FILE]
-    entry = None
     if language_model is not None:
-        language_model.table.save(folder / LANGUAGE_MODEL_FILE)
         listed.append(LANGUAGE_MODEL_FILE)
-        entry = LanguageModelEntry(
-            file=LANGUAGE_MODEL_FILE,
-            order=language_model.order,
-            weight=language_model.weight,
-            bonus=language_model.bonus,
-            beam=language_model.beam,
-        )
+        language_model.table.save(folder / LANGUAGE_MODEL_FILE)
     manifest = Manifest(
         name=name,
         version=card.version,
@@ -166,7 +184,7 @@ def _write_files(
         input=InputEntry(min_samples=graphs.min_samples),
         graphs={graph: GraphEntry(file=GRAPH_FILES[graph], opset=graphs.opset) for graph in graphs.files},
         default_graph=graphs.default,
-        language_model=entry,
+        language_model=language_model.entry() if language_model is not None else None,
         files={file: sha256_of(folder / file) for file in listed},
         source=card.source,
         licence=card.licence,

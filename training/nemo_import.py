@@ -1,7 +1,7 @@
 """NeMo archive -> bundle.
 
     python -m training.nemo import ARCHIVE --name en-quartznet15x5 --models-dir models \\
-        --calibration MANIFEST --validation MANIFEST [--test MANIFEST]
+        --calibration MANIFEST --validation MANIFEST [--test MANIFEST] [--texts FILE ...]
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--calibration", type=Path, help="manifest of audio; default: the shared training set"
     )
     command.add_argument("--validation", type=Path, help="manifest with texts; default: as --calibration")
+    command.add_argument(
+        "--texts", type=Path, nargs="+", default=[], help="texts for a language model (manifests or plain)"
+    )
     command.add_argument("--test", type=Path, help="manifest of test sets; default: the shared ones if there")
     command.add_argument("--no-test", action="store_true", help="do not measure error rates on test sets")
     command.add_argument("--no-float", action="store_true", help="leave the float32 graph out")
@@ -66,7 +69,8 @@ def _import(given: argparse.Namespace) -> Bundle:
     recordings = Recordings(
         calibration,
         given.validation or calibration,
-        test=test if test is not None and test.is_file() else None,
+        tuple(given.texts),
+        test if test is not None and test.is_file() else None,
     )
     card = Card(
         title=given.name,

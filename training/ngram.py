@@ -3,8 +3,8 @@
     python -m training.ngram MODELS_DIR NAME --texts MANIFEST|TEXT ... --validation MANIFEST
 
 measures a bundle's greedy text, its beam search, and the beam search with a language model of the texts, over
-a grid of weights. `training.publish --texts` does the same on the way to a bundle, and keeps the language
-model where it earns its place (`MIN_GAIN`).
+a grid of weights. With `--write` the bundle gets the language model where that earns its place (`MIN_GAIN`);
+`training.publish --texts` does the same on the way to a bundle.
 
 Smoothing: interpolated Witten-Bell (Witten and Bell 1991). Rare n-grams are dropped and the back-off weights
 normalised again, so the probabilities after each context sum to one.
@@ -29,6 +29,7 @@ from api.bundle import BundleError, load_bundle
 from api.ngram import NgramTable, weigh
 from api.normalise import normalise
 from api.vocabulary import Vocabulary
+from training.bundle_writer import LanguageModel, add_language_model
 from training.calibration import manifest_rows, manifest_waveforms
 from training.errors import DataError, TrainingError
 from training.evaluate import Utterance, error_rates, greedy_text
@@ -72,6 +73,21 @@ class Fit:
     def earns_its_place(self) -> bool:
         """Whether it removes enough of greedy decoding's errors."""
         return self.best.weight > 0 and self.best.wer <= (1.0 - MIN_GAIN) * self.greedy_wer
+
+    def shipped(self, order: int) -> LanguageModel | None:
+        """What goes into the bundle, if anything does."""
+        best = self.best
+        if not self.earns_its_place:
+            return None
+        return LanguageModel(self.table, order, best.weight, best.bonus, best.beam)
+
+    def note(self, order: int) -> str:
+        """For the model's card."""
+        verdict = "shipped" if self.earns_its_place else "left out"
+        return (
+            f"Character {order}-grams of the texts given, {len(self.table.edge_state):,} of them; {verdict}. "
+            "Chosen on validation audio, whose texts the language model has not seen.\n\n" + self.markdown()
+        )
 
     def markdown(self) -> str:
         """All trials as a table."""
@@ -246,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="at most this many utterances")
     parser.add_argument("--order", type=int, default=ORDER)
     parser.add_argument("--beam", type=int, default=BEAM)
+    parser.add_argument("--write", action="store_true", help="into the bundle, where it earns its place")
     given = parser.parse_args(arguments)
     try:
         bundle = load_bundle(given.models_dir, given.name)
@@ -263,6 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{len(table.fail)} contexts, {len(table.edge_state)} n-grams; {len(references)} utterances\n")
     print(found.markdown())
+    language_model = found.shipped(given.order)
+    if given.write and language_model is not None:
+        add_language_model(given.models_dir, given.name, language_model, found.note(given.order))
     print(json.dumps(found.best.__dict__ | {"greedy_wer": found.greedy_wer}))
     return 0
 

@@ -24,7 +24,6 @@ from api.vocabulary import Vocabulary
 from training.bundle_writer import (
     Card,
     Graphs,
-    LanguageModel,
     Measurements,
     add_measurements,
     hardware,
@@ -103,10 +102,8 @@ def publish(
     language_model = None
     if recordings.texts:
         found = _fit_language_model(checkpoint.vocabulary, card, recordings, files["int8"], validation)
-        if found.earns_its_place:
-            best = found.best
-            language_model = LanguageModel(found.table, ORDER, best.weight, best.bonus, best.beam)
-        notes["Language model"] = _language_model(found)
+        language_model = found.shipped(ORDER)
+        notes["Language model"] = found.note(ORDER)
         print(found.markdown())
     bundle = write_bundle(
         models_dir,
@@ -135,15 +132,6 @@ def _fit_language_model(
     session = cpu_session(graph)
     log_probs = [run_graph(session, [clip])[0] for clip, _ in validation]
     return fit(character_ngrams(texts), vocabulary, log_probs, references)
-
-
-def _language_model(found: Fit) -> str:
-    verdict = "shipped" if found.earns_its_place else "left out"
-    return (
-        f"Character {ORDER}-grams of the training texts, {len(found.table.edge_state):,} of them; {verdict}. "
-        f"Chosen on validation audio, INT8, whose texts the language model has not seen.\n\n"
-        + found.markdown()
-    )
 
 
 def _quantization(outcome: Outcome) -> dict[str, str]:

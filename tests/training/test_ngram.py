@@ -80,6 +80,35 @@ def test_a_gain_too_small_does_not_earn_its_place() -> None:
     assert Fit(table, 0.2, (*trials, Trial(8, 0.5, 1.0, 0.19))).earns_its_place
 
 
+def test_the_command_writes_what_earns_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two tones at once, the wrong one a little louder: only the texts tell which was meant."""
+    path = make_bundle(tmp_path / "models")
+    audio = sing("bac", amplitude=0.3) + sing("bad", amplitude=0.29)
+    (tmp_path / "1.wav").write_bytes(wav(audio))
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"audio_filepath": "1.wav", "text": "bad", "duration": 1}\n', encoding="utf-8")
+    (tmp_path / "texts.txt").write_text("bad dad\na bad head\nbad bed\n", encoding="utf-8")
+    arguments = [
+        str(tmp_path / "models"),
+        "tiny",
+        "--validation",
+        str(manifest),
+        "--beam",
+        "4",
+        "--order",
+        "3",
+    ]
+    arguments += ["--texts", str(tmp_path / "texts.txt")]
+    assert ngram.main(arguments) == 0
+    assert verify_bundle(tmp_path / "models", "tiny").guide is None
+    assert ngram.main([*arguments, "--write"]) == 0
+    assert ngram.main([*arguments, "--write"]) == 0
+    bundle = verify_bundle(tmp_path / "models", "tiny")
+    assert bundle.decoding == "beam 4 with language model"
+    assert "| greedy |  |  | 100.00% |" in (path / "README.md").read_text(encoding="utf-8")
+    assert '"wer": 0.0' in capsys.readouterr().out
+
+
 def test_the_command_measures_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_bundle(tmp_path / "models")
     (tmp_path / "1.wav").write_bytes(wav(sing("bad")))

@@ -64,6 +64,7 @@ class TrainConfig:
     muon: bool = True
     warmup_steps: int = 300
     decay_share: float = 0.55
+    """Share of the run, at its end, over which the learning rate falls."""
     ema_steps: int = 300
     gradient_clip: float = 2.0
     min_confidence: float = -0.05
@@ -304,6 +305,13 @@ def parse_deadline(until: str | None, max_minutes: float | None) -> float | None
     return None if max_minutes is None else time.time() + 60.0 * max_minutes
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0, at most 1")
+    return value
+
+
 def arguments_of(description: str | None) -> argparse.ArgumentParser:
     """The command line that this stage and stage ``pieces`` share."""
     parser = argparse.ArgumentParser(
@@ -317,6 +325,9 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--until", help="HH:MM UTC")
     parser.add_argument("--batch-s", type=float, default=TrainConfig.batch_s)
     parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
+    parser.add_argument(
+        "--decay-share", type=_share, default=TrainConfig.decay_share, help="of the run, 0 to 1"
+    )
     parser.add_argument("--no-muon", action="store_true", help="AdamW for every weight")
     parser.add_argument("--output-only", action="store_true", help="no activations among the targets")
     parser.add_argument("--seed", type=int, default=0)
@@ -342,6 +353,7 @@ def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Cor
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
         output_only=arguments.output_only,
+        decay_share=arguments.decay_share,
     )
     arguments.run.mkdir(parents=True, exist_ok=True)
     trainer = trainer_class(config, Corpus(arguments.cache, config.min_confidence))
