@@ -105,7 +105,8 @@ def test_the_command_writes_what_earns_its_place(tmp_path: Path, capsys: pytest.
     assert ngram.main([*arguments, "--write"]) == 0
     bundle = verify_bundle(tmp_path / "models", "tiny")
     assert bundle.decoding == "beam 4 with language model"
-    assert "| greedy |  |  | 100.00% |" in (path / "README.md").read_text(encoding="utf-8")
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert card.count("| greedy |  |  | 100.00% |") == 1
     assert '"wer": 0.0' in capsys.readouterr().out
 
 
