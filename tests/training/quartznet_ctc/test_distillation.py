@@ -15,7 +15,7 @@ import torch
 from training.checkpoint import load_checkpoint
 from training.frontend import FrontendConfig, LogMel
 from training.nemo import NemoModel
-from training.recipes.quartznet_ctc import distill, label
+from training.recipes.quartznet_ctc import distill, label, texts
 from training.recipes.quartznet_ctc.augment import AugmentConfig
 from training.recipes.quartznet_ctc.cache import write_mel, write_pcm
 from training.recipes.quartznet_ctc.dataset import ALPHABET, VOCABULARY_SIZE, read_utterances
@@ -139,6 +139,40 @@ def test_no_speaker_is_in_both_splits(corpus: Corpus) -> None:
     assert train
     assert not train & held_out
     assert all(corpus.rows[index].text for index in corpus.validation)
+
+
+def test_texts_for_a_language_model_are_those_of_the_training_speakers(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No teacher's text is confident enough here, so only written ones are left."""
+    command = ["texts", "--cache", str(cache), "--out", str(tmp_path / "texts.txt")]
+    monkeypatch.setattr("sys.argv", command)
+    texts.main()
+    corpus = Corpus(cache, min_confidence=distill.TrainConfig.min_confidence)
+    written = sum(bool(corpus.rows[index].text) for index in corpus.train)
+    assert (tmp_path / "texts.txt").read_text(encoding="utf-8") == "hello there\n" * written
+    assert written > 0
+
+
+def test_output_only_leaves_the_heads_of_training_alone(corpus: Corpus) -> None:
+    config = distill.TrainConfig(size="tiny", workers=1, batch_s=4.0, warmup_steps=2, output_only=True)
+    taught = distill.Trainer(config, corpus)
+    batch = BatchMaker(corpus, 4.0, 0, None)(0)
+    losses = taught.distiller.losses(batch, corpus.hidden_weights)
+    weights = distill.LossWeights(hidden=0.0, dense=0.0, posterior=0.7, ctc=0.3)
+    taught._total(losses, weights).backward()
+    assert not taught.distiller.acoustic_head.weight.grad.any()
+    assert taught.distiller.model.head.weight.grad.any()
+    before = taught.distiller.dense_head.bias.detach().clone()
+    taught.train_step([batch], 0.5)
+    assert torch.equal(taught.distiller.dense_head.bias, before)
+
+
+@pytest.mark.parametrize("share", ["0", "1.1", "-1"])
+def test_a_share_out_of_range_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        distill.arguments_of("").parse_args(["--cache", "c", "--run", "r", "--decay-share", share])
+    assert "expected more than 0, at most 1" in capsys.readouterr().err
 
 
 def test_batches_are_a_function_of_seed_and_step(corpus: Corpus) -> None:

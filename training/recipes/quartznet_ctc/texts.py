@@ -1,0 +1,36 @@
+"""Texts of the training speakers, for a language model: written ones, else the teacher's where it was sure.
+
+    python -m training.recipes.quartznet_ctc.texts --cache CACHE --out texts.txt
+
+One line each. The held-out speakers' texts are not among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from training.recipes.quartznet_ctc.dataset import decode_ids
+from training.recipes.quartznet_ctc.distill import TrainConfig
+from training.recipes.quartznet_ctc.examples import Corpus
+
+
+def training_texts(corpus: Corpus) -> list[str]:
+    """Normalised texts of the training split in the cache's order, without the empty ones."""
+    return [decode_ids(corpus.texts[index]) for index in corpus.train if corpus.texts[index]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    texts = training_texts(Corpus(arguments.cache, TrainConfig.min_confidence))
+    arguments.out.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    print(f"{arguments.out}: {len(texts)} texts, {sum(len(text.split()) for text in texts)} words")
+
+
+if __name__ == "__main__":
+    main()
