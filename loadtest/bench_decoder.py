@@ -1,4 +1,5 @@
-"""Decoders on ten seconds of log-probabilities: greedy, and the beam search with 0, 10 and 1,000 hotwords.
+"""Decoders on ten seconds of log-probabilities: greedy, the beam search with 0 to 1,000 hotwords, and with the
+bundle's language model at the bundle's own width.
 
     python -m loadtest.bench_decoder [--model en-quartznet-small] [--beam 16] [--rounds 200]
 
@@ -20,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from api.beam import EXACT, beam_search
-from api.bundle import load_bundle
+from api.bundle import Bundle, load_bundle
 from api.ctc import Decoded, FloatArray, align, greedy
+from api.decoding import decode
 from api.engine import Engine
 from api.hotwords import HotwordAutomaton, build_hotwords
 from api.vocabulary import Vocabulary
@@ -31,12 +33,11 @@ from loadtest.processes import ROOT, hardware
 CLIP_S = 10.0
 
 
-def log_probs_of(name: str, models_dir: Path) -> tuple[FloatArray, Vocabulary]:
-    """float32 (frames, vocabulary) of ten seconds of speech, and what the outputs mean."""
-    bundle = load_bundle(models_dir, name)
+def log_probs_of(bundle: Bundle) -> FloatArray:
+    """float32 (frames, vocabulary) of ten seconds of speech."""
     samples, _ = speech(CLIP_S)
     clip = samples[: int(CLIP_S * bundle.manifest.sample_rate_hz)]
-    return Engine(bundle).run([clip], alone=False)[0], bundle.vocabulary
+    return Engine(bundle).run([clip], alone=False)[0]
 
 
 def random_words(count: int, vocabulary: Vocabulary) -> list[str]:
@@ -67,7 +68,8 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=200)
     given = parser.parse_args()
-    log_probs, vocabulary = log_probs_of(given.model, given.models_dir)
+    bundle = load_bundle(given.models_dir, given.model)
+    log_probs, vocabulary = log_probs_of(bundle), bundle.vocabulary
     blank, beam, frames = vocabulary.blank_id, given.beam, len(log_probs)
     check(log_probs, blank, beam)
     lengths = np.array([frames])
@@ -78,13 +80,17 @@ def main() -> None:
     for count in (10, 100, 1000):
         automaton = build_hotwords(random_words(count, vocabulary), vocabulary)
         rows[f"beam {beam}, {count} hotwords"] = partial(boosted, log_probs, blank, beam, automaton)
+    if bundle.guide is not None:
+        rows[f"beam {bundle.default_beam}, language model"] = partial(
+            decode, log_probs, bundle, bundle.default_beam
+        )
     tokens = rows[f"beam {beam}"]().token_ids
     rows["alignment alone (in beam)"] = lambda: align(log_probs, tokens, blank)
     times_ms: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(given.rounds):
-        for name, decode in rows.items():
+        for name, row in rows.items():
             start_s = time.perf_counter()
-            decode()
+            row()
             times_ms[name].append((time.perf_counter() - start_s) * 1000)
     print(f"{frames} frames x {len(vocabulary)} outputs of {given.model}, one thread, {hardware()}\n")
     print(f"| {'decoder':<28} | median ms | least ms |\n|{'-' * 30}|----------:|---------:|")
