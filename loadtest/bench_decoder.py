@@ -1,5 +1,5 @@
-"""Decoders on ten seconds of log-probabilities: greedy, the beam search with 0 to 1,000 hotwords, and with the
-bundle's language model at the bundle's own width.
+"""Decoders on ten seconds of log-probabilities: greedy, and the beam search with 0 to 1,000 hotwords or with
+the bundle's language model.
 
     python -m loadtest.bench_decoder [--model en-quartznet-small] [--beam 16] [--rounds 200]
 
