@@ -29,7 +29,7 @@ import numpy as np
 import yaml
 
 from loadtest.clips import speech, wav_clip
-from loadtest.local_stack import MONITORING, LocalStack, MissingProgramError, PrometheusApi
+from loadtest.local_stack import MONITORING, LocalStack, MissingProgramError, NotReadyError, PrometheusApi
 
 ALERT = "AsrRejectingRequests"
 QUEUE_LIMIT_AUDIO_S = 240
@@ -172,6 +172,15 @@ class Watch:
         self._alertmanager.close()
 
 
+def wait_for_scrape(prometheus: PrometheusApi, timeout_s: float = 60.0) -> None:
+    """Until Prometheus has seen the service: before that it takes it for down, which is no part of this."""
+    until_s = time.monotonic() + timeout_s
+    while not prometheus.query('up{job="asr-api"} == 1') or prometheus.get("alerts")["alerts"]:
+        if time.monotonic() > until_s:
+            raise NotReadyError("Prometheus does not reach the service")
+        time.sleep(0.5)
+
+
 def service_settings(model: str) -> dict[str, str]:
     """One worker and a queue of four minutes of audio."""
     return {
@@ -197,6 +206,7 @@ def run(model: str) -> dict[str, Any]:
         alertmanager = stack.alertmanager(alertmanager_config(webhooks.url))
         monitor = stack.prometheus({"asr-api": [api.address]}, interval_s=5.0, alertmanager=alertmanager)
         prometheus = PrometheusApi(monitor.url)
+        wait_for_scrape(prometheus)
         watch = Watch(timeline, prometheus, alertmanager.url)
         users = Load(api.url, clip.content, clients=2, pause_s=0.5)
         watch.until(lambda: users.answers[200] >= 5, 60.0)
