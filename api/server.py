@@ -211,7 +211,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take the connections that wait to be accepted: a closed listener would reset them. Then stop."""
+        """Take the connections that wait to be accepted: a closed listener would reset them. Then stop.
+
+        Their requests are refused, with Retry-After: Prometheus has come by for the last time, and an answer
+        given now would be missing from its sums.
+        """
+        self._service.refuse_new()
         for _ in range(_ACCEPT_TURNS):
             await asyncio.sleep(0)
         await super().shutdown(sockets)

@@ -81,9 +81,13 @@ class Service:
         if self.phase in ("starting", "ready"):
             self.phase = "draining"
 
+    def refuse_new(self) -> None:
+        """New work is refused from here on; what was accepted goes on."""
+        self.phase = "closing"
+
     async def close(self) -> None:
         """Refuse new work, finish what was accepted, stop the workers."""
-        self.phase = "closing"
+        self.refuse_new()
         await self.wait_idle(self.settings.drain_timeout_s)
         if self._registry is not None:
             await self._registry.close(self.settings.drain_timeout_s)

@@ -1,6 +1,6 @@
 """`make bench-telemetry`: what tracing every request, plus metrics, costs.
 
-    python -m loadtest.bench_telemetry [--model NAME] [--clip-s 5] [--requests 32] [--seconds 240]
+    python -m loadtest.bench_telemetry [--model NAME] [--clip-s 5] [--requests 128] [--seconds 240]
 
 One service, tracing 100 % to a collector that takes spans and drops them, whose telemetry is taken out and
 put back between turns. It is one process, because two that do the same differ by up to 15 % for as long as
@@ -263,7 +263,7 @@ def main() -> int:
     parser.add_argument("--model", default="en-quartznet-small")
     parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
     parser.add_argument("--clip-s", type=float, default=5.0)
-    parser.add_argument("--requests", type=int, default=32, help="in one turn")
+    parser.add_argument("--requests", type=int, default=128, help="in one turn")
     parser.add_argument("--seconds", type=float, default=240.0, help="how long to measure pairs of turns")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
