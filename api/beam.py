@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from api.ctc import Decoded, FloatArray, align
-from api.hotwords import DEAD, HotwordAutomaton, Symbols, build_hotwords, symbols_of
+from api.hotwords import DEAD, HotwordAutomaton, Symbols, build_hotwords
 from api.ngram import NgramModel
 from api.prefix_search import search, trace
 from api.vocabulary import Vocabulary
@@ -57,19 +57,6 @@ _ONE, _NONE = np.ones(1, np.float64), np.zeros(1, np.int32)
 _NO_NGRAM = (np.int32(0), 1.0, np.zeros((2, 2), np.int64), _NONE, _ONE, _NONE, _ONE)
 
 
-@dataclass(frozen=True, slots=True)
-class Guide:
-    """A language model and the symbols it reads, those of the model's vocabulary."""
-
-    ngram: NgramModel
-    symbols: Symbols
-
-
-def guide_of(ngram: NgramModel, vocabulary: Vocabulary) -> Guide:
-    """What ``beam_search`` takes, for a model that was weighed for ``vocabulary``."""
-    return Guide(ngram, symbols_of(vocabulary))
-
-
 def beam_search(
     log_probs: FloatArray,
     blank_id: int,
@@ -77,7 +64,7 @@ def beam_search(
     hotwords: HotwordAutomaton | None = None,
     n_best: int = 1,
     pruning: Pruning | None = None,
-    guide: Guide | None = None,
+    guide: NgramModel | None = None,
 ) -> list[Decoded]:
     """The ``n_best`` most probable texts of one utterance, best first.
 
@@ -102,10 +89,9 @@ def beam_search(
     if hotwords is not None:
         symbols, trie, boost = hotwords.symbols, (hotwords.edges, hotwords.states), hotwords.boost
     if guide is not None:
-        model = guide.ngram
         symbols = guide.symbols
-        tables = (model.slots, model.following, model.factors, model.fail, model.backoff)
-        ngram = (np.int32(model.start), model.most, *tables)
+        tables = (guide.slots, guide.following, guide.factors, guide.fail, guide.backoff)
+        ngram = (np.int32(guide.start), guide.most, *tables)
     leaves, scores, parents, tokens = search(
         log_probs,
         options,

@@ -25,10 +25,9 @@ import numpy.typing as npt
 import onnxruntime
 from pydantic import ValidationError
 
-from api.beam import Guide, guide_of
 from api.errors import BundleError
 from api.manifest import GraphName, Manifest
-from api.ngram import load_table, weigh
+from api.ngram import NgramModel, load_table, weigh
 from api.vocabulary import Vocabulary, WordSpan
 
 __all__ = [
@@ -60,7 +59,7 @@ class Bundle:
     path: Path
     manifest: Manifest
     vocabulary: Vocabulary
-    guide: Guide | None = None
+    guide: NgramModel | None = None
     """The language model for the beam search, where there is one."""
 
     @property
@@ -226,7 +225,7 @@ def _vocabulary(folder: Path, manifest: Manifest) -> Vocabulary:
         raise BundleError(name, "vocabulary", entry.file, str(error)) from error
 
 
-def _guide(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -> Guide | None:
+def _guide(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -> NgramModel | None:
     entry, name = manifest.language_model, manifest.name
     if entry is None:
         return None
@@ -235,7 +234,7 @@ def _guide(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -> Guide | 
         problem = f"expected at most {MAX_LANGUAGE_MODEL_BYTES} bytes"
         raise BundleError(name, "language_model.file", path.stat().st_size, problem)
     try:
-        return guide_of(weigh(load_table(path), vocabulary, entry.weight, entry.bonus), vocabulary)
+        return weigh(load_table(path), vocabulary, entry.weight, entry.bonus)
     except ValueError as error:
         raise BundleError(name, "language_model.file", entry.file, str(error)) from error
 

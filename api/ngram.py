@@ -30,7 +30,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from api.hotwords import SPACE, edge_slot, symbols_of
+from api.hotwords import SPACE, Symbols, edge_slot, symbols_of
 from api.vocabulary import Vocabulary
 
 EMPTY = 0
@@ -108,7 +108,7 @@ def load_table(path: Path) -> NgramTable:
 
 @dataclass(frozen=True, slots=True)
 class NgramModel:
-    """A table in the symbols of one vocabulary, weighted, in the form that the search reads.
+    """A table in the ``symbols`` of one vocabulary, weighted, in the form that the search reads.
 
     ``slots`` int64 ``(slots, 2)``: open-addressed hash table of key (state and symbol) and edge.
     ``following`` int32 and ``factors`` float64 ``(edges,)``: state after an edge, and what it multiplies the
@@ -116,7 +116,7 @@ class NgramModel:
     ``start``: the state after a space. ``most``: the largest factor of one symbol.
     """
 
-    symbol_count: int
+    symbols: Symbols
     slots: NDArray[np.int64]
     following: NDArray[np.int32]
     factors: NDArray[np.float64]
@@ -128,7 +128,7 @@ class NgramModel:
     def score(self, symbols: NDArray[np.int32]) -> float:
         """Weighted log-probability with bonuses of a text's symbols (numbered as in ``symbols_of``)."""
         arrays = (self.slots, self.following, self.factors, self.fail, self.backoff)
-        return float(_score(symbols, np.int32(self.start), self.symbol_count, *arrays))
+        return float(_score(symbols, np.int32(self.start), self.symbols.count, *arrays))
 
 
 def weigh(table: NgramTable, vocabulary: Vocabulary, weight: float, bonus: float) -> NgramModel:
@@ -157,7 +157,7 @@ def weigh(table: NgramTable, vocabulary: Vocabulary, weight: float, bonus: float
     slots = _hash(state, symbol, symbols.count, 1 << max(4, int(2 * len(state)).bit_length()))
     (start,) = after[(state == EMPTY) & (symbol == SPACE)]
     return NgramModel(
-        symbols.count,
+        symbols,
         slots,
         np.ascontiguousarray(after, np.int32),
         factors,

@@ -120,11 +120,16 @@ def _encode_av(recipe: Recipe, samples: NDArray[np.float32]) -> bytes:
         stream.layout = layout = LAYOUTS.get(recipe.channels, f"{recipe.channels} channels")
         interleaved = np.ascontiguousarray(samples).reshape(1, -1)  # PyAV's planar frames end at 7 channels
         frame = av.AudioFrame.from_ndarray(interleaved, format="flt", layout=layout)
-        frame.sample_rate, frame.time_base = recipe.rate_hz, Fraction(1, recipe.rate_hz)
-        fifo = av.AudioFifo()
-        fifo.write(frame)
-        size = stream.codec_context.frame_size or 1024
-        while (piece := fifo.read(size, partial=True)) is not None:
-            container.mux(stream.encode(piece))
-        container.mux(stream.encode(None))
+        mux_audio(container, stream, frame, recipe.rate_hz)
     return file.getvalue()
+
+
+def mux_audio(container: Any, stream: Any, frame: Any, rate_hz: int) -> None:
+    """Encode all of an audio frame into a stream of an open container, in pieces that the codec takes."""
+    frame.sample_rate, frame.time_base = rate_hz, Fraction(1, rate_hz)
+    fifo = av.AudioFifo()
+    fifo.write(frame)
+    size = stream.codec_context.frame_size or 1024
+    while (piece := fifo.read(size, partial=True)) is not None:
+        container.mux(stream.encode(piece))
+    container.mux(stream.encode(None))

@@ -3,7 +3,7 @@
     python -m training.bench_wer [--models NAME ...] [--systems bundles pocketsphinx] [--limit N] [--jobs 2]
 
 pocketsphinx 5 (its default English model, decoded offline, one utterance at a time) is the one other English
-recogniser that `pip install` brings with a model. Ours decode greedily with the service's own code. The last
+recogniser that `pip install` brings with a model. Ours decode as the service does. The last
 line is JSON.
 """
 

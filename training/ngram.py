@@ -24,16 +24,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from api.beam import Guide, beam_search, guide_of
+from api.beam import beam_search
 from api.bundle import BundleError, load_bundle
-from api.ngram import NgramTable, weigh
+from api.ngram import NgramModel, NgramTable, weigh
 from api.normalise import normalise
 from api.vocabulary import Vocabulary
 from training.bundle_writer import LanguageModel, add_language_model
 from training.calibration import manifest_rows, manifest_waveforms
 from training.errors import DataError, TrainingError
 from training.evaluate import Utterance, error_rates, greedy_text
-from training.inference import LogProbs, cpu_session, run_graph
+from training.inference import LogProbs, Waveform, cpu_session, run_graph
 
 ORDER = 6
 MIN_COUNT = 2
@@ -63,6 +63,7 @@ class Fit:
     table: NgramTable
     greedy_wer: float
     trials: tuple[Trial, ...]
+    order: int = ORDER
 
     @property
     def best(self) -> Trial:
@@ -74,18 +75,19 @@ class Fit:
         """Whether it removes enough of greedy decoding's errors."""
         return self.best.weight > 0 and self.best.wer <= (1.0 - MIN_GAIN) * self.greedy_wer
 
-    def shipped(self, order: int) -> LanguageModel | None:
+    def shipped(self) -> LanguageModel | None:
         """What goes into the bundle, if anything does."""
         best = self.best
         if not self.earns_its_place:
             return None
-        return LanguageModel(self.table, order, best.weight, best.bonus, best.beam)
+        return LanguageModel(self.table, self.order, best.weight, best.bonus, best.beam)
 
-    def note(self, order: int) -> str:
+    def note(self) -> str:
         """For the model's card."""
         verdict = "shipped" if self.earns_its_place else "left out"
+        count = len(self.table.edge_state)
         return (
-            f"Character {order}-grams of the texts given, {len(self.table.edge_state):,} of them; {verdict}. "
+            f"Character {self.order}-grams of the texts given, {count:,} of them; {verdict}. "
             "Chosen on validation audio, whose texts the language model has not seen.\n\n" + self.markdown()
         )
 
@@ -197,6 +199,7 @@ def fit(
     log_probs: Sequence[LogProbs],
     references: Sequence[str],
     beam: int = BEAM,
+    order: int = ORDER,
 ) -> Fit:
     """Try every weight and bonus on validation audio; `log_probs` (frames, vocabulary) each."""
 
@@ -204,19 +207,19 @@ def fit(
         heard = [decode(values) for values in tqdm(log_probs, desc=label, unit="clip", disable=None)]
         return error_rates([Utterance(*pair) for pair in zip(references, heard, strict=True)]).wer
 
-    def searched(guide: Guide | None) -> Callable[[LogProbs], str]:
+    def searched(guide: NgramModel | None) -> Callable[[LogProbs], str]:
         return lambda values: beam_text(values, vocabulary, beam, guide)
 
     greedy_wer = wer(lambda values: greedy_text(values, vocabulary), "greedy")
     trials = [Trial(beam, 0.0, 0.0, wer(searched(None), f"beam {beam}"))]
     for weight in WEIGHTS:
         for bonus in BONUSES:
-            guide = guide_of(weigh(table, vocabulary, weight, bonus), vocabulary)
+            guide = weigh(table, vocabulary, weight, bonus)
             trials.append(Trial(beam, weight, bonus, wer(searched(guide), f"weight {weight}, bonus {bonus}")))
-    return Fit(table, greedy_wer, tuple(trials))
+    return Fit(table, greedy_wer, tuple(trials), order)
 
 
-def beam_text(log_probs: LogProbs, vocabulary: Vocabulary, beam: int, guide: Guide | None) -> str:
+def beam_text(log_probs: LogProbs, vocabulary: Vocabulary, beam: int, guide: NgramModel | None) -> str:
     """Text of (frames, vocabulary) by the service's own beam search."""
     decoded = beam_search(log_probs, vocabulary.blank_id, beam, guide=guide)[0]
     return vocabulary.decode(decoded.token_ids.tolist())
@@ -252,6 +255,27 @@ def read_texts(
     return [text for text in map(spelled, texts) if text and text not in left_out]
 
 
+def fit_texts(
+    paths: Sequence[Path],
+    vocabulary: Vocabulary,
+    steps: Sequence[str],
+    language: str,
+    graph: bytes | Path,
+    validation: Sequence[tuple[Waveform, str]],
+    order: int = ORDER,
+    beam: int = BEAM,
+) -> Fit:
+    """A language model of the texts in `paths`, tried on what `graph` hears in `validation`.
+
+    `steps` and `language` as in `read_texts`, which also says what is raised.
+    """
+    references = [text for _, text in validation]
+    table = character_ngrams(read_texts(paths, vocabulary, steps, language, without=references), order)
+    session = cpu_session(graph)
+    log_probs = [run_graph(session, [clip])[0] for clip, _ in tqdm(validation, desc="infer", disable=None)]
+    return fit(table, vocabulary, log_probs, references, beam, order)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Does a language model of these texts help a bundle?")
@@ -266,23 +290,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         bundle = load_bundle(given.models_dir, given.name)
-        rate_hz = bundle.manifest.sample_rate_hz
-        clips = manifest_waveforms(given.validation, rate_hz, given.limit, with_text=True)
-        session = cpu_session(bundle.graph_path())
-        log_probs = [run_graph(session, [clip])[0] for clip, _ in tqdm(clips, desc="infer", disable=None)]
-        references = [text for _, text in clips]
         manifest = bundle.manifest
-        spelling = (bundle.vocabulary, manifest.text_normalisation, manifest.languages[0])
-        table = character_ngrams(read_texts(given.texts, *spelling, without=references), given.order)
-        found = fit(table, bundle.vocabulary, log_probs, references, given.beam)
+        clips = manifest_waveforms(given.validation, manifest.sample_rate_hz, given.limit, with_text=True)
+        found = fit_texts(
+            given.texts,
+            bundle.vocabulary,
+            manifest.text_normalisation,
+            manifest.languages[0],
+            bundle.graph_path(),
+            clips,
+            given.order,
+            given.beam,
+        )
     except (TrainingError, BundleError, FileNotFoundError) as error:
         print(f"ngram: {error}", file=sys.stderr)
         return 2
-    print(f"{len(table.fail)} contexts, {len(table.edge_state)} n-grams; {len(references)} utterances\n")
+    table = found.table
+    print(f"{len(table.fail)} contexts, {len(table.edge_state)} n-grams; {len(clips)} utterances\n")
     print(found.markdown())
-    language_model = found.shipped(given.order)
+    language_model = found.shipped()
     if given.write and language_model is not None:
-        add_language_model(given.models_dir, given.name, language_model, found.note(given.order))
+        add_language_model(given.models_dir, given.name, language_model, found.note())
     print(json.dumps(found.best.__dict__ | {"greedy_wer": found.greedy_wer}))
     return 0
 

@@ -20,23 +20,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from api.bundle import Bundle, BundleError
 from api.manifest import Evaluation, GraphName, Speed
-from api.vocabulary import Vocabulary
-from training.bundle_writer import (
-    Card,
-    Graphs,
-    Measurements,
-    add_measurements,
-    hardware,
-    write_bundle,
-)
+from training.bundle_writer import Card, Graphs, Measurements, add_measurements, hardware, write_bundle
 from training.calibration import manifest_rows, manifest_waveforms
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import ConfigError, TrainingError
 from training.evaluate import bundle_recogniser, error_rates, recognise_all
 from training.export import MIN_SAMPLES, check_agreement, export_graph
 from training.graph import OPSET
-from training.inference import Waveform, cpu_session, run_graph, run_s
-from training.ngram import ORDER, Fit, character_ngrams, fit, read_texts
+from training.inference import cpu_session, run_s
+from training.ngram import fit_texts
 from training.quantize import Gate, Outcome, quantize
 
 SPEED_CLIP_S = 5.0
@@ -101,9 +93,16 @@ def publish(
     }
     language_model = None
     if recordings.texts:
-        found = _fit_language_model(checkpoint.vocabulary, card, recordings, files["int8"], validation)
-        language_model = found.shipped(ORDER)
-        notes["Language model"] = found.note(ORDER)
+        found = fit_texts(
+            recordings.texts,
+            checkpoint.vocabulary,
+            card.text_normalisation,
+            card.languages[0],
+            files["int8"],
+            validation,
+        )
+        language_model = found.shipped()
+        notes["Language model"] = found.note()
         print(found.markdown())
     bundle = write_bundle(
         models_dir,
@@ -116,22 +115,6 @@ def publish(
     )
     measurements = Measurements(_evaluate(bundle, recordings.test), _speed(bundle), notes)
     return add_measurements(models_dir, name, card, measurements)
-
-
-def _fit_language_model(
-    vocabulary: Vocabulary,
-    card: Card,
-    recordings: Recordings,
-    graph: bytes | Path,
-    validation: Sequence[tuple[Waveform, str]],
-) -> Fit:
-    """A language model of the texts, its weights chosen on validation audio."""
-    references = [text for _, text in validation]
-    spelling = (vocabulary, card.text_normalisation, card.languages[0])
-    texts = read_texts(recordings.texts, *spelling, without=references)
-    session = cpu_session(graph)
-    log_probs = [run_graph(session, [clip])[0] for clip, _ in validation]
-    return fit(character_ngrams(texts), vocabulary, log_probs, references)
 
 
 def _quantization(outcome: Outcome) -> dict[str, str]:
@@ -149,7 +132,9 @@ def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:
         return ()
     languages = bundle.manifest.languages
     rows = [row for row in manifest_rows(test) if row.get("language") in languages]
-    ways = {"greedy": bundle_recogniser(bundle, beam=0), bundle.decoding: bundle_recogniser(bundle)}
+    ways = {"greedy": bundle_recogniser(bundle, beam=0)}
+    if bundle.guide is not None:
+        ways[bundle.decoding] = bundle_recogniser(bundle)
     found = []
     for source, language in sorted({(row.get("source", test.stem), row["language"]) for row in rows}):
         rate_hz = bundle.manifest.sample_rate_hz

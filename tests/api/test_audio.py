@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -54,13 +53,7 @@ def encode(kind: str, samples: NDArray[np.float32], *, video: bool = False, audi
         if stream is not None:
             stream.layout = "mono"
             frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
-            frame.sample_rate, frame.time_base = rate_hz, Fraction(1, rate_hz)
-            fifo = av.AudioFifo()
-            fifo.write(frame)
-            size = stream.codec_context.frame_size or 1024
-            while (part := fifo.read(size, partial=True)) is not None:
-                container.mux(stream.encode(part))
-            container.mux(stream.encode(None))
+            fuzz_seeds.mux_audio(container, stream, frame, rate_hz)
         if picture is not None:
             for _ in range(5):
                 container.mux(picture.encode(av.VideoFrame(64, 64, "yuv420p")))

@@ -240,18 +240,29 @@ async def test_a_caller_that_leaves_during_inference_harms_nobody() -> None:
         assert h.pool.abandoned == 0
 
 
-async def test_a_poisoned_item_fails_alone() -> None:
+def poisoned_by_two() -> EchoEngine:
+    """An engine that takes batches and fails on every batch with the value 2 in it."""
+
     def refuse(waveforms: Sequence[NDArray[np.float32]]) -> None:
         if any(waveform[0] == 2.0 for waveform in waveforms):
             raise RuntimeError("no kernel for this shape: /secret/path")
 
-    async with house(EchoEngine(limits=BatchLimits(8, 10**6), before=refuse)) as h:
-        running = await h.blocked()
-        tasks = [h.submit(value) for value in (1, 2, 3)]
-        await asyncio.sleep(0)
-        h.engine.gate.set()
-        await running
-        first, second, third = await settle(*tasks)
+    return EchoEngine(limits=BatchLimits(8, 10**6), before=refuse)
+
+
+async def one_batch_of_three(h: House) -> list[SegmentResult | BaseException]:
+    """What became of 1, 2 and 3, which waited together."""
+    running = await h.blocked()
+    tasks = [h.submit(value) for value in (1, 2, 3)]
+    await asyncio.sleep(0)
+    h.engine.gate.set()
+    await running
+    return await settle(*tasks)
+
+
+async def test_a_poisoned_item_fails_alone() -> None:
+    async with house(poisoned_by_two()) as h:
+        first, second, third = await one_batch_of_three(h)
         assert isinstance(first, SegmentResult)
         assert isinstance(third, SegmentResult)
         assert isinstance(second, InferenceError)

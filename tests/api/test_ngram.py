@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.beam import EXACT, MAX_BEAM, beam_search, guide_of
+from api.beam import EXACT, MAX_BEAM, beam_search
 from api.hotwords import build_hotwords, symbols_of
 from api.ngram import NgramTable, load_table, weigh
 from api.vocabulary import Vocabulary
@@ -98,8 +98,7 @@ def test_the_search_adds_the_models_score_to_the_exact_probability(
 ) -> None:
     log_probs = log_softmax(np.random.default_rng(seed).normal(0, 2.0, (frames, len(TINY))))
     model = weigh(character_ngrams(["ab ba", "a b"], 3, 1), TINY, *weights)
-    guide = guide_of(model, TINY)
-    found = beam_search(log_probs, 3, MAX_BEAM, n_best=MAX_BEAM, pruning=EXACT, guide=guide)
+    found = beam_search(log_probs, 3, MAX_BEAM, n_best=MAX_BEAM, pruning=EXACT, guide=model)
     exact = all_texts(log_probs, 3)
     assert {tuple(entry.token_ids.tolist()) for entry in found} == exact.keys()
     for entry in found:
@@ -111,7 +110,7 @@ def test_the_search_adds_the_models_score_to_the_exact_probability(
 
 def test_a_near_miss_becomes_a_word_and_clear_speech_stays() -> None:
     table = character_ngrams(TEXTS, 5, 1)
-    guide = guide_of(weigh(table, LETTERS, 0.6, 0.8), LETTERS)
+    guide = weigh(table, LETTERS, 0.6, 0.8)
     heard = spoken("the cet sat", alternatives={5: {"e": 0.6, "a": 0.38}})
     assert _text(heard, None) == "the cet sat"
     assert _text(heard, guide) == "the cat sat"
@@ -121,12 +120,12 @@ def test_a_near_miss_becomes_a_word_and_clear_speech_stays() -> None:
 def test_silence_stays_empty() -> None:
     silence = np.full((50, len(LETTERS)), math.log(0.1 / 28), np.float32)
     silence[:, 28] = math.log(0.9)
-    guide = guide_of(weigh(character_ngrams(TEXTS, 5, 1), LETTERS, 1.0, 3.0), LETTERS)
+    guide = weigh(character_ngrams(TEXTS, 5, 1), LETTERS, 1.0, 3.0)
     assert _text(silence, guide) == ""
 
 
 def test_hotwords_and_the_language_model_work_together() -> None:
-    guide = guide_of(weigh(character_ngrams(TEXTS, 5, 1), LETTERS, 0.3, 0.5), LETTERS)
+    guide = weigh(character_ngrams(TEXTS, 5, 1), LETTERS, 0.3, 0.5)
     heard = spoken("the cet sat", alternatives={5: {"e": 0.5, "o": 0.3, "a": 0.18}})
     hotwords = build_hotwords(["cot"], LETTERS, 2.0)
     found = beam_search(heard, 28, 32, hotwords, guide=guide)[0]

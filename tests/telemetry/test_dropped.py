@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from api.batching import BatchLimits
 from api.errors import DeadlineExceededError, DrainingError, InferenceError
 from api.telemetry.metrics import DROP_REASONS
 from loadtest.local_stack import LocalStack
-from tests.api.test_batcher import EchoEngine, House, house, settle
+from tests.api.test_batcher import House, house, one_batch_of_three, poisoned_by_two, settle
 from tests.telemetry.live import clip, metric_sum, settings, stack, transcribe
 
 __all__ = ["stack"]
@@ -76,17 +72,8 @@ async def test_results_that_come_too_late() -> None:
 
 
 async def test_what_the_engine_fails_on() -> None:
-    def refuse(waveforms: Sequence[NDArray[np.float32]]) -> None:
-        if any(waveform[0] == 2.0 for waveform in waveforms):
-            raise RuntimeError("no")
-
-    async with house(EchoEngine(limits=BatchLimits(8, 10**6), before=refuse)) as h:
-        running = await h.blocked()
-        tasks = [h.submit(value) for value in (1, 2, 3)]
-        await asyncio.sleep(0)
-        h.engine.gate.set()
-        await running
-        results = await settle(*tasks)
+    async with house(poisoned_by_two()) as h:
+        results = await one_batch_of_three(h)
         assert [isinstance(result, InferenceError) for result in results] == [False, True, False]
         await dropped(h, failed=1)
 
