@@ -286,6 +286,12 @@ def report(tally: Tally, base_seed: int) -> None:
     print(json.dumps(summary))
 
 
+def save(folder: Path, number: int, data: bytes) -> None:
+    """Write a mutant to ``folder``, which is made where it is missing; its name is its number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / str(number)).write_bytes(data)
+
+
 def child_command(base_seed: int, count: int) -> list[str]:
     """What `watch` runs, but for the numbers it appends."""
     program = [sys.executable, "-m", "loadtest.fuzz_audio"]
@@ -299,7 +305,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, help="this mutant, in this process")
-    parser.add_argument("--save", type=Path, help="a folder for the mutants that were findings")
+    parser.add_argument("--save", type=Path, help="a folder for the mutants that were findings, or that --only names")
     parser.add_argument("--child", type=int, nargs=2, metavar=("START", "PIPE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -308,17 +314,16 @@ def main() -> int:
     if given.only is not None:
         kind, done, data = mutant(make_seeds(), given.seed, given.only)
         if given.save:
-            given.save.write_bytes(data)
+            save(given.save, given.only, data)
         print(f"{kind}: {done}; {len(data)} bytes")
         print(outcome_of(data))
         return 0
     tally = watch(child_command(given.seed, given.count), given.count)
     report(tally, given.seed)
     if given.save:
-        given.save.mkdir(parents=True, exist_ok=True)
         seeds = make_seeds()
         for number in {finding.number for finding in tally.findings} - {-1}:
-            (given.save / str(number)).write_bytes(mutant(seeds, given.seed, number)[2])
+            save(given.save, number, mutant(seeds, given.seed, number)[2])
     return 1 if tally.findings else 0
 
 
