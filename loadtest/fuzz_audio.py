@@ -305,7 +305,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, help="this mutant, in this process")
-    parser.add_argument("--save", type=Path, help="a folder for the mutants that were findings, or that --only names")
+    parser.add_argument("--save", type=Path, help="a folder for mutants that were findings, or for --only's")
     parser.add_argument("--child", type=int, nargs=2, metavar=("START", "PIPE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
