@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
-import subprocess
-import sys
 
 import av
 import numpy as np
@@ -14,6 +11,7 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.peak_memory import claiming_a_gigabyte, refusal
 from ui.sound import MELS, UnreadableSoundError, blocks, duration_of, media_type, picture_of
 
 RATE_HZ = 16_000
@@ -132,19 +130,8 @@ def test_a_file_never_makes_the_page_open_another(script: str) -> None:
 
 
 def test_counts_in_a_header_cost_no_memory() -> None:
-    """A sample table that claims eighty million samples took FFmpeg a gigabyte."""
-    data = bytearray(m4a_of(tone(440, 0.5)))
-    struct.pack_into(">II", data, data.index(b"stsz") + 8, 1, 80_000_000)
-    program = (
-        "import resource, sys\n"
-        "from ui.sound import UnreadableSoundError, picture_of\n"
-        "def peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000\n"
-        "before_mb = peak_mb()\n"
-        "try: picture_of(sys.stdin.buffer.read())\n"
-        "except UnreadableSoundError: print(peak_mb() - before_mb)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", program], input=bytes(data), capture_output=True, check=True)
-    assert float(run.stdout) < 100
+    imports, data = "from ui.sound import *", claiming_a_gigabyte(m4a_of(tone(440, 0.5)))
+    assert refusal(imports, "picture_of(data)", "UnreadableSoundError", data)[1] < 100
 
 
 def test_unknown_bytes_have_no_media_type() -> None:
