@@ -95,9 +95,12 @@ bench-engine: $(VENV)/.bench ## engine in process: workers, threads, batch; MODE
 bench-overload: $(VENV)/.bench ## three times capacity for two minutes; MODEL=name, ARGS=--seconds 30
 	$(BIN)/python -m loadtest.overload --model "$(MODEL)" $(ARGS)
 
-.PHONY: fuzz-audio simulate-capacity
+.PHONY: fuzz-audio simulate-capacity soak
 fuzz-audio: $(VENV)/.bench ## 100,000 damaged files through the decoder, in a child that may die; ARGS=--count 2000
 	$(BIN)/python -m loadtest.fuzz_audio $(ARGS)
+
+soak: $(VENV)/.bench ## 30 minutes of mixed load: no memory, descriptor, thread or file may stay; ARGS="--minutes 480 --out build/soak"
+	$(BIN)/python -m loadtest.soak --model "$(MODEL)" $(ARGS)
 
 simulate-capacity: $(VENV)/.bench ## how long requests queue at which load, how many replicas a load needs; MODEL=name
 	$(BIN)/python -m loadtest.capacity --model "$(MODEL)" $(ARGS)
