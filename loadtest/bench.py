@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import statistics
 import threading
@@ -30,7 +29,7 @@ from api.cgroup import cpu_limit_cores, usable_cores
 from api.engine import Engine
 from loadtest.clips import cut_clips
 from loadtest.load import Answer, Clip, Form, closed_loop, make_form, summarise
-from loadtest.processes import ROOT, Running, api_server, hardware
+from loadtest.processes import ROOT, LiveServer, api_server, hardware
 
 CLIENTS = (1, 8, 32)
 
@@ -81,12 +80,10 @@ def engine_row(engine: Engine, clips: Sequence[Clip], workers: int, duration_s: 
 
 
 def http_row(
-    running: Running, forms: Sequence[Form], clients: int, duration_s: float
+    running: LiveServer, forms: Sequence[Form], clients: int, duration_s: float
 ) -> tuple[Row, list[Answer]]:
     """Closed loop through POST /transcribe."""
-    answers, elapsed_s = asyncio.run(
-        closed_loop(f"{running.base_url}/transcribe", forms, clients, duration_s)
-    )
+    answers, elapsed_s = asyncio.run(closed_loop(f"{running.url}/transcribe", forms, clients, duration_s))
     summary = summarise(answers, elapsed_s)
     if summary.succeeded != summary.requests:
         raise RuntimeError(f"{clients} clients: not every request succeeded: {summary.by_status}")
@@ -147,8 +144,7 @@ def main() -> None:
     rounds: dict[str, list[Row]] = {}
     answers: list[Answer] = []
     alone: list[Answer] = []
-    with contextlib.ExitStack() as stack:
-        running = stack.enter_context(api_server(arguments.model, arguments.models_dir))
+    with api_server(arguments.model, arguments.models_dir) as running:
         http_row(running, forms, 1, 2.0)
         for _ in range(arguments.rounds):
             row = engine_row(engine, clips, workers, arguments.seconds)

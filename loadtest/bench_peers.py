@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ from loadtest.bench import engine_row
 from loadtest.clips import cut_clips, shared_dir
 from loadtest.load import Answer, Form, closed_loop, make_form, open_loop, summarise
 from loadtest.peers.graphs import EXPORTED, SHERPA_INT8, SHERPA_TOKENS
-from loadtest.processes import ROOT, Running, api_server, free_port, hardware, server
+from loadtest.processes import ROOT, LiveServer, Servers, asr_variables, hardware
 
 CLIP_LENGTHS_S = (2.0, 3.0, 4.0, 5.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
 OURS, AS_EXPORTED, SAME_INT8, SHERPA = (
@@ -57,11 +56,11 @@ class Measure:
 
 
 def measure(
-    name: str, running: Running, load: str, run: Callable[[str], tuple[list[Answer], float]], cores: float
+    name: str, running: LiveServer, load: str, run: Callable[[str], tuple[list[Answer], float]], cores: float
 ) -> tuple[Measure, list[Answer]]:
     """Run one load and account for the server's CPU during it."""
     before_s = running.cpu_s()
-    answers, elapsed_s = run(f"{running.base_url}/transcribe")
+    answers, elapsed_s = run(f"{running.url}/transcribe")
     used_s = running.cpu_s() - before_s
     summary = summarise(answers, elapsed_s)
     if summary.succeeded != summary.requests:
@@ -109,13 +108,13 @@ def peers(folder: Path, bundle: Path) -> dict[str, list[str]]:
     }
 
 
-def start_all(stack: contextlib.ExitStack, folder: Path, bundle: Path) -> dict[str, Running]:
+def start_all(servers: Servers, folder: Path, bundle: Path) -> dict[str, LiveServer]:
     """Every server, ready."""
-    started = {OURS: stack.enter_context(api_server(bundle.name, bundle.parent))}
+    settings = asr_variables({"models": bundle.name, "models_dir": bundle.parent, "drain_grace_s": 0})
+    started = {OURS: servers.api(settings)}
     for name, arguments in peers(folder, bundle).items():
-        port = free_port()
-        command = [sys.executable, "-m", "loadtest.peers.naive", str(port), *arguments]
-        started[name] = stack.enter_context(server(command, port, "/health/ready", {}))
+        command = [sys.executable, "-m", "loadtest.peers.naive", "0", *arguments]
+        started[name] = servers.start("peer", command, "/health/ready")
     return started
 
 
@@ -178,16 +177,16 @@ def main() -> None:
     engine_rates: list[float] = []
 
     def note(
-        name: str, running: Running, load: str, run: Callable[[str], tuple[list[Answer], float]]
+        name: str, running: LiveServer, load: str, run: Callable[[str], tuple[list[Answer], float]]
     ) -> None:
         row, answers = measure(name, running, load, run, cores)
         measures.setdefault((name, load), []).append(row)
         texts.setdefault(name, {}).update({answer.clip.name: answer.text for answer in answers})
 
-    with contextlib.ExitStack() as stack:
-        servers = start_all(stack, folder, arguments.bundle)
+    with Servers() as started:
+        servers = start_all(started, folder, arguments.bundle)
         for running in servers.values():
-            closed(2, forms, 2.0)(f"{running.base_url}/transcribe")
+            closed(2, forms, 2.0)(f"{running.url}/transcribe")
         for _ in range(arguments.rounds):
             engine_rates.append(
                 engine_row(engine, clips, usable_cores(cores), arguments.seconds).audio_s_per_s

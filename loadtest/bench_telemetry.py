@@ -40,7 +40,7 @@ from api.telemetry import Batch, Stage, Telemetry, instrument
 from api.telemetry.http import OnError
 from loadtest.clips import cut_clips
 from loadtest.load import Form, make_form
-from loadtest.processes import ROOT, Running, free_port, hardware, server
+from loadtest.processes import ROOT, Servers, hardware
 
 TRACE_EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 CLIENTS = 2
@@ -148,23 +148,16 @@ def serve_switchable() -> int:
     return asr(["serve"])
 
 
-@contextlib.contextmanager
-def service(model: str, models_dir: Path, endpoint: str) -> Iterator[Running]:
-    """The service, ready."""
-    port = free_port()
-    environment = {
-        "ASR_PORT": str(port),
+def variables(model: str, models_dir: Path, endpoint: str) -> dict[str, str]:
+    """Those of the service."""
+    return {
         "ASR_MODELS": model,
         "ASR_MODELS_DIR": str(models_dir),
         "ASR_CALIBRATE": "false",
-        "ASR_LOG_FORMAT": "json",
         "ASR_LOG_LEVEL": "warning",  # the request log is not what is measured
         "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
         "OTEL_TRACES_SAMPLER": "parentbased_always_on",
     }
-    command = [sys.executable, "-m", "loadtest.bench_telemetry", "--serve"]
-    with server(command, port, "/health/ready", environment, timeout_s=300.0) as running:
-        yield running
 
 
 async def turn(
@@ -230,8 +223,10 @@ def run(model: str, models_dir: Path, clip_s: float, requests: int, seconds: flo
     """Measure; prints the table, returns what the JSON line says."""
     clips, source = cut_clips([clip_s] * 8)
     forms = [make_form(clip) for clip in clips]
-    with collector() as (endpoint, handler), service(model, models_dir, endpoint) as running:
-        pairs, metrics = asyncio.run(measure(running.base_url, forms, requests, seconds))
+    command = [sys.executable, "-m", "loadtest.bench_telemetry", "--serve"]
+    with collector() as (endpoint, handler), Servers() as servers:
+        running = servers.api(variables(model, models_dir, endpoint), command)
+        pairs, metrics = asyncio.run(measure(running.url, forms, requests, seconds))
         exports = handler.exports
     if exports < len(pairs) or 'asr_requests_total{model="' not in metrics:
         raise RuntimeError("the service under test traced nothing")

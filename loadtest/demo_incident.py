@@ -29,7 +29,8 @@ import numpy as np
 import yaml
 
 from loadtest.clips import speech, wav_clip
-from loadtest.local_stack import MONITORING, LocalStack, MissingProgramError, NotReadyError, PrometheusApi
+from loadtest.local_stack import MONITORING, LocalStack, MissingProgramError, PrometheusApi
+from loadtest.processes import NotReadyError
 
 ALERT = "AsrRejectingRequests"
 QUEUE_LIMIT_AUDIO_S = 240

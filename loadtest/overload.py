@@ -25,7 +25,7 @@ import numpy as np
 
 from loadtest.clips import cut_clips
 from loadtest.load import Answer, Form, closed_loop, make_form, send, summarise
-from loadtest.processes import ROOT, Running, api_server, hardware
+from loadtest.processes import ROOT, LiveServer, api_server, hardware
 
 DEADLINE_S = 20.0
 QUEUE_S = 4.0  # of work at capacity that may wait
@@ -36,7 +36,7 @@ LIVENESS_EVERY_S = 0.1
 class Watch:
     """A thread that asks for liveness and reads memory while the load runs."""
 
-    running: Running
+    running: LiveServer
     latencies_ms: list[float] = field(default_factory=list)
     failures: int = 0
     rss_mb: list[float] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Watch:
             while not self._stop.wait(LIVENESS_EVERY_S):
                 start_s = time.perf_counter()
                 try:
-                    alive = client.get(f"{self.running.base_url}/health/live").status_code == 200
+                    alive = client.get(f"{self.running.url}/health/live").status_code == 200
                 except httpx.HTTPError:
                     alive = False
                 self.latencies_ms.append((time.perf_counter() - start_s) * 1000)
@@ -143,16 +143,16 @@ def main() -> None:
     forms = [make_form(clip) for clip in cut_clips([3.0, 4.0, 5.0, 6.0, 7.0])[0]]
     audio_s = float(np.mean([form.clip.duration_s for form in forms]))
     with api_server(given.model, given.models_dir) as running:
-        url = f"{running.base_url}/transcribe"
+        url = f"{running.url}/transcribe"
         asyncio.run(closed_loop(url, forms, 2, 2.0))
         alone = summarise(*asyncio.run(closed_loop(url, forms, 1, 3.0)))
         full = summarise(*asyncio.run(closed_loop(url, forms, 8, 8.0)))
     capacity = full.requests_per_s
-    limit_s = str(round(capacity * audio_s * QUEUE_S))
+    limit_s = round(capacity * audio_s * QUEUE_S)
     with api_server(
-        given.model, given.models_dir, queue_limit_audio_s=limit_s, request_timeout_s=str(DEADLINE_S)
+        given.model, given.models_dir, queue_limit_audio_s=limit_s, request_timeout_s=DEADLINE_S
     ) as running:
-        url = f"{running.base_url}/transcribe"
+        url = f"{running.url}/transcribe"
         asyncio.run(closed_loop(url, forms, 2, 2.0))
         with Watch(running) as watch:
             clients = asyncio.run(overload(url, forms, given.factor * capacity, given.seconds, given.tries))

@@ -11,8 +11,9 @@ import pytest
 import soundfile
 from playwright.sync_api import Browser, BrowserContext
 
+from loadtest.processes import ROOT, LiveServer
 from tests.browser.page_server import CHROMIUM, Visit, chromium, new_context, page_server, visit
-from tests.e2e.live import ROOT, LiveServer, start
+from tests.e2e.live import start
 from tests.tiny_bundle import make_bundle
 
 SPEECH_MODELS = ("en-quartznet-small", "en-quartznet15x5")

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from tests.e2e.live import ROOT
+from loadtest.processes import ROOT, free_port, start
 from ui.strings import TABLES
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -33,47 +29,23 @@ def screenshot_folder() -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 expect.set_options(timeout=60_000)  # shared machines pause
 
 
 @contextmanager
 def page_server(api_url: str, log: Path, **environ: str) -> Iterator[str]:
     """``streamlit run ui/app.py`` on a free port; yields its address once it answers."""
-    port = free_port()
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ASR_", "OTEL_", "STREAMLIT_"))}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "streamlit", "run", str(ROOT / "ui" / "app.py")),
-                *(f"--server.port={port}", "--server.address=127.0.0.1"),
-            ],
-            cwd=log.parent,  # the configuration must be found from anywhere
-            env={**inherited, "ASR_API_URL": api_url, **environ},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    address = f"http://127.0.0.1:{port}"
+    command = (
+        *(sys.executable, "-m", "streamlit", "run", str(ROOT / "ui" / "app.py")),
+        *(f"--server.port={free_port()}", "--server.address=127.0.0.1"),
+    )
+    variables = {"ASR_API_URL": api_url, **environ}
+    # The folder is any: the configuration must be found from anywhere.
+    page = start("the page", command, log, "/_stcore/health", variables, cwd=log.parent)
     try:
-        end = time.monotonic() + 60
-        while True:
-            try:
-                if httpx.get(f"{address}/_stcore/health", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the page did not start:\n{log.read_text(errors='replace')}")
-            time.sleep(0.1)
-        yield address
+        yield page.url
     finally:
-        process.terminate()
-        process.wait(20)
+        page.stop()
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from playwright.sync_api import Browser, Page, expect
 
+from loadtest.processes import free_port
 from tests.browser.page_server import (
     ENGLISH,
     Visit,
     drop,
-    free_port,
     new_context,
     page_server,
     visit,

@@ -13,8 +13,8 @@ import pytest
 import soundfile
 from playwright.sync_api import Browser, BrowserContext, expect
 
+from loadtest.processes import ROOT, LiveServer
 from tests.browser.page_server import ENGLISH, Visit, chromium, heard, visit
-from tests.e2e.live import ROOT, LiveServer
 from ui.alignment import align, comparable, error_rate
 
 SAMPLE = ROOT / "ui" / "samples" / "en.flac"

@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.live import LiveServer, start
+from loadtest.processes import LiveServer
+from tests.e2e.live import start
 from tests.tiny_bundle import make_bundle
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.live import ROOT, LiveServer, environment, start
+from loadtest.processes import ROOT, SERVE, LiveServer
+from tests.e2e.live import environment, start
 from tests.tiny_bundle import sing, wav
 
 ALICE = "alice-secret-0123456789"
@@ -125,7 +125,7 @@ def test_size_limit_follows_the_setting(http: httpx.Client) -> None:
 
 def test_open_address_without_keys_refuses_to_start(models_dir: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "api.cli", "serve"],
+        SERVE,
         env=environment(models_dir, host="0.0.0.0"),
         cwd=ROOT,
         capture_output=True,

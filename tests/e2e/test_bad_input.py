@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from loadtest.processes import LiveServer
 from tests.api.test_audio import KINDS, encode, file_of, tone
-from tests.e2e.live import LiveServer
 from tests.tiny_bundle import recite, sing, wav
 
 ROUTES = ["/transcribe", "/v1/audio/transcriptions"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.live import ROOT, environment
+from loadtest.processes import ROOT
+from tests.e2e.live import environment
 from tests.tiny_bundle import make_bundle, recite, sing, wav
 
 

@@ -16,7 +16,7 @@ from schemathesis.checks import not_a_server_error
 from loadtest import fuzz_audio
 from loadtest.fuzz_mutations import mutant
 from loadtest.fuzz_seeds import RECIPES, make_seeds
-from tests.e2e.live import LiveServer
+from loadtest.processes import LiveServer
 
 
 def test_nothing_in_the_document_breaks_the_service(server: LiveServer) -> None:

@@ -14,7 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.live import LiveServer, start
+from loadtest.processes import LiveServer
+from tests.e2e.live import start
 from tests.tiny_bundle import recite, sing, wav
 
 AUDIO = wav(sing("abc"))

@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.live import ROOT, LiveServer, environment, wait_until_ready
+from loadtest.processes import ROOT, SERVE, LiveServer
+from tests.e2e.live import environment
 from tests.tiny_bundle import make_bundle, recite, sing, wav
 
 Launch = Callable[..., LiveServer]
@@ -138,7 +138,7 @@ def _multipart(audio: bytes) -> bytes:
 
 def run_serve(models_dir: Path, **settings: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "api.cli", "serve"],
+        SERVE,
         env=environment(models_dir, **settings),
         cwd=ROOT,
         capture_output=True,
@@ -191,6 +191,6 @@ def test_model_files_may_change_under_a_running_service(tmp_path: Path, launch: 
         (bundle / "vocab.txt").unlink()
         with live.client() as client:
             assert client.post("/transcribe", files={"file": AUDIO}).json()["text"] == "head bad cafe"
-            wait_until_ready(live)
+            live.wait_ready()
     finally:
         live.kill()

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.e2e.live import LiveServer, start
+from loadtest.processes import LiveServer
+from tests.e2e.live import start
 from tests.tiny_bundle import SAMPLE_RATE_HZ, recite, sing, wav
 
 SENTENCES = ["head bad cafe", "abc", "fade"]

@@ -12,7 +12,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.e2e.live import LiveServer
+from loadtest.processes import LiveServer
 from tests.tiny_bundle import recite, sing, wav
 
 TEXT = "head bad cafe"

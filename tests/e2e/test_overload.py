@@ -13,7 +13,8 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.live import LiveServer, start
+from loadtest.processes import LiveServer
+from tests.e2e.live import start
 from tests.tiny_bundle import recite, sing, wav
 
 SENTENCES = ["head bad cafe", "abc", "fade"] * 3

@@ -10,8 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
+from loadtest.processes import LiveServer
 from tests.api.test_audio import KINDS, file_of
-from tests.e2e.live import LiveServer
 from tests.tiny_bundle import recite, sing, wav
 
 TEXT = "head bad cafe"

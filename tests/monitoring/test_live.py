@@ -15,7 +15,8 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtest.local_stack import LocalStack, MissingProgramError, Process, PrometheusApi
+from loadtest.local_stack import LocalStack, MissingProgramError, PrometheusApi
+from loadtest.processes import LiveServer
 from tests.monitoring.files import Query, alerts, panel_queries, rule_queries, runbook_queries
 from tests.monitoring.recording import RecordingServer
 from tests.telemetry.live import MODEL, clip, settings, tracing
@@ -34,7 +35,7 @@ CLUSTER_ONLY = re.compile(r"^kube_")
 class Driven:
     """The stack after its minute of traffic."""
 
-    api: Process
+    api: LiveServer
     prometheus: PrometheusApi
     receiver: OtlpReceiver
     names: frozenset[str]
@@ -60,7 +61,7 @@ def driven() -> Iterator[Driven]:
         prometheus.close()
 
 
-def drive(api: Process, for_s: float) -> int:
+def drive(api: LiveServer, for_s: float) -> int:
     """A little of everything that users do, for `for_s` seconds; returns the number of transcriptions."""
     long_clip = wav(np.tile(sing("bad cafe "), 12))
     until_s = time.monotonic() + for_s

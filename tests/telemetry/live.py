@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loadtest.local_stack import LocalStack, Process
+from loadtest.local_stack import LocalStack
+from loadtest.processes import LiveServer
 from tests.telemetry.otlp_receiver import OtlpReceiver
 from tests.tiny_bundle import make_bundle, sing, wav
 
@@ -44,12 +45,12 @@ def clip(text: str = "bad cafe") -> bytes:
     return wav(sing(text))
 
 
-def transcribe(api: Process, content: bytes, **fields: str) -> httpx.Response:
+def transcribe(api: LiveServer, content: bytes, **fields: str) -> httpx.Response:
     """One POST /transcribe."""
     return httpx.post(f"{api.url}/transcribe", files={"file": content}, data=fields, timeout=60.0)
 
 
-def metric_sum(api: Process, name: str, **labels: str) -> float:
+def metric_sum(api: LiveServer, name: str, **labels: str) -> float:
     """Sum over the series of `name` that have `labels`, as /metrics shows them now."""
     wanted = [f'{label}="{value}"' for label, value in labels.items()]
     total = 0.0

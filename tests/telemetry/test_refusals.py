@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 import httpx
 import pytest
 
-from loadtest.local_stack import LocalStack, Process
+from loadtest.local_stack import LocalStack
+from loadtest.processes import LiveServer
 from tests.telemetry.live import metric_sum, settings, stack
 
 __all__ = ["stack"]
@@ -19,18 +20,18 @@ LINE = b"POST /transcribe HTTP/1.1\r\nhost: here\r\n"
 
 
 @pytest.fixture
-def api(stack: LocalStack) -> Process:
+def api(stack: LocalStack) -> LiveServer:
     return stack.api(settings(stack.folder / "models", ASR_KEEP_ALIVE_S="1", ASR_HEAD_TIMEOUT_S="1"))
 
 
 @contextmanager
-def connection(api: Process) -> Iterator[socket.socket]:
+def connection(api: LiveServer) -> Iterator[socket.socket]:
     host, port = api.address.split(":")
     with socket.create_connection((host, int(port)), timeout=20) as sock:
         yield sock
 
 
-def answer_to(api: Process, sent: bytes) -> bytes:
+def answer_to(api: LiveServer, sent: bytes) -> bytes:
     """Everything that comes back until the server closes; b"" where it just closes."""
     with connection(api) as sock:
         sock.sendall(sent)
@@ -40,7 +41,7 @@ def answer_to(api: Process, sent: bytes) -> bytes:
         return answer
 
 
-def refused(api: Process, outcome: str) -> float:
+def refused(api: LiveServer, outcome: str) -> float:
     return metric_sum(api, "asr_requests_total", route="unmatched", model="unknown", outcome=outcome)
 
 
@@ -53,7 +54,7 @@ def refused(api: Process, outcome: str) -> float:
     ],
     ids=["malformed", "head too large", "head too slow"],
 )
-def test_a_refused_head_is_counted_once(api: Process, sent: bytes, status: bytes, outcome: str) -> None:
+def test_a_refused_head_is_counted_once(api: LiveServer, sent: bytes, status: bytes, outcome: str) -> None:
     before = metric_sum(api, "asr_requests_total")
     assert [refused(api, each) for each in ("invalid", "rejected", "cancelled")] == [0, 0, 0]
     assert answer_to(api, sent)[9:12] == status
@@ -62,13 +63,13 @@ def test_a_refused_head_is_counted_once(api: Process, sent: bytes, status: bytes
     assert metric_sum(api, "asr_inflight_requests") == 0
 
 
-def test_a_refused_head_behind_a_good_request_is_counted(api: Process) -> None:
+def test_a_refused_head_behind_a_good_request_is_counted(api: LiveServer) -> None:
     answer = answer_to(api, b"GET /health/live HTTP/1.1\r\nhost: here\r\n\r\n" + b"not http at all\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200")
     assert refused(api, "invalid") == 1
 
 
-def test_a_connection_that_sent_nothing_is_no_request(api: Process) -> None:
+def test_a_connection_that_sent_nothing_is_no_request(api: LiveServer) -> None:
     assert answer_to(api, b"GET /health/live HTTP/1.1\r\nhost: here\r\n\r\n")  # idles, then it is closed
     with connection(api) as sock:
         assert sock.recv(1) == b""

@@ -10,7 +10,8 @@ from typing import Self
 import httpx
 import pytest
 
-from loadtest.local_stack import LocalStack, MissingProgramError, Process, PrometheusApi, free_port
+from loadtest.local_stack import LocalStack, MissingProgramError, PrometheusApi
+from loadtest.processes import LiveServer, free_port
 from tests.telemetry.live import clip, settings, stack
 
 __all__ = ["stack"]
@@ -67,9 +68,8 @@ def total_with_resets(prometheus: PrometheusApi, selector: str) -> float:
 
 
 def test_no_request_is_lost_from_the_sums_in_a_restart_that_drains(stack: LocalStack) -> None:
-    port = free_port()
-    environment = settings(stack.folder / "models", ASR_DRAIN_GRACE_S="0.5")
-    first = stack.api(environment, port)
+    variables = settings(stack.folder / "models", ASR_DRAIN_GRACE_S="0.5", ASR_PORT=str(free_port()))
+    first = stack.api(variables)
     try:
         monitor = stack.prometheus({"asr-api": [first.address]}, interval_s=2.0)
     except MissingProgramError as missing:
@@ -81,7 +81,7 @@ def test_no_request_is_lost_from_the_sums_in_a_restart_that_drains(stack: LocalS
             time.sleep(4.0)
             assert first.terminate() == 0  # while requests are on their way
             before = callers.answered
-            second = stack.api(environment, port)
+            second = stack.api(variables)
             wait_until(lambda: callers.answered > before + 5)
         assert callers.refusals <= {"not_ready", "draining"}
         assert before > 5
@@ -99,7 +99,7 @@ def wait_until(done: Callable[[], bool], timeout_s: float = 120.0) -> None:
         time.sleep(0.1)
 
 
-def wait_for_scrape_of(prometheus: PrometheusApi, api: Process) -> None:
+def wait_for_scrape_of(prometheus: PrometheusApi, api: LiveServer) -> None:
     """Wait until Prometheus has what `api` shows now."""
     line = next(
         line

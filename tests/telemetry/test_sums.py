@@ -11,7 +11,8 @@ import httpx
 import numpy as np
 
 from api.telemetry.record import outcome_of
-from loadtest.local_stack import LocalStack, Process
+from loadtest.local_stack import LocalStack
+from loadtest.processes import LiveServer
 from tests.telemetry.live import MODEL, clip, metric_sum, settings, stack
 from tests.tiny_bundle import sing, wav
 
@@ -38,7 +39,7 @@ async def post(client: httpx.AsyncClient, kind: str, route: str, long_clip: byte
     return outcome_of(answer.status_code, code)
 
 
-async def leave(api: Process, route: str) -> str:
+async def leave(api: LiveServer, route: str) -> str:
     """Announce a large body, send a part of it, and hang up."""
     host, port = api.address.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -56,7 +57,7 @@ async def leave(api: Process, route: str) -> str:
     return "cancelled"
 
 
-async def send_all(api: Process, kinds: list[str], long_clip: bytes, at_once: int) -> Counter[str]:
+async def send_all(api: LiveServer, kinds: list[str], long_clip: bytes, at_once: int) -> Counter[str]:
     seen: Counter[str] = Counter()
     turns = asyncio.Semaphore(at_once)
 
@@ -111,7 +112,7 @@ async def test_500_mixed_requests_are_counted_by_outcome(stack: LocalStack) -> N
     assert metric_sum(api, "asr_queue_depth") == 0
 
 
-def settled(api: Process, expected: Counter[str], timeout_s: float = 20.0) -> dict[str, int]:
+def settled(api: LiveServer, expected: Counter[str], timeout_s: float = 20.0) -> dict[str, int]:
     """Requests by outcome, once the callers that left are noticed too."""
     until_s = time.monotonic() + timeout_s
     while True:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from loadtest.processes import api_server
 from training.data.manifest import read_manifest
 from training.recipes.quartznet_ctc.recipe import QuartzNetRecipe
 from training.recipes.rehearsal import tiny_wav2vec2, tiny_whisper
@@ -24,8 +20,6 @@ from training.stages.command import main
 from training.stages.export import FLOAT32, INT8, load_part
 from training.stages.recipe import Recipe
 from training.stages.runtime import GraphRunner
-
-ROOT = Path(__file__).resolve().parents[2]
 
 COMMON = """
 data: {{manifest: {manifest}, fractions: [0.6, 0.2, 0.2]}}
@@ -96,47 +90,20 @@ def test_recordings_become_a_bundle(
     (models / f"{recipe}.run").symlink_to(run)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def service(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def service(models: Path) -> Iterator[str]:
     """A real `asr serve` over every bundle that was made."""
     names = sorted(path.name for path in models.iterdir() if (path / "manifest.json").is_file())
     if not names:
         pytest.skip("no bundle was made: run the whole file")
-    port = free_port()
-    environment = {
-        **os.environ,
-        "ASR_MODELS_DIR": str(models),
-        "ASR_MODELS": ",".join(names),
-        "ASR_GRAPH": "float32",
-        "ASR_WORKERS": "1",
-        "ASR_CALIBRATE": "false",
-        "ASR_NOISE_CONFIDENCE": "0",  # two epochs make nobody confident
+    settings = {
+        "graph": "float32",
+        "workers": 1,
+        "calibrate": "false",
+        "noise_confidence": 0,  # two epochs make nobody confident
     }
-    log = tmp_path_factory.mktemp("service") / "log"
-    with log.open("w") as sink:
-        command = [sys.executable, "-m", "api.cli", "serve", "--port", str(port)]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=sink)
-        try:
-            deadline = time.monotonic() + 180
-            while True:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"the service did not start:\n{log.read_text()[-4000:]}")
-                try:
-                    if httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=5).status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.3)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+    with api_server(",".join(names), models, **settings) as running:
+        yield running.url
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
