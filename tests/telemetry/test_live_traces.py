@@ -84,9 +84,7 @@ def test_the_page_and_the_service_share_one_trace(stack: LocalStack, monkeypatch
 
         transcript = asyncio.run(use_the_page())
         of_the_page.close()
-        spans = receiver.wait_for(
-            lambda found: server_ended(found) and any(s.resource["service.name"] == "asr-ui" for s in found)
-        )
+        spans = receiver.wait_for(lambda found: sum(s.name == "POST /transcribe" for s in found) == 2)
     assert transcript.text == "bad cafe"
     (page,) = [span for span in spans if span.resource["service.name"] == "asr-ui"]
     (server,) = [span for span in spans if span.name == "POST /transcribe" and span is not page]
