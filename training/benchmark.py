@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from api.bundle import Bundle, BundleError, load_bundle
+from api.vocabulary import Vocabulary
 from training.bundle_writer import hardware
 from training.calibration import manifest_waveforms
 from training.checkpoint import Checkpoint, load_checkpoint
@@ -27,56 +30,123 @@ from training.errors import TrainingError
 from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text
 from training.export import export_graph
 from training.frontend import LogMel
-from training.inference import LogProbs, Waveform, cpu_session, run_graph
+from training.inference import LogProbs, Waveform, clip_of, cpu_session, in_turns_s, run_graph
 from training.nemo import read_nemo
 from training.nemo_import import as_checkpoint
 
 CLIP_S = 5.0
+COLUMNS = {
+    "graph": "{}",
+    "megabytes": "{:.1f}",
+    "latency_ms": "{:.1f}",
+    "speedup": "{:.2f}",
+    "real_time_factor": "{:.4f}",
+    "wer": "{:.2%}",
+    "cer": "{:.2%}",
+}
 Network = Callable[[Waveform], LogProbs]
 """Waveform (samples,) -> log-probabilities (frames, vocabulary)."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Form:
     """One form of the model."""
+
+    name: str
+    size_bytes: int
+    network: Network
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one form."""
 
     form: str
     size_bytes: int
     latency_ms: float
-    """Median over rounds, on one clip of `CLIP_S` seconds."""
+    """Median over rounds, on one clip alone."""
+    speedup: float
+    """The first form's latency over this one's."""
     real_time_factor: float
     rates: ErrorRates
 
+    def columns(self) -> dict[str, Any]:
+        """By the names in `COLUMNS`."""
+        return {
+            "graph": self.form,
+            "megabytes": self.size_bytes / 1e6,
+            "latency_ms": self.latency_ms,
+            "speedup": self.speedup,
+            "real_time_factor": self.real_time_factor,
+            "wer": self.rates.wer,
+            "cer": self.rates.cer,
+        }
 
-def torch_network(checkpoint: Checkpoint) -> Network:
-    """The network in PyTorch as training leaves it."""
-    model, frontend = checkpoint.model.eval(), LogMel(checkpoint.frontend)
+
+def torch_network(forward: Callable[[Tensor, Tensor], Sequence[Any]]) -> Network:
+    """PyTorch. `forward` (waveforms (1, samples), lengths (1,)) gives log-probabilities and frame lengths."""
 
     def run(waveform: Waveform) -> LogProbs:
         with torch.inference_mode():
-            lengths = torch.tensor([len(waveform)])
-            output = model(*frontend(torch.from_numpy(waveform)[None], lengths))
-        values: LogProbs = output.log_probs[0, : int(output.lengths[0])].numpy()
+            output = forward(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
+        values: LogProbs = output[0][0, : int(output[1][0])].numpy()
         return values
 
     return run
 
 
-def onnx_network(graph: bytes | Path, threads: int) -> Network:
+def onnx_form(name: str, graph: bytes | Path, threads: int) -> Form:
     """A graph in ONNX Runtime."""
     session = cpu_session(graph, threads)
-    return lambda waveform: run_graph(session, [waveform])[0]
+    size_bytes = len(graph) if isinstance(graph, bytes) else graph.stat().st_size
+    return Form(name, size_bytes, lambda waveform: run_graph(session, [waveform])[0])
 
 
-def alternating_ms(networks: Mapping[str, Network], waveform: Waveform, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each network; one run of each per round, the first round does not count."""
-    times: dict[str, list[float]] = {form: [] for form in networks}
-    for _ in range(rounds + 1):
-        for form, network in networks.items():
-            start = time.perf_counter()
-            network(waveform)
-            times[form].append((time.perf_counter() - start) * 1000)
-    return {form: float(np.median(values[1:])) for form, values in times.items()}
+def side_by_side(
+    forms: Sequence[Form],
+    clips: Sequence[tuple[Waveform, str]],
+    vocabulary: Vocabulary,
+    *,
+    sample_rate_hz: int,
+    clip_s: float,
+    threads: int,
+    rounds: int,
+) -> list[Row]:
+    """Latency on `clip_s` seconds of the clips, in turns; error rates of greedy texts on all of them.
+
+    `threads` is PyTorch's for as long as this takes; a graph's session has its own.
+    """
+    clip = clip_of([waveform for waveform, _ in clips], clip_s, sample_rate_hz)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        times_s = in_turns_s([partial(form.network, clip) for form in forms], rounds, "latency")
+        rates = [_rates(form.network, vocabulary, clips) for form in forms]
+    finally:
+        torch.set_num_threads(before)
+    latencies_s = [float(value) for value in np.median(times_s, axis=1)]
+    return [
+        Row(
+            form=form.name,
+            size_bytes=form.size_bytes,
+            latency_ms=1000 * latency_s,
+            speedup=latencies_s[0] / latency_s,
+            real_time_factor=latency_s / clip_s,
+            rates=rates_of_form,
+        )
+        for form, latency_s, rates_of_form in zip(forms, latencies_s, rates, strict=True)
+    ]
+
+
+def _rates(network: Network, vocabulary: Vocabulary, clips: Sequence[tuple[Waveform, str]]) -> ErrorRates:
+    return error_rates([Utterance(text, greedy_text(network(clip), vocabulary)) for clip, text in clips])
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`Row.columns` of each as Markdown."""
+    lines = [COLUMNS, dict.fromkeys(COLUMNS, "---")]
+    lines += [{name: form.format(row[name]) for name, form in COLUMNS.items()} for row in rows]
+    return "\n".join(f"| {' | '.join(line[name] for name in COLUMNS)} |" for line in lines)
 
 
 def benchmark(
@@ -87,62 +157,28 @@ def benchmark(
     threads: int = 1,
     rounds: int = 9,
 ) -> list[Row]:
-    """Measure the checkpoint in PyTorch and its graphs in ONNX Runtime."""
-    torch.set_num_threads(threads)
+    """Measure the checkpoint in PyTorch as training leaves it, and its graphs in ONNX Runtime."""
+    model, frontend = checkpoint.model.eval(), LogMel(checkpoint.frontend)
+    size_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
+    network = torch_network(lambda waveform, lengths: model(*frontend(waveform, lengths)))
+    graphs = bundle.manifest.graphs
     float_graph: bytes | Path
-    if "float32" in bundle.manifest.graphs:
+    if "float32" in graphs:
         float_graph = bundle.graph_path("float32")
     else:
         float_graph = export_graph(checkpoint.model, checkpoint.frontend).SerializeToString()
-    graphs: dict[str, bytes | Path] = {"ONNX float32": float_graph}
-    if "int8" in bundle.manifest.graphs:
-        graphs["ONNX INT8"] = bundle.graph_path("int8")
-    networks = {"PyTorch float32": torch_network(checkpoint)}
-    networks |= {form: onnx_network(graph, threads) for form, graph in graphs.items()}
-    sizes = {"PyTorch float32": 4 * sum(tensor.numel() for tensor in checkpoint.model.state_dict().values())}
-    sizes |= {
-        form: len(graph) if isinstance(graph, bytes) else graph.stat().st_size
-        for form, graph in graphs.items()
-    }
-    latencies = alternating_ms(networks, _clip(clips, bundle.manifest.sample_rate_hz), rounds)
-    return [
-        Row(
-            form=form,
-            size_bytes=sizes[form],
-            latency_ms=latencies[form],
-            real_time_factor=latencies[form] / 1000 / CLIP_S,
-            rates=_rates(network, bundle, clips),
-        )
-        for form, network in networks.items()
-    ]
-
-
-def _clip(clips: Sequence[tuple[Waveform, str]], sample_rate_hz: int) -> Waveform:
-    """`CLIP_S` seconds of real sound: recordings one after another, cut."""
-    samples = round(CLIP_S * sample_rate_hz)
-    joined = np.concatenate([clip for clip, _ in clips])
-    return np.ascontiguousarray(np.resize(joined, samples) if len(joined) < samples else joined[:samples])
-
-
-def _rates(network: Network, bundle: Bundle, clips: Sequence[tuple[Waveform, str]]) -> ErrorRates:
-    return error_rates(
-        [Utterance(text, greedy_text(network(clip), bundle.vocabulary)) for clip, text in clips]
+    forms = [Form("PyTorch float32", size_bytes, network), onnx_form("ONNX float32", float_graph, threads)]
+    if "int8" in graphs:
+        forms.append(onnx_form("ONNX INT8", bundle.graph_path("int8"), threads))
+    return side_by_side(
+        forms,
+        clips,
+        bundle.vocabulary,
+        sample_rate_hz=bundle.manifest.sample_rate_hz,
+        clip_s=CLIP_S,
+        threads=threads,
+        rounds=rounds,
     )
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown; speed is against PyTorch, the first row."""
-    lines = [
-        f"| form | MB | {CLIP_S:g} s clip | against PyTorch | real-time factor | WER | CER |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.form} | {row.size_bytes / 1e6:.1f} | {row.latency_ms:.1f} ms "
-            f"| {rows[0].latency_ms / row.latency_ms:.2f}x | {row.real_time_factor:.4f} "
-            f"| {row.rates.wer:.2%} | {row.rates.cer:.2%} |"
-        )
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -172,8 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
     where = hardware()
-    print(f"{bundle.name}, {len(clips)} utterances, {given.threads} thread(s), {where}\n")
-    print(table(rows))
+    print(f"{bundle.name}, {len(clips)} utterances, {CLIP_S:g} s clip, {given.threads} thread(s), {where}\n")
+    print(table([row.columns() for row in rows]))
     print(json.dumps({"model": bundle.name, "hardware": where, "rows": [asdict(row) for row in rows]}))
     return 0
 

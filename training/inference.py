@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from tqdm import tqdm
 
 Waveform = npt.NDArray[np.float32]
 """(samples,) in [-1, 1]."""
@@ -69,38 +71,33 @@ def compare(expected: Sequence[LogProbs], actual: Sequence[LogProbs]) -> Agreeme
     return Agreement(posterior, worst, same / frames, frames)
 
 
-def run_s(session: onnxruntime.InferenceSession, waveform: Waveform, repeats: int = 31) -> float:
-    """Seconds of a single-item run on a machine of its own: see `paired_run_s`."""
-    return paired_run_s([session], waveform, repeats)[0]
+def clip_of(waveforms: Sequence[Waveform], seconds: float, sample_rate_hz: int) -> Waveform:
+    """`seconds` of real signal: the recordings one after the other, repeated as often as needed."""
+    return np.resize(np.concatenate(waveforms), round(seconds * sample_rate_hz))
 
 
-def paired_run_s(
+def in_turns_s(
+    runs: Sequence[Callable[[], object]], repeats: int, label: str = ""
+) -> npt.NDArray[np.float64]:
+    """Seconds of each run, (runs, repeats). They take turns, so that a noisy machine disturbs all alike.
+
+    One round more comes first and does not count. A progress bar shows where there is a `label`.
+    """
+    times_s = np.zeros((repeats + 1, len(runs)))
+    for row in tqdm(times_s, desc=label, unit="round", disable=None if label else True):
+        for place, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            row[place] = time.perf_counter() - start
+    return times_s[1:].T
+
+
+def quiet_run_s(
     sessions: Sequence[onnxruntime.InferenceSession], waveform: Waveform, repeats: int = 31
 ) -> list[float]:
-    """Seconds of a single-item run of each session, the sessions taking turns.
+    """Seconds of a single-item run of each session, in turns, on a machine of its own.
 
-    The tenth percentile over the repeats, the first not counted: other work on the machine only adds time.
+    The tenth percentile over the repeats: other work on the machine only adds time.
     """
-    times_s: list[list[float]] = [[] for _ in sessions]
-    for _ in range(repeats + 1):
-        for session, kept in zip(sessions, times_s, strict=True):
-            start = time.perf_counter()
-            run_graph(session, [waveform])
-            kept.append(time.perf_counter() - start)
-    return [float(np.percentile(kept[1:], 10)) for kept in times_s]
-
-
-def median_pair_s(
-    first: onnxruntime.InferenceSession,
-    second: onnxruntime.InferenceSession,
-    waveform: Waveform,
-    repeats: int = 9,
-) -> tuple[float, float]:
-    """Median seconds of two sessions that take turns, so that a noisy machine disturbs both alike."""
-    times_s: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats + 1):
-        for session, kept in zip((first, second), times_s, strict=True):
-            start = time.perf_counter()
-            run_graph(session, [waveform])
-            kept.append(time.perf_counter() - start)
-    return float(np.median(times_s[0][1:])), float(np.median(times_s[1][1:]))
+    runs = [partial(run_graph, session, [waveform]) for session in sessions]
+    return [float(value) for value in np.percentile(in_turns_s(runs, repeats), 10, axis=1)]

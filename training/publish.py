@@ -27,7 +27,7 @@ from training.errors import ConfigError, TrainingError
 from training.evaluate import bundle_recogniser, error_rates, recognise_all
 from training.export import MIN_SAMPLES, check_agreement, export_graph
 from training.graph import OPSET
-from training.inference import cpu_session, run_s
+from training.inference import cpu_session, quiet_run_s
 from training.ngram import fit_texts
 from training.quantize import Gate, Outcome, quantize
 
@@ -166,7 +166,7 @@ def _speed(bundle: Bundle) -> tuple[Speed, ...]:
             threads=1,
             graph=graph,
             clip_s=SPEED_CLIP_S,
-            rtf=round(run_s(cpu_session(bundle.graph_path(graph)), clip) / SPEED_CLIP_S, 5),
+            rtf=round(quiet_run_s([cpu_session(bundle.graph_path(graph))], clip)[0] / SPEED_CLIP_S, 5),
         )
         for graph in bundle.manifest.graphs
     )

@@ -26,7 +26,7 @@ from api.vocabulary import BLANK_TOKEN, Vocabulary
 from training.calibration import manifest_waveforms
 from training.errors import QualityGateError, TrainingError
 from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text
-from training.inference import Agreement, Waveform, compare, cpu_session, paired_run_s, run_graph
+from training.inference import Agreement, Waveform, compare, cpu_session, quiet_run_s, run_graph
 from training.qdq import Range, quantizable, quantize_graph
 
 BATCH_TOLERANCE = 1e-4
@@ -216,7 +216,7 @@ class _Reference:
             for clip, _ in tqdm(self.validation, desc=method, unit="clip", disable=None)
         ]
         middle = sorted((clip for clip, _ in self.validation), key=len)[len(self.validation) // 2]
-        float_s, int8_s = paired_run_s([self.session, session], middle)
+        float_s, int8_s = quiet_run_s([self.session, session], middle)
         some = [clip for clip, _ in self.validation[:4]]
         batched = compare(log_probs[: len(some)], run_graph(session, some))
         return Trial(

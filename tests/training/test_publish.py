@@ -13,6 +13,7 @@ import torch
 from api.bundle import load_bundle, verify_bundle
 from api.manifest import Source
 from tests.training.networks import CONFIGS, VOCABULARY, chirps, random_checkpoint, write_corpus
+from training import benchmark
 from training import publish as command
 from training.bundle_writer import Card, Graphs, LanguageModel, write_bundle
 from training.calibration import manifest_rows, manifest_waveforms
@@ -103,6 +104,18 @@ def publish(tmp_path: Path, *more: str) -> int:
     arguments += ["--card", str(tmp_path / "card.json"), "--calibration", manifest, "--validation", manifest]
     arguments += ["--min-speed", "0", "--max-wer-increase", "9"]
     return command.main([*arguments, "--test", manifest, *more])
+
+
+def test_the_forms_of_a_model_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish(tmp_path) == 0
+    arguments = [str(tmp_path / "model.safetensors"), "--bundle", str(tmp_path / "models" / "en-random")]
+    arguments += ["--manifest", str(write_corpus(tmp_path, chirps(8))), "--rounds", "2"]
+    assert benchmark.main(arguments) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    assert [row["form"] for row in rows] == ["PyTorch float32", "ONNX float32", "ONNX INT8"]
+    assert rows[0]["speedup"] == 1
+    assert rows[0]["rates"] == rows[1]["rates"], "torch and ONNX write the same texts"
 
 
 def test_publishing_makes_a_verified_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

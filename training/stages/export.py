@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -14,10 +16,10 @@ from torch import nn
 from training.data.audio import load_waveform
 from training.data.manifest import Utterance
 from training.errors import QualityGateError
-from training.inference import Agreement, compare, median_pair_s
+from training.inference import Agreement, clip_of, compare, in_turns_s
 from training.loop.run_folder import RunFolder
 from training.stages.recipe import Recipe
-from training.stages.runtime import GraphRunner, Samples, clip_of, score
+from training.stages.runtime import GraphRunner, Samples, score
 from training.stages.train import trained
 
 TOLERANCE = 1e-4
@@ -129,7 +131,8 @@ def quantize(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder
     work.mkdir(parents=True, exist_ok=True)
     for how, path in recipe.quantized(graph, work, calibration):
         runner = GraphRunner(path, settings.threads)
-        base_s, latency_s = median_pair_s(reference.session, runner.session, clip, settings.repeats)
+        turns = [partial(each, [clip]) for each in (reference, runner)]
+        base_s, latency_s = (float(np.median(times)) for times in in_turns_s(turns, settings.repeats))
         speedup = base_s / latency_s
         wer, cer = score(runner, recordings, texts, codec)
         reason = ""

@@ -9,11 +9,11 @@ from typing import Any
 from safetensors import safe_open
 
 from api.manifest import Evaluation, GraphName, Source, Speed, TrainingData
+from training.benchmark import table
 from training.bundle_writer import Card, Graphs, Measurements, write_bundle
 from training.data.manifest import Utterance
 from training.errors import CheckpointError
 from training.loop.run_folder import RunFolder
-from training.stages.benchmark import format_table
 from training.stages.export import FLOAT32, INT8
 from training.stages.recipe import Recipe
 from training.stages.train import WEIGHTS
@@ -114,5 +114,5 @@ def _measurements(recipe: Recipe, measured: dict[str, Any], default: GraphName) 
             )
             for name, row in by_graph.items()
         ),
-        notes={"PyTorch, ONNX and INT8 side by side": f"```\n{format_table(measured['rows'])}\n```"},
+        notes={"PyTorch, ONNX and INT8 side by side": table(measured["rows"])},
     )

@@ -1,8 +1,7 @@
-"""Texts, error rates and latency of an exported graph."""
+"""Texts and error rates of an exported graph."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,25 +34,9 @@ class GraphRunner:
             out.append(vocabulary.decode(collapse(ids, vocabulary.blank_id)))
         return out
 
-    def latency_s(self, clip: Samples, repeats: int) -> float:
-        """Median seconds for one clip alone, after one run that does not count."""
-        self([clip])
-        times = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            self([clip])
-            times.append(time.perf_counter() - started)
-        return float(np.median(times))
-
 
 def score(
     runner: GraphRunner, waveforms: Sequence[Samples], texts: Sequence[str], codec: TokenCodec
 ) -> tuple[float, float]:
     """WER and CER of a graph on recordings with known texts."""
     return error_rates(texts, runner.texts(waveforms, codec))
-
-
-def clip_of(waveforms: Sequence[Samples], seconds: float, sample_rate_hz: int) -> Samples:
-    """`seconds` of real signal: the recordings one after the other, repeated as often as needed."""
-    joined = np.concatenate([np.asarray(samples, np.float32) for samples in waveforms])
-    return np.resize(joined, round(seconds * sample_rate_hz))

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from training.benchmark import table
 from training.config import RunConfig, load_config
 from training.data.manifest import Utterance
 from training.errors import TrainingError
@@ -35,7 +36,7 @@ from training.loop.plots import plot_results
 from training.loop.run_folder import RunFolder, environment, open_run
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
-from training.stages.benchmark import benchmark, format_table
+from training.stages.benchmark import benchmark
 from training.stages.export import export, load_part, quantize
 from training.stages.prepare import prepare
 from training.stages.publish import publish
@@ -227,7 +228,7 @@ def _folders(run: Experiment) -> None:
 
 def _report(run: Experiment) -> None:
     baseline, tuned = run.results["baseline"], run.results["fine_tuned"]
-    table = run.results["serving"]
+    serving = run.results["serving"]
     chosen = run.results["quantization"]["chosen"] or "none passed the gate"
     lines = [
         f"# {run.config.name}: {run.mode} run",
@@ -243,12 +244,10 @@ def _report(run: Experiment) -> None:
             for name, rates in (("base, untouched", baseline), ("fine-tuned", tuned))
         ),
         "",
-        f"Serving a {table['clip_s']:g} s clip, {table['threads']} thread, {table['hardware']}.",
+        f"Serving a {serving['clip_s']:g} s clip, {serving['threads']} thread, {serving['hardware']}.",
         f"INT8: {chosen}.",
         "",
-        "```",
-        format_table(table["rows"]),
-        "```",
+        table(serving["rows"]),
         "",
         "A decoder writes token by token: its cost grows with the text. Where speed matters more,",
         "the CTC recipes serve the same encoder without it.",
