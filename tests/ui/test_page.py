@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,8 +29,6 @@ DONE = sse(
 )
 METRICS = "asr_queue_audio_seconds 12\nasr_queue_limit_audio_seconds 900\nasr_worker_busy_ratio 0.5\n"
 Answer = httpx.Response | Exception
-# AppTest leaves its scripts' event loops open; they are collected here, so that the warning stays here.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 class Service:
@@ -103,7 +100,6 @@ def opened(service: Service) -> Iterator[Opened]:
 
     yield open_page
     background.close()
-    gc.collect()
 
 
 def button(page: AppTest, label: str) -> Any:
