@@ -73,11 +73,6 @@ class Bundle:
         entry = self.manifest.language_model
         return entry.beam if entry is not None else 0
 
-    @property
-    def decoding(self) -> str:
-        """The default way to decode, in words."""
-        return f"beam {self.default_beam} with language model" if self.default_beam else "greedy"
-
     def choose_graph(self, wanted: Literal["auto", "int8", "float32"] = "auto") -> GraphName:
         """The graph to load; `auto` is the manifest's default. Raises BundleError where it is not there."""
         if wanted == "auto":

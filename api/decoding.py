@@ -10,16 +10,35 @@ from api.bundle import Bundle
 from api.ctc import Decoded, greedy
 from api.hotwords import HotwordAutomaton
 
+GUIDED_BEAM = 3
+"""The narrowest beam that a language model helps. It charges for every character and nothing for silence,
+so a beam that keeps one or two prefixes keeps the short ones (validation WER with and without it: 78.6 and
+61.7 % for a beam of 1, 59.1 and 58.6 for 2, 53.8 and 57.6 for 3)."""
+
+
+def usual_beam(bundle: Bundle, max_beam: int) -> int:
+    """Width of the beam search where nobody asks for one; 0, greedy, without a language model that helps."""
+    beam = min(bundle.default_beam, max_beam)
+    return beam if beam >= GUIDED_BEAM else 0
+
+
+def in_words(bundle: Bundle, beam: int) -> str:
+    """What ``decode`` does at this width."""
+    if not beam:
+        return "greedy"
+    return f"beam {beam}" + (" with language model" if bundle.guide and beam >= GUIDED_BEAM else "")
+
 
 def decode(
     log_probs: NDArray[np.float32], bundle: Bundle, beam: int, hotwords: HotwordAutomaton | None = None
 ) -> Decoded:
     """float32 ``(frames, vocabulary)`` of one utterance, only valid frames.
 
-    ``beam`` 0 is greedy; otherwise the beam search of that width, with the bundle's language model where it
-    has one.
+    ``beam`` 0 is greedy; otherwise the beam search of that width, from ``GUIDED_BEAM`` on with the bundle's
+    language model where it has one.
     """
     blank_id = bundle.vocabulary.blank_id
     if beam:
-        return beam_search(log_probs, blank_id, beam, hotwords, guide=bundle.guide)[0]
+        guide = bundle.guide if beam >= GUIDED_BEAM else None
+        return beam_search(log_probs, blank_id, beam, hotwords, guide=guide)[0]
     return greedy(log_probs[None], np.array([len(log_probs)], dtype=np.int64), blank_id)[0]

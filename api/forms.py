@@ -177,6 +177,12 @@ def _options(
         raise InvalidValueError(
             f"{hotwords_field}: at most {settings.max_hotwords} words.", param=hotwords_field
         )
+    if beam == 0 and hotwords:
+        raise InvalidValueError(
+            f"beam: 0 decodes greedily, which has no use for {hotwords_field}; leave beam out, or give a "
+            f"width from 1 to {settings.max_beam}.",
+            param="beam",
+        )
     code = language.lower() if language else None
     return Options(language=code, beam=beam, hotwords=hotwords, vad=vad)
 

@@ -18,6 +18,7 @@ from api.batcher import Admission, Batcher
 from api.bundle import Bundle, load_bundle
 from api.calibration import Calibration, calibrate
 from api.cgroup import cpu_limit_cores, usable_cores
+from api.decoding import in_words, usual_beam
 from api.engine import Engine
 from api.errors import ModelNotFoundError
 from api.settings import Settings
@@ -39,6 +40,8 @@ class LoadedModel:
     batcher: Batcher
     calibration: Calibration
     load_s: float
+    usual_beam: int = 0
+    """Width of the beam search where a request asks for none; 0 is greedy."""
 
     @property
     def name(self) -> str:
@@ -59,7 +62,7 @@ class LoadedModel:
         """What was chosen and measured, for ``/models``."""
         return {
             **self.engine.describe(),
-            "decoding": self.bundle.decoding,
+            "decoding": in_words(self.bundle, self.usual_beam),
             "workers": self.calibration.workers,
             "audio_s_per_s": round(self.calibration.audio_s_per_s, 1),
             "measured": self.calibration.measured,
@@ -151,7 +154,8 @@ def _load_all(settings: Settings, telemetry: Telemetry) -> Registry:
     loaded = []
     for engine, calibration, load_s in engines:
         batcher = Batcher(engine, admission, telemetry)
-        model = LoadedModel(engine.bundle, engine, batcher, calibration, load_s)
+        beam = usual_beam(engine.bundle, settings.max_beam)
+        model = LoadedModel(engine.bundle, engine, batcher, calibration, load_s, beam)
         loaded.append(model)
         _announce(model, telemetry)
     loaded.sort(key=lambda model: settings.models.index(model.name))

@@ -201,10 +201,8 @@ class Transcriber:
 
     def _beam(self, options: Options, hotwords: HotwordAutomaton | None) -> int:
         """Width of the beam search, 0 for greedy decoding."""
-        beam = options.beam
-        if beam is None:
-            beam = min(self.model.bundle.default_beam, self._settings.max_beam)
-        return beam or (DEFAULT_HOTWORD_BEAM if hotwords is not None else 0)
+        beam = self.model.usual_beam if options.beam is None else options.beam
+        return beam or (min(DEFAULT_HOTWORD_BEAM, self._settings.max_beam) if hotwords is not None else 0)
 
     def language_of(self, language: str | None) -> str:
         """The language asked for, or the model's first. Raises InvalidValueError for an unknown one."""

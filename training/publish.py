@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from api.bundle import Bundle, BundleError
+from api.decoding import in_words
 from api.manifest import Evaluation, GraphName, Speed
 from training.bundle_writer import Card, Graphs, Measurements, add_measurements, hardware, write_bundle
 from training.calibration import manifest_rows, manifest_waveforms
@@ -134,7 +135,7 @@ def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:
     rows = [row for row in manifest_rows(test) if row.get("language") in languages]
     ways = {"greedy": bundle_recogniser(bundle, beam=0)}
     if bundle.guide is not None:
-        ways[bundle.decoding] = bundle_recogniser(bundle)
+        ways[in_words(bundle, bundle.default_beam)] = bundle_recogniser(bundle)
     found = []
     for source, language in sorted({(row.get("source", test.stem), row["language"]) for row in rows}):
         rate_hz = bundle.manifest.sample_rate_hz

@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from api.bundle import list_bundles, load_bundle, sha256_of, verify_bundle
+from api.decoding import in_words
 from api.errors import BundleError
 from tests.tiny_bundle import TOKENS, add_language_model, make_bundle
 from training.ngram import character_ngrams
@@ -161,7 +162,8 @@ def test_a_language_model_comes_along(models: Path) -> None:
     add_language_model(models / "tiny", character_ngrams(["abc abd"], 3), beam=24)
     bundle = verify_bundle(models, "tiny")
     assert bundle.guide is not None
-    assert (bundle.default_beam, bundle.decoding) == (24, "beam 24 with language model")
+    assert (bundle.default_beam, in_words(bundle, 24)) == (24, "beam 24 with language model")
+    assert (in_words(bundle, 2), in_words(bundle, 0)) == ("beam 2", "greedy")
 
 
 @pytest.mark.parametrize(

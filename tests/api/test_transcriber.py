@@ -111,9 +111,22 @@ async def test_the_language_model_of_a_bundle_decides_what_is_unclear(tmp_path: 
         assert await text(Options(beam=0)) == "bac"
         assert await text(Options(beam=4)) == "bad"
         assert transcriber.model.describe()["decoding"] == "beam 8 with language model"
-    async with open_service(make_settings(tmp_path, max_beam=2)) as narrow:
-        result = await narrow.transcriber("").transcribe(io.BytesIO(wav(audio)), Options())
-        assert result.text == "bad"
+        assert await text(Options(beam=2)) == "bac"  # too narrow for a language model: it searches without
+
+
+@pytest.mark.parametrize(
+    ("max_beam", "decoding", "text"),
+    [(4, "beam 4 with language model", "bad"), (2, "greedy", "bac"), (1, "greedy", "bac")],
+)
+async def test_the_settings_bound_the_usual_beam(
+    tmp_path: Path, max_beam: int, decoding: str, text: str
+) -> None:
+    add_language_model(make_bundle(tmp_path), character_ngrams(["bad bad bad had"], 3, 1))
+    audio = sing("bac", amplitude=0.3) + sing("bad", amplitude=0.29)
+    async with open_service(make_settings(tmp_path, max_beam=max_beam)) as opened:
+        transcriber = opened.transcriber("")
+        assert transcriber.model.describe()["decoding"] == decoding
+        assert (await transcriber.transcribe(io.BytesIO(wav(audio)), Options())).text == text
 
 
 async def test_segments_come_in_order_and_before_the_end(service: Service) -> None:
