@@ -21,6 +21,7 @@
     │   └── OutOfResourcesError      503     out_of_resources        disk or memory is full
     ├── DeadlineExceededError        504     deadline_exceeded       the answer would come too late
     ├── InferenceError               500     inference_failed        the engine failed on this batch
+    ├── InternalError                500     internal_error          anything else
     └── ClientDisconnected           499     client_disconnected     internal: nobody is left to answer
 
     BundleError                      not HTTP: a model folder is refused when it is loaded
@@ -51,6 +52,8 @@ class AsrError(Exception):
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str] = "internal_error"
     default_retry_after_s: ClassVar[float | None] = None
+    should_retry: ClassVar[bool] = True
+    """False where the same request would fail again and cost as much; clients retry every 5xx otherwise."""
 
     def __init__(
         self,
@@ -71,7 +74,12 @@ class AsrError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Headers that belong to this failure; ``Retry-After`` in whole seconds, never below one."""
+        """Headers that belong to this failure; ``Retry-After`` in whole seconds, never below one.
+
+        ``x-should-retry: false`` is what the official ``openai`` clients read.
+        """
+        if not self.should_retry:
+            return {"x-should-retry": "false"}
         if self.retry_after_s is None:
             return {}
         wait_s = max(self.retry_after_s, 0.001)
@@ -151,6 +159,7 @@ class UploadTimeoutError(ClientError):
 
     status = 408
     default_code = "upload_timeout"
+    should_retry = False
 
 
 class UploadTooLargeError(ClientError):
@@ -239,12 +248,20 @@ class DeadlineExceededError(AsrError):
     status = 504
     type = "timeout_error"
     default_code = "deadline_exceeded"
+    should_retry = False
 
 
 class InferenceError(AsrError):
     """The engine failed on this request's batch."""
 
     default_code = "inference_failed"
+    should_retry = False
+
+
+class InternalError(AsrError):
+    """Something that nobody thought of; the log has it."""
+
+    should_retry = False
 
 
 class ClientDisconnected(AsrError):  # noqa: N818  it is not an error of ours
@@ -320,21 +337,24 @@ def _field_of(error: Mapping[str, Any]) -> str:
     return ".".join(parts) or "body"
 
 
-def to_response(error: Exception, request_id: str | None = None) -> JSONResponse:
-    """The single mapping from any exception to an HTTP answer.
-
-    An exception that is not ours reveals nothing but the request id.
-    """
+def public(error: Exception, request_id: str | None = None) -> AsrError:
+    """What the caller may know: an exception that is not ours reveals nothing but the request id."""
     if isinstance(error, AsrError):
-        return JSONResponse(error.to_body(), status_code=error.status, headers=error.headers())
+        return error
     if isinstance(error, MemoryError):
-        return to_response(OutOfResourcesError("The machine has no memory left for this request."))
-    if isinstance(error, HTTPException):
-        return _from_http_exception(error)
+        return OutOfResourcesError("The machine has no memory left for this request.")
     message = "An unexpected error happened on the server."
     if request_id:
         message += f" Quote request id {request_id} when reporting it."
-    return to_response(AsrError(message))
+    return InternalError(message)
+
+
+def to_response(error: Exception, request_id: str | None = None) -> JSONResponse:
+    """The single mapping from any exception to an HTTP answer."""
+    if isinstance(error, HTTPException):
+        return _from_http_exception(error)
+    shown = public(error, request_id)
+    return JSONResponse(shown.to_body(), status_code=shown.status, headers=shown.headers())
 
 
 def _from_http_exception(error: HTTPException) -> JSONResponse:

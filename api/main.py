@@ -42,7 +42,7 @@ def create_app(
     keys = settings.load_keys()
     telemetry = telemetry or Telemetry(
         version=app_version(),
-        commit=os.environ.get("ASR_GIT_COMMIT", "unknown"),
+        commit=os.environ.get("ASR_REVISION") or "unknown",
         environment=settings.env,
         environ=os.environ,
     )
@@ -73,7 +73,8 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", "traceparent"],
+            # The origins are listed, so any header may come: the official clients send a dozen of their own.
+            allow_headers=["*"],
             expose_headers=["x-request-id", "server-timing", "retry-after", "retry-after-ms"],
         )
     app.add_middleware(SecurityHeaders, is_draining=lambda: service.is_draining)
@@ -82,7 +83,9 @@ def create_app(
 
 
 def app_version() -> str:
-    """Version of the installed package."""
+    """``ASR_VERSION``, which the images set, or the version of the installed package."""
+    if given := os.environ.get("ASR_VERSION"):
+        return given
     try:
         return version("asr-platform")
     except PackageNotFoundError:

@@ -11,18 +11,21 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol
 
+import structlog
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from api.errors import AsrError, ClientDisconnected
+from api.errors import AsrError, ClientDisconnected, public
 from api.multipart import Upload
 from api.openai_format import delta_event, done_event
-from api.routes.intake import Intake, unless_disconnected
+from api.routes.intake import Intake, request_id, unless_disconnected
 from api.service import Service
 from api.telemetry import current_record
 from api.transcriber import Options, Transcriber
 from api.transcript import Segment, Transcript
 from api.windows import Progress
+
+_log = structlog.get_logger("api.sse")
 
 _WRITE_TIMEOUT_S = 60.0  # a caller that does not read is let go
 _PING_S = 15.0  # a comment line keeps proxies from closing a quiet stream
@@ -147,10 +150,13 @@ class EventStream(Response):
                 await write(f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
         except ClientDisconnected:
             raise
-        except AsrError as error:
+        except Exception as error:
+            shown = public(error, request_id())
+            if not isinstance(error, AsrError):
+                _log.exception("unexpected error in a stream")
             if record is not None:
-                record.failed(error.code, error.status)
-            await write(f"data: {json.dumps(error.to_body(), ensure_ascii=False)}\n\n")
+                record.failed(shown.code, shown.status)
+            await write(f"data: {json.dumps(shown.to_body(), ensure_ascii=False)}\n\n")
         finally:
             ping.cancel()
             await asyncio.gather(ping, return_exceptions=True)

@@ -25,6 +25,9 @@ from api.transcript import Segment, Transcript
 
 router = APIRouter(tags=["transcribe"])
 
+OPTIONAL = ("words", "segments", "warnings")
+"""Fields of a transcription that are there only when they were asked for or have something to say."""
+
 
 @router.post(
     "/transcribe",
@@ -64,8 +67,15 @@ def _body(transcript: Transcript, *, timestamps: bool) -> dict[str, Any]:
     body = transcription_body(
         transcript, request_id=request_id(), timestamp=_now(), timestamps=timestamps
     ).model_dump(mode="json")
-    optional = ("words", "segments", "warnings")
-    return {name: value for name, value in body.items() if value is not None or name not in optional}
+    _leave_out(body, *OPTIONAL)
+    return body
+
+
+def _leave_out(body: dict[str, Any], *names: str) -> None:
+    """Remove these fields where they are null; others that are null say so."""
+    for name in names:
+        if name in body and body[name] is None:
+            del body[name]
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,11 @@ async def transcribe_batch(request: Request) -> Response:
     with service.telemetry.stage("render"):
         failed = sum(item.error is not None for item in results)
         body = BatchBody(id=request_id(), results=results, succeeded=len(results) - failed, failed=failed)
-        return JSONResponse(body.model_dump(mode="json", exclude_none=True))
+        answer = body.model_dump(mode="json")
+        for item in answer["results"]:
+            _leave_out(item, "transcription", "error")
+            _leave_out(item.get("transcription", {}), *OPTIONAL)
+        return JSONResponse(answer)
 
 
 async def _all(

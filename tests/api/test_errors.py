@@ -30,6 +30,7 @@ EXPECTED = {
     errors.OutOfResourcesError("m"): (503, "server_error", "out_of_resources"),
     errors.DeadlineExceededError("m"): (504, "timeout_error", "deadline_exceeded"),
     errors.InferenceError("m"): (500, "server_error", "inference_failed"),
+    errors.InternalError("m"): (500, "server_error", "internal_error"),
     errors.ClientDisconnected(): (499, "client_disconnected", "client_disconnected"),
 }
 
@@ -65,6 +66,25 @@ def test_retry_after_stands_on_every_429_and_503(error: AsrError) -> None:
         assert int(headers["retry-after-ms"]) >= 1
     else:
         assert "retry-after" not in headers
+
+
+@pytest.mark.parametrize(
+    ("error", "stops"),
+    [
+        (errors.DeadlineExceededError("m"), True),
+        (errors.InferenceError("m"), True),
+        (errors.UploadTimeoutError("m"), True),
+        (RuntimeError("m"), True),
+        (errors.QueueFullError("m"), False),
+        (errors.DrainingError("m"), False),
+        (MemoryError(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_clients_are_told_where_a_retry_only_costs(error: Exception, stops: bool) -> None:
+    headers = to_response(error).headers
+    assert (headers.get("x-should-retry") == "false") is stops
+    assert ("retry-after" in headers) is not stops
 
 
 @pytest.mark.parametrize(

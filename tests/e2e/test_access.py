@@ -116,6 +116,15 @@ def test_cors_answers_the_configured_origin_only(http: httpx.Client) -> None:
     assert "access-control-allow-origin" not in denied.headers
 
 
+@pytest.mark.parametrize("names", ["x-api-key", "authorization, content-type, x-stainless-arch"])
+def test_cors_lets_the_headers_of_browser_clients_through(http: httpx.Client, names: str) -> None:
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": names}
+    response = http.options("/transcribe", headers={"origin": "https://app.example", **preflight})
+    assert response.status_code == 200
+    allowed = response.headers["access-control-allow-headers"].lower()
+    assert all(name.strip() in allowed for name in names.split(","))
+
+
 def test_size_limit_follows_the_setting(http: httpx.Client) -> None:
     time.sleep(1)
     response = http.post("/transcribe", files={"file": b"\0" * 200_000}, headers=bearer(BOB))

@@ -78,6 +78,13 @@ def test_hotwords_change_what_is_ambiguous(client: httpx.Client) -> None:
     assert (first, second) == ("cabe", "cade")
 
 
+def test_greedy_decoding_has_no_use_for_hotwords(client: httpx.Client) -> None:
+    response = post(client, {"hotwords[]": ["cafe"], "beam": "0"})
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] == "beam"
+    assert "leave beam out, or give a width from 1 to 64" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("kind", "start"), [("text", TEXT), ("srt", "1\n00:00:00,1"), ("vtt", "WEBVTT\n\n00:00:00.1")]
 )
@@ -127,17 +134,22 @@ def test_batch_answers_in_order_with_errors_in_their_place(client: httpx.Client)
         ("files", ("one.wav", wav(sing("abc")))),
         ("files", ("bad.wav", b"no audio" * 50)),
         ("files", ("two.flac", file_of("flac", sing("de"), 16_000))),
+        ("files", ("silence.wav", wav(np.zeros(16_000, np.float32)))),
     ]
     response = client.post("/transcribe/batch", files=files, data={"model": "other"})
     body = response.json()
     assert response.status_code == 200
-    assert [item["index"] for item in body["results"]] == [0, 1, 2]
-    assert [item["filename"] for item in body["results"]] == ["one.wav", "bad.wav", "two.flac"]
+    assert [item["index"] for item in body["results"]] == [0, 1, 2, 3]
+    assert [item["filename"] for item in body["results"]] == [name for _, (name, _) in files]
     assert body["results"][0]["transcription"]["text"] == "abc"
     assert body["results"][1]["error"]["code"] == "undecodable_audio"
     assert "transcription" not in body["results"][1]
+    assert set(body["results"][1]["error"]) == {"message", "type", "param", "code"}
     assert body["results"][2]["transcription"]["text"] == "de"
-    assert (body["succeeded"], body["failed"]) == (2, 1)
+    silence = body["results"][3]["transcription"]
+    assert silence["confidence"] is None  # as the single route says it
+    assert set(silence) == set(client.post("/transcribe", files={"file": files[3][1]}).json())
+    assert (body["succeeded"], body["failed"]) == (3, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""The application in process: what it says it is, and streams that break."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+from fastapi import FastAPI
+
+from api import transcriber
+from api.commands import serve
+from api.main import create_app
+from api.settings import Settings
+from tests.tiny_bundle import make_bundle, recite, wav
+
+KEY = "sk-live-0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = tmp_path_factory.mktemp("models")
+    make_bundle(folder)
+    return Settings(models_dir=folder, models=("tiny",), calibrate=False, workers=1, drain_grace_s=0)
+
+
+@pytest_asyncio.fixture
+async def app(settings: Settings) -> AsyncIterator[FastAPI]:
+    created = create_app(settings)
+    async with created.router.lifespan_context(created):
+        async with asyncio.timeout(60):
+            while not created.state.service.is_ready:  # noqa: ASYNC110  it has no event to wait for
+                await asyncio.sleep(0.01)
+        yield created
+
+
+def client(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://x"
+    )
+
+
+async def test_an_unexpected_error_in_a_stream_ends_it_as_the_contract_says(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = transcriber.segments_of, []
+
+    def third_time_unlucky(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("a secret of the house")
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(transcriber, "segments_of", third_time_unlucky)
+    sentences = wav(recite(["abc", "de", "fgh", "ab"] * 5, 1.0))
+    async with client(app) as http:
+        answer = await http.post("/transcribe", files={"file": sentences}, data={"stream": "true"})
+        metrics = (await http.get("/metrics")).text
+    frames = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert answer.status_code == 200
+    assert frames[-1] == "[DONE]"
+    error = json.loads(frames[-2])["error"]
+    assert error["code"] == "internal_error"
+    assert answer.headers["x-request-id"] in error["message"]
+    assert "secret" not in answer.text
+    assert all("delta" in frame for frame in frames[:-2])
+    assert 'outcome="error"' in metrics
+
+
+async def test_the_image_says_which_version_it_is(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASR_VERSION", "1.2.3")
+    monkeypatch.setenv("ASR_REVISION", "c0ffee")
+    app = create_app(settings)
+    async with client(app) as http:
+        assert (await http.get("/")).json()["version"] == "1.2.3"
+        assert 'asr_build_info{commit="c0ffee"' in (await http.get("/metrics")).text
+
+
+def test_the_log_knows_the_keys_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys_file = tmp_path / "keys"
+    keys_file.write_text(f"file:{KEY}-file\nhashed:sha256={'0' * 64}\n")
+    settings = Settings(api_keys_file=keys_file)
+    assert serve._secrets(settings) == [f"{KEY}-file"]
+    (tmp_path / ".env").write_text(f"ASR_API_KEYS=a:{KEY}-dotenv,b:sha256={'1' * 64}\n")
+    assert serve._secrets(settings) == [f"{KEY}-dotenv", f"{KEY}-file"]
+    monkeypatch.setenv("ASR_API_KEYS", f"c:{KEY}-environment")
+    assert serve._secrets(settings) == [f"{KEY}-environment", f"{KEY}-file"]
+
+
+def test_tracing_variables_may_stand_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "from-the-environment")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "gone after this test")
+    del os.environ["OTEL_TRACES_SAMPLER_ARG"]
+    (tmp_path / ".env").write_text("OTEL_SERVICE_NAME=from-the-file\nOTEL_TRACES_SAMPLER_ARG=0.5\nPATH=/x\n")
+    serve._read_tracing_variables()
+    assert os.environ["OTEL_SERVICE_NAME"] == "from-the-environment"
+    assert os.environ["OTEL_TRACES_SAMPLER_ARG"] == "0.5"
+    assert os.environ["PATH"] != "/x"
