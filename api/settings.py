@@ -31,6 +31,10 @@ def _split(value: object) -> object:
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
+ENV_FILE = Path(".env")
+"""Read in the folder where the service is started; the environment wins."""
+
+
 class Settings(BaseSettings):
     """Values are checked together at start; an unsafe or impossible one refuses to start, by name."""
 
@@ -319,7 +323,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def load_settings(env_file: Path | str | None = ".env", **overrides: Any) -> Settings:
+def load_settings(env_file: Path | str | None = ENV_FILE, **overrides: Any) -> Settings:
     """Read the environment (and ``.env``), or raise SettingsError with one line per bad variable."""
     try:
         return Settings(_env_file=env_file, **overrides)  # type: ignore[call-arg]  # known to pydantic-settings

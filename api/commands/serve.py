@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import sys
 
 import structlog
+from dotenv import dotenv_values
 
 from api.errors import SettingsError
 from api.main import create_app
 from api.server import START_FAILED, Server, make_server
-from api.settings import Settings, is_loopback
+from api.settings import ENV_FILE, Settings, is_loopback
 from api.telemetry import configure_logging
 
 
 def run(settings: Settings) -> int:
     """Serve until told to stop; 3 where the service could not start."""
+    _read_tracing_variables()
     configure_logging(
         log_format=settings.log_format,
         level=settings.log_level,
         log_text=settings.log_text,
-        secrets=_secrets(),
+        secrets=_secrets(settings),
         environment=settings.env,
     )
     listener = _listen(settings)
@@ -60,11 +63,22 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def _secrets() -> list[str]:
-    """Plain keys as given, for the log's filter; digests need no hiding."""
-    entries = os.environ.get("ASR_API_KEYS", "").split(",")
+def _secrets(settings: Settings) -> list[str]:
+    """Plain keys from wherever the settings read them, for the log's filter; digests need no hiding."""
+    given = {**dotenv_values(ENV_FILE), **os.environ}.get("ASR_API_KEYS") or ""
+    entries = given.split(",")
+    if settings.api_keys_file is not None:
+        with contextlib.suppress(OSError, UnicodeError):  # refused with a message in a moment
+            entries += settings.api_keys_file.read_text(encoding="utf-8").splitlines()
     secrets = [entry.partition(":")[2].strip() for entry in entries]
     return [secret for secret in secrets if secret and not secret.startswith("sha256=")]
+
+
+def _read_tracing_variables() -> None:
+    """OpenTelemetry reads its variables from the environment only; they may stand in the file, too."""
+    for name, value in dotenv_values(ENV_FILE).items():
+        if name.startswith("OTEL_") and value:
+            os.environ.setdefault(name, value)
 
 
 if __name__ == "__main__":
