@@ -35,7 +35,7 @@ from training.errors import DataError, TrainingError
 from training.evaluate import Utterance, error_rates, greedy_text
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
 
-ORDER = 6
+ORDER = 7
 MIN_COUNT = 2
 """Of n-grams longer than three characters."""
 BEAM = 32

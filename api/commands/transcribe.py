@@ -32,6 +32,8 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """0 where every file was transcribed, 1 where one failed (the others are still done)."""
     if arguments.beam is not None and not 0 <= arguments.beam <= settings.max_beam:
         raise SettingsError(f"--beam {arguments.beam}: must be 0 to {settings.max_beam}")
+    if arguments.beam == 0 and arguments.hotword:
+        raise SettingsError("--beam 0: decodes greedily, which has no use for --hotword; leave --beam out")
     if arguments.output is not None and not arguments.output.is_dir():
         raise SettingsError(f"--output {arguments.output}: is not a folder")
     warnings_only()

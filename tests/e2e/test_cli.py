@@ -82,6 +82,7 @@ def test_output_folder(models_dir: Path, files: dict[str, Path], tmp_path: Path)
         (["transcribe", "x.wav", "--model", "nothing"], 1, "no manifest.json there"),
         (["transcribe", "x.wav", "--language", "vi"], 1, "does not transcribe language 'vi'"),
         (["transcribe", "x.wav", "--beam", "9999"], 2, "--beam 9999"),
+        (["transcribe", "x.wav", "--beam", "0", "--hotword", "cafe"], 2, "has no use for --hotword"),
         (["transcribe", "x.wav", "--output", "/nowhere/at/all"], 2, "is not a folder"),
     ],
 )
