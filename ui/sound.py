@@ -37,6 +37,9 @@ _FFMPEG_OPTIONS = {
 }
 _ANCHORS = [(0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)]
 _MAX_ALLOCATION_BYTES = 32 * 2**20  # a header of a kilobyte can claim tables of gigabytes
+_READ_FRAMES = 1 << 14
+# PyAV trips over streams that appear late with an IndexError.
+_UNREADABLE = (soundfile.SoundFileError, av.FFmpegError, RuntimeError, ValueError, IndexError)
 
 Floats = NDArray[np.float32]
 
@@ -106,7 +109,7 @@ def duration_of(data: bytes) -> float | None:
     except (soundfile.LibsndfileError, RuntimeError):
         pass
     try:
-        with av.open(io.BytesIO(data), mode="r") as container:
+        with _opened_by_ffmpeg(data) as container:
             return container.duration / av.time_base if container.duration else None
     except (av.FFmpegError, ValueError):
         return None
@@ -131,20 +134,55 @@ def media_type(data: bytes) -> str | None:
 
 
 def blocks(data: bytes) -> Iterator[tuple[Floats, int]]:
-    """Mono float32 blocks and their rate in Hz, at the file's own rate.
+    """Mono float32 blocks and their rate in Hz, at the file's own rate; of a damaged file what can be read.
 
     Raises:
         UnreadableSoundError: see the class.
     """
-    try:
-        file = soundfile.SoundFile(io.BytesIO(data))
-    except (soundfile.LibsndfileError, RuntimeError):
-        yield from _blocks_with_ffmpeg(data)
-        return
-    with file:
-        size = max(1, round(file.samplerate * _BLOCK_S))
-        for block in file.blocks(size, dtype="float32", always_2d=True):
-            yield np.nan_to_num(block.mean(axis=1)), file.samplerate
+    failure: Exception | None = None
+    for read in (_read_with_libsndfile, _read_with_ffmpeg):
+        waiting: list[Floats] = []
+        held, rate, found = 0, 0, False
+        try:
+            for part, rate in read(data):
+                waiting.append(np.nan_to_num(part))
+                held += len(part)
+                if held >= rate * _BLOCK_S:
+                    yield np.concatenate(waiting), rate
+                    waiting, held, found = [], 0, True
+        except _UNREADABLE as error:
+            failure = error
+        if held:
+            yield np.concatenate(waiting), rate
+        if held or found:
+            return
+    raise UnreadableSoundError("The sound in this file cannot be read.") from failure
+
+
+def _read_with_libsndfile(data: bytes) -> Iterator[tuple[Floats, int]]:
+    """In short reads: one that meets damage is lost as a whole."""
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        for part in file.blocks(_READ_FRAMES, dtype="float32", always_2d=True):
+            yield part.mean(axis=1), file.samplerate
+
+
+def _read_with_ffmpeg(data: bytes) -> Iterator[tuple[Floats, int]]:
+    with _opened_by_ffmpeg(data) as container:
+        if not container.streams.audio:
+            return
+        resampler = av.AudioResampler(format="flt", layout="mono")
+        for packet in container.demux(container.streams.audio[0]):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:  # as in the service: there may be more behind the damage
+                continue
+            for part in (part for frame in frames for part in resampler.resample(frame)):
+                yield part.to_ndarray().reshape(-1).astype(np.float32, copy=False), part.sample_rate
+
+
+def _opened_by_ffmpeg(data: bytes) -> closing[av.container.InputContainer]:
+    _limit_ffmpeg_memory()
+    return closing(av.open(io.BytesIO(data), mode="r", options=_FFMPEG_OPTIONS))
 
 
 @cache
@@ -154,27 +192,6 @@ def _limit_ffmpeg_memory() -> None:
     lines = maps.read_text().splitlines() if maps.exists() else []
     for library in {line.split(maxsplit=5)[-1] for line in lines if "libavutil" in line}:
         ctypes.CDLL(library).av_max_alloc(ctypes.c_size_t(_MAX_ALLOCATION_BYTES))
-
-
-def _blocks_with_ffmpeg(data: bytes) -> Iterator[tuple[Floats, int]]:
-    _limit_ffmpeg_memory()
-    try:
-        with closing(av.open(io.BytesIO(data), mode="r", options=_FFMPEG_OPTIONS)) as container:
-            if not container.streams.audio:
-                raise UnreadableSoundError("There is no sound in this file.")
-            resampler = av.AudioResampler(format="flt", layout="mono")
-            waiting: list[Floats] = []
-            for frame in container.decode(container.streams.audio[0]):
-                for part in resampler.resample(frame):
-                    waiting.append(part.to_ndarray().reshape(-1).astype(np.float32, copy=False))
-                    if sum(map(len, waiting)) > part.sample_rate * _BLOCK_S:
-                        yield np.nan_to_num(np.concatenate(waiting)), part.sample_rate
-                        waiting = []
-                rate = frame.sample_rate
-            if waiting:
-                yield np.nan_to_num(np.concatenate(waiting)), rate
-    except (av.FFmpegError, ValueError, IndexError) as error:  # PyAV trips over streams that appear late
-        raise UnreadableSoundError("The sound in this file cannot be read.") from error
 
 
 def _log_mel(block: Floats, hop: int, rate: int) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import av
 import numpy as np
@@ -117,21 +118,50 @@ def test_what_is_no_sound_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        "ffconcat version 1.0\nfile samples/hello.flac\n",
+        "ffconcat version 1.0\nfile samples/hello.flac\nduration 5\n",
         "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
         "#EXTM3U\n#EXTINF:10,\nsamples/hello.flac\n#EXT-X-ENDLIST\n",
     ],
 )
-def test_a_file_never_makes_the_page_open_another(script: str) -> None:
+def test_a_file_never_makes_the_page_open_another(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A concat script read files below the working directory, a session description listened on a port."""
+    other = tmp_path / "samples" / "hello.flac"
+    other.parent.mkdir()
+    other.write_bytes(file_of(tone(440, 1.0), kind="FLAC"))
+    monkeypatch.chdir(tmp_path)
+    assert duration_of(script.encode()) is None
     with pytest.raises(UnreadableSoundError) as caught:
         list(blocks(script.encode()))
     assert isinstance(caught.value.__cause__, av.error.InvalidDataError | av.error.ArgumentError)
 
 
-def test_counts_in_a_header_cost_no_memory() -> None:
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("picture_of(data)", "UnreadableSoundError"), ("raise ValueError(duration_of(data))", "ValueError")],
+)
+def test_counts_in_a_header_cost_no_memory(call: str, error: str) -> None:
     imports, data = "from ui.sound import *", claiming_a_gigabyte(m4a_of(tone(440, 0.5)))
-    assert refusal(imports, "picture_of(data)", "UnreadableSoundError", data)[1] < 100
+    assert refusal(imports, call, error, data)[1] < 100
+
+
+@pytest.mark.parametrize("kind", ["FLAC", "MP3"])
+@pytest.mark.parametrize("seconds", [8, 30])
+def test_of_a_damaged_file_the_part_before_the_damage_is_drawn(kind: str, seconds: int) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, seconds * RATE_HZ).astype(np.float32)
+    data = file_of(noise, kind=kind)
+    half = len(data) // 2
+    damaged = data[:half] + bytes(4000) + data[half + 4000 :]
+    assert picture_of(damaged).duration_s == pytest.approx(seconds / 2, abs=1.5)
+    assert picture_of(data[:half]).duration_s >= seconds / 2 - 1.5
+
+
+@pytest.mark.parametrize("at_byte", [100, 5000, 9000])
+def test_a_file_damaged_from_its_first_sound_on_is_still_drawn(at_byte: int) -> None:
+    """libsndfile gives nothing of it; FFmpeg steps over the damage."""
+    data = file_of(np.random.default_rng(0).uniform(-0.5, 0.5, 8 * RATE_HZ).astype(np.float32), kind="FLAC")
+    assert picture_of(data[:at_byte] + bytes(4000) + data[at_byte + 4000 :]).duration_s > 7
 
 
 def test_unknown_bytes_have_no_media_type() -> None:
