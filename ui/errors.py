@@ -4,6 +4,7 @@ ApiError
 ├── ApiUnreachableError     no connection could be made
 ├── ApiTimeoutError         connected, then nothing for too long
 ├── ApiProtocolError        an answer that is not what the contract promises
+├── PageFaultError          a fault of the page itself
 └── ApiStatusError          an answer with an error status, read from the OpenAI envelope
     ├── BadRequestError         400
     │   └── UndecodableAudioError   400, code undecodable_audio
@@ -39,6 +40,10 @@ class ApiTimeoutError(ApiError):
 
 class ApiProtocolError(ApiError):
     """The answer is not JSON, or a field is missing or of the wrong type."""
+
+
+class PageFaultError(ApiError):
+    """Nothing is known to be wrong with the service: the page met something it was not written for."""
 
 
 class ApiStatusError(ApiError):

@@ -23,6 +23,7 @@ _KEYS: tuple[tuple[type[errors.ApiError], str], ...] = (
     (errors.ApiTimeoutError, "late"),
     (errors.ApiProtocolError, "protocol"),
     (errors.ApiUnreachableError, "down"),
+    (errors.PageFaultError, "page"),
 )
 
 

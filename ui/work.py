@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
 import time
 import uuid
@@ -19,7 +20,7 @@ from enum import StrEnum
 
 from ui.background import Background
 from ui.client import AudioFile, Options
-from ui.errors import ApiError
+from ui.errors import ApiError, PageFaultError
 from ui.sound import SoundPicture, UnreadableSoundError, duration_of, picture_of
 from ui.transcript import Delta, Transcript
 
@@ -27,6 +28,8 @@ AUDIO_KEPT_BYTES = 150 * 1024 * 1024
 TASKS_KEPT = 100
 ABANDONED_AFTER_S = 30.0
 _WATCH_S = 2.0
+
+_log = logging.getLogger(__name__)
 
 
 class State(StrEnum):
@@ -87,7 +90,8 @@ class Work:
     def add(self, files: Sequence[AudioFile], options: Options) -> list[Task]:
         """Send files, a few at a time; oldest results make room."""
         new = [Task(file.name, file, options) for file in files]
-        self.tasks = [*self.tasks, *new]
+        with self._lock:
+            self.tasks = [*self.tasks, *new]
         for task in new:
             self._begin(task)
         self._make_room()
@@ -95,12 +99,13 @@ class Work:
 
     def again(self, task: Task, options: Options | None = None) -> None:
         """Send a finished task's file once more, perhaps with other options."""
-        if task.audio is None or not task.over:
-            return
-        task.options = options or task.options
-        task.attempt += 1
-        task.state, task.error, task.transcript = State.WAITING, None, None
-        task.text, task.heard_s, task.retry_at = "", None, None
+        with self._lock:
+            if task.audio is None or not task.over:
+                return
+            task.options = options or task.options
+            task.attempt += 1
+            task.state, task.error, task.transcript = State.WAITING, None, None
+            task.text, task.heard_s, task.retry_at = "", None, None
         self._begin(task)
 
     def cancel(self, *tasks: Task) -> None:
@@ -113,6 +118,7 @@ class Work:
             future = self._futures.pop(task.id, None)
             if future is not None:
                 future.cancel()
+        self._make_room()
 
     def cancel_all(self) -> None:
         """Stop everything that runs or waits."""
@@ -121,7 +127,8 @@ class Work:
     def remove(self, task: Task) -> None:
         """Forget a task and its sound."""
         self.cancel(task)
-        self.tasks = [other for other in self.tasks if other is not task]
+        with self._lock:
+            self.tasks = [other for other in self.tasks if other is not task]
 
     @property
     def running(self) -> Iterator[Task]:
@@ -152,21 +159,28 @@ class Work:
                 task.state = State.RUNNING
             started, attempt, audio = time.monotonic(), task.attempt, task.audio
             drawing = asyncio.create_task(asyncio.to_thread(_draw, task, audio.data))
+            problem: ApiError | None = None
             try:
                 await self._listen(task, audio, started)
                 await drawing
-                self._end(task, attempt, State.DONE)
             except ApiError as error:
-                task.error, task.elapsed_s = error, time.monotonic() - started
-                self._end(task, attempt, State.FAILED)
+                problem = error
+            except Exception:  # whatever it is, nobody may wait for ever
+                _log.exception("A file's task failed inside the page.")
+                problem = PageFaultError("This page failed. The reason is in its log.")
             finally:
                 drawing.cancel()
+            self._end(task, attempt, started, problem)
 
-    def _end(self, task: Task, attempt: int, state: State) -> None:
+    def _end(self, task: Task, attempt: int, started: float, problem: ApiError | None) -> None:
         """Close this attempt, unless it was cancelled, or a new one has begun since."""
         with self._lock:
             if task.attempt == attempt and not task.over:
-                task.state, task.retry_at = state, None
+                if problem is not None:
+                    task.error, task.elapsed_s = problem, time.monotonic() - started
+                task.retry_at = None
+                task.state = State.DONE if problem is None else State.FAILED
+        self._make_room()
 
     async def _listen(self, task: Task, audio: AudioFile, started: float) -> None:
         attempt = task.attempt
@@ -199,19 +213,26 @@ class Work:
             await asyncio.sleep(_WATCH_S)
 
     def _make_room(self) -> None:
-        over = [task for task in self.tasks if task.over]
-        surplus = {task.id for task in over[: max(0, len(self.tasks) - TASKS_KEPT)]}
-        self.tasks = [task for task in self.tasks if task.id not in surplus]
-        kept_bytes = 0
-        for task in reversed(self.tasks):
-            kept_bytes += len(task.audio.data) if task.audio else 0
-            if kept_bytes > AUDIO_KEPT_BYTES and task.over:
-                task.audio, task.picture = None, None
+        """Forget the oldest results, and the sound of more; whatever has yet to be sent stays."""
+        with self._lock:
+            over = [task for task in self.tasks if task.over]
+            surplus = {task.id for task in over[: max(0, len(self.tasks) - TASKS_KEPT)]}
+            self.tasks = [task for task in self.tasks if task.id not in surplus]
+            kept_bytes = 0
+            for task in reversed(self.tasks):
+                kept_bytes += len(task.audio.data) if task.audio else 0
+                if kept_bytes > AUDIO_KEPT_BYTES and task.over:
+                    task.audio, task.picture = None, None
 
 
 def _draw(task: Task, data: bytes) -> None:
-    task.duration_s = task.duration_s or duration_of(data)
+    """Without a picture the transcript is worth as much, so nothing that goes wrong here ends the task."""
+    picture = None
     try:
-        task.picture = picture_of(data)
+        task.duration_s = task.duration_s or duration_of(data)
+        picture = picture_of(data)
     except UnreadableSoundError:
-        task.picture = None
+        pass
+    except Exception:
+        _log.exception("The picture of a sound could not be drawn.")
+    task.picture = picture

@@ -71,6 +71,7 @@ def test_the_browsers_language_is_met(locale: str | None, language: str) -> None
         (errors.ApiUnreachableError("x"), "down", True),
         (errors.ApiTimeoutError("x"), "late", True),
         (errors.ApiProtocolError("x"), "protocol", True),
+        (errors.PageFaultError("x"), "page", True),
         (errors.status_error(429, {}, retry_after_s=2.2), "busy", True),
         (errors.status_error(503, {}), "starting", True),
         (errors.status_error(503, {"error": {"code": "draining"}}), "draining", True),

@@ -96,6 +96,47 @@ def test_each_failure_stays_with_its_file() -> None:
     assert (bad.state, good.state) == (State.FAILED, State.DONE)
 
 
+def test_a_file_cut_short_is_over_with_its_text() -> None:
+    """The picture failed outside of what was caught, and the page waited for it for ever."""
+    whole = io.BytesIO()
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 30 * 16_000)
+    soundfile.write(whole, noise, 16_000, format="FLAC")
+    cut = AudioFile("cut.flac", whole.getvalue()[: len(whole.getvalue()) // 2], "audio/flac")
+    with working(Script(finished())) as made:
+        (task,) = made.add([cut], Options())
+        made.wait()
+    assert task.state is State.DONE
+    assert task.transcript is not None
+    assert task.picture is not None
+    assert task.picture.duration_s == pytest.approx(15, abs=1.5)
+
+
+def test_whatever_happens_to_the_picture_the_text_is_shown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(work, "picture_of", fail)
+    with working(Script(finished())) as made:
+        (task,) = made.add([FILE], Options())
+        made.wait()
+    assert task.state is State.DONE
+    assert task.transcript is not None
+    assert task.picture is None
+    assert "MemoryError" in caplog.text
+
+
+def test_a_fault_of_the_page_ends_the_task(caplog: pytest.LogCaptureFixture) -> None:
+    with working(Script(RuntimeError("a fault"))) as made:
+        (task,) = made.add([FILE], Options())
+        made.wait()
+    assert task.state is State.FAILED
+    assert isinstance(task.error, errors.PageFaultError)
+    assert "a fault" in caplog.text
+    assert "a fault" not in task.error.message
+
+
 def test_no_more_files_at_once_than_allowed() -> None:
     bodies: list[Stuck] = []
 
@@ -176,6 +217,24 @@ def test_old_sound_makes_room_and_text_stays(monkeypatch: pytest.MonkeyPatch) ->
         assert all(task.transcript is not None for task in made.tasks)
         made.again(made.tasks[0])  # its sound is gone: nothing to send
         assert made.tasks[0].state is State.DONE
+
+
+def test_many_files_of_one_drop_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "AUDIO_KEPT_BYTES", 3 * len(FILE.data))
+    with working(Script(finished())) as made:
+        tasks = made.add([FILE] * 12, Options())
+        made.wait()
+        assert {task.state for task in tasks} == {State.DONE}
+        assert [task.audio is not None for task in tasks] == [False] * 9 + [True] * 3
+
+
+def test_cancelled_files_stay_within_the_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "AUDIO_KEPT_BYTES", 3 * len(FILE.data))
+    with working(Script(httpx.Response(200, stream=Stuck()))) as made:
+        tasks = made.add([FILE] * 12, Options())
+        assert all(task.audio is not None for task in tasks), "what has yet to be sent is kept"
+        made.cancel_all()
+        assert sum(task.audio is not None for task in tasks) == 3
 
 
 def test_removing_forgets() -> None:

@@ -158,6 +158,8 @@ STRINGS: dict[str, str] = {
     "problem.failed_do": "İdarə edən şəxs səbəbini xidmətin jurnalında görür. Səhifə özü yenidən yoxlayır.",
     "problem.protocol": "Xidmətin ünvanında nəsə cavab verir, amma nitq xidməti deyil.",
     "problem.protocol_do": "Səhifəni idarə edən şəxs ASR_API_URL-dəki ünvanı yoxlasın.",
+    "problem.page": "Bu səhifənin daxilində nəsə səhv getdi.",
+    "problem.page_do": "Yenidən cəhd edin. Təkrar olarsa, səhifəni idarə edən şəxs səbəbini onun jurnalında görür.",
     "problem.said": "Xidmətin mesajı: {message}",
     "problem.retry": "Yenidən cəhd et",
 }

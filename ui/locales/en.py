@@ -167,6 +167,8 @@ STRINGS: dict[str, str] = {
     "problem.failed_do": "Whoever runs it finds the reason in its log. This page looks again by itself.",
     "problem.protocol": "Something answers at the service's address, but it is not the speech service.",
     "problem.protocol_do": "Whoever runs this page checks the address in ASR_API_URL.",
+    "problem.page": "Something went wrong inside this page.",
+    "problem.page_do": "Try again. If it happens again, whoever runs this page finds the reason in its log.",
     "problem.said": "The service says: {message}",
     "problem.retry": "Try again",
 }

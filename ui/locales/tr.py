@@ -158,6 +158,8 @@ STRINGS: dict[str, str] = {
     "problem.failed_do": "İşleten kişi nedenini hizmetin günlüğünde görür. Sayfa kendiliğinden yeniden bakar.",
     "problem.protocol": "Hizmetin adresinde bir şey yanıt veriyor ama konuşma hizmeti değil.",
     "problem.protocol_do": "Sayfayı işleten kişi ASR_API_URL içindeki adresi denetlesin.",
+    "problem.page": "Bu sayfanın içinde bir şeyler ters gitti.",
+    "problem.page_do": "Yeniden deneyin. Yine olursa sayfayı işleten kişi nedenini sayfanın günlüğünde görür.",
     "problem.said": "Hizmetin iletisi: {message}",
     "problem.retry": "Yeniden dene",
 }

@@ -158,6 +158,8 @@ STRINGS: dict[str, str] = {
     "problem.failed_do": "Người vận hành sẽ thấy lý do trong nhật ký của dịch vụ. Trang này tự kiểm tra lại.",
     "problem.protocol": "Có gì đó trả lời ở địa chỉ của dịch vụ, nhưng không phải dịch vụ giọng nói.",
     "problem.protocol_do": "Người vận hành trang này hãy kiểm tra địa chỉ trong ASR_API_URL.",
+    "problem.page": "Có sự cố bên trong trang này.",
+    "problem.page_do": "Hãy thử lại. Nếu lại xảy ra, người vận hành trang này sẽ thấy lý do trong nhật ký của nó.",
     "problem.said": "Dịch vụ báo: {message}",
     "problem.retry": "Thử lại",
 }
