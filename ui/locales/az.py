@@ -65,6 +65,7 @@ STRINGS: dict[str, str] = {
     "details.jaeger": "İzi Jaeger-də aç",
     "details.grafana": "Paneli Grafana-da aç",
     "details.no_stages": "Xidmət hər mərhələnin nə qədər çəkdiyini bildirmədi.",
+    "details.summed": "Yazının hissələri yanaşı işləndi. Hər vaxt hissələrin cəmidir və gözlədiyinizdən uzun ola bilər.",
     "stage.upload": "göndərmə və gözləmə",
     "stage.read": "faylın qəbulu",
     "stage.decode": "səsin oxunması",

@@ -71,6 +71,7 @@ STRINGS: dict[str, str] = {
     "details.jaeger": "Open the trace in Jaeger",
     "details.grafana": "Open the dashboard in Grafana",
     "details.no_stages": "The service did not say how long each stage took.",
+    "details.summed": "Pieces of this recording ran side by side. Each time is their sum and can be longer than you waited.",
     "stage.upload": "sending and waiting",
     "stage.read": "receiving the file",
     "stage.decode": "reading the sound",

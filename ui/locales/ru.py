@@ -65,6 +65,7 @@ STRINGS: dict[str, str] = {
     "details.jaeger": "Открыть трассу в Jaeger",
     "details.grafana": "Открыть панель в Grafana",
     "details.no_stages": "Сервис не сообщил, сколько занял каждый этап.",
+    "details.summed": "Части записи обрабатывались параллельно. Каждое время сложено по всем частям и может превышать ожидание.",
     "stage.upload": "отправка и ожидание",
     "stage.read": "приём файла",
     "stage.decode": "чтение звука",

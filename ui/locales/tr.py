@@ -65,6 +65,7 @@ STRINGS: dict[str, str] = {
     "details.jaeger": "İzi Jaeger'da aç",
     "details.grafana": "Panoyu Grafana'da aç",
     "details.no_stages": "Hizmet, aşamaların ne kadar sürdüğünü bildirmedi.",
+    "details.summed": "Kaydın parçaları yan yana işlendi. Her süre parçaların toplamıdır ve beklediğinizden uzun olabilir.",
     "stage.upload": "gönderme ve bekleme",
     "stage.read": "dosyayı alma",
     "stage.decode": "sesi okuma",

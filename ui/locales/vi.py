@@ -65,6 +65,7 @@ STRINGS: dict[str, str] = {
     "details.jaeger": "Mở vết trong Jaeger",
     "details.grafana": "Mở bảng theo dõi trong Grafana",
     "details.no_stages": "Dịch vụ không cho biết mỗi giai đoạn mất bao lâu.",
+    "details.summed": "Các đoạn của bản ghi được xử lý song song. Mỗi thời gian là tổng của các đoạn và có thể dài hơn lúc bạn chờ.",
     "stage.upload": "gửi và chờ",
     "stage.read": "nhận tệp",
     "stage.decode": "đọc âm thanh",

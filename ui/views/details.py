@@ -14,6 +14,9 @@ from ui.views.format import milliseconds, percent
 from ui.work import Task
 
 # Colours of the Okabe-Ito palette, which people with any colour vision can tell apart; the table names each.
+# What the service's processing time leaves out: it runs from the end of the upload to the text.
+_OUTSIDE = ("read", "render")
+_ROUNDING_S = 0.001
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 
 
@@ -30,39 +33,54 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
         sure = "–" if transcript.confidence is None else percent(transcript.confidence)
         confidence.metric(strings("details.confidence"), sure)
         if transcript.stages_s:
-            st.html(stages_html(transcript.stages_s, task.elapsed_s, strings))
+            st.html(stages_html(transcript.stages_s, task.elapsed_s, transcript.processing_s, strings))
         else:
             st.caption(strings("details.no_stages"))
         _identifiers(session, transcript)
 
 
-def stages_html(stages_s: Mapping[str, float], total_s: float, strings: Strings) -> str:
-    """A bar and a table of the same numbers; what the service does not account for is sending and waiting."""
-    known = sum(stages_s.values())
+def stages_html(stages_s: Mapping[str, float], total_s: float, processing_s: float, strings: Strings) -> str:
+    """A bar and a table of the same numbers; what the service does not account for is sending and waiting.
+
+    Pieces of a long recording run side by side and the service adds up their times. These are no parts of
+    the time that passed, so there is then no bar and no share, and a line that says why. ``processing_s``
+    (0 where the service does not tell it) is what passed for all pieces together.
+    """
+    known_s = spent_s = sum(stages_s.values())
+    if processing_s > 0:
+        spent_s = min(known_s, processing_s + sum(stages_s.get(name, 0.0) for name in _OUTSIDE))
+    summed = known_s > min(spent_s, total_s) + _ROUNDING_S
     rows = [(name, seconds) for name, seconds in stages_s.items() if seconds > 0]
-    if total_s > known:
-        rows.append(("upload", total_s - known))
+    if total_s > spent_s:
+        rows.append(("upload", total_s - spent_s))
     whole = sum(seconds for _, seconds in rows) or 1.0
     bar, body = [], []
     for index, (name, seconds) in enumerate(rows):
-        colour = _COLOURS[index % len(_COLOURS)]
-        label, share = html.escape(stage_name(name, strings)), seconds / whole
+        label, time = (
+            html.escape(stage_name(name, strings)),
+            f'<td class="number">{milliseconds(seconds)}</td>',
+        )
+        if summed:
+            body.append(f"<tr><td>{label}</td>{time}</tr>")
+            continue
+        colour, share = _COLOURS[index % len(_COLOURS)], seconds / whole
         bar.append(
             f'<span style="width:{share * 100:.2f}%;background:{colour}" '
             f'title="{label}: {milliseconds(seconds)}"></span>'
         )
         body.append(
             f'<tr><td><span class="asr-swatch" style="background:{colour}"></span>{label}</td>'
-            f'<td class="number">{milliseconds(seconds)}</td><td class="number">{percent(share)}</td></tr>'
+            f'{time}<td class="number">{percent(share)}</td></tr>'
         )
+    columns = ["details.stage", "details.time", *([] if summed else ["details.share"])]
     head = "".join(
         f'<th scope="col"{" class=number" if number else ""}>{html.escape(strings(key))}</th>'
-        for key, number in (("details.stage", False), ("details.time", True), ("details.share", True))
+        for number, key in enumerate(columns)
     )
-    return (
-        f'<div class="asr-bar" aria-hidden="true">{"".join(bar)}</div>'
-        f'<table class="asr-table"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
-    )
+    table = f'<table class="asr-table"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    if summed:
+        return f"<p>{html.escape(strings('details.summed'))}</p>{table}"
+    return f'<div class="asr-bar" aria-hidden="true">{"".join(bar)}</div>{table}'
 
 
 def stage_name(name: str, strings: Strings) -> str:
