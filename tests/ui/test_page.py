@@ -37,7 +37,8 @@ class Service:
     def __init__(self) -> None:
         self.health: Answer = httpx.Response(200, json={"status": "ready"})
         self.transcribe: Answer = httpx.Response(200, content=DONE, headers={"x-request-id": "req-9"})
-        self.models = [
+        self.metrics: Answer = httpx.Response(200, text=METRICS)
+        self.models: list[dict[str, Any]] = [
             {
                 "name": "en-small",
                 "languages": ["en"],
@@ -55,7 +56,7 @@ class Service:
             "/models": httpx.Response(200, json={"models": self.models}),
             "/languages": httpx.Response(200, json={"languages": [{"code": "en", "models": ["en-small"]}]}),
             "/": httpx.Response(200, json={"limits": {"max_upload_bytes": 26_214_400}}),
-            "/metrics": httpx.Response(200, text=METRICS),
+            "/metrics": self.metrics,
             "/transcribe": self.transcribe,
         }
         if request.method == "POST":
@@ -341,6 +342,45 @@ def test_the_overview_shows_models_load_and_what_was_sent(opened: Opened) -> Non
     assert shown[ENGLISH["overview.queue"]] == "12 / 900 s"
     assert shown[ENGLISH["overview.busy"]] == "50 %"
     assert shown[ENGLISH["overview.state"]] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("health", "metrics", "state"),
+    [
+        (httpx.Response(200, json={"status": "ready"}), envelope(404, "not_found"), "overview.ready"),
+        (httpx.Response(503, json={"status": "draining"}), httpx.ReadTimeout("slow"), "overview.draining"),
+        (httpx.ConnectError("refused"), httpx.ConnectError("refused"), "overview.down"),
+    ],
+)
+def test_the_overview_tells_the_state_without_the_metrics(
+    opened: Opened, service: Service, health: Answer, metrics: Answer, state: str
+) -> None:
+    """The gateway of the Compose stack keeps ``/metrics`` to itself, and a setting turns it off."""
+    service.health, service.metrics = health, metrics
+    page = opened()
+    page.session_state["tabs.en"] = ENGLISH["tab.overview"]
+    page.run()
+    shown = {metric.label: metric.value for metric in page.metric}
+    assert shown[ENGLISH["overview.state"]] == ENGLISH[state]
+    for key in ("queue", "inflight", "busy", "requests", "rejections", "speed"):
+        assert shown[ENGLISH[f"overview.{key}"]] == "–"
+
+
+def test_word_error_rates_say_how_they_were_decoded(opened: Opened, service: Service) -> None:
+    service.models[0]["evaluation"] = [
+        {"test_set": "an4", "wer": 0.1953, "decoding": "greedy, int8"},
+        {"test_set": "an4", "wer": 0.1113, "decoding": "beam 32 with language model, int8"},
+        {"test_set": "ocean", "wer": 0.6938, "decoding": "greedy, int8"},
+        {"test_set": "ocean", "wer": 0.4807, "decoding": "beam 32 with language model, int8"},
+    ]
+    service.models[1]["evaluation"] = [{"test_set": "vivos", "wer": 0.25}]
+    page = opened()
+    page.session_state["tabs.en"] = ENGLISH["tab.overview"]
+    page.run()
+    table = next(item.proto.body for item in page.get("html") if "en-small" in item.proto.body)
+    assert "greedy, int8: an4 19.5 %, ocean 69.4 %; " in table
+    assert "beam 32 with language model, int8: an4 11.1 %, ocean 48.1 %<" in table
+    assert ">vivos 25.0 %<" in table
 
 
 def test_pictures_need_no_runtime(opened: Opened) -> None:

@@ -44,11 +44,7 @@ def render(session: Session) -> None:
 @st.fragment(run_every=REFRESH_S)
 def _now(session: Session) -> None:
     strings = session.strings
-    try:
-        health = session.background.call(session.background.client.health())
-        state, load = health.state, session.background.call(session.background.client.load())
-    except ApiError:
-        state, load = "down", Load()
+    state, load = _look(session)
     first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
     known = {"ready", "starting", "draining", "down"}
     first.metric(strings("overview.state"), strings(f"overview.{state}") if state in known else state)
@@ -64,6 +60,19 @@ def _now(session: Session) -> None:
         "–" if speed is None else f"{speed:.0f}×",
         help=strings("overview.speed_help"),
     )
+
+
+def _look(session: Session) -> tuple[str, Load]:
+    """The state, and the load where it is told: a gateway or a setting may withhold ``/metrics``."""
+    background = session.background
+    try:
+        state = background.call(background.client.health()).state
+    except ApiError:
+        return "down", Load()
+    try:
+        return state, background.call(background.client.load())
+    except ApiError:
+        return state, Load()
 
 
 def _queue(load: Load) -> str:
@@ -98,15 +107,14 @@ def _models(models: Sequence[Model], strings: Strings) -> str:
 
 
 def _evaluations(value: Any) -> str:
-    entries = value if isinstance(value, list) else []
-    return (
-        "; ".join(
-            f"{entry['test_set']}: {entry['wer'] * 100:.1f} %"
-            for entry in entries
-            if isinstance(entry, dict) and isinstance(entry.get("wer"), int | float) and "test_set" in entry
-        )
-        or "–"
-    )
+    """Rates by way of decoding: a model with a language model is measured with it and without."""
+    ways: dict[str, list[str]] = {}
+    for entry in value if isinstance(value, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("wer"), int | float) and "test_set" in entry:
+            rates = ways.setdefault(str(entry.get("decoding") or ""), [])
+            rates.append(f"{entry['test_set']} {entry['wer'] * 100:.1f} %")
+    texts = [f"{way}: {', '.join(rates)}" if way else ", ".join(rates) for way, rates in ways.items()]
+    return "; ".join(texts) or "–"
 
 
 def _recent(tasks: Sequence[Task], strings: Strings) -> str:
