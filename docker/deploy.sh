@@ -9,21 +9,27 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 registry=${REGISTRY:-} replicas=${REPLICAS:-3} parts=${PARTS:-base,api,ui}
 state=${DEPLOY_STATE:-build/deployed}
-healthy_timeout_s=${HEALTHY_TIMEOUT_S:-120} stop_timeout_s=75
+healthy_timeout_s=${HEALTHY_TIMEOUT_S:-120}
 project=${COMPOSE_PROJECT_NAME:-asr}
 mkdir -p "$state"
 
 compose() { docker/compose.sh --part "$parts" "$@"; }
-api_containers() { docker ps --quiet --no-trunc --filter "label=com.docker.compose.project=$project" --filter label=com.docker.compose.service=api; }
+containers() { # SERVICE [DOCKER_PS_ARGUMENTS...]
+  local service=$1
+  shift
+  docker ps --quiet --no-trunc --filter "label=com.docker.compose.project=$project" \
+    --filter "label=com.docker.compose.service=$service" "$@"
+}
+read_state() { cat "$state/$1" 2>/dev/null || true; }
 
 use_version() {
   export ASR_API_IMAGE=${registry:+$registry/}asr-api:$1 ASR_UI_IMAGE=${registry:+$registry/}asr-ui:$1
 }
 
 wait_healthy() { # COUNT: so many healthy API containers
-  local deadline=$((SECONDS + healthy_timeout_s)) healthy
+  local deadline=$((SECONDS + healthy_timeout_s)) healthy=0
   while [ $SECONDS -lt $deadline ]; do
-    healthy=$(docker ps --quiet --filter "label=com.docker.compose.project=$project" --filter label=com.docker.compose.service=api --filter health=healthy | wc -l)
+    healthy=$(containers api --filter health=healthy | wc -l)
     [ "$healthy" -lt "$1" ] || return 0
     sleep 1
   done
@@ -31,45 +37,60 @@ wait_healthy() { # COUNT: so many healthy API containers
   return 1
 }
 
-roll() { # VERSION
+roll() { # VERSION   Every step says `|| return`: the caller's `if` turns `set -e` off in here.
   local container old
   use_version "$1"
-  old=$(api_containers)
+  old=$(containers api) || return
   if [ -z "$old" ]; then
-    compose up --detach --no-build --scale "api=$replicas"
+    compose up --detach --no-build --scale "api=$replicas" || return
     wait_healthy "$replicas"
     return
   fi
   for container in $old; do
-    docker stop --time "$stop_timeout_s" "$container" >/dev/null
-    docker rm "$container" >/dev/null
-    compose up --detach --no-build --no-recreate --no-deps --scale "api=$replicas" api
-    wait_healthy "$replicas" || return 1
+    # No --time: the container carries the grace period of its Compose file.
+    docker stop "$container" >/dev/null || return
+    docker rm "$container" >/dev/null || return
+    compose up --detach --no-build --no-recreate --no-deps --scale "api=$replicas" api || return
+    wait_healthy "$replicas" || return
   done
   # Everything else, gateway and page, follows its own image or file when that changed.
-  compose up --detach --no-build --scale "api=$replicas" --no-recreate
+  compose up --detach --no-build --scale "api=$replicas" --no-recreate || return
   case ",$parts," in *,ui,*) compose up --detach --no-build --no-deps ui ;; esac
 }
 
 case ${1:-} in
   deploy)
     version=${2:?deploy needs a version}
-    previous=$(cat "$state/current" 2>/dev/null || true)
+    before=$(read_state current)
+    rm -f "$state/failed"
     if roll "$version"; then
-      [ -z "$previous" ] || [ "$previous" = "$version" ] || echo "$previous" >"$state/previous"
+      [ -z "$before" ] || [ "$before" = "$version" ] || echo "$before" >"$state/previous"
       echo "$version" >"$state/current"
       echo "deployed $version"
-    elif [ -n "$previous" ]; then
-      echo "error: $version failed; going back to $previous" >&2
-      roll "$previous"
-      exit 1
-    else
+      exit
+    fi
+    echo "$version" >"$state/failed"
+    if [ -z "$before" ]; then
       echo "error: $version failed and there is no earlier version to go back to" >&2
       exit 1
     fi
+    echo "error: $version failed; going back to $before" >&2
+    if ! roll "$before"; then
+      # Then a rollback has something to do after all.
+      rm "$state/failed"
+      echo "$before" >"$state/previous"
+      echo "error: going back to $before failed too; mend what is said above, then: docker/deploy.sh rollback" >&2
+    fi
+    exit 1
     ;;
   rollback)
-    previous=$(cat "$state/previous" 2>/dev/null || true)
+    previous=$(read_state previous)
+    failed=$(read_state failed)
+    if [ -n "$failed" ]; then
+      echo "nothing to roll back: $failed failed and was taken away again; $(read_state current) is deployed"
+      [ -z "$previous" ] || echo "further back: docker/deploy.sh deploy $previous"
+      exit
+    fi
     [ -n "$previous" ] || { echo "error: no earlier version is known in $state" >&2; exit 1; }
     roll "$previous"
     echo "$previous" >"$state/current"
@@ -77,8 +98,8 @@ case ${1:-} in
     echo "rolled back to $previous"
     ;;
   status)
-    echo "current:  $(cat "$state/current" 2>/dev/null || echo none)"
-    echo "previous: $(cat "$state/previous" 2>/dev/null || echo none)"
+    echo "current:  $(read_state current)"
+    echo "previous: $(read_state previous)"
     compose ps
     ;;
   *)

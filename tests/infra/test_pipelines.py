@@ -96,6 +96,16 @@ def test_jenkins_rolls_back_each_deployment_and_bounds_each_stage() -> None:
         assert "timeout(time:" in block, name
 
 
+def test_only_a_failed_smoke_test_rolls_a_compose_deployment_back() -> None:
+    """A deployment that fails goes back by itself; a rollback on top of that would go one version further."""
+    stages = dict(
+        re.findall(r"^    stage\('([^']+)'\)(.*?)(?=^    stage\(|\Z)", JENKINSFILE, re.DOTALL | re.MULTILINE)
+    )
+    with_rollback = [name for name, block in stages.items() if "make rollback-compose" in block]
+    assert with_rollback == ["Smoke test of Compose"]
+    assert "make deploy-compose" not in stages["Smoke test of Compose"]
+
+
 def test_the_matrix_covers_the_supported_pythons() -> None:
     assert load(ROOT / ".github/workflows/ci.yml")["jobs"]["test"]["strategy"]["matrix"]["python"] == [
         "3.11",

@@ -1,0 +1,78 @@
+#!/bin/bash
+# A docker that only remembers: containers and every command, in the folder FAKE_DOCKER. It understands what
+# docker/deploy.sh asks, with nothing but the shell's own commands, because a deployment asks often.
+# Containers are files NUMBER-SERVICE with the lines image and image id. The images named in
+# FAKE_BROKEN (by id, between spaces) never get healthy; a command that begins with FAKE_REFUSES fails.
+cd "$FAKE_DOCKER" || exit
+mkdir -p containers images 2>/dev/null
+printf '%s\n' "$*" >>calls
+[ -z "${FAKE_REFUSES:-}" ] || [[ "$*" != "$FAKE_REFUSES"* ]] || exit 1
+
+image_id() { # NAME: into $id
+  local file=images/${1//\//_}
+  id=sha256:$1
+  [ ! -e "$file" ] || id=$(<"$file")
+}
+read_container() { { read -r image && read -r id; } <"$1"; }
+image_of_service() { # SERVICE: into $wanted
+  case $1 in api) wanted=$ASR_API_IMAGE ;; ui) wanted=$ASR_UI_IMAGE ;; *) wanted=$1 ;; esac
+}
+newest_first() { # SERVICE: into the array found
+  local i all
+  shopt -s nullglob
+  all=(containers/*-"$1")
+  found=()
+  for ((i = ${#all[@]} - 1; i >= 0; i--)); do found+=("${all[i]}"); done
+}
+up() {
+  local word count replicas=1 named=() recreate=1 service file
+  for word; do
+    case $word in
+      api=*) replicas=${word#api=} ;;
+      api | gateway | ui) named+=("$word") ;;
+      --no-recreate) recreate=0 ;;
+    esac
+  done
+  [ ${#named[@]} -gt 0 ] || named=(api gateway ui)
+  for service in "${named[@]}"; do
+    count=1
+    [ "$service" != api ] || count=$replicas
+    image_of_service "$service"
+    newest_first "$service"
+    if [ "$recreate" = 1 ]; then
+      for file in "${found[@]}"; do
+        read_container "$file"
+        [ "$image" = "$wanted" ] || rm "$file"
+      done
+      newest_first "$service"
+    fi
+    for ((; count > ${#found[@]}; count--)); do
+      next=$(($(<next) + 1))
+      printf '%s' "$next" >next
+      image_id "$wanted"
+      printf '%s\n%s\n' "$wanted" "$id" >"containers/$((1000 + next))-$service"
+    done
+  done
+}
+
+[ -e next ] || printf 0 >next
+case $1 in
+  compose) for word; do [ "$word" != up ] || up "$@"; done ;;
+  ps)
+    line=$*
+    service=${line##*compose.service=}
+    newest_first "${service%% *}"
+    for file in "${found[@]}"; do
+      read_container "$file"
+      [[ "$*" != *health=healthy* || " ${FAKE_BROKEN:-} " != *" $id "* ]] || continue
+      printf '%s\n' "${file#containers/}"
+    done
+    ;;
+  inspect)
+    read_container "containers/${*: -1}"
+    case $* in *.Config.Image*) printf '%s\n' "$image" ;; *) printf '%s\n' "$id" ;; esac
+    ;;
+  image) image_id "${*: -1}" && printf '%s\n' "$id" ;;
+  rm) rm "containers/${*: -1}" ;;
+  tag) image_id "$2" && printf '%s' "${id#sha256:sha256:}" >"images/${3//\//_}" ;;
+esac

@@ -1,0 +1,106 @@
+"""docker/deploy.sh with a docker that only remembers: what runs after a deployment, a failure, a rollback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.infra.render import ROOT
+
+Done = subprocess.CompletedProcess[str]
+
+
+class Machine:
+    """One machine with the fake docker, a deployment state and nothing running."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "deployed"
+        (folder / "bin").mkdir()
+        (folder / "bin/docker").symlink_to(ROOT / "tests/infra/fake_docker.sh")
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("ASR_")}
+        self.environment = {
+            **inherited, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAKE_DOCKER": str(folder),
+            "ENV_FILE": "/nonexistent", "DEPLOY_STATE": str(self.state), "HEALTHY_TIMEOUT_S": "1",
+            "REGISTRY": "", "REPLICAS": "2", "PARTS": "base,api,ui",
+        }  # fmt: skip
+
+    def run(self, *command: str, **environment: str) -> Done:
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment | environment, capture_output=True, text=True, check=False
+        )
+
+    def deploy(self, version: str, broken: str = "", **environment: str) -> Done:
+        """``broken``: versions whose containers never get healthy."""
+        ids = " ".join(f"sha256:asr-api:{tag}" for tag in broken.split())
+        return self.run("docker/deploy.sh", "deploy", version, FAKE_BROKEN=ids, **environment)
+
+    def rollback(self) -> Done:
+        return self.run("docker/deploy.sh", "rollback")
+
+    def up(self, version: str) -> None:
+        """What `make up` leaves behind: containers, and no deployment state."""
+        images = {"ASR_API_IMAGE": f"asr-api:{version}", "ASR_UI_IMAGE": f"asr-ui:{version}"}
+        assert self.run("docker/compose.sh", "up", "--detach", "--scale", "api=2", **images).returncode == 0
+
+    def images(self, service: str = "api") -> list[str]:
+        """Image of each container of a service."""
+        files = sorted((self.folder / "containers").glob(f"*-{service}"))
+        return [file.read_text().splitlines()[0] for file in files]
+
+    def calls(self, start: str) -> list[str]:
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [line for line in lines if line.startswith(start)]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_a_rollback_brings_the_version_before(machine: Machine) -> None:
+    for version in ("1", "2"):
+        assert machine.deploy(version).returncode == 0
+    assert machine.images() == ["asr-api:2"] * 2
+    assert machine.images("ui") == ["asr-ui:2"]
+    assert machine.rollback().returncode == 0
+    assert machine.images() == ["asr-api:1"] * 2
+    assert machine.images("ui") == ["asr-ui:1"]
+
+
+def test_a_failed_deployment_goes_back_once_and_a_rollback_after_it_does_nothing(machine: Machine) -> None:
+    for version in ("1", "2"):
+        machine.deploy(version)
+    failed = machine.deploy("3", broken="3")
+    assert failed.returncode == 1
+    assert "3 failed; going back to 2" in failed.stderr
+    assert machine.images() == ["asr-api:2"] * 2
+    after = machine.rollback()
+    assert after.returncode == 0
+    assert "nothing to roll back: 3 failed" in after.stdout
+    assert machine.images() == ["asr-api:2"] * 2
+    assert machine.deploy("4").returncode == 0
+    assert machine.rollback().returncode == 0
+    assert machine.images() == ["asr-api:2"] * 2, "the deployment after it can be rolled back again"
+
+
+def test_a_rollback_finishes_what_going_back_could_not(machine: Machine) -> None:
+    for version in ("1", "2"):
+        machine.deploy(version)
+    failed = machine.deploy("3", broken="2 3")
+    assert failed.returncode == 1
+    assert "going back to 2 failed too" in failed.stderr
+    assert machine.rollback().returncode == 0
+    assert machine.images() == ["asr-api:2"] * 2
+
+
+@pytest.mark.parametrize("refused", ["stop", "rm", "compose --project-name asr -f"])
+def test_a_command_that_fails_ends_the_deployment(machine: Machine, refused: str) -> None:
+    machine.deploy("1")
+    done = machine.deploy("2", FAKE_REFUSES=refused)
+    assert done.returncode == 1
+    assert "deployed 2" not in done.stdout
+    assert (machine.state / "current").read_text() == "1\n"
