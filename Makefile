@@ -160,7 +160,7 @@ push: ## push the images under REGISTRY, tagged with the version and the commit
 sign: ## sign what was pushed, by digest, and attach the bill of materials
 	docker/sign.sh $(REGISTRY)
 
-.PHONY: up down deploy-compose rollback-compose deploy-k8s rollback-k8s monitoring-k8s smoke smoke-k8s e2e e2e-k8s sizing pin-images check-version github-release
+.PHONY: up down deploy-compose rollback-compose scale-compose deploy-k8s rollback-k8s monitoring-k8s smoke smoke-k8s e2e e2e-k8s sizing pin-images check-version github-release
 up: ## the whole stack on this machine with Compose; REPLICAS=3
 	docker/make_env.sh
 	ASR_API_IMAGE=$(REGISTRY_PREFIX)asr-api:$(VERSION) ASR_UI_IMAGE=$(REGISTRY_PREFIX)asr-ui:$(VERSION) docker/compose.sh up --detach --scale api=$(REPLICAS)
@@ -171,6 +171,8 @@ deploy-compose: ## this version to Compose here, replica by replica, back on fai
 	docker/deploy.sh deploy $(VERSION)
 rollback-compose: ## the version before
 	docker/deploy.sh rollback
+scale-compose: ## more or fewer replicas of the version that runs; REPLICAS=5
+	docker/deploy.sh scale
 
 deploy-k8s: ## this version to the cluster of KUBECONFIG
 	k8s/setup.sh --overlay $(OVERLAY) --tag $(VERSION) $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(KUBECONFIG),--kubeconfig $(KUBECONFIG),--skip-terraform)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Deploy one version to Docker Compose on this machine, replica by replica, and go back when that fails.
-# usage: docker/deploy.sh deploy VERSION | rollback | status
+# usage: docker/deploy.sh deploy VERSION | rollback | scale | status
 #   REGISTRY   where the images are, for example registry.example.org/asr (empty: local images)
 #   REPLICAS   API replicas (default 3)      PARTS   parts of the stack (default base,api,ui)
+# scale starts or stops replicas of the version that runs, until there are REPLICAS.
 # Each API container is stopped with its full grace period and replaced before the next one is touched, so
 # all but one replica always serve. A replacement that does not get healthy ends the deployment.
 set -euo pipefail
@@ -21,6 +22,18 @@ containers() { # SERVICE [DOCKER_PS_ARGUMENTS...]
     --filter "label=com.docker.compose.service=$service" "$@"
 }
 read_state() { cat "$state/$1" 2>/dev/null || true; }
+
+running() { # SERVICE FORMAT: of one running container, a healthy one where there is one
+  local found
+  found=$(containers "$1" --filter health=healthy)
+  [ -n "$found" ] || found=$(containers "$1")
+  [ -z "$found" ] || docker inspect --format "$2" "${found%%$'\n'*}"
+}
+running_version() { # the tag of what runs, which `make up` wrote into no file
+  local image
+  image=$(running api '{{.Config.Image}}')
+  case ${image##*/} in *@*) ;; *:*) echo "${image##*:}" ;; esac
+}
 
 use_version() {
   export ASR_API_IMAGE=${registry:+$registry/}asr-api:$1 ASR_UI_IMAGE=${registry:+$registry/}asr-ui:$1
@@ -62,6 +75,7 @@ case ${1:-} in
   deploy)
     version=${2:?deploy needs a version}
     before=$(read_state current)
+    [ -n "$before" ] || before=$(running_version)
     rm -f "$state/failed"
     if roll "$version"; then
       [ -z "$before" ] || [ "$before" = "$version" ] || echo "$before" >"$state/previous"
@@ -75,6 +89,7 @@ case ${1:-} in
       exit 1
     fi
     echo "error: $version failed; going back to $before" >&2
+    echo "$before" >"$state/current"
     if ! roll "$before"; then
       # Then a rollback has something to do after all.
       rm "$state/failed"
@@ -97,13 +112,20 @@ case ${1:-} in
     rm -f "$state/previous"
     echo "rolled back to $previous"
     ;;
+  scale)
+    ASR_API_IMAGE=$(running api '{{.Config.Image}}')
+    [ -n "$ASR_API_IMAGE" ] || { echo "error: no replica runs; start the stack with make up" >&2; exit 1; }
+    export ASR_API_IMAGE
+    compose up --detach --no-build --no-recreate --no-deps --scale "api=$replicas" api
+    wait_healthy "$replicas"
+    ;;
   status)
     echo "current:  $(read_state current)"
     echo "previous: $(read_state previous)"
     compose ps
     ;;
   *)
-    sed -n '2,7s/^# //p' "$0" >&2
+    sed -n '2,8s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

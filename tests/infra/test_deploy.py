@@ -104,3 +104,27 @@ def test_a_command_that_fails_ends_the_deployment(machine: Machine, refused: str
     assert done.returncode == 1
     assert "deployed 2" not in done.stdout
     assert (machine.state / "current").read_text() == "1\n"
+
+
+def test_the_first_deployment_after_make_up_goes_back_to_what_ran(machine: Machine) -> None:
+    machine.up("1")
+    failed = machine.deploy("2", broken="2")
+    assert failed.returncode == 1
+    assert "2 failed; going back to 1" in failed.stderr
+    assert machine.images() == ["asr-api:1"] * 2
+    assert "1 is deployed" in machine.rollback().stdout
+    assert machine.deploy("2").returncode == 0
+    assert machine.rollback().returncode == 0
+    assert machine.images() == ["asr-api:1"] * 2
+
+
+def test_a_failure_on_an_empty_machine_says_that_there_is_nothing_to_go_back_to(machine: Machine) -> None:
+    failed = machine.deploy("1", broken="1")
+    assert failed.returncode == 1
+    assert "no earlier version" in failed.stderr
+
+
+def test_scaling_keeps_the_version_that_runs(machine: Machine) -> None:
+    machine.up("1")
+    assert machine.run("docker/deploy.sh", "scale", REPLICAS="3").returncode == 0
+    assert machine.images() == ["asr-api:1"] * 3
