@@ -6,8 +6,8 @@ measures a bundle's greedy text, its beam search, and the beam search with a lan
 a grid of weights. With `--write` the bundle gets the language model where that earns its place (`MIN_GAIN`);
 `training.publish --texts` does the same on the way to a bundle.
 
-Smoothing: interpolated Witten-Bell (Witten and Bell 1991). Rare n-grams are dropped and the back-off weights
-normalised again, so the probabilities after each context sum to one.
+Smoothing: interpolated modified Kneser-Ney (Chen and Goodman 1999). Rare n-grams are dropped and the
+back-off weights normalised again, so the probabilities after each context sum to one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +117,7 @@ def character_ngrams(texts: Iterable[str], order: int = ORDER, min_count: int = 
     symbols = [_SPACE, *sorted(set(counts[0][""]) - {_SPACE})] if counts[0][""] else []
     if len(symbols) < 2:
         raise DataError("the language model has no text to learn from")
-    probabilities = _witten_bell(counts, symbols)
+    probabilities = _kneser_ney(counts, symbols)
     kept = {
         context: {
             character: probability
@@ -181,15 +181,52 @@ def _count(texts: Iterable[str], order: int) -> Counts:
     return counts
 
 
-def _witten_bell(counts: Counts, symbols: Sequence[str]) -> dict[str, dict[str, float]]:
+def _continuations(counts: Counts) -> Counts:
+    """What counts of the shorter n-grams: after how many different characters one occurs.
+
+    The start of a text is one of these; the longest n-grams keep their counts (Kneser and Ney 1995).
+    """
+    found: Counts = [defaultdict(Counter) for _ in counts[:-1]]
+    for target, shorter, longer in zip(found, counts, counts[1:], strict=False):
+        extended: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for context, after in longer.items():
+            for character, times in after.items():
+                target[context[1:]][character] += 1
+                extended[context[1:]][character] += times
+        for context, after in shorter.items():
+            for character, times in after.items():
+                target[context][character] += times > extended[context][character]
+    return [*found, counts[-1]]
+
+
+def _discounts(contexts: Mapping[str, Counter[str]]) -> tuple[float, ...]:
+    """What a count of 0, 1, 2, and 3 or more gives away (Chen and Goodman 1999, equation 26).
+
+    Where texts are so few that the estimate leaves its range, the nearest value inside it.
+    """
+    seen = Counter(times for after in contexts.values() for times in after.values())
+    share = seen[1] / (seen[1] + 2 * seen[2]) if seen[1] else 0.5
+    found = [0.0]
+    for times in (1, 2, 3):
+        ratio = seen[times + 1] / seen[times] if seen[times] else 0.0
+        found.append(min(max(times - (times + 1) * share * ratio, 0.05), 0.95 * times))
+    return tuple(found)
+
+
+def _kneser_ney(counts: Counts, symbols: Sequence[str]) -> dict[str, dict[str, float]]:
     """Context -> character -> probability, each interpolated with the context one character shorter."""
     found: dict[str, dict[str, float]] = {}
-    for length, contexts in enumerate(counts):
+    for length, contexts in enumerate(_continuations(counts)):
+        discounts = _discounts(contexts)
         for context, after in contexts.items():
-            total, kinds = sum(after.values()), len(after)
+            total = sum(after.values())
+            given_away = sum(discounts[min(times, 3)] for times in after.values())
             characters = symbols if length == 0 else after
             below = found[context[1:]] if length else dict.fromkeys(symbols, 1.0 / len(symbols))
-            found[context] = {c: (after[c] + kinds * below[c]) / (total + kinds) for c in characters}
+            found[context] = {
+                c: (after[c] - discounts[min(after[c], 3)] + given_away * below[c]) / total
+                for c in characters
+            }
     return found
 
 

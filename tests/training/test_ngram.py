@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from api.bundle import verify_bundle
+from api.decoding import in_words
 from api.vocabulary import Vocabulary
 from tests.api.test_beam import LETTERS, spoken
 from tests.tiny_bundle import make_bundle, sing, wav
@@ -104,7 +105,7 @@ def test_the_command_writes_what_earns_its_place(tmp_path: Path, capsys: pytest.
     assert ngram.main([*arguments, "--write"]) == 0
     assert ngram.main([*arguments, "--write"]) == 0
     bundle = verify_bundle(tmp_path / "models", "tiny")
-    assert bundle.decoding == "beam 4 with language model"
+    assert in_words(bundle, bundle.default_beam) == "beam 4 with language model"
     card = (path / "README.md").read_text(encoding="utf-8")
     assert card.count("| greedy |  |  | 100.00% |") == 1
     assert '"wer": 0.0' in capsys.readouterr().out
