@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from api.bundle import load_bundle, verify_bundle
+from api.decoding import in_words
 from api.manifest import Source
 from tests.training.networks import CONFIGS, VOCABULARY, chirps, random_checkpoint, write_corpus
 from training import benchmark
@@ -152,7 +153,7 @@ def test_a_language_model_is_written_into_the_bundle(tmp_path: Path) -> None:
     language_model = LanguageModel(character_ngrams(["ab cd"], 3, 1), 3, 0.5, 1.0, 12)
     bundle = write_bundle(tmp_path, "en-random", graphs, VOCABULARY, card, language_model=language_model)
     assert bundle.guide is not None
-    assert bundle.decoding == "beam 12 with language model"
+    assert in_words(bundle, bundle.default_beam) == "beam 12 with language model"
     assert isinstance(bundle_recogniser(bundle)(chirps(1)[0]), str)
 
 
