@@ -30,4 +30,6 @@ if [ -z "${BASE_IMAGE:-}" ]; then
   . docker/base.env
   export BASE_IMAGE
 fi
+# shellcheck source=docker/check_settings.sh
+. docker/check_settings.sh
 exec "${compose[@]}" --project-name "${COMPOSE_PROJECT_NAME:-asr}" "${files[@]}" "$@"

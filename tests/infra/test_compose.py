@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from api.server import _LAST_SCRAPE_WAIT_S
 from api.settings import Settings
 from tests.infra.render import ROOT
 
@@ -59,7 +60,7 @@ def test_the_base_image_is_pinned_in_one_place() -> None:
 @pytest.mark.parametrize("name", sorted(services()))
 def test_ports_are_published_on_this_machine_only(name: str) -> None:
     for port in services()[name].get("ports", []):
-        address = re.sub(r"^\$\{ASR_PUBLISH_ADDRESS:-([\d.]+)\}", r"\1", str(port))
+        address = re.sub(r"^\$\{ASR_(?:UI_)?PUBLISH_ADDRESS:-([\d.]+)\}", r"\1", str(port))
         assert address.startswith("127.0.0.1:")
 
 
@@ -78,18 +79,128 @@ def test_the_service_gets_settings_that_it_knows() -> None:
     assert {key for key in environment if key.startswith("ASR_")} <= fields
 
 
-def test_stopping_fits_into_the_grace_period() -> None:
+def example_settings() -> dict[str, str]:
+    """Every setting of .env.example with its default."""
+    return dict(re.findall(r"^#(ASR_\w+)=(.*)$", (ROOT / ".env.example").read_text(), flags=re.MULTILINE))
+
+
+# Where the container listens and writes, and whom it believes, is not the machine's affair.
+CONTAINERS_OWN = {
+    "ASR_HOST", "ASR_PORT", "ASR_MODELS_DIR", "ASR_SPOOL_DIR", "ASR_FORWARDED_ALLOW_IPS",
+}  # fmt: skip
+
+
+def test_every_setting_but_the_containers_own_reaches_the_container() -> None:
+    environment = services()["api"]["environment"]
+    for name in example_settings():
+        if name in CONTAINERS_OWN:
+            assert "$" not in str(environment[name]), f"{name} of a .env is about another place"
+        else:
+            assert str(environment.get(name, "")).startswith(f"${{{name}:-"), f"{name} of a .env is ignored"
+
+
+def compose(env: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """docker/compose.sh with this .env."""
+    file = tmp_path / "env"
+    file.write_text(env)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("ASR_", "COMPOSE_"))}
+    return subprocess.run(
+        [ROOT / "docker/compose.sh", "--part", "base,api,ui", *arguments],
+        env={**clean, "ENV_FILE": str(file)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_compose_itself_puts_the_settings_into_the_container(tmp_path: Path) -> None:
+    settings = {name: value for name, value in example_settings().items() if name not in CONTAINERS_OWN}
+    given = {name: value or "given" for name, value in settings.items()} | {
+        "ASR_REQUEST_TIMEOUT_S": "240", "ASR_DRAIN_TIMEOUT_S": "99.5", "ASR_LOG_TEXT": "true",
+    }  # fmt: skip
+    others = "ASR_HOST=127.0.0.1\nASR_MODELS_DIR=/home/me/models\n"
+    done = compose(others + "".join(f"{k}={v}\n" for k, v in given.items()), tmp_path, "config")
+    if done.returncode != 0 and "needs Docker Compose" in done.stderr:
+        pytest.skip("Docker Compose is not installed")
+    assert done.returncode == 0, done.stderr
+    api = yaml.safe_load(done.stdout)["services"]["api"]
+    assert {name: str(api["environment"][name]) for name in given} == given
+    assert api["environment"]["ASR_HOST"] == "0.0.0.0"
+    assert api["environment"]["ASR_MODELS_DIR"] == "/app/models"
+    assert stop_bound_s(given) < seconds(api["stop_grace_period"])
+
+
+def seconds(period: str) -> float:
+    """Of a Compose duration such as 1m45s."""
+    minutes, rest = re.fullmatch(r"(?:(\d+)m)?(?:([\d.]+)s)?", period).groups()  # type: ignore[union-attr]
+    return 60 * float(minutes or 0) + float(rest or 0)
+
+
+def stop_bound_s(environment: dict[str, Any]) -> float:
+    """What a stop may take: the grace, the last scrape, the draining."""
+    values = {key: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", str(value)) for key, value in environment.items()}
+    return float(values["ASR_DRAIN_GRACE_S"]) + _LAST_SCRAPE_WAIT_S + float(values["ASR_DRAIN_TIMEOUT_S"])
+
+
+def test_nothing_stops_a_container_before_it_is_done() -> None:
     api = services()["api"]
-    drain_s = float(api["environment"]["ASR_DRAIN_GRACE_S"]) + float(
-        api["environment"]["ASR_DRAIN_TIMEOUT_S"]
-    )
-    assert drain_s < float(api["stop_grace_period"].removesuffix("s"))
+    grace = re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", api["stop_grace_period"])
+    assert stop_bound_s(api["environment"]) < seconds(grace)
+    # Whoever stops a container leaves the time to what the Compose file gave it.
+    for path in [ROOT / "Makefile", *(ROOT / "docker").glob("*.sh"), *(ROOT / "docs").rglob("*.md")]:
+        for line in path.read_text().splitlines():
+            if re.search(r"\b(stop|restart|down)\b", line) and re.search(r"docker|compose", line):
+                assert not re.search(r"\s(--time|--timeout|-t)[ =]", line), f"{path.name}: {line.strip()}"
+
+
+@pytest.mark.parametrize(
+    ("env", "wrong"),
+    [
+        ("", None),
+        ("ASR_PUBLISH_ADDRESS=127.0.0.1\n", None),
+        ("ASR_PUBLISH_ADDRESS=0.0.0.0\n", "ASR_API_KEYS"),
+        ("ASR_PUBLISH_ADDRESS='0.0.0.0'\nASR_API_KEYS=\n", "ASR_API_KEYS"),
+        ("ASR_UI_PUBLISH_ADDRESS=10.0.0.7\n", "ASR_API_KEYS"),
+        ("ASR_PUBLISH_ADDRESS=0.0.0.0\nASR_ALLOW_ANONYMOUS=true\n", None),
+        (
+            "ASR_PUBLISH_ADDRESS=0.0.0.0\nASR_API_KEYS=me:0123456789abcdef\nASR_API_KEY=0123456789abcdef\n",
+            None,
+        ),
+        ("ASR_ALLOW_ANONYMOUS=false\n", "ASR_API_KEYS"),
+        ("ASR_REQUEST_TIMEOUT_S=600\n", "proxy_read_timeout"),
+    ],
+)
+def test_an_open_or_impossible_stack_is_not_started(env: str, wrong: str | None, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin/docker"
+    fake.write_text('#!/bin/bash\n[ "$2" = version ] || echo "anonymous=$ASR_ALLOW_ANONYMOUS"\n')
+    fake.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+        done = compose(env, tmp_path, "up", "--detach")
+        assert compose(env, tmp_path, "ps").returncode == 0, "what runs can always be looked at"
+    if wrong is None:
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+    else:
+        assert done.returncode == 1
+        assert wrong in done.stderr
+        assert done.stdout == ""
+    if env == "":
+        assert done.stdout == "anonymous=true\n"
+
+
+def test_keys_without_one_for_the_page_are_told(tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text("#!/bin/bash\n")
+    (tmp_path / "docker").chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        done = compose("ASR_API_KEYS=me:0123456789abcdef\n", tmp_path, "up")
+    assert "ASR_API_KEY is not set" in done.stderr
 
 
 def test_the_gateway_waits_longer_than_a_request_may_take() -> None:
     conf = (ROOT / "docker/nginx/nginx.conf").read_text()
     (read_timeout_s,) = re.findall(r"proxy_read_timeout (\d+)s;", conf)
-    assert float(read_timeout_s) > float(services()["api"]["environment"]["ASR_REQUEST_TIMEOUT_S"])
+    limit = re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", services()["api"]["environment"]["ASR_REQUEST_TIMEOUT_S"])
+    assert float(read_timeout_s) > float(limit)
     (size,) = re.findall(r"client_max_body_size (\d+)m;", conf)
     assert int(size) << 20 > Settings.model_fields["max_body_bytes"].default
 
