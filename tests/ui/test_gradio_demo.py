@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,9 @@ def transcribe(answers: list[httpx.Response]) -> Iterator[Any]:
     yield found[0]
     background.close()
     del blocks, found
-    gc.collect()  # gradio leaves an event loop open; its warning belongs to this module, not to a later one
+    # gradio leaves event loops open, the last one as the thread's own; their warnings belong to this module
+    asyncio.set_event_loop(None)
+    gc.collect()
 
 
 def test_sound_becomes_text_and_subtitles(transcribe: Any) -> None:
