@@ -176,9 +176,8 @@ scale-compose: ## more or fewer replicas of the version that runs; REPLICAS=5
 
 deploy-k8s: ## this version to the cluster of KUBECONFIG
 	k8s/setup.sh --overlay $(OVERLAY) --tag $(VERSION) $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(KUBECONFIG),--kubeconfig $(KUBECONFIG),--skip-terraform)
-rollback-k8s: ## the revision before, of both deployments
-	for name in asr-api asr-ui; do kubectl --namespace asr-system rollout undo deployment/$$name; done
-	for name in asr-api asr-ui; do kubectl --namespace asr-system rollout status deployment/$$name --timeout=300s; done
+rollback-k8s: ## what the last deploy-k8s changed, back to the revisions before it
+	k8s/rollback.sh $(if $(KUBECONFIG),--kubeconfig $(KUBECONFIG))
 monitoring-k8s: ## Prometheus, Grafana and Jaeger on the cluster of KUBECONFIG
 	k8s/monitoring-setup.sh $(if $(KUBECONFIG),--kubeconfig $(KUBECONFIG))
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared by setup.sh, monitoring-setup.sh and teardown.sh; sourced, never run.
+# Shared by setup.sh, rollback.sh, monitoring-setup.sh and teardown.sh; sourced, never run.
 
 DRY_RUN=${DRY_RUN:-0}
 KUBECONFIG_FILE=''
@@ -46,6 +46,15 @@ kube() {
 
 # Does it exist? Never true in a dry run, which does not ask the cluster.
 exists() { [ "$DRY_RUN" = 0 ] && kube get "$@" >/dev/null 2>&1; }
+
+# What a rollback goes back to: one line NAME UID REVISION for each deployment that was there before the apply.
+DEPLOYMENTS=(asr-api asr-ui)
+REVISIONS_FILE=${REVISIONS_FILE:-build/k8s-revisions}
+
+revision_of() { # DEPLOYMENT: print UID and revision, or nothing when it does not exist
+  kube get deployment "$1" --namespace asr-system --ignore-not-found \
+    --output=jsonpath='{.metadata.uid} {.metadata.annotations.deployment\.kubernetes\.io/revision}'
+}
 
 random_secret() { head -c 32 /dev/urandom | base64 | tr -d '\n' | tr '+/' '-_' | tr -d '='; }
 

@@ -26,6 +26,8 @@ environment: DIGITALOCEAN_TOKEN, and TF_VAR_* for any variable of terraform/vari
 EOF
 }
 
+# A record of an earlier run must not be undone when this one fails before it applies anything.
+case " $* " in *' --dry-run '* | *' --help '*) ;; *) [ ! -e "$REVISIONS_FILE" ] || rm "$REVISIONS_FILE" ;; esac
 overlay=production registry='' tag='' terraform=1 yes=0 timeout_s=600
 while [ $# -gt 0 ]; do
   case $1 in
@@ -105,10 +107,20 @@ mkdir -p "$render"
     [ -z "$tag" ] || printf '    newTag: "%s"\n' "$tag"
   done
 } >"$render/kustomization.yaml"
-kubectl kustomize "$render" | apply_stdin
+manifests=$(kubectl kustomize "$render")
+if [ "$DRY_RUN" = 1 ]; then
+  note "[dry-run] write the revisions of ${DEPLOYMENTS[*]} to $REVISIONS_FILE, for k8s/rollback.sh"
+else
+  mkdir -p "$(dirname "$REVISIONS_FILE")"
+  for name in "${DEPLOYMENTS[@]}"; do
+    found=$(revision_of "$name")
+    [ -z "$found" ] || echo "$name $found"
+  done >"$REVISIONS_FILE"
+fi
+apply_stdin <<<"$manifests"
 
 say "Rollout"
-for name in asr-api asr-ui; do
+for name in "${DEPLOYMENTS[@]}"; do
   run kube rollout status "deployment/$name" --namespace asr-system --timeout="${timeout_s}s"
 done
 

@@ -13,7 +13,7 @@ import yaml
 
 from tests.infra.render import ROOT
 
-SCRIPTS = ("setup.sh", "monitoring-setup.sh", "teardown.sh")
+SCRIPTS = ("setup.sh", "rollback.sh", "monitoring-setup.sh", "teardown.sh")
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="the scripts render with kubectl")
 
 
@@ -21,6 +21,7 @@ def run(script: str, *arguments: str, path: str | None = None) -> subprocess.Com
     environment = {
         key: value for key, value in os.environ.items() if key not in ("DIGITALOCEAN_TOKEN", "KUBECONFIG")
     }
+    environment["REVISIONS_FILE"] = "/nonexistent/revisions"  # of this machine's last deployment: not ours
     if path is not None:
         environment["PATH"] = path
     return subprocess.run(
@@ -63,6 +64,7 @@ def test_setup_dry_run_names_every_step() -> None:
     steps = [
         "terraform -chdir=terraform init",
         "terraform -chdir=terraform apply",
+        "write the revisions of asr-api asr-ui",
         "kind: Deployment",
         "rollout status deployment/asr-api",
     ]

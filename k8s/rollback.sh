@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Undo what the last setup.sh of this working tree changed, and only that. Safe to repeat.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=k8s/lib.sh
+. k8s/lib.sh
+
+usage() {
+  cat <<'EOF'
+usage: k8s/rollback.sh [options]
+
+setup.sh writes down the revision of each deployment before it applies anything. This takes each deployment
+whose revision has changed since then back to it. Where nothing was applied, nothing is undone.
+
+  --kubeconfig FILE    the cluster (default: kubectl's own)
+  --timeout SECONDS    for each rollout (default: 300)
+  --dry-run            show every step, change nothing, contact nothing
+  --help               this text
+
+To go back one revision without such a record: kubectl -n asr-system rollout undo deployment/asr-api
+EOF
+}
+
+timeout_s=300
+while [ $# -gt 0 ]; do
+  case $1 in
+    --kubeconfig) KUBECONFIG_FILE=${2:?--kubeconfig needs a file}; shift 2 ;;
+    --timeout) timeout_s=${2:?--timeout needs seconds}; shift 2 ;;
+    --dry-run) DRY_RUN=1; shift ;;
+    --help | -h) usage; exit 0 ;;
+    *) usage >&2; fail "unknown option $1" ;;
+  esac
+done
+
+say "Tools"
+require_tools kubectl
+say "Rollback"
+if [ "$DRY_RUN" = 1 ]; then
+  for name in "${DEPLOYMENTS[@]}"; do
+    note "[dry-run] kubectl rollout undo deployment/$name --to-revision=(the one in $REVISIONS_FILE, where it has changed)"
+  done
+  exit 0
+fi
+if [ ! -s "$REVISIONS_FILE" ]; then
+  note "nothing to undo: the last k8s/setup.sh of this working tree applied nothing (no $REVISIONS_FILE)"
+  note "to go back one revision all the same: kubectl -n asr-system rollout undo deployment/asr-api"
+  exit 0
+fi
+undone=()
+while read -r name uid revision; do
+  now=$(revision_of "$name")
+  if [ "${now% *}" != "$uid" ]; then
+    note "$name: another deployment than the one that was recorded; left alone"
+  elif [ "${now#* }" = "$revision" ]; then
+    note "$name: still at revision $revision; left alone"
+  else
+    note "$name: from revision ${now#* } back to $revision"
+    kube --namespace asr-system rollout undo "deployment/$name" --to-revision="$revision"
+    undone+=("$name")
+  fi
+done <"$REVISIONS_FILE"
+for name in "${undone[@]}"; do
+  kube --namespace asr-system rollout status "deployment/$name" --timeout="${timeout_s}s"
+done
+rm "$REVISIONS_FILE"

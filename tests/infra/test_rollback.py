@@ -1,0 +1,98 @@
+"""k8s/setup.sh and k8s/rollback.sh with a kubectl that only remembers: only what was changed is undone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.infra.render import ROOT
+
+# Deployments are files NAME with "UID REVISION". An apply counts up those in FAKE_CHANGES.
+KUBECTL = """#!/bin/bash
+cd "$FAKE_CLUSTER" || exit
+line="$*"
+case $line in
+  *'get deployment '*) name=${line##*get deployment }; cat "deployment-${name%% *}" 2>/dev/null; exit 0 ;;
+  *'apply -f -'*)
+    [[ $(cat) == *Deployment* ]] || exit 0
+    for name in $FAKE_CHANGES; do
+      read -r uid revision <"deployment-$name"
+      echo "$uid $((revision + 1))" >"deployment-$name"
+    done
+    exit "${FAKE_STATUS:-0}" ;;
+  *kustomize*namespaces*) echo 'kind: Namespace' ;;
+  *kustomize*) echo 'kind: Deployment' ;;
+  *'rollout undo'*) echo "${line#*rollout undo }" >>undone ;;
+esac
+"""
+
+
+class Cluster:
+    """A fake cluster in which asr-api is at revision 7 and asr-ui at revision 4."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir()
+        (folder / "bin/kubectl").write_text(KUBECTL)
+        (folder / "bin/kubectl").chmod(0o755)
+        (folder / "config").touch()
+        for name, revision in (("asr-api", 7), ("asr-ui", 4)):
+            (folder / f"deployment-{name}").write_text(f"uid-{name} {revision}\n")
+
+    def make(self, target: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        overlay = environment.pop("OVERLAY", "production")
+        return subprocess.run(
+            ["make", target, f"KUBECONFIG={self.folder}/config", f"OVERLAY={overlay}"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+            env={
+                **os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+                "FAKE_CLUSTER": str(self.folder), "FAKE_CHANGES": "",
+                "REVISIONS_FILE": str(self.folder / "revisions"), **environment,
+            },
+        )  # fmt: skip
+
+    def undone(self) -> list[str]:
+        file = self.folder / "undone"
+        return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def test_a_rollback_undoes_only_the_deployment_that_was_changed(cluster: Cluster) -> None:
+    assert cluster.make("deploy-k8s", FAKE_CHANGES="asr-api", FAKE_STATUS="1").returncode != 0
+    done = cluster.make("rollback-k8s")
+    assert done.returncode == 0, done.stderr
+    assert cluster.undone() == ["deployment/asr-api --to-revision=7"]
+    assert "asr-ui: still at revision 4" in done.stdout
+    cluster.make("rollback-k8s")
+    assert len(cluster.undone()) == 1, "a second rollback has nothing to undo"
+
+
+def test_a_failure_before_the_apply_undoes_nothing_of_an_earlier_deployment(cluster: Cluster) -> None:
+    cluster.make("deploy-k8s", FAKE_CHANGES="asr-api asr-ui")
+    assert cluster.make("deploy-k8s", OVERLAY="prod").returncode != 0
+    done = cluster.make("rollback-k8s")
+    assert done.returncode == 0, done.stderr
+    assert "nothing to undo" in done.stdout
+    assert cluster.undone() == []
+
+
+def test_a_good_version_that_fails_the_smoke_test_is_undone(cluster: Cluster) -> None:
+    done = cluster.make("deploy-k8s", FAKE_CHANGES="asr-api asr-ui")
+    assert done.returncode == 0, done.stderr
+    cluster.make("rollback-k8s")
+    assert cluster.undone() == ["deployment/asr-api --to-revision=7", "deployment/asr-ui --to-revision=4"]
+
+
+def test_a_first_deployment_has_no_revision_to_go_back_to(cluster: Cluster) -> None:
+    for name in ("asr-api", "asr-ui"):
+        (cluster.folder / f"deployment-{name}").unlink()
+    cluster.make("deploy-k8s")
+    assert cluster.make("rollback-k8s").returncode == 0
+    assert cluster.undone() == []
