@@ -18,7 +18,7 @@ rollout and prints the addresses.
   --kubeconfig FILE    use this cluster and skip Terraform and DigitalOcean altogether
   --skip-terraform     the cluster exists; ask Terraform's state for its kubeconfig only
   --yes                do not ask before Terraform applies
-  --timeout SECONDS    for each rollout and for the load balancers (default: 600)
+  --timeout SECONDS    for each rollout and for the load balancer (default: 600)
   --dry-run            show every step, change nothing, contact nothing
   --help               this text
 
@@ -141,7 +141,7 @@ address() { # SERVICE: print its public address, waiting for the load balancer
   note "$service: no address yet; kubectl -n asr-system get service $service --watch"
 }
 if [ "$DRY_RUN" = 1 ]; then
-  note "[dry-run] wait for the load balancers of asr-api and asr-ui and print their addresses"
+  note "[dry-run] wait for the load balancer of asr-api, print its address and how to reach asr-ui"
 else
   address asr-api 8000
   address asr-ui 8501

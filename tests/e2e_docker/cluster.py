@@ -144,7 +144,7 @@ class LoadBalancers(threading.Thread):
     kube-proxy then forwards that address to the ready pods, as on any cluster, from this machine too.
     """
 
-    ADDRESSES: ClassVar[dict[str, str]] = {"asr-api": "10.251.0.10", "asr-ui": "10.251.0.11"}
+    ADDRESSES: ClassVar[dict[str, str]] = {"asr-api": "10.251.0.10"}
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from api.server import _LAST_SCRAPE_WAIT_S
 from api.settings import Settings
 from loadtest.capacity import p95_wait
 from tests.infra.render import COMPONENTS, OVERLAYS, ROOT, combination, overlay
@@ -102,7 +103,7 @@ def test_stopping_fits_into_the_grace_period(objects: list[dict[str, Any]]) -> N
     (container,) = pod["containers"]
     pre_stop_s = seconds(container["lifecycle"]["preStop"]["exec"]["command"][1])
     drain_s = seconds(values["ASR_DRAIN_GRACE_S"]) + seconds(values["ASR_DRAIN_TIMEOUT_S"])
-    assert pre_stop_s + drain_s < pod["terminationGracePeriodSeconds"]
+    assert pre_stop_s + drain_s + _LAST_SCRAPE_WAIT_S < pod["terminationGracePeriodSeconds"]
     probe = container["readinessProbe"]
     assert seconds(values["ASR_DRAIN_GRACE_S"]) > probe["periodSeconds"] * probe["failureThreshold"]
 
@@ -114,6 +115,19 @@ def test_the_load_balancer_waits_longer_than_a_request_may_take(production: list
     values = settings_of(production, "asr-api")
     assert idle_s > seconds(values["ASR_REQUEST_TIMEOUT_S"])
     assert annotations[f"{prefix}-healthcheck-path"] == "/health/ready"
+
+
+def test_only_the_api_is_public_and_the_page_only_by_its_component(objects: list[dict[str, Any]]) -> None:
+    """The page has no login and holds a key: published, it makes the keys of the API worthless."""
+    services = of_kind(objects, "Service")
+    assert services["asr-ui"]["spec"]["type"] == "ClusterIP"
+    assert "annotations" not in services["asr-ui"]["metadata"]
+    public = of_kind(list(yaml.safe_load_all(combination(("public-page",)))), "Service")
+    assert {name: service["spec"]["type"] for name, service in public.items()} == {
+        "asr-api": "LoadBalancer",
+        "asr-ui": "LoadBalancer",
+    }
+    assert "WARNING" in (ROOT / "k8s/components/public-page/kustomization.yaml").read_text()
 
 
 def test_threads_follow_the_limit(objects: list[dict[str, Any]]) -> None:
