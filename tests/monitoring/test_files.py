@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -95,6 +96,27 @@ def test_an_alert_says_what_to_do(alert: dict[str, Any]) -> None:
 
 def test_there_is_no_runbook_without_an_alert() -> None:
     assert {path.stem for path in RUNBOOKS.glob("*.md")} == {alert["alert"] for alert in alerts()}
+
+
+@pytest.mark.parametrize("path", sorted(RUNBOOKS.glob("*.md")), ids=lambda path: path.stem)
+def test_the_commands_of_a_runbook_exist(path: Path) -> None:
+    """No Compose file is in the root and the project is `asr`, so only docker/compose.sh finds the stack."""
+    text = path.read_text(encoding="utf-8")
+    assert "docker compose" not in text
+    assert "docker-compose" not in text
+    assert "logs deploy/" not in text, "reads one pod of three; select by label"
+    for subcommand in re.findall(r"docker/compose\.sh (\S+)", text):
+        # `up` would take the default image, not the deployed one; `restart` takes all replicas away at once.
+        assert subcommand.strip("`).;,") in ("logs", "ps"), subcommand
+    targets = re.findall(r"`make ([a-z0-9-]+)", text)
+    known = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(targets) <= set(known)
+    manifests = (ROOT / "k8s/base/api/deployment.yaml").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        for label in re.findall(r"logs -l ([\w./-]+=[\w-]+)", line):
+            assert label.replace("=", ": ") in manifests, label
+            assert "--prefix" in line
+            assert "--tail=" in line, "with a selector kubectl shows ten lines"
 
 
 def test_recording_rules_are_named_level_metric_operation() -> None:
