@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from api.settings import Settings
 from tests.infra.render import ROOT
 
 
@@ -74,3 +76,33 @@ def test_what_a_dockerfile_copies_is_in_the_build_context(name: str) -> None:
         if line.startswith("COPY ") and "--from=" not in line:
             source = next(word for word in line.split()[1:] if not word.startswith("--"))
             assert source.split("/")[0] in allowed
+
+
+DOCKERFILES = {
+    "docker/api.Dockerfile": "api",
+    "docker/ui.Dockerfile": "ui",
+    "serverless/Dockerfile": "serverless",
+}
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_what_an_image_sets_is_what_the_code_reads(dockerfile: str) -> None:
+    """A name that nobody reads is a promise that the image does not keep: its version, for one."""
+    known = {f"ASR_{name.upper()}" for name in Settings.model_fields}
+    for folder in {DOCKERFILES[dockerfile], "api"}:
+        for path in (ROOT / folder).rglob("*.py"):
+            known |= set(re.findall(r"environ(?:\.get\(|\[)\"(ASR_\w+)\"", path.read_text()))
+            known |= set(re.findall(r"\((?:env|environ), \"(ASR_\w+)\"", path.read_text()))
+            known |= set(re.findall(r"\benv\.get\(\"(ASR_\w+)\"", path.read_text()))
+    final = (ROOT / dockerfile).read_text().split(" AS final")[1]
+    names = set(re.findall(r"^(?:ENV)?\s+(ASR_\w+)=", final, flags=re.MULTILINE))
+    assert names
+    assert names <= known
+
+
+def test_the_api_image_says_its_version_and_revision() -> None:
+    final = (ROOT / "docker/api.Dockerfile").read_text().split(" AS final")[1]
+    for name in ("VERSION", "REVISION"):
+        assert f"ARG {name}=" in final
+        assert f"ASR_{name}=${{{name}}}" in final
+        assert f'"ASR_{name}"' in (ROOT / "api/main.py").read_text()
