@@ -35,6 +35,18 @@ running_version() { # the tag of what runs, which `make up` wrote into no file
   case ${image##*/} in *@*) ;; *:*) echo "${image##*:}" ;; esac
 }
 
+keep_running_images() { # VERSION: tag what runs as VERSION-before; false where it is what would be deployed
+  local service image id changed=1
+  for service in api ui; do
+    image=${registry:+$registry/}asr-$service
+    id=$(running "$service" '{{.Image}}')
+    [ -n "$id" ] || id=$image:$1
+    [ "$(docker image inspect --format '{{.Id}}' "$id")" = "$(docker image inspect --format '{{.Id}}' "$image:$1")" ] || changed=0
+    docker tag "$id" "$image:$1-before"
+  done
+  return "$changed"
+}
+
 use_version() {
   export ASR_API_IMAGE=${registry:+$registry/}asr-api:$1 ASR_UI_IMAGE=${registry:+$registry/}asr-ui:$1
 }
@@ -76,6 +88,10 @@ case ${1:-} in
     version=${2:?deploy needs a version}
     before=$(read_state current)
     [ -n "$before" ] || before=$(running_version)
+    # A build may carry the version that runs already: another tag keeps the old images, to go back to.
+    if [ "$before" = "$version" ] && [ -n "$(running api '{{.Image}}')" ] && keep_running_images "$version"; then
+      before=$version-before
+    fi
     rm -f "$state/failed"
     if roll "$version"; then
       [ -z "$before" ] || [ "$before" = "$version" ] || echo "$before" >"$state/previous"
@@ -84,7 +100,7 @@ case ${1:-} in
       exit
     fi
     echo "$version" >"$state/failed"
-    if [ -z "$before" ]; then
+    if [ -z "$before" ] || [ "$before" = "$version" ]; then
       echo "error: $version failed and there is no earlier version to go back to" >&2
       exit 1
     fi

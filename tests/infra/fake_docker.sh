@@ -8,9 +8,9 @@ mkdir -p containers images 2>/dev/null
 printf '%s\n' "$*" >>calls
 [ -z "${FAKE_REFUSES:-}" ] || [[ "$*" != "$FAKE_REFUSES"* ]] || exit 1
 
-image_id() { # NAME: into $id
+image_id() { # NAME or id: into $id
   local file=images/${1//\//_}
-  id=sha256:$1
+  id=sha256:${1#sha256:}
   [ ! -e "$file" ] || id=$(<"$file")
 }
 read_container() { { read -r image && read -r id; } <"$1"; }
@@ -72,7 +72,13 @@ case $1 in
     read_container "containers/${*: -1}"
     case $* in *.Config.Image*) printf '%s\n' "$image" ;; *) printf '%s\n' "$id" ;; esac
     ;;
-  image) image_id "${*: -1}" && printf '%s\n' "$id" ;;
+  image)
+    image_id "${*: -1}"
+    printf '%s\n' "$id"
+    ;;
   rm) rm "containers/${*: -1}" ;;
-  tag) image_id "$2" && printf '%s' "${id#sha256:sha256:}" >"images/${3//\//_}" ;;
+  tag) # an id or a name becomes NAME
+    image_id "$2"
+    printf '%s' "$id" >"images/${3//\//_}"
+    ;;
 esac

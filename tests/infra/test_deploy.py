@@ -46,6 +46,11 @@ class Machine:
         images = {"ASR_API_IMAGE": f"asr-api:{version}", "ASR_UI_IMAGE": f"asr-ui:{version}"}
         assert self.run("docker/compose.sh", "up", "--detach", "--scale", "api=2", **images).returncode == 0
 
+    def ids(self, service: str = "api") -> list[str]:
+        """Image id of each container of a service."""
+        files = sorted((self.folder / "containers").glob(f"*-{service}"))
+        return [file.read_text().splitlines()[1] for file in files]
+
     def images(self, service: str = "api") -> list[str]:
         """Image of each container of a service."""
         files = sorted((self.folder / "containers").glob(f"*-{service}"))
@@ -128,3 +133,25 @@ def test_scaling_keeps_the_version_that_runs(machine: Machine) -> None:
     machine.up("1")
     assert machine.run("docker/deploy.sh", "scale", REPLICAS="3").returncode == 0
     assert machine.images() == ["asr-api:1"] * 3
+
+
+def test_a_build_of_the_same_version_goes_back_to_the_build_before(machine: Machine) -> None:
+    """Jenkins builds every commit under the version of pyproject.toml."""
+    machine.up("1")
+    for kind in ("api", "ui"):
+        assert machine.run("docker", "tag", f"sha256:new-{kind}", f"asr-{kind}:1").returncode == 0
+    failed = machine.run("docker/deploy.sh", "deploy", "1", FAKE_BROKEN="sha256:new-api")
+    assert "1 failed; going back to 1-before" in failed.stderr
+    assert machine.ids() == ["sha256:asr-api:1"] * 2
+    assert machine.deploy("1").returncode == 0
+    assert machine.ids() == ["sha256:new-api"] * 2
+    assert machine.rollback().returncode == 0
+    assert machine.ids() == ["sha256:asr-api:1"] * 2
+    assert machine.ids("ui") == ["sha256:asr-ui:1"]
+
+
+def test_a_restart_of_the_same_images_has_nothing_to_go_back_to(machine: Machine) -> None:
+    machine.deploy("1")
+    assert machine.deploy("1").returncode == 0
+    assert machine.images() == ["asr-api:1"] * 2
+    assert not (machine.state / "previous").exists()
