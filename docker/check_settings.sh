@@ -18,7 +18,8 @@ is_loopback() { case $1 in 127.* | localhost | ::1 | '[::1]') ;; *) return 1 ;; 
 at_least() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a + 0 >= b + 0) }'; }
 
 starts=0
-case ,$parts, in # parts and arguments are compose.sh's
+# shellcheck disable=SC2154  # parts and the arguments are compose.sh's
+case ,$parts, in
   *,api,* | *,ui,*)
     for argument; do
       case $argument in up | create | run) starts=1 && break ;; esac

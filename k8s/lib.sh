@@ -48,6 +48,7 @@ kube() {
 exists() { [ "$DRY_RUN" = 0 ] && kube get "$@" >/dev/null 2>&1; }
 
 # What a rollback goes back to: one line NAME UID REVISION for each deployment that was there before the apply.
+# shellcheck disable=SC2034  # used where this is sourced
 DEPLOYMENTS=(asr-api asr-ui)
 REVISIONS_FILE=${REVISIONS_FILE:-build/k8s-revisions}
 
