@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 
 from loadtest.clips import cut_clips
-from loadtest.load import Answer, Form, closed_loop, make_form, send, summarise
+from loadtest.load import Answer, Form, Poster, closed_loop, make_form, send, summarise
 from loadtest.processes import ROOT, LiveServer, api_server, hardware
 
 DEADLINE_S = 20.0
@@ -78,13 +78,12 @@ async def overload(
     """Poisson arrivals; each client obeys Retry-After. Times are seconds from the start."""
     generator = random.Random(0)
     start_s = time.perf_counter()
-    limits = httpx.Limits(max_connections=4000, max_keepalive_connections=64)
     clients: list[Client] = []
-    async with httpx.AsyncClient(limits=limits, timeout=DEADLINE_S + 30, trust_env=False) as http:
+    async with Poster(url, DEADLINE_S + 30) as http:
 
         async def caller(client: Client, form: Form) -> None:
             for _ in range(tries):
-                answer = await send(http, url, form)
+                answer = await send(http, form)
                 client.answers.append((time.perf_counter() - start_s, answer))
                 if answer.status != 429:
                     return
@@ -121,9 +120,9 @@ def report(clients: Sequence[Client], capacity_per_s: float, duration_s: float) 
 async def recovery(url: str, form: Form, usual_s: float) -> float:
     """Seconds until one request alone takes less than three times its usual time."""
     start_s = time.perf_counter()
-    async with httpx.AsyncClient(timeout=60, trust_env=False) as http:
+    async with Poster(url, 60) as http:
         while time.perf_counter() - start_s < 60:
-            answer = await send(http, url, form)
+            answer = await send(http, form)
             if answer.status == 200 and answer.latency_s < 3 * usual_s:
                 return time.perf_counter() - start_s
             await asyncio.sleep(0.2)
