@@ -43,6 +43,7 @@ class Bucket:
 
 class _Quiet(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body leave in two writes; the second would wait for an ACK
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
