@@ -129,6 +129,13 @@ class TestSegments:
         words = Segment(0, 1, "no way", tuple(spoken(["no", "way"])), (), math.log(0.44), 0.0, 0.0, 3)
         assert not words.is_like_noise(0.5)
 
+    def test_words_that_were_hardly_heard_are_noise(self) -> None:
+        words = tuple(spoken(["no", "way"]))
+        for confidence, noise in ((0.16, False), (0.14, True)):
+            segment = Segment(0, 1, "no way", words, (), math.log(confidence), 0.0, 0.0, 3)
+            assert segment.is_like_noise(0.5) is noise
+            assert not segment.is_like_noise(0.0)
+
 
 class TestOpenAIBodies:
     def test_json_has_text_and_usage_only(self) -> None:
