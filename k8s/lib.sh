@@ -21,6 +21,19 @@ run() {
   fi
 }
 
+# common_option WORD...: an option that every script takes; sets words to how many words it was.
+# shellcheck disable=SC2034  # used where this is sourced
+common_option() {
+  words=2
+  case $1 in
+    --kubeconfig) KUBECONFIG_FILE=${2:?--kubeconfig needs a file} ;;
+    --timeout) timeout_s=${2:?--timeout needs seconds} ;;
+    --dry-run) DRY_RUN=1 words=1 ;;
+    --help | -h) usage; exit 0 ;;
+    *) usage >&2; fail "unknown option $1" ;;
+  esac
+}
+
 # require_tools NAME...: name every missing tool at once, with where it comes from.
 require_tools() {
   local tool missing=0

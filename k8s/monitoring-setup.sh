@@ -29,12 +29,8 @@ EOF
 storage_class=do-block-storage timeout_s=600
 while [ $# -gt 0 ]; do
   case $1 in
-    --kubeconfig) KUBECONFIG_FILE=${2:?--kubeconfig needs a file}; shift 2 ;;
     --storage-class) storage_class=${2:?--storage-class needs a name}; shift 2 ;;
-    --timeout) timeout_s=${2:?--timeout needs seconds}; shift 2 ;;
-    --dry-run) DRY_RUN=1; shift ;;
-    --help | -h) usage; exit 0 ;;
-    *) usage >&2; fail "unknown option $1" ;;
+    *) common_option "$@"; shift "$words" ;;
   esac
 done
 

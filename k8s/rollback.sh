@@ -23,13 +23,8 @@ EOF
 
 timeout_s=300
 while [ $# -gt 0 ]; do
-  case $1 in
-    --kubeconfig) KUBECONFIG_FILE=${2:?--kubeconfig needs a file}; shift 2 ;;
-    --timeout) timeout_s=${2:?--timeout needs seconds}; shift 2 ;;
-    --dry-run) DRY_RUN=1; shift ;;
-    --help | -h) usage; exit 0 ;;
-    *) usage >&2; fail "unknown option $1" ;;
-  esac
+  common_option "$@"
+  shift "$words"
 done
 
 say "Tools"

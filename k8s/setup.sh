@@ -34,15 +34,12 @@ while [ $# -gt 0 ]; do
     --overlay) overlay=${2:?--overlay needs a name}; shift 2 ;;
     --registry) registry=${2:?--registry needs a prefix}; shift 2 ;;
     --tag) tag=${2:?--tag needs a value}; shift 2 ;;
-    --kubeconfig) KUBECONFIG_FILE=${2:?--kubeconfig needs a file}; terraform=0; shift 2 ;;
     --skip-terraform) terraform=0; shift ;;
     --yes) yes=1; shift ;;
-    --timeout) timeout_s=${2:?--timeout needs seconds}; shift 2 ;;
-    --dry-run) DRY_RUN=1; shift ;;
-    --help | -h) usage; exit 0 ;;
-    *) usage >&2; fail "unknown option $1" ;;
+    *) common_option "$@"; shift "$words" ;;
   esac
 done
+[ -z "$KUBECONFIG_FILE" ] || terraform=0
 path=$overlay
 [ -d "$path" ] || path=k8s/overlays/$overlay
 [ -f "$path/kustomization.yaml" ] || fail "there is no overlay $overlay (have: $(find k8s/overlays -mindepth 1 -maxdepth 1 -type d -printf '%f '))"

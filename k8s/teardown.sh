@@ -25,14 +25,11 @@ only='' yes=0 timeout_s=300 terraform=1
 while [ $# -gt 0 ]; do
   case $1 in
     --only) only=${2:?--only needs app or monitoring}; shift 2 ;;
-    --kubeconfig) KUBECONFIG_FILE=${2:?--kubeconfig needs a file}; terraform=0; shift 2 ;;
     --yes) yes=1; shift ;;
-    --timeout) timeout_s=${2:?--timeout needs seconds}; shift 2 ;;
-    --dry-run) DRY_RUN=1; shift ;;
-    --help | -h) usage; exit 0 ;;
-    *) usage >&2; fail "unknown option $1" ;;
+    *) common_option "$@"; shift "$words" ;;
   esac
 done
+[ -z "$KUBECONFIG_FILE" ] || terraform=0
 [[ -z $only || $only == app || $only == monitoring ]] || fail "--only is app or monitoring, not $only"
 [ -z "$only" ] || terraform=0
 
