@@ -28,7 +28,7 @@ from loadtest.bench import engine_row
 from loadtest.clips import cut_clips, shared_dir
 from loadtest.load import Answer, Form, closed_loop, make_form, open_loop, summarise
 from loadtest.peers.graphs import EXPORTED, SHERPA_INT8, SHERPA_TOKENS
-from loadtest.processes import ROOT, LiveServer, Servers, asr_variables, hardware
+from loadtest.processes import ROOT, LiveServer, Servers, hardware
 
 CLIP_LENGTHS_S = (2.0, 3.0, 4.0, 5.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
 OURS, AS_EXPORTED, SAME_INT8, SHERPA = (
@@ -110,8 +110,7 @@ def peers(folder: Path, bundle: Path) -> dict[str, list[str]]:
 
 def start_all(servers: Servers, folder: Path, bundle: Path) -> dict[str, LiveServer]:
     """Every server, ready."""
-    settings = asr_variables({"models": bundle.name, "models_dir": bundle.parent, "drain_grace_s": 0})
-    started = {OURS: servers.api(settings)}
+    started = {OURS: servers.api_with(bundle.name, bundle.parent)}
     for name, arguments in peers(folder, bundle).items():
         command = [sys.executable, "-m", "loadtest.peers.naive", "0", *arguments]
         started[name] = servers.start("peer", command, "/health/ready")

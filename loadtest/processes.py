@@ -137,6 +137,16 @@ class LiveServer:
         """CPU seconds (user and system) of the process and its children so far."""
         return float(sum(sum(each.cpu_times()[:2]) for each in self._processes()))
 
+    def spool_files(self, folder: Path) -> list[str]:
+        """Files of `folder` that it holds open, unlinked or not, and then those that lie there."""
+        held = []
+        for entry in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                target = str(entry.readlink())
+                if target.startswith(str(folder)):
+                    held.append(target)
+        return held + [str(path) for path in folder.iterdir()]
+
     def _processes(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]
 
@@ -230,6 +240,11 @@ class Servers:
         """`asr serve`, ready; see `start_api`."""
         return self._keep(start_api(self._log_path("api"), variables, command=command))
 
+    def api_with(self, model: str, models_dir: Path, **settings: object) -> LiveServer:
+        """`asr serve` with these models and any ``ASR_*`` setting (without its prefix), ready."""
+        given = {"models": model, "models_dir": models_dir, "drain_grace_s": 0, **settings}
+        return self.api(asr_variables(given))
+
     def _log_path(self, name: str) -> Path:
         self._count += 1
         return self.folder / f"{name}-{self._count}.log"
@@ -241,10 +256,9 @@ class Servers:
 
 @contextlib.contextmanager
 def api_server(model: str, models_dir: Path, **settings: object) -> Iterator[LiveServer]:
-    """The service itself, ready, with these models and any ``ASR_*`` setting (without its prefix)."""
-    given = {"models": model, "models_dir": models_dir, "drain_grace_s": 0, **settings}
+    """The service itself, ready: see `Servers.api_with`."""
     with Servers() as servers:
-        yield servers.api(asr_variables(given))
+        yield servers.api_with(model, models_dir, **settings)
 
 
 def hardware() -> str:

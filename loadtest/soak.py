@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from tqdm import tqdm
 
 from loadtest.clips import cut_clips, speech, wav_clip
@@ -180,22 +179,20 @@ class Callers:
         return said(await http.post("/transcribe", files={"file": (name, self.formats[name])}))
 
     async def openai(self, http: httpx.AsyncClient, rng: random.Random) -> str:
-        form = {
-            "model": "whisper-1",
-            "response_format": rng.choice(["json", "verbose_json", "text", "srt", "vtt"]),
-            "timestamp_granularities[]": ["word", "segment"],
-        }
-        if form["response_format"] != "verbose_json":
-            del form["timestamp_granularities[]"]
+        kind = rng.choice(["json", "verbose_json", "text", "srt", "vtt"])
+        form: dict[str, Any] = {"model": "whisper-1", "response_format": kind}
+        if kind == "verbose_json":
+            form["timestamp_granularities[]"] = ["word", "segment"]
         return said(
             await http.post("/v1/audio/transcriptions", data=form, files=_file(rng.choice(self.clips)))
         )
 
     async def hotwords(self, http: httpx.AsyncClient, rng: random.Random) -> str:
         words = [f"word{chr(97 + rng.randrange(26)) * 3}" for _ in range(rng.randrange(1, 40))]
-        form = {"hotwords[]": [*words, "hello"], "beam": str(rng.choice([0, 8, 16]))}
-        if form["beam"] == "0":
-            del form["hotwords[]"]  # greedy decoding takes none
+        beam = rng.choice([0, 8, 16])
+        form: dict[str, Any] = {"beam": str(beam)}
+        if beam:  # greedy decoding takes no hotwords
+            form["hotwords[]"] = [*words, "hello"]
         return said(await http.post("/transcribe", data=form, files=_file(rng.choice(self.clips))))
 
     async def streamed(self, http: httpx.AsyncClient, rng: random.Random) -> str:
@@ -301,16 +298,8 @@ class Reader:
             rss_mb=self.running.rss_mb(),
             descriptors=process.num_fds(),
             threads=process.num_threads(),
-            spooled=self._spooled(process),
+            spooled=len(self.running.spool_files(self.spool)),
         )
-
-    def _spooled(self, process: psutil.Process) -> int:
-        """Files in the spool folder, and those that were unlinked and are still held open."""
-        held = 0
-        for entry in Path(f"/proc/{process.pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                held += str(entry.readlink()).startswith(str(self.spool))
-        return held + sum(1 for _ in self.spool.iterdir())
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -55,17 +55,7 @@ def _calm_afterwards(live: LiveServer) -> Iterator[None]:
 
 def _open_spools(live: LiveServer) -> list[str]:
     """Unlinked spool files that the process still holds, and linked ones that should not be there."""
-    spool = live.log_path.parent / "spool"
-    descriptors = Path(f"/proc/{live.process.pid}/fd")
-    held = []
-    for entry in descriptors.iterdir():
-        try:
-            target = str(entry.readlink())
-        except OSError:
-            continue
-        if target.startswith(str(spool)):
-            held.append(target)
-    return held + [str(path) for path in spool.iterdir()]
+    return live.spool_files(live.log_path.parent / "spool")
 
 
 def head(length: int | None, path: str = "/transcribe") -> bytes:
