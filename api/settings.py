@@ -299,14 +299,19 @@ class Settings(BaseSettings):
         """Name of the model behind an empty ``model`` field and behind ``whisper-1``."""
         return self.default_model or self.models[0]
 
+    def key_file_entries(self) -> list[str]:
+        """Keys of the file as they are written there, none without a file. Raises OSError, UnicodeError."""
+        if self.api_keys_file is None:
+            return []
+        lines = self.api_keys_file.read_text(encoding="utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
     def load_keys(self) -> tuple[ApiKey, ...]:
         """Keys from the variable and the file. Raises SettingsError when the file is unreadable or empty."""
         if self.api_keys_file is None:
             return self.api_keys
         try:
-            lines = self.api_keys_file.read_text(encoding="utf-8").splitlines()
-            entries = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-            keys = tuple(ApiKey.parse(entry) for entry in entries)
+            keys = tuple(ApiKey.parse(entry) for entry in self.key_file_entries())
         except (OSError, ValueError) as error:
             raise SettingsError(f"ASR_API_KEYS_FILE={self.api_keys_file}: {error}") from error
         if not keys:

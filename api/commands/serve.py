@@ -67,9 +67,8 @@ def _secrets(settings: Settings) -> list[str]:
     """Plain keys from wherever the settings read them, for the log's filter; digests need no hiding."""
     given = {**dotenv_values(ENV_FILE), **os.environ}.get("ASR_API_KEYS") or ""
     entries = given.split(",")
-    if settings.api_keys_file is not None:
-        with contextlib.suppress(OSError, UnicodeError):  # refused with a message in a moment
-            entries += settings.api_keys_file.read_text(encoding="utf-8").splitlines()
+    with contextlib.suppress(OSError, UnicodeError):  # refused with a message in a moment
+        entries += settings.key_file_entries()
     secrets = [entry.partition(":")[2].strip() for entry in entries]
     return [secret for secret in secrets if secret and not secret.startswith("sha256=")]
 
