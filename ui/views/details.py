@@ -13,10 +13,10 @@ from ui.transcript import Transcript
 from ui.views.format import milliseconds, percent
 from ui.work import Task
 
-# Colours of the Okabe-Ito palette, which people with any colour vision can tell apart; the table names each.
 # What the service's processing time leaves out: it runs from the end of the upload to the text.
 _OUTSIDE = ("read", "render")
 _ROUNDING_S = 0.001
+# Colours of the Okabe-Ito palette, which people with any colour vision can tell apart; the table names each.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 
 
@@ -56,10 +56,8 @@ def stages_html(stages_s: Mapping[str, float], total_s: float, processing_s: flo
     whole = sum(seconds for _, seconds in rows) or 1.0
     bar, body = [], []
     for index, (name, seconds) in enumerate(rows):
-        label, time = (
-            html.escape(stage_name(name, strings)),
-            f'<td class="number">{milliseconds(seconds)}</td>',
-        )
+        label = html.escape(stage_name(name, strings))
+        time = f'<td class="number">{milliseconds(seconds)}</td>'
         if summed:
             body.append(f"<tr><td>{label}</td>{time}</tr>")
             continue
