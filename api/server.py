@@ -5,17 +5,22 @@
   connection gets 503 with Retry-After.
 - What is left of a refused body is discarded for a few seconds, so that the caller can read the refusal.
 - SIGTERM and SIGINT: readiness fails at once, the listener goes on for the grace period (after SIGTERM also
-  until Prometheus, where it scrapes, has counted the last request), then HTTP drains.
+  until Prometheus, where it scrapes, has counted the last request), then HTTP drains. A connection that was
+  let in gets its answer; the kernel is told to let none in any more before the listener closes.
   The process ends with status 0; a second signal ends it at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import json
 import math
+import os
 import signal
 import socket
+import struct
 import time
 import uuid
 from http import HTTPStatus
@@ -24,7 +29,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from api.errors import AsrError, InvalidRequestError, RetryLaterError
 from api.service import Service
@@ -35,7 +40,8 @@ _MAX_HEAD_BYTES = 64 * 1024
 _LINGER_S = 5.0
 _LAST_SCRAPE_WAIT_S = 30.0  # twice the usual scrape interval
 _LAST_REQUEST_S = 0.5  # what a connection that was let in has to send its request when the server stops
-_ACCEPT_TURNS = 3  # of the loop: it looks at its sockets between two
+_LAST_HANDSHAKES_S = 0.1  # for handshakes under way, and for taking what they leave to accept
+_SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>; the socket module does not name it
 _BACKLOG = 2048
 START_FAILED = 3
 
@@ -63,6 +69,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._deaf = False
         self._last_request = False
+        self._closes_after_body = False
         self._idle_since_s = time.monotonic()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -92,13 +99,17 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._disarm()
         super().on_headers_complete()
-        if self._last_request and self.cycle is not None:
-            self.cycle.keep_alive = False
+        if self.cycle is not None:
+            self.cycle.transport = _AnswerTransport(self, self.cycle)  # type: ignore[assignment]
+            if self._last_request:
+                self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         self._in_head = True
-        if self.cycle is not None and self.cycle.response_complete:
-            self._disarm()  # a discarded body has ended
+        if self.cycle is not None and self.cycle.response_complete:  # a discarded body has ended
+            self._disarm()
+            if self._closes_after_body:
+                self.transport.close()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -107,11 +118,24 @@ class GuardedProtocol(HttpToolsProtocol):
             self._arm(_LINGER_S)
         super().on_response_complete()
 
+    def close_after(self, cycle: RequestResponseCycle) -> None:
+        """Close now that ``cycle`` is answered, after the rest of its body or ``_LINGER_S``.
+
+        To close with bytes unread resets the connection, and the caller may lose the answer to that.
+        """
+        if cycle is self.cycle and not self._in_head:
+            self._closes_after_body = True
+        else:
+            self.transport.close()
+
     def shutdown(self) -> None:
         """Close when nothing is under way. A request that is on its way in is still answered.
 
         To close a connection whose first bytes were not read yet would reset it.
         """
+        if self.cycle is not None and self.cycle.response_complete and not self._in_head:
+            self._closes_after_body = True
+            return
         waits_for_request = self.cycle is None or (self._in_head and self._head_bytes > 0)
         if waits_for_request and not self.transport.is_closing():
             self._last_request = True
@@ -185,6 +209,23 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
+class _AnswerTransport:
+    """What uvicorn writes one answer to."""
+
+    def __init__(self, protocol: GuardedProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol = protocol
+        self._cycle = cycle
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+
+    def close(self) -> None:
+        """Called at the end of an answer that ends the connection, and when no answer can be finished."""
+        if self._cycle.response_complete:
+            self._protocol.close_after(self._cycle)
+        else:
+            self._protocol.transport.close()
+
+
 class Server(uvicorn.Server):
     """uvicorn.Server with the stop described above."""
 
@@ -211,14 +252,18 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take the connections that wait to be accepted: a closed listener would reset them. Then stop.
+        """Answer every connection that the kernel has let in, and stop.
 
-        Their requests are refused, with Retry-After: Prometheus has come by for the last time, and an answer
-        given now would be missing from its sums.
+        A closed listener resets the connections that nobody has accepted, and new ones come between any look
+        at them and the close. So the kernel drops new SYNs first: their senders try again within a second,
+        and find another replica or a closed port. The last requests are refused, with Retry-After: Prometheus
+        has come by for the last time, and an answer given now would be missing from its sums.
         """
         self._service.refuse_new()
-        for _ in range(_ACCEPT_TURNS):
-            await asyncio.sleep(0)
+        for server in self.servers:
+            for listener in server.sockets:
+                _drop_new_connections(listener.fileno())
+        await asyncio.sleep(_LAST_HANDSHAKES_S)
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
@@ -236,6 +281,26 @@ class Server(uvicorn.Server):
         if self._exit_at_s is None or time.monotonic() >= self._exit_at_s + wait_s:
             return False
         return service.in_progress > 0 or scrapes.pending()
+
+
+def _drop_new_connections(listener_fd: int) -> None:
+    """Have the kernel ignore SYNs to a listening TCP socket; handshakes under way end as usual.
+
+    A classic BPF program on the TCP header (Linux, socket(7), no privilege needed): drop the segment if SYN
+    is among its flags. Where there is no such filter, the gap stays between the last accept and the close.
+    """
+    load_byte, jump_if_bits, pass_on = 0x30, 0x45, 0x06
+    flags_at, syn, whole, nothing = 13, 0x02, 0xFFFF_FFFF, 0
+    steps = [
+        (load_byte, 0, 0, flags_at),
+        (jump_if_bits, 0, 1, syn),
+        (pass_on, 0, 0, nothing),
+        (pass_on, 0, 0, whole),
+    ]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+    header = struct.pack("HP", len(steps), ctypes.addressof(program))
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(listener_fd)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, header)
 
 
 def make_server(app: FastAPI, settings: Settings) -> Server:

@@ -101,6 +101,62 @@ def test_sigterm_under_load_loses_nothing(models_dir: Path, tmp_path: Path, laun
     assert "Traceback" not in live.log
 
 
+def test_no_connection_that_was_let_in_is_reset_when_the_listener_closes(
+    models_dir: Path, tmp_path: Path, launch: Launch
+) -> None:
+    """Sixteen callers open connections without a pause while the service stops."""
+    live = launch(models_dir, tmp_path / "log", drain_grace_s=0)
+    answered: list[bytes] = []
+    broken: list[str] = []
+    lock = threading.Lock()
+
+    def knock() -> None:
+        while True:
+            try:
+                connection = socket.create_connection(("127.0.0.1", live.port), timeout=20)
+            except ConnectionRefusedError:
+                return
+            with connection:
+                try:
+                    connection.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                    status = connection.recv(65536)[:12]
+                except OSError as error:
+                    status = repr(error).encode()
+            with lock:
+                (answered if status == b"HTTP/1.1 200" else broken).append(status)
+
+    threads = [threading.Thread(target=knock) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    live.process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(30)
+    assert live.process.wait(30) == 0
+    assert broken == []
+    assert len(answered) > 50
+
+
+def test_refusal_while_draining_reaches_a_caller_that_is_still_sending(
+    models_dir: Path, tmp_path: Path, launch: Launch
+) -> None:
+    """The answer closes the connection, but only after the body: a close before it would be a reset."""
+    live = launch(models_dir, tmp_path / "log", drain_grace_s=3)
+    live.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    size = 4_000_000
+    with socket.create_connection(("127.0.0.1", live.port), timeout=20) as connection:
+        connection.sendall(f"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n\r\n".encode())
+        time.sleep(0.3)  # refused by now
+        connection.sendall(bytes(size))
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 404")
+    assert b"connection: close" in answer
+    assert live.process.wait(30) == 0
+
+
 def test_interrupt_stops_cleanly_without_grace(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
     live = launch(models_dir, tmp_path / "log", drain_grace_s=30)
     live.process.send_signal(signal.SIGINT)
