@@ -79,10 +79,21 @@ class RateLimiter:
 
 
 class Access:
-    """401 without a known key where keys are configured, 429 above the rate limit; no body is read first."""
+    """401 without a known key where keys are configured, 429 above the rate limit or while the queue is full.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], rate_limit_per_minute: int) -> None:
+    No body is read first. ``check_room`` raises what a transcription would be refused with: here that costs
+    half of what it does behind the router, which counts when most callers are refused.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[ApiKey],
+        rate_limit_per_minute: int,
+        check_room: Callable[[], None],
+    ) -> None:
         self.app = app
+        self._check_room = check_room
         self._keys = tuple(keys)
         self._limiter = RateLimiter(rate_limit_per_minute) if rate_limit_per_minute else None
 
@@ -93,8 +104,10 @@ class Access:
         try:
             caller = self._authenticate(scope)
             scope.setdefault("state", {})["caller"] = caller
-            if self._limiter is not None and scope["path"] in TRANSCRIPTION_ROUTES:
-                self._limiter.take(caller, time.monotonic())
+            if scope["path"] in TRANSCRIPTION_ROUTES and scope["method"] == "POST":
+                if self._limiter is not None:
+                    self._limiter.take(caller, time.monotonic())
+                self._check_room()
         except AsrError as error:
             record = current_record()
             if record is not None:

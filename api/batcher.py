@@ -7,10 +7,10 @@ plans them. Everything of one request shares an owner and takes turns with other
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,9 @@ from api.errors import DeadlineExceededError, DrainingError, QueueFullError
 from api.telemetry import Telemetry, current_record
 from api.workers import BatchEngine, Entry, SegmentResult, WorkerPool
 
-__all__ = ["Admission", "Batcher", "SegmentResult"]
+KEEP_ROOM_S = 5.0  # from the head of a request to its first audio in the queue
+
+__all__ = ["Admission", "Batcher", "SegmentResult", "request_owner"]
 
 
 class Admission:
@@ -38,32 +40,69 @@ class Admission:
         self._usual_audio_s = 5.0
         self._clock = clock
         self._retry = RetrySchedule()
+        self._kept: dict[Hashable, tuple[float, float]] = {}  # audio-seconds, until when; oldest first
+        self._kept_s = 0.0
         self._waiters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None], float]] = deque()
         pool.on_space = self._wake
 
-    def check_room(self) -> None:
-        """``check`` for audio that nobody has read yet: as long as others were, without a deadline."""
-        self.check(self._usual_audio_s, math.inf)
+    def enter(self, owner: Hashable) -> None:
+        """Let a request in before its audio is read, and keep room for as much as others brought.
 
-    def check(self, audio_s: float, deadline_s: float) -> None:
+        The room is kept until ``owner`` queues its first utterance, or leaves, for ``KEEP_ROOM_S`` at most: a
+        slow upload does not keep others out. Raises DrainingError or QueueFullError.
+        """
+        self.check_room()
+        self._kept[owner] = (self._usual_audio_s, self._clock() + KEEP_ROOM_S)
+        self._kept_s += self._usual_audio_s
+
+    def check_room(self) -> None:
+        """Raise what ``enter`` would."""
+        now_s = self._clock()
+        self._forget_old(now_s)
+        audio_s, waiting_s = self._usual_audio_s, self.pool.waiting_audio_s + self._kept_s
+        if self.draining or not self._fits(audio_s, waiting_s):
+            self._refuse(audio_s, waiting_s, self.limit_s, now_s)
+
+    def leave(self, owner: Hashable) -> None:
+        """Free what is kept for ``owner``, if anything."""
+        self._kept_s -= self._kept.pop(owner, (0.0, 0.0))[0]
+        if not self._kept:
+            self._kept_s = 0.0  # no remainder of rounding
+
+    def check(self, audio_s: float, deadline_s: float, owner: Hashable = None) -> None:
         """Raise DrainingError, or QueueFullError with the seconds after which a retry will find room.
 
         Full means: no room, somebody accepted is waiting for room, or the wait would outlast the deadline.
+        For an ``owner`` whose room is kept only the deadline counts.
         """
+        now_s = self._clock()
+        self._forget_old(now_s)
+        room_is_kept = owner in self._kept
+        self.leave(owner)
+        waiting_s = self.pool.waiting_audio_s
+        in_time_s = max(0.0, deadline_s - now_s) * self._rate() * 0.8
+        in_time = waiting_s == 0.0 or waiting_s + audio_s <= in_time_s
+        if self.draining or not in_time or not (room_is_kept or self._fits(audio_s, waiting_s)):
+            self._refuse(audio_s, waiting_s, min(self.limit_s, in_time_s), now_s)
+        if waiting_s < 0.5 * self.limit_s:
+            self._retry.queue_ran_low(now_s)
+        self._usual_audio_s += 0.05 * (audio_s - self._usual_audio_s)
+
+    def _rate(self) -> float:
+        return max(self.pool.drain_rate.per_s, 1e-3)
+
+    def _forget_old(self, now_s: float) -> None:
+        while self._kept:
+            owner, (_, until_s) = next(iter(self._kept.items()))
+            if until_s > now_s:
+                return
+            self.leave(owner)
+
+    def _refuse(self, audio_s: float, waiting_s: float, room_s: float, now_s: float) -> NoReturn:
         if self.draining:
             raise DrainingError("The service is shutting down and takes no new work.")
-        pool, now_s = self.pool, self._clock()
-        rate = max(pool.drain_rate.per_s, 1e-3)
-        waiting_s = pool.waiting_audio_s
-        fits = waiting_s == 0.0 or (waiting_s + audio_s <= self.limit_s and not self._waiters)
-        in_time_s = max(0.0, deadline_s - now_s) * rate * 0.8
-        if fits and (waiting_s == 0.0 or waiting_s + audio_s <= in_time_s):
-            if waiting_s < 0.5 * self.limit_s:
-                self._retry.queue_ran_low(now_s)
-            self._usual_audio_s += 0.05 * (audio_s - self._usual_audio_s)
-            return
-        overflow_s = waiting_s + audio_s - min(self.limit_s, in_time_s)
-        retry_s = self._retry.retry_after_s(audio_s, overflow_s, rate, now_s)
+        rate = self._rate()
+        retry_s = self._retry.retry_after_s(audio_s, waiting_s + audio_s - room_s, rate, now_s)
         raise QueueFullError(
             f"The queue is full: {waiting_s:.0f} audio-seconds are waiting and {rate:.0f} get done per "
             f"second. Try again in {retry_s:.1f} seconds.",
@@ -76,7 +115,7 @@ class Admission:
         Raises DeadlineExceededError.
         """
         pool = self.pool
-        if not self._waiters and (pool.waiting_audio_s == 0.0 or self._fits(audio_s)):
+        if self._fits(audio_s, pool.waiting_audio_s):
             return
         loop = asyncio.get_running_loop()
         waiter = (loop, loop.create_future(), audio_s)
@@ -101,8 +140,12 @@ class Admission:
             await asyncio.sleep(0.01)
         return True
 
-    def _fits(self, audio_s: float) -> bool:
-        return self.pool.waiting_audio_s + audio_s <= self.limit_s
+    def _fits(self, audio_s: float, waiting_s: float) -> bool:
+        return not self._waiters and self._has_room(audio_s, waiting_s)
+
+    def _has_room(self, audio_s: float, waiting_s: float) -> bool:
+        """An empty queue takes anything."""
+        return waiting_s == 0.0 or waiting_s + audio_s <= self.limit_s
 
     def _wake(self) -> None:
         """Called by a worker when an entry leaves the queue."""
@@ -116,7 +159,7 @@ class Admission:
     def _wake_first(self) -> None:
         if self._waiters:
             _, future, audio_s = self._waiters[0]
-            if not future.done() and (self.pool.waiting_audio_s == 0.0 or self._fits(audio_s)):
+            if not future.done() and self._has_room(audio_s, self.pool.waiting_audio_s):
                 future.set_result(None)
 
 
@@ -155,10 +198,11 @@ class Batcher:
         Raises QueueFullError, DrainingError, DeadlineExceededError, InferenceError, OutOfResourcesError.
         """
         audio_s = len(waveform) / self.engine.sample_rate_hz
+        owner = owner if owner is not None else request_owner()
         if wait:
             await self._admission.wait_for_space(audio_s, deadline_s)
         else:
-            self._admission.check(audio_s, deadline_s)
+            self._admission.check(audio_s, deadline_s, owner)
         now_s = self._clock()
         if deadline_s <= now_s:
             raise DeadlineExceededError("The deadline passed before the audio could be queued.")
@@ -167,7 +211,7 @@ class Batcher:
         entry = Entry(
             waveform=waveform,
             audio_s=audio_s,
-            owner=owner if owner is not None else _request_owner(future),
+            owner=owner if owner is not None else id(future),
             deadline_s=deadline_s,
             queued_s=now_s,
             future=future,
@@ -193,7 +237,7 @@ class Batcher:
             entry.future.set_exception(DeadlineExceededError("The audio was not done before its deadline."))
 
 
-def _request_owner(fallback: object) -> Hashable:
-    """The request this runs for; outside of one, every utterance is its own."""
+def request_owner() -> Hashable:
+    """The request this runs for; None outside of one."""
     record = current_record()
-    return id(record) if record is not None else id(fallback)
+    return id(record) if record is not None else None

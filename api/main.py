@@ -67,7 +67,12 @@ def create_app(
     if settings.metrics_enabled:
         _add_metrics(app, telemetry)
     _add_error_handlers(app)
-    app.add_middleware(Access, keys=keys, rate_limit_per_minute=settings.rate_limit_per_minute)
+    app.add_middleware(
+        Access,
+        keys=keys,
+        rate_limit_per_minute=settings.rate_limit_per_minute,
+        check_room=service.check_room,
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

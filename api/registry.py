@@ -93,10 +93,6 @@ class Registry:
             raise ModelNotFoundError(name[:100], list(self._models))
         return self._models[name]
 
-    def check_admission(self) -> None:
-        """Raise QueueFullError or DrainingError before an upload is read that would be refused anyway."""
-        self.admission.check_room()
-
     def queue_summary(self) -> dict[str, Any]:
         """For ``/health``."""
         pool = self.pool

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from fastapi import Request
 
+from api.batcher import Admission
 from api.errors import DrainingError, ModelNotFoundError, NotReadyError
 from api.registry import LoadedModel, Registry
 from api.settings import Settings
@@ -103,25 +105,34 @@ class Service:
 
     # -- requests
 
-    def admit(self) -> None:
+    def check_room(self) -> None:
+        """Raise what ``admit`` would, without taking a place."""
+        self._admission().check_room()
+
+    def admit(self, owner: Hashable) -> None:
         """Take a place. Raises NotReadyError, DrainingError or QueueFullError; otherwise call ``leave``."""
+        self._admission().enter(owner)
+        self._in_progress += 1
+        self._idle.clear()
+
+    def _admission(self) -> Admission:
         if self.phase == "closing":
             raise DrainingError("The service is shutting down.")
         if self._registry is None:
             raise NotReadyError(
                 "The service could not start." if self.phase == "failed" else "The models are still loading."
             )
-        self._registry.check_admission()
-        self._in_progress += 1
-        self._idle.clear()
+        return self._registry.admission
 
     @property
     def in_progress(self) -> int:
         """Requests that hold a place."""
         return self._in_progress
 
-    def leave(self) -> None:
+    def leave(self, owner: Hashable) -> None:
         """Give the place back."""
+        if self._registry is not None:
+            self._registry.admission.leave(owner)
         self._in_progress -= 1
         if self._in_progress == 0:
             self._idle.set()

@@ -4,19 +4,21 @@
 
 First capacity (closed loop, eight clients), then Poisson arrivals at `factor` times that for `--seconds`. A
 refused client waits as long as it was told and tries again, up to `--tries` times; new ones go on arriving
-meanwhile. `/health/live` is asked ten times per second throughout. The load generator runs on the same cores.
-The last line is JSON.
+meanwhile. `/health/live` is asked ten times per second throughout. The service has half of the cores and the
+callers the other half, as they are other machines in the field: three times a service's capacity is more work
+for who sends it than for who refuses it. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import numpy as np
 
 from loadtest.clips import cut_clips
 from loadtest.load import Answer, Form, Poster, closed_loop, make_form, send, summarise
-from loadtest.processes import ROOT, LiveServer, api_server, hardware
+from loadtest.processes import ROOT, LiveServer, Servers, hardware, on_cores, split_cores
 
 DEADLINE_S = 20.0
 QUEUE_S = 4.0  # of work at capacity that may wait
@@ -129,6 +131,15 @@ async def recovery(url: str, form: Form, usual_s: float) -> float:
     return float("inf")
 
 
+@contextlib.contextmanager
+def started(model: str, models_dir: Path, cores: Sequence[int], **limits: object) -> Iterator[LiveServer]:
+    """The service on `cores`, ready."""
+    with Servers() as servers:
+        with on_cores(cores):
+            running = servers.api_with(model, models_dir, **limits)
+        yield running
+
+
 def main() -> None:
     """The command."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -141,21 +152,23 @@ def main() -> None:
     given = parser.parse_args()
     forms = [make_form(clip) for clip in cut_clips([3.0, 4.0, 5.0, 6.0, 7.0])[0]]
     audio_s = float(np.mean([form.clip.duration_s for form in forms]))
-    with api_server(given.model, given.models_dir) as running:
-        url = f"{running.url}/transcribe"
-        asyncio.run(closed_loop(url, forms, 2, 2.0))
-        alone = summarise(*asyncio.run(closed_loop(url, forms, 1, 3.0)))
-        full = summarise(*asyncio.run(closed_loop(url, forms, 8, 8.0)))
-    capacity = full.requests_per_s
-    limit_s = round(capacity * audio_s * QUEUE_S)
-    with api_server(
-        given.model, given.models_dir, queue_limit_audio_s=limit_s, request_timeout_s=DEADLINE_S
-    ) as running:
-        url = f"{running.url}/transcribe"
-        asyncio.run(closed_loop(url, forms, 2, 2.0))
-        with Watch(running) as watch:
-            clients = asyncio.run(overload(url, forms, given.factor * capacity, given.seconds, given.tries))
-        recovered_s = asyncio.run(recovery(url, forms[2], alone.p50_ms / 1000))
+    service_cores, caller_cores = split_cores()
+    with on_cores(caller_cores):
+        with started(given.model, given.models_dir, service_cores) as running:
+            url = f"{running.url}/transcribe"
+            asyncio.run(closed_loop(url, forms, 2, 2.0))
+            alone = summarise(*asyncio.run(closed_loop(url, forms, 1, 3.0)))
+            full = summarise(*asyncio.run(closed_loop(url, forms, 8, 8.0)))
+        capacity = full.requests_per_s
+        limit_s = round(capacity * audio_s * QUEUE_S)
+        limits = {"queue_limit_audio_s": limit_s, "request_timeout_s": DEADLINE_S}
+        with started(given.model, given.models_dir, service_cores, **limits) as running:
+            url = f"{running.url}/transcribe"
+            asyncio.run(closed_loop(url, forms, 2, 2.0))
+            with Watch(running) as watch:
+                rate_per_s = given.factor * capacity
+                clients = asyncio.run(overload(url, forms, rate_per_s, given.seconds, given.tries))
+            recovered_s = asyncio.run(recovery(url, forms[2], alone.p50_ms / 1000))
     figures = report(clients, capacity, given.seconds)
     figures |= {
         "capacity_per_s": capacity,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -252,6 +252,24 @@ class Servers:
     def _keep(self, server: LiveServer) -> LiveServer:
         self._stack.callback(server.stop)
         return server
+
+
+@contextlib.contextmanager
+def on_cores(cores: Collection[int]) -> Iterator[None]:
+    """Keep the calling thread, and the processes and threads it starts meanwhile, on these cores (Linux)."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def split_cores() -> tuple[list[int], list[int]]:
+    """The usable cores in two halves, for a service and for those who call it; one core serves as both."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    return (cores[:half], cores[half:]) if half else (cores, cores)
 
 
 @contextlib.contextmanager

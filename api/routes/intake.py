@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from api.batcher import request_owner
 from api.errors import ClientDisconnected, InvalidRequestError
 from api.multipart import Form, Limits, Upload, read_form
 from api.service import Service
@@ -27,6 +28,7 @@ class Intake:
         self._request = request
         self._service = service
         self._many = many
+        self._owner = request_owner()
         self._form: Form | None = None
         self._handed_over = False
 
@@ -40,7 +42,7 @@ class Intake:
             total_s=settings.upload_timeout_s,
             spool_dir=settings.spool_dir,
         )
-        self._service.admit()
+        self._service.admit(self._owner)
         try:
             with self._service.telemetry.stage("read"):
                 self._form = await read_form(self._request, limits)
@@ -61,7 +63,7 @@ class Intake:
         """Remove the files and free the request's place."""
         if self._form is not None:
             self._form.close()
-        self._service.leave()
+        self._service.leave(self._owner)
 
 
 def only_file(form: Form) -> Upload:

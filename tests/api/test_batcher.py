@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from api.batcher import Admission, Batcher, SegmentResult
+from api.batcher import KEEP_ROOM_S, Admission, Batcher, SegmentResult
 from api.batching import BatchLimits
 from api.errors import (
     DeadlineExceededError,
@@ -153,14 +153,54 @@ async def test_a_full_queue_refuses_with_the_time_it_takes_to_drain() -> None:
 
 async def test_refusing_before_the_upload_is_read() -> None:
     async with house(limit_s=10.0) as h:
-        h.admission.check_room()
+        h.admission.enter("first")
+        h.admission.leave("first")
         running = await h.blocked()
         waiting = h.submit(1, 10.0)
         await asyncio.sleep(0)
         with pytest.raises(QueueFullError):
-            h.admission.check_room()
+            h.admission.enter("second")
         h.engine.gate.set()
         await asyncio.gather(running, waiting)
+
+
+async def test_who_was_let_in_is_not_refused_after_the_upload() -> None:
+    """Room is kept from the door to the queue: others that come meanwhile are refused at the door."""
+    async with house(limit_s=12.0) as h:
+        running = await h.blocked()
+        h.admission.enter("first")  # five audio-seconds are kept for each: nobody has read them yet
+        h.admission.enter("second")
+        with pytest.raises(QueueFullError, match="10 audio-seconds are waiting"):
+            h.admission.enter("third")
+        first = h.submit(1, 7.0, owner="first")
+        second = h.submit(2, 7.0, owner="second")
+        await asyncio.sleep(0)
+        assert h.pool.waiting_audio_s == 14.0
+        h.engine.gate.set()
+        await asyncio.gather(running, first, second)
+        for name in ("third", "fourth"):
+            h.admission.enter(name)
+
+
+async def test_room_that_is_kept_comes_back() -> None:
+    """When its request leaves, and from a slow upload after a few seconds."""
+    async with house(limit_s=12.0) as h:
+        clock = 0.0
+        h.admission._clock = lambda: clock
+        running = await h.blocked()
+        for name in ("slow", "leaves"):
+            h.admission.enter(name)
+        h.admission.leave("leaves")
+        h.admission.enter("takes its room")
+        with pytest.raises(QueueFullError):
+            h.admission.enter("early")
+        clock = KEEP_ROOM_S + 0.1
+        h.admission.enter("late")
+        h.admission.enter("later")
+        with pytest.raises(QueueFullError):
+            h.admission.enter("too late")
+        h.engine.gate.set()
+        await running
 
 
 async def test_an_empty_queue_takes_even_what_is_longer_than_its_limit() -> None:

@@ -103,10 +103,10 @@ async def test_a_bundle_that_was_tampered_with_fails_the_start(tmp_path: Path) -
 async def test_admission_before_the_upload(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, "one", queue_limit_audio_s=8.0, workers=1)
     async with opened(settings) as registry:
-        registry.check_admission()
+        registry.admission.enter("first")
         registry.pool.waiting_audio_s = 8.0  # as if it were full
         with pytest.raises(QueueFullError):
-            registry.check_admission()
+            registry.admission.enter("first")
         registry.pool.waiting_audio_s = 0.0
 
 
@@ -118,4 +118,4 @@ async def test_closing_finishes_what_was_accepted(tmp_path: Path) -> None:
     await registry.close(20.0)
     assert await asyncio.gather(*accepted) == ["abc"] * 20
     with pytest.raises(DrainingError):
-        registry.check_admission()
+        registry.admission.enter("next")
