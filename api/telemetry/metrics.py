@@ -265,7 +265,7 @@ class Metrics:
         self.stages = {stage: self.stage_duration.labels(stage) for stage in STAGES}
         for protocol in PROTOCOLS[:1]:
             self.stream_sessions.labels(protocol)
-        for result in ("exported", "failed"):
+        for result in ("exported", "failed", "dropped"):
             self.trace_spans.labels(result)
 
     # -- bounded labels

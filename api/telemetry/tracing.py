@@ -103,6 +103,20 @@ class ToleratingExporter(SpanExporter):
         return self._inner.force_flush(timeout_millis)
 
 
+class CountingProcessor(BatchSpanProcessor):
+    """Counts the spans that a full queue pushes out; the SDK by itself only logs that it happens."""
+
+    def __init__(self, exporter: SpanExporter, count: CountSpans) -> None:
+        super().__init__(exporter)
+        self._count = count
+
+    def on_end(self, span: ReadableSpan) -> None:
+        queue = self._batch_processor._queue
+        if len(queue) == queue.maxlen and span.context is not None and span.context.trace_flags.sampled:
+            self._count("dropped", 1)
+        super().on_end(span)
+
+
 class Tracing:
     """A tracer provider that belongs to one application (nothing global is set)."""
 
@@ -121,7 +135,7 @@ class Tracing:
         self.resource = HashedResource(resource.attributes, resource.schema_url)
         self._exporter = ToleratingExporter(exporter, endpoint, count)
         self.provider = TracerProvider(resource=self.resource, shutdown_on_exit=False)
-        self._processor = BatchSpanProcessor(self._exporter)
+        self._processor = CountingProcessor(self._exporter, count)
         self.provider.add_span_processor(self._processor)
 
     def finished(

@@ -6,19 +6,23 @@ import asyncio
 import contextvars
 import io
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request, Response
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from api.errors import to_response
 from api.telemetry import Telemetry, configure_logging, instrument, metrics_response
-from api.telemetry.tracing import build_exporter, tracing_enabled
+from api.telemetry.tracing import Tracing, build_exporter, tracing_enabled
 from tests.telemetry.otlp_receiver import OtlpReceiver, ReceivedSpan
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -202,6 +206,38 @@ async def test_a_backend_that_is_down_costs_one_log_line(monkeypatch: pytest.Mon
     lost = telemetry.metrics.registry.get_sample_value("asr_trace_spans_total", {"result": "failed"})
     assert lost is not None
     assert lost >= 6
+
+
+def test_spans_that_a_full_queue_pushes_out_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow collector: while it has the first batch, more spans end than the queue holds."""
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "20")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "10")
+    counts: Counter[str] = Counter()
+    taken, go_on = threading.Event(), threading.Event()
+
+    class Slow(SpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            taken.set()
+            go_on.wait(20)
+            return SpanExportResult.SUCCESS
+
+        def shutdown(self) -> None:
+            pass
+
+    def count(result: str, spans: int) -> None:
+        counts[result] += spans
+
+    tracing = Tracing(Slow(), "slow", count, "1", "test")
+    tracer = tracing.provider.get_tracer("test")
+    for _ in range(10):
+        tracer.start_span("first").end()
+    assert taken.wait(20)
+    for _ in range(27):
+        tracer.start_span("more").end()
+    assert counts == {"dropped": 7}
+    go_on.set()
+    tracing.shutdown()
+    assert counts == {"dropped": 7, "exported": 30}
 
 
 async def test_spans_flow_again_when_the_backend_returns(monkeypatch: pytest.MonkeyPatch) -> None:
