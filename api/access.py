@@ -1,4 +1,7 @@
-"""Who may call: API keys, rate limits, and the headers that keep browsers from harm. Pure ASGI, no copies."""
+"""The door: API keys, rate limits, room in the queue, and the headers that keep browsers from harm.
+
+Pure ASGI, no copies.
+"""
 
 from __future__ import annotations
 
@@ -79,10 +82,11 @@ class RateLimiter:
 
 
 class Access:
-    """401 without a known key where keys are configured, 429 above the rate limit or while the queue is full.
+    """401 without a known key where keys are configured, 429 above the rate limit; no body is read first.
 
-    No body is read first. ``check_room`` raises what a transcription would be refused with: here that costs
-    half of what it does behind the router, which counts when most callers are refused.
+    ``check_room`` is asked before a transcription: it raises 429 while the queue is full, 503 before the
+    models are loaded and after the drain. Behind the router a refusal costs half as much again, which counts
+    when most callers are refused.
     """
 
     def __init__(

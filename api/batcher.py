@@ -48,20 +48,26 @@ class Admission:
     def enter(self, owner: Hashable) -> None:
         """Let a request in before its audio is read, and keep room for as much as others brought.
 
-        The room is kept until ``owner`` queues its first utterance, or leaves, for ``KEEP_ROOM_S`` at most: a
-        slow upload does not keep others out. Raises DrainingError or QueueFullError.
+        The room is kept until ``owner`` queues its first utterance, or leaves, for ``KEEP_ROOM_S`` at most.
+        Raises DrainingError or QueueFullError.
         """
+        self.leave(owner)
         self.check_room()
         self._kept[owner] = (self._usual_audio_s, self._clock() + KEEP_ROOM_S)
         self._kept_s += self._usual_audio_s
 
     def check_room(self) -> None:
-        """Raise what ``enter`` would."""
-        now_s = self._clock()
-        self._forget_old(now_s)
-        audio_s, waiting_s = self._usual_audio_s, self.pool.waiting_audio_s + self._kept_s
-        if self.draining or not self._fits(audio_s, waiting_s):
-            self._refuse(audio_s, waiting_s, self.limit_s, now_s)
+        """Raise what ``enter`` would. While a worker is idle nobody is kept out by uploads on their way."""
+        pool, audio_s, claimed_s = self.pool, self._usual_audio_s, self.claimed_audio_s
+        idle = not pool.waiting and pool.busy < pool.workers and not self._waiters
+        if self.draining or not (idle or self._fits(audio_s, claimed_s)):
+            self._refuse(audio_s, claimed_s, self.limit_s, self._clock())
+
+    @property
+    def claimed_audio_s(self) -> float:
+        """Audio-seconds that wait for a worker, and those for which room is kept."""
+        self._forget_old(self._clock())
+        return self.pool.waiting_audio_s + self._kept_s
 
     def leave(self, owner: Hashable) -> None:
         """Free what is kept for ``owner``, if anything."""
@@ -73,7 +79,8 @@ class Admission:
         """Raise DrainingError, or QueueFullError with the seconds after which a retry will find room.
 
         Full means: no room, somebody accepted is waiting for room, or the wait would outlast the deadline.
-        For an ``owner`` whose room is kept only the deadline counts.
+        For an ``owner`` whose room is kept it may be longer than expected: the queue may pass its limit by
+        one utterance.
         """
         now_s = self._clock()
         self._forget_old(now_s)
@@ -82,9 +89,13 @@ class Admission:
         waiting_s = self.pool.waiting_audio_s
         in_time_s = max(0.0, deadline_s - now_s) * self._rate() * 0.8
         in_time = waiting_s == 0.0 or waiting_s + audio_s <= in_time_s
-        if self.draining or not in_time or not (room_is_kept or self._fits(audio_s, waiting_s)):
+        if (
+            self.draining
+            or not in_time
+            or not ((room_is_kept and waiting_s <= self.limit_s) or self._fits(audio_s, waiting_s))
+        ):
             self._refuse(audio_s, waiting_s, min(self.limit_s, in_time_s), now_s)
-        if waiting_s < 0.5 * self.limit_s:
+        if self.claimed_audio_s < 0.5 * self.limit_s:
             self._retry.queue_ran_low(now_s)
         self._usual_audio_s += 0.05 * (audio_s - self._usual_audio_s)
 
@@ -104,8 +115,8 @@ class Admission:
         rate = self._rate()
         retry_s = self._retry.retry_after_s(audio_s, waiting_s + audio_s - room_s, rate, now_s)
         raise QueueFullError(
-            f"The queue is full: {waiting_s:.0f} audio-seconds are waiting and {rate:.0f} get done per "
-            f"second. Try again in {retry_s:.1f} seconds.",
+            f"The queue is full: {waiting_s:.0f} audio-seconds are waiting or on their way, and {rate:.0f} "
+            f"get done per second. Try again in {retry_s:.1f} seconds.",
             retry_after_s=retry_s,
         )
 

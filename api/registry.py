@@ -99,6 +99,7 @@ class Registry:
         return {
             "waiting": pool.waiting,
             "waiting_audio_s": round(pool.waiting_audio_s, 2),
+            "claimed_audio_s": round(self.admission.claimed_audio_s, 2),
             "limit_audio_s": self.admission.limit_s,
             "drain_audio_s_per_s": round(pool.drain_rate.per_s, 1),
             "workers": pool.workers,
@@ -240,7 +241,7 @@ def _export(
     )
     metrics = telemetry.metrics
     metrics.queue_depth.set_function(lambda: float(pool.waiting))
-    metrics.queue_audio.set_function(lambda: pool.waiting_audio_s)
+    metrics.queue_audio.set_function(lambda: admission.claimed_audio_s)
     metrics.queue_limit.set(admission.limit_s)
     log.info(
         "engine_configured",

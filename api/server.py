@@ -5,8 +5,8 @@
   connection gets 503 with Retry-After.
 - What is left of a refused body is discarded for a few seconds, so that the caller can read the refusal.
 - SIGTERM and SIGINT: readiness fails at once, the listener goes on for the grace period (after SIGTERM also
-  until Prometheus, where it scrapes, has counted the last request), then HTTP drains. A connection that was
-  let in gets its answer; the kernel is told to let none in any more before the listener closes.
+  until Prometheus, where it scrapes, has counted the last request), then HTTP drains. The kernel is told to
+  let no connection in any more before the listener closes, so that none is reset.
   The process ends with status 0; a second signal ends it at once.
 """
 
@@ -29,7 +29,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from api.errors import AsrError, InvalidRequestError, RetryLaterError
 from api.service import Service
@@ -74,6 +74,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._answers = _AnswerTransport(self)
         if len(self.connections) > self.max_connections and not self._make_room():
             self._refuse(_ConnectionsFullError("All connections are in use."))
             return
@@ -95,45 +96,60 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(_HeadTooLargeError(f"The request head is longer than {_MAX_HEAD_BYTES} bytes."))
 
     def on_headers_complete(self) -> None:
+        if self.transport.is_closing():  # the parser goes on to the end of what it was given
+            return
         self._in_head = False
         self._head_bytes = 0
         self._disarm()
+        self._unset_keepalive_if_required()
         super().on_headers_complete()
         if self.cycle is not None:
-            self.cycle.transport = _AnswerTransport(self, self.cycle)  # type: ignore[assignment]
+            self.cycle.transport = self._answers  # type: ignore[assignment]
             if self._last_request:
                 self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
+        discarded = self._discards_body
         self._in_head = True
-        if self.cycle is not None and self.cycle.response_complete:  # a discarded body has ended
-            self._disarm()
-            if self._closes_after_body:
-                self.transport.close()
         super().on_message_complete()
+        if not discarded or self.transport.is_closing():
+            return
+        self._disarm()
+        if self._closes_after_body:
+            self.transport.close()
+            return
+        # uvicorn's timer of the idle connection ended with the first bytes after the answer.
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def on_response_complete(self) -> None:
         self._idle_since_s = time.monotonic()
-        if not self._in_head and not self.transport.is_closing():
+        if self._discards_body and not self.transport.is_closing():
             self._arm(_LINGER_S)
         super().on_response_complete()
 
-    def close_after(self, cycle: RequestResponseCycle) -> None:
-        """Close now that ``cycle`` is answered, after the rest of its body or ``_LINGER_S``.
+    def close_after_body(self) -> None:
+        """Close; if the last request is answered and its body still arrives, after that or ``_LINGER_S``.
 
         To close with bytes unread resets the connection, and the caller may lose the answer to that.
         """
-        if cycle is self.cycle and not self._in_head:
+        if self._discards_body:
             self._closes_after_body = True
         else:
             self.transport.close()
+
+    @property
+    def _discards_body(self) -> bool:
+        return self.cycle is not None and self.cycle.response_complete and not self._in_head
 
     def shutdown(self) -> None:
         """Close when nothing is under way. A request that is on its way in is still answered.
 
         To close a connection whose first bytes were not read yet would reset it.
         """
-        if self.cycle is not None and self.cycle.response_complete and not self._in_head:
+        if self._discards_body:
             self._closes_after_body = True
             return
         waits_for_request = self.cycle is None or (self._in_head and self._head_bytes > 0)
@@ -210,20 +226,16 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 class _AnswerTransport:
-    """What uvicorn writes one answer to."""
+    """What uvicorn writes the answers of one connection to: closing waits for the rest of a refused body."""
 
-    def __init__(self, protocol: GuardedProtocol, cycle: RequestResponseCycle) -> None:
+    def __init__(self, protocol: GuardedProtocol) -> None:
         self._protocol = protocol
-        self._cycle = cycle
         self.write = protocol.transport.write
         self.is_closing = protocol.transport.is_closing
 
     def close(self) -> None:
         """Called at the end of an answer that ends the connection, and when no answer can be finished."""
-        if self._cycle.response_complete:
-            self._protocol.close_after(self._cycle)
-        else:
-            self._protocol.transport.close()
+        self._protocol.close_after_body()
 
 
 class Server(uvicorn.Server):
@@ -252,12 +264,14 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer every connection that the kernel has let in, and stop.
+        """Take every connection that the kernel has let in, and stop.
 
         A closed listener resets the connections that nobody has accepted, and new ones come between any look
-        at them and the close. So the kernel drops new SYNs first: their senders try again within a second,
-        and find another replica or a closed port. The last requests are refused, with Retry-After: Prometheus
-        has come by for the last time, and an answer given now would be missing from its sums.
+        at them and the close. So the kernel drops new SYNs first: their senders try again after a second and
+        find a closed port, which says that nothing was taken. Handshakes have ``_LAST_HANDSHAKES_S``.
+
+        The last requests are refused, with Retry-After: Prometheus has come by for the last time, and an
+        answer given now would be missing from its sums.
         """
         self._service.refuse_new()
         for server in self.servers:

@@ -1,6 +1,7 @@
 """`make bench-peers`: the same weights and the same audio through this service and what people run instead.
 
     python -m loadtest.bench_peers [--seconds 8] [--rounds 3] [--clients 1,8,32,64] [--open-rates 0.5,0.9]
+        [--image FILE]
 
 Needs QuartzNet15x5 (`../shared/models`, or any NeMo CTC archive by --archive) and its bundle (`python -m
 training.nemo import`). All servers run at once and take turns under load, so that a noisy machine treats them
@@ -144,6 +145,27 @@ def table(rows: Sequence[Measure]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[Measure], engine_rate_per_core: float, path: Path) -> None:
+    """Throughput and p99 of each server over the number of clients, as an image."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    throughput, latency = figure.subplots(1, 2)
+    for name in (OURS, AS_EXPORTED, SAME_INT8, SHERPA):
+        own = [row for row in rows if row.server == name and row.load.endswith("clients")]
+        own.sort(key=lambda row: int(row.load.split()[0]))
+        clients = [row.load.split()[0] for row in own]
+        throughput.plot(clients, [row.audio_s_per_s_per_core for row in own], "o-", label=name)
+        latency.plot(clients, [row.p99_ms for row in own], "o-", label=name)
+    throughput.axhline(engine_rate_per_core, color="grey", linestyle=":", label="engine in process")
+    throughput.set(xlabel="clients", ylabel="audio seconds per second and core", ylim=(0, None))
+    latency.set(xlabel="clients", ylabel="p99 latency, ms", yscale="log")
+    throughput.legend(frameon=False)
+    for axes in (throughput, latency):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Build the peers' graphs, run the rounds, print the table, end with one JSON line."""
     parser = argparse.ArgumentParser(
@@ -155,6 +177,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", default="1,8,32,64")
     parser.add_argument("--open-rates", default="0.5,0.9")
+    parser.add_argument("--image", type=Path, help="where to draw throughput and p99")
     arguments = parser.parse_args()
     for path, how in (
         (arguments.archive, "--archive"),
@@ -209,6 +232,8 @@ def main() -> None:
     print(f"QuartzNet15x5, {len(clips)} clips of 2 to 15 s from {source}; {hardware()}")
     print(table(sorted(rows, key=lambda row: row.load.rjust(12))))
     print(f"engine in process: {engine_rate / cores:.1f} audio s/s/core")
+    if arguments.image:
+        plot(rows, engine_rate / cores, arguments.image)
     same = {name: agreement(texts[OURS], said) for name, said in texts.items()}
     print("agreement of texts with this service: " + ", ".join(f"{n} {v:.3f}" for n, v in same.items()))
     too_different = [name for name, value in same.items() if value < LEAST_AGREEMENT]

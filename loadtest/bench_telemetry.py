@@ -5,10 +5,12 @@
 One service, tracing 100 % to a collector that takes spans and drops them, whose telemetry is taken out and
 put back between turns. It is one process, because two that do the same differ by up to 15 % for as long as
 they live (where their memory lies), which is more than what is looked for. Both states get the same requests
-in turns (A B, B A, ...), and every answer is compared. A turn ends when its spans have left. Its throughput
-is requests over elapsed seconds; on a machine that others use too, the process's own CPU seconds per request
-say the same with less noise. The cost is the median over the pairs; the interval is that of the median
-(bootstrap, 95 %). The last line is JSON.
+in turns (A B, B A, ...), and every answer is compared. The service has half of the cores; the callers and the
+collector have the others, since they are not what is measured.
+
+A turn ends when its spans have left. Its throughput is requests over elapsed seconds; on a machine that
+others use too, the process's own CPU seconds per request say the same with less noise. The cost is the median
+over the pairs; the interval is that of the median (bootstrap, 95 %). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from api.telemetry import Batch, Stage, Telemetry, instrument
 from api.telemetry.http import OnError
 from loadtest.clips import cut_clips
 from loadtest.load import Form, make_form
-from loadtest.processes import ROOT, Servers, hardware
+from loadtest.processes import ROOT, Servers, hardware, on_cores, split_cores
 
 TRACE_EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 CLIENTS = 2
@@ -224,15 +226,18 @@ def run(model: str, models_dir: Path, clip_s: float, requests: int, seconds: flo
     clips, source = cut_clips([clip_s] * 8)
     forms = [make_form(clip) for clip in clips]
     command = [sys.executable, "-m", "loadtest.bench_telemetry", "--serve"]
-    with collector() as (endpoint, handler), Servers() as servers:
-        running = servers.api(variables(model, models_dir, endpoint), command)
+    service_cores, other_cores = split_cores()
+    with on_cores(other_cores), collector() as (endpoint, handler), Servers() as servers:
+        with on_cores(service_cores):
+            running = servers.api(variables(model, models_dir, endpoint), command)
         pairs, metrics = asyncio.run(measure(running.url, forms, requests, seconds))
         exports = handler.exports
     if exports < len(pairs) or 'asr_requests_total{model="' not in metrics:
         raise RuntimeError("the service under test traced nothing")
     print(f"{model}, {clip_s:g} s clips ({source}), {CLIENTS} callers")
     print(f"{len(pairs)} pairs of turns of {requests} requests, in one process")
-    print(f"{hardware()}; load average {os.getloadavg()[0]:.1f}; {exports} exports of spans\n")
+    print(f"{hardware()}, {len(service_cores)} for the service; load average {os.getloadavg()[0]:.1f}")
+    print(f"{exports} exports of spans\n")
     print(f"{'cost of telemetry':34} {'median':>7}   [95 % interval]   below {LIMIT:.0%}?")
     throughput = report("throughput lost", [1 - a.requests_per_s / b.requests_per_s for a, b in pairs])
     cpu = report("CPU per request added", [a.cpu_s_per_request / b.cpu_s_per_request - 1 for a, b in pairs])

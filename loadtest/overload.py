@@ -180,7 +180,7 @@ def main() -> None:
         "recovered_s": recovered_s,
     }
     load = f"{given.factor:g} times capacity for {given.seconds:g} s"
-    print(f"{given.model}, clips of 3 to 7 s, {load}, {hardware()}")
+    print(f"{given.model}, clips of 3 to 7 s, {load}, {hardware()}, {len(service_cores)} for the service")
     for name, value in figures.items():
         print(f"{name:>22}  {value:.3f}" if isinstance(value, float) else f"{name:>22}  {value}")
     print(json.dumps(figures))

@@ -220,7 +220,7 @@ class _Exchange:
         route = getattr(self.scope.get("route"), "path", None)
         if isinstance(route, str):
             return route
-        # Refused before it was routed (no key, over the rate limit).
+        # Refused before it was routed (no key, over the rate limit, no room).
         return self.record.route if self.record is not None else UNMATCHED_ROUTE
 
     def _observe_http(self, status: int, elapsed_s: float) -> None:

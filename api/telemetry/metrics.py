@@ -219,7 +219,9 @@ class Metrics:
 
         # Queue and workers
         self.queue_depth = gauge("asr_queue_depth", "Segments that wait for a worker.")
-        self.queue_audio = gauge("asr_queue_audio_seconds", "Audio-seconds that wait for a worker.")
+        self.queue_audio = gauge(
+            "asr_queue_audio_seconds", "Audio-seconds that wait for a worker, or are on their way."
+        )
         self.queue_limit = gauge(
             "asr_queue_limit_audio_seconds", "Audio-seconds the queue takes before it refuses."
         )

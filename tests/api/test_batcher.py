@@ -182,6 +182,33 @@ async def test_who_was_let_in_is_not_refused_after_the_upload() -> None:
             h.admission.enter(name)
 
 
+async def test_uploads_that_are_longer_than_expected_pass_the_limit_by_one() -> None:
+    async with house(limit_s=30.0) as h:
+        running = await h.blocked()
+        names = [f"caller {number}" for number in range(6)]
+        for name in names:
+            h.admission.enter(name)
+        tasks = [h.submit(index, 20.0, owner=name) for index, name in enumerate(names)]
+        await asyncio.sleep(0)
+        assert h.pool.waiting_audio_s == 40.0
+        h.engine.gate.set()
+        results = await settle(running, *tasks)
+        assert sum(isinstance(result, QueueFullError) for result in results) == 4
+
+
+async def test_uploads_on_their_way_keep_nobody_out_while_a_worker_is_idle() -> None:
+    async with house(limit_s=12.0) as h:
+        for name in ("first", "second", "third", "fourth"):
+            h.admission.enter(name)
+        h.admission.enter("first")  # again: its room counts once
+        assert h.admission.claimed_audio_s == 20.0
+        running = await h.blocked()
+        with pytest.raises(QueueFullError):
+            h.admission.enter("fifth")
+        h.engine.gate.set()
+        await running
+
+
 async def test_room_that_is_kept_comes_back() -> None:
     """When its request leaves, and from a slow upload after a few seconds."""
     async with house(limit_s=12.0) as h:
