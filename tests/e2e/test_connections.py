@@ -11,7 +11,7 @@ import pytest
 
 from loadtest.processes import LiveServer
 from tests.e2e.live import start
-from tests.e2e.test_hostile import body, head, read_answer
+from tests.e2e.raw_http import body, head, read_answer
 from tests.tiny_bundle import sing, wav
 
 SIZE = 300_000

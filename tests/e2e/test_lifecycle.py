@@ -17,6 +17,7 @@ import pytest
 
 from loadtest.processes import ROOT, SERVE, LiveServer
 from tests.e2e.live import environment
+from tests.e2e.raw_http import body, head
 from tests.tiny_bundle import make_bundle, recite, sing, wav
 
 Launch = Callable[..., LiveServer]
@@ -172,17 +173,13 @@ def test_interrupt_stops_cleanly_without_grace(models_dir: Path, tmp_path: Path,
 def test_drain_goes_on_while_an_upload_is_running(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
     """A request whose body is still arriving when the signal comes is answered."""
     live = launch(models_dir, tmp_path / "log")
-    body = _multipart(AUDIO)
+    form = body(AUDIO)
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
-        head = (
-            "POST /transcribe HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n"
-            f"content-length: {len(body)}\r\n\r\n"
-        )
-        connection.sendall(head.encode() + body[:1000])
+        connection.sendall(head(len(form)) + form[:1000])
         time.sleep(0.3)
         live.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
-        connection.sendall(body[1000:])
+        connection.sendall(form[1000:])
         connection.settimeout(20)
         answer = b""
         while chunk := connection.recv(65536):
@@ -191,11 +188,6 @@ def test_drain_goes_on_while_an_upload_is_running(models_dir: Path, tmp_path: Pa
     assert b"connection: close" in answer.lower()
     assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["text"] == "head bad cafe"
     assert live.process.wait(20) == 0
-
-
-def _multipart(audio: bytes) -> bytes:
-    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
-    return head + audio + b"\r\n--b--\r\n"
 
 
 def run_serve(models_dir: Path, **settings: object) -> subprocess.CompletedProcess[str]:

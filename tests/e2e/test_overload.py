@@ -15,6 +15,7 @@ import pytest
 
 from loadtest.processes import LiveServer
 from tests.e2e.live import start
+from tests.e2e.raw_http import head
 from tests.tiny_bundle import recite, sing, wav
 
 SENTENCES = ["head bad cafe", "abc", "fade"] * 3
@@ -90,14 +91,10 @@ def test_refused_before_the_body_is_read_where_it_would_be_refused_anyway(narrow
     for thread in threads:
         thread.start()
     try:
-        head = (
-            b"POST /transcribe HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n"
-            b"content-length: 100000\r\n\r\n"
-        )
         until_s = time.monotonic() + 30
         while True:
             with socket.create_connection(("127.0.0.1", narrow.port)) as connection:
-                connection.sendall(head)
+                connection.sendall(head(100_000))
                 connection.settimeout(0.2)
                 try:
                     answer = connection.recv(4096)
