@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import AsrError, AuthenticationError, RateLimitedError, to_response
 from api.keys import ApiKey, find_key
-from api.telemetry import TRANSCRIPTION_ROUTES, current_record
+from api.telemetry import TRANSCRIPTION_ROUTES, current_record, is_transcription
 
 # Open without a key: probes, and what has a switch of its own.
 _OPEN_PATHS = frozenset({"/", "/metrics", "/docs", "/openapi.json"})
@@ -108,9 +108,9 @@ class Access:
         try:
             caller = self._authenticate(scope)
             scope.setdefault("state", {})["caller"] = caller
-            if scope["path"] in TRANSCRIPTION_ROUTES and scope["method"] == "POST":
-                if self._limiter is not None:
-                    self._limiter.take(caller, time.monotonic())
+            if self._limiter is not None and scope["path"] in TRANSCRIPTION_ROUTES:
+                self._limiter.take(caller, time.monotonic())
+            if is_transcription(scope):
                 self._check_room()
         except AsrError as error:
             record = current_record()

@@ -58,9 +58,10 @@ class Admission:
 
     def check_room(self) -> None:
         """Raise what ``enter`` would. While a worker is idle nobody is kept out by uploads on their way."""
+        self._refuse_while_draining()
         pool, audio_s, claimed_s = self.pool, self._usual_audio_s, self.claimed_audio_s
         idle = pool.waiting_audio_s == 0.0 and pool.busy < pool.workers and not self._waiters
-        if self.draining or not (idle or self._fits(audio_s, claimed_s)):
+        if not (idle or self._fits(audio_s, claimed_s)):
             self._refuse(audio_s, claimed_s, self.limit_s, self._clock())
 
     @property
@@ -82,6 +83,7 @@ class Admission:
         For an ``owner`` whose room is kept it may be longer than expected: the queue may pass its limit by
         one utterance.
         """
+        self._refuse_while_draining()
         now_s = self._clock()
         self._forget_old(now_s)
         room_is_kept = owner in self._kept
@@ -89,11 +91,8 @@ class Admission:
         waiting_s = self.pool.waiting_audio_s
         in_time_s = max(0.0, deadline_s - now_s) * self._rate() * 0.8
         in_time = waiting_s == 0.0 or waiting_s + audio_s <= in_time_s
-        if (
-            self.draining
-            or not in_time
-            or not ((room_is_kept and waiting_s <= self.limit_s) or self._fits(audio_s, waiting_s))
-        ):
+        fits = (room_is_kept and waiting_s <= self.limit_s) or self._fits(audio_s, waiting_s)
+        if not (in_time and fits):
             self._refuse(audio_s, waiting_s, min(self.limit_s, in_time_s), now_s)
         if self.claimed_audio_s < 0.5 * self.limit_s:
             self._retry.queue_ran_low(now_s)
@@ -109,9 +108,11 @@ class Admission:
                 return
             self.leave(owner)
 
-    def _refuse(self, audio_s: float, waiting_s: float, room_s: float, now_s: float) -> NoReturn:
+    def _refuse_while_draining(self) -> None:
         if self.draining:
             raise DrainingError("The service is shutting down and takes no new work.")
+
+    def _refuse(self, audio_s: float, waiting_s: float, room_s: float, now_s: float) -> NoReturn:
         rate = self._rate()
         retry_s = self._retry.retry_after_s(audio_s, waiting_s + audio_s - room_s, rate, now_s)
         raise QueueFullError(

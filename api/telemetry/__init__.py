@@ -20,7 +20,15 @@ Requests are counted in one place, the middleware, so that the sums on /metrics 
 from api.telemetry.core import Telemetry
 from api.telemetry.http import instrument, metrics_response, request_id
 from api.telemetry.logs import configure_logging
-from api.telemetry.metrics import OUTCOMES, REJECTION_REASONS, STAGES, TRANSCRIPTION_ROUTES, UNKNOWN, Metrics
+from api.telemetry.metrics import (
+    OUTCOMES,
+    REJECTION_REASONS,
+    STAGES,
+    TRANSCRIPTION_ROUTES,
+    UNKNOWN,
+    Metrics,
+    is_transcription,
+)
 from api.telemetry.record import RequestRecord, current_record
 from api.telemetry.stages import Batch, Stage
 
@@ -38,6 +46,7 @@ __all__ = [
     "configure_logging",
     "current_record",
     "instrument",
+    "is_transcription",
     "metrics_response",
     "request_id",
 ]

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.telemetry.core import Telemetry
-from api.telemetry.metrics import TRANSCRIPTION_ROUTES, UNMATCHED_ROUTE
+from api.telemetry.metrics import UNMATCHED_ROUTE, is_transcription
 from api.telemetry.record import RequestRecord, _current, current_record
 from api.telemetry.scrape import SCRAPER_HEADER
 
@@ -81,9 +81,9 @@ def _remember(details: SpanDetails) -> SpanDetails:
     known: dict[str, tuple[str, dict[str, Any]]] = {}
 
     def remembered(scope: dict[Any, Any]) -> tuple[str, dict[str, Any]]:
-        path = scope["path"]
-        if scope.get("method") != "POST" or path not in TRANSCRIPTION_ROUTES:
+        if scope["type"] != "http" or not is_transcription(scope):
             return details(scope)
+        path = scope["path"]
         if path not in known:
             known[path] = details(scope)
         return known[path]
@@ -172,7 +172,7 @@ class _Exchange:
         self.failed_late = False
         self._finished = False
         self.record: RequestRecord | None = None
-        if scope["method"] == "POST" and scope["path"] in TRANSCRIPTION_ROUTES:
+        if is_transcription(scope):
             self.record = RequestRecord(request_id=self.request_id, route=scope["path"])
             telemetry.metrics.inflight.inc()
         self.start_s = time.perf_counter() if self.record is None else self.record.start_s

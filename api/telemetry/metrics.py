@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -62,6 +62,12 @@ DROP_REASONS = ("abandoned", "expired", "unclaimed", "failed", "noise")
 
 # The routes that transcribe; every other route is in http_server_request_duration_seconds only.
 TRANSCRIPTION_ROUTES = ("/transcribe", "/transcribe/batch", "/v1/audio/transcriptions")
+
+
+def is_transcription(scope: Mapping[str, Any]) -> bool:
+    """Whether this ASGI HTTP scope asks for a transcription."""
+    return scope["method"] == "POST" and scope["path"] in TRANSCRIPTION_ROUTES
+
 
 # Where no route was found, or the request was refused before anybody looked for one.
 UNMATCHED_ROUTE = "unmatched"
