@@ -107,7 +107,8 @@ class Access:
             return
         try:
             caller = self._authenticate(scope)
-            scope.setdefault("state", {})["caller"] = caller
+            if self._keys:
+                scope.setdefault("state", {})["key_name"] = caller
             if self._limiter is not None and scope["path"] in TRANSCRIPTION_ROUTES:
                 self._limiter.take(caller, time.monotonic())
             if is_transcription(scope):

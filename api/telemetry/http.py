@@ -55,8 +55,15 @@ def instrument(app: FastAPI, telemetry: Telemetry, on_error: OnError) -> None:
         meter_provider=NoOpMeterProvider(),  # the durations are ours, on /metrics
         excluded_urls=EXCLUDED_URLS,
         exclude_spans=["receive", "send"],
+        server_request_hook=_without_query,
     )
     app.build_middleware_stack = _with_known_names(app.build_middleware_stack)  # type: ignore[method-assign]
+
+
+def _without_query(span: trace.Span, scope: Scope) -> None:
+    """What a caller wrote into the URL by mistake (a key, a prompt) stays out of traces."""
+    if scope.get("query_string") and span.is_recording():
+        span.set_attribute("url.query", "[removed]")
 
 
 def _with_known_names(build: Callable[[], ASGIApp]) -> Callable[[], ASGIApp]:
@@ -214,6 +221,9 @@ class _Exchange:
                 self.record, status, elapsed_s=elapsed_s, cancelled=cancelled
             )
             fields.update(_log_fields(self.record))
+            caller = self.scope.get("state", {}).get("key_name")
+            if caller is not None:
+                fields["caller"] = caller
         self._log(status, elapsed_s, fields)
 
     def _route(self) -> str:

@@ -40,9 +40,13 @@ _SECRET_KEYS = frozenset(
     {"authorization", "api_key", "api_keys", "apikey", "key", "keys", "token", "secret", "password", "cookie"}
     | {"proxy_authorization", "x_api_key", "set_cookie"}
 )
+_SECRET_ENDINGS = ("_key", "_keys", "_token", "_secret", "_password", "_authorization", "_cookie")
 _AUDIO_KEYS = frozenset({"audio", "waveform", "samples", "body", "content", "data", "file_bytes"})
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]+")
-_CREDENTIAL_PAIR = re.compile(r"(?i)\b(api[-_]?key|token|secret|password)(\s*[=:]\s*)[^\s&,;\"']+")
+_CREDENTIAL_PAIR = re.compile(
+    r"(?i)\b(api[-_]?key|token|secret|password)([\"']?\s*[=:]\s*[\"']?)[^\s&,;\"']+"
+)
+_USER_INFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/@]+@")
 
 
 def add_trace_ids(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -61,7 +65,8 @@ class Redactor:
         self._removed_keys = _SECRET_KEYS if log_text else _SECRET_KEYS | _SPEECH_KEYS
         known = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
         self._known = re.compile("|".join(map(re.escape, known))) if known else None
-        suspects = ["bearer", "basic", "api[-_]?key", "token", "secret", "password", *map(re.escape, known)]
+        words = ("bearer", "basic", "api[-_]?key", "token", "secret", "password", "://")
+        suspects = [*words, *map(re.escape, known)]
         self._suspicious = re.compile("|".join(suspects), re.IGNORECASE)
 
     def __call__(self, _: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -74,7 +79,7 @@ class Redactor:
         if value is None or isinstance(value, _NUMBERS):
             return value
         name = key.lower().replace("-", "_")
-        if name in self._removed_keys:
+        if name in self._removed_keys or name.endswith(_SECRET_ENDINGS):
             return _REMOVED
         if isinstance(value, str):
             return self.scrub(value)
@@ -91,12 +96,13 @@ class Redactor:
         return self.scrub(str(value))
 
     def scrub(self, text: str) -> str:
-        """`text` without credentials: known keys, authorisation headers and ``key=value`` pairs."""
+        """`text` without credentials: known keys, authorisation headers, ``key=value``, user:password@."""
         if self._suspicious.search(text) is None:
             return text
         if self._known is not None:
             text = self._known.sub(_REMOVED, text)
         text = _BEARER.sub(rf"\1 {_REMOVED}", text)
+        text = _USER_INFO.sub(rf"\1{_REMOVED}@", text)
         return _CREDENTIAL_PAIR.sub(rf"\1\2{_REMOVED}", text)
 
 

@@ -87,6 +87,14 @@ def test_keys_never_reach_the_log(guarded: LiveServer, http: httpx.Client) -> No
     assert BOB not in guarded.log
 
 
+def test_the_log_names_the_key_that_called(guarded: LiveServer, http: httpx.Client) -> None:
+    time.sleep(1.1)  # the rate limit below is shared
+    known = http.post("/transcribe", files=AUDIO, headers=bearer(BOB)).headers["x-request-id"]
+    unknown = http.post("/transcribe", files=AUDIO, headers=bearer(BOB[:-1])).headers["x-request-id"]
+    callers = {line.get("request_id"): line.get("caller") for line in guarded.log_lines()}
+    assert (callers[known], callers[unknown]) == ("bob", None)
+
+
 def test_rate_limit_is_per_key_and_says_when_to_come_back(http: httpx.Client) -> None:
     statuses, refusal = [], None
     for _ in range(30):

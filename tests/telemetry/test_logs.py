@@ -81,8 +81,11 @@ def test_speech_audio_and_keys_never_reach_a_log(stream: io.StringIO) -> None:
     log.info(f"refused key {KEY}", problem=f"no such key: {KEY}", url=f"/transcribe?api_key={KEY}&x=1")
     log.info("forwarded", header="Authorization: Bearer eyJhbGciOi.foo.bar")
     logging.getLogger("lib").warning("header was Bearer %s, password=hunter2", "abc.def.ghi")
+    log.info("sent", access_token="tok-1", client_secret="tok-2", asr_api_keys="tok-3", x_auth_token="tok-4")
+    log.info("refused", problem="got {'api_key': 'tok-5'}", endpoint="http://user:tok-6@collector:4317")
     text = stream.getvalue()
-    for hidden in (SPEECH, KEY, "RIFF", "0.125", "a=b", "eyJhbGciOi", "abc.def.ghi", "hunter2"):
+    hidden_everywhere = (SPEECH, KEY, "RIFF", "0.125", "a=b", "eyJhbGciOi", "abc.def.ghi", "hunter2", "tok-")
+    for hidden in hidden_everywhere:
         assert hidden not in text, hidden
     lines = [json.loads(line) for line in text.splitlines()]
     assert lines[0]["text"] == "[removed]"
@@ -90,6 +93,7 @@ def test_speech_audio_and_keys_never_reach_a_log(stream: io.StringIO) -> None:
     assert lines[2]["waveform"] == "<array (4,) float32>"
     assert lines[2]["body"] == "<8 bytes>"
     assert lines[4]["url"] == "/transcribe?api_key=[removed]&x=1"
+    assert lines[8]["endpoint"] == "http://[removed]@collector:4317"
 
 
 def test_the_text_is_logged_when_the_setting_says_so_and_keys_are_not(stream: io.StringIO) -> None:

@@ -170,6 +170,19 @@ def check_exemplars(exposition: str, server: ReceivedSpan) -> None:
     assert found["asr_stage_duration_seconds_bucket"]["trace_id"] == TRACE_ID
 
 
+async def test_what_stands_in_the_query_is_in_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    with OtlpReceiver() as receiver:
+        telemetry = Telemetry(environ=environment(receiver.grpc_endpoint, monkeypatch))
+        transport = httpx.ASGITransport(make_app(telemetry))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            await client.post("/transcribe?api_key=sk-query-0123456789")
+        await asyncio.to_thread(telemetry.shutdown)
+        spans = receiver.spans()
+    (server,) = (span for span in spans if span.name == "POST /transcribe")
+    assert server.attributes["url.query"] == "[removed]"
+    assert "sk-query" not in str([span.attributes for span in spans])
+
+
 async def test_a_trace_that_is_not_sampled_costs_no_span_and_leaves_no_exemplar(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
