@@ -65,7 +65,9 @@ def _listen(settings: Settings) -> socket.socket:
 
 def _secrets(settings: Settings) -> list[str]:
     """Plain keys from wherever the settings read them, for the log's filter; digests need no hiding."""
-    given = {**dotenv_values(ENV_FILE), **os.environ}.get("ASR_API_KEYS") or ""
+    variables = {**dotenv_values(ENV_FILE), **os.environ}
+    # In whatever case: the settings do not mind.
+    given = {name.upper(): value for name, value in variables.items()}.get("ASR_API_KEYS") or ""
     entries = given.split(",")
     with contextlib.suppress(OSError, UnicodeError):  # refused with a message in a moment
         entries += settings.key_file_entries()

@@ -95,6 +95,13 @@ def test_the_log_knows_the_keys_of_every_source(tmp_path: Path, monkeypatch: pyt
     assert serve._secrets(settings) == [f"{KEY}-environment", f"{KEY}-file"]
 
 
+def test_the_log_knows_keys_of_a_variable_in_lower_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("asr_api_keys", f"a:{KEY}-lower")
+    settings = Settings()
+    assert [key.name for key in settings.api_keys] == ["a"]
+    assert serve._secrets(settings) == [f"{KEY}-lower"]
+
+
 def test_tracing_variables_may_stand_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OTEL_SERVICE_NAME", "from-the-environment")
