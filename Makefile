@@ -77,7 +77,7 @@ bench-peers: $(VENV)/.bench $(VENV)/.training ## the same weights through this s
 # --- observe (docs/observability.md) ------------------------------------------------------------------
 .PHONY: check-monitoring demo-incident bench-telemetry
 check-monitoring: $(VENV)/.dev ## rules, alerts, runbooks and dashboards as files: promtool, amtool and our own checks
-	$(BIN)/python -m pytest -q tests/monitoring/test_files.py
+	$(BIN)/python -m pytest -q tests/monitoring/test_files.py tests/monitoring/test_runbooks.py
 
 demo-incident: $(VENV)/.dev ## overload on loopback: alerts fire in Prometheus and Alertmanager, and resolve
 	$(BIN)/python -m loadtest.demo_incident --model "$(MODEL)" $(ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -41,7 +42,10 @@ class LocalStack(Servers):
         interval_s: float = 1.0,
         alertmanager: LiveServer | None = None,
     ) -> LiveServer:
-        """Prometheus with the project's own rules and alerts; `scrapes` gives each job its targets."""
+        """Prometheus with the project's own rules and alerts; `scrapes` gives each job its targets.
+
+        Everything happens every `interval_s`, rules that have a longer interval of their own too.
+        """
         program = find_program("prometheus", "prometheus")
         port = free_port()
         interval = f"{round(interval_s * 1000)}ms"
@@ -51,9 +55,7 @@ class LocalStack(Servers):
                 "scrape_timeout": interval,
                 "evaluation_interval": interval,
             },
-            "rule_files": [
-                str(MONITORING / "prometheus" / folder / "*.yml") for folder in ("rules", "alerts")
-            ],
+            "rule_files": [str(self._rules(interval))],
             "scrape_configs": [
                 {"job_name": job, "static_configs": [{"targets": list(targets)}]}
                 for job, targets in scrapes.items()
@@ -73,6 +75,18 @@ class LocalStack(Servers):
             "--log.level=warn",
         ]
         return self.start("prometheus", command, "/-/ready")
+
+    def _rules(self, interval: str) -> Path:
+        """A file with every rule and alert of the project."""
+        groups = [
+            {**group, "interval": interval}
+            for folder in ("rules", "alerts")
+            for path in sorted((MONITORING / "prometheus" / folder).glob("*.yml"))
+            for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
+        ]
+        path = self.folder / f"rules-{interval}.yml"
+        path.write_text(yaml.safe_dump({"groups": groups}), encoding="utf-8")
+        return path
 
     def alertmanager(self, config: Mapping[str, Any]) -> LiveServer:
         """Alertmanager with `config`, without a cluster."""

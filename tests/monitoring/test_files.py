@@ -18,11 +18,16 @@ from tests.monitoring.files import (
     alerts,
     dashboards,
     load_yaml,
+    panel_queries,
     panels,
+    rule_queries,
     rules,
+    runbook_queries,
 )
 
 ALERTMANAGER = ROOT / "monitoring" / "alertmanager" / "alertmanager.yml"
+COMPOSE = ROOT / "docker" / "compose.monitoring.yml"
+CHART = ROOT / "k8s" / "monitoring" / "kube-prometheus-stack-values.yaml"
 SECTIONS = ("## Meaning", "## Impact", "## Diagnosis", "## Mitigation")
 
 
@@ -69,7 +74,8 @@ def test_every_alert_has_a_case_before_and_a_case_at_its_threshold() -> None:
 @pytest.mark.telemetry
 def test_alertmanager_routes_by_severity() -> None:
     run_tool("amtool", "check-config", ALERTMANAGER)
-    for severity, receiver in (("critical", "page"), ("warning", "ticket")):
+    receivers = {"critical": "page", "warning": "ticket", "none": "nobody", "": "ticket"}
+    for severity, receiver in receivers.items():
         routed = run_tool(
             "amtool", "config", "routes", "test", f"--config.file={ALERTMANAGER}", f"severity={severity}"
         )
@@ -94,29 +100,21 @@ def test_an_alert_says_what_to_do(alert: dict[str, Any]) -> None:
     assert "```promql" in text
 
 
-def test_there_is_no_runbook_without_an_alert() -> None:
-    assert {path.stem for path in RUNBOOKS.glob("*.md")} == {alert["alert"] for alert in alerts()}
+def test_prometheus_remembers_as_long_as_a_rule_looks_back() -> None:
+    windows = re.findall(r"\[(\d+)d\]", " ".join(query.expression for query in rule_queries()))
+    longest = max(map(int, windows))
+    (compose,) = re.findall(r"retention\.time=\$\{PROMETHEUS_RETENTION:-(\d+)d\}", COMPOSE.read_text())
+    chart = load_yaml(CHART)["prometheus"]["prometheusSpec"]["retention"]
+    assert longest == 30
+    assert int(compose) >= longest
+    assert int(chart.removesuffix("d")) >= longest
 
 
-@pytest.mark.parametrize("path", sorted(RUNBOOKS.glob("*.md")), ids=lambda path: path.stem)
-def test_the_commands_of_a_runbook_exist(path: Path) -> None:
-    """No Compose file is in the root and the project is `asr`, so only docker/compose.sh finds the stack."""
-    text = path.read_text(encoding="utf-8")
-    assert "docker compose" not in text
-    assert "docker-compose" not in text
-    assert "logs deploy/" not in text, "reads one pod of three; select by label"
-    for subcommand in re.findall(r"docker/compose\.sh (\S+)", text):
-        # `up` would take the default image, not the deployed one; `restart` takes all replicas away at once.
-        assert subcommand.strip("`).;,") in ("logs", "ps"), subcommand
-    targets = re.findall(r"`make ([a-z0-9-]+)", text)
-    known = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert set(targets) <= set(known)
-    manifests = (ROOT / "k8s/base/api/deployment.yaml").read_text(encoding="utf-8")
-    for line in text.splitlines():
-        for label in re.findall(r"logs -l ([\w./-]+=[\w-]+)", line):
-            assert label.replace("=", ": ") in manifests, label
-            assert "--prefix" in line
-            assert "--tail=" in line, "with a selector kubectl shows ten lines"
+def test_what_pages_does_not_wait_for_rules_that_look_back_for_days() -> None:
+    for group in load_yaml(PROMETHEUS / "rules" / "slo.yml")["groups"]:
+        if "[30d]" in str(group):
+            assert group["interval"] == "2m"
+            assert len(group["rules"]) == 1
 
 
 def test_recording_rules_are_named_level_metric_operation() -> None:
@@ -178,6 +176,63 @@ def test_datasources_lead_from_metrics_to_traces_and_back() -> None:
     assert back["datasourceUid"] == "prometheus"
     recorded = {rule["record"] for rule in rules("rules")}
     assert {query["query"] for query in back["queries"][1:]} <= recorded
+
+
+def test_traces_lead_back_to_metrics_in_kubernetes_too() -> None:
+    file = load_yaml(GRAFANA / "provisioning" / "datasources" / "datasources.yml")
+    (compose,) = [source for source in file["datasources"] if source["uid"] == "jaeger"]
+    (chart,) = load_yaml(CHART)["grafana"]["additionalDataSources"]
+    assert chart["uid"] == compose["uid"]
+    assert chart["jsonData"] == compose["jsonData"]
+
+
+def test_the_first_row_says_zero_or_no_traffic_instead_of_nothing() -> None:
+    """0 of 0 requests is NaN, which the panels would show in red; a comparison drops it."""
+    stats = [panel for panel in panels(dashboards()["asr-service"]) if panel["type"] == "stat"]
+    assert len(stats) == 6
+    for panel in stats:
+        (target,) = panel["targets"]
+        if "or vector(0)" not in target["expr"]:
+            assert panel["fieldConfig"]["defaults"]["noValue"] == "no traffic"
+            assert re.search(r">= 0|> 0|<= 1", target["expr"]), target["expr"]
+
+
+def test_no_container_is_dropped_for_the_group_it_is_in() -> None:
+    """Where Docker uses systemd's groups, containers are scopes among the machine's services."""
+    jobs = {job["job_name"]: job for job in load_yaml(PROMETHEUS / "prometheus.yml")["scrape_configs"]}
+    for rule in jobs["cadvisor"].get("metric_relabel_configs", []):
+        assert not re.fullmatch(rule["regex"], "/system.slice/docker-899523c84faa.scope"), rule
+    assert "--docker_only=true" in COMPOSE.read_text(encoding="utf-8")
+
+
+def test_containers_are_told_apart_in_both_worlds() -> None:
+    (flag,) = re.findall(r"--whitelisted_container_labels=(\S+)", COMPOSE.read_text())
+    kept = {"container_label_" + re.sub(r"[^a-z]", "_", label) for label in flag.split(",")}
+    for query in [*panel_queries(), *runbook_queries()]:
+        for labels in re.findall(r"by \(pod, ([^)]*)\)", query.expression):
+            used = {label for label in labels.split(", ") if label != "container"}
+            assert len(used) == 2, query
+            assert used <= kept, query
+
+
+def test_the_limit_of_a_container_is_known_in_kubernetes_too() -> None:
+    """kube-prometheus-stack drops cAdvisor's container_spec_* and keeps what kube-state-metrics says."""
+    expressions = [query.expression for query in panel_queries() if "container_spec_" in query.expression]
+    assert expressions
+    assert all("kube_pod_container_resource_limits" in each for each in expressions)
+
+
+def test_only_real_network_interfaces_count() -> None:
+    (pattern,) = {
+        found
+        for query in panel_queries()
+        for found in re.findall(r'device!~"([^"]+)"', query.expression)
+        if "node_network" in query.expression
+    }
+    for virtual in ("lo", "veth1a2b", "docker0", "br-77ab", "cilium_vxlan", "lxc_health", "cali9f"):
+        assert re.fullmatch(pattern, virtual)
+    for real in ("eth0", "ens3"):
+        assert not re.fullmatch(pattern, real)
 
 
 def test_the_collector_uses_only_what_it_declares() -> None:

@@ -17,7 +17,16 @@ import pytest
 
 from loadtest.local_stack import LocalStack, MissingProgramError, PrometheusApi
 from loadtest.processes import LiveServer
-from tests.monitoring.files import Query, alerts, panel_queries, rule_queries, runbook_queries
+from tests.monitoring.files import (
+    Query,
+    alerts,
+    dashboards,
+    fill_variables,
+    panel_queries,
+    panels,
+    rule_queries,
+    runbook_queries,
+)
 from tests.monitoring.recording import RecordingServer
 from tests.telemetry.live import MODEL, clip, settings, tracing
 from tests.telemetry.otlp_receiver import OtlpReceiver
@@ -120,6 +129,28 @@ def test_a_runbooks_query_can_be_sent_as_it_stands(driven: Driven, query: Query)
     driven.prometheus.query(query.expression)
 
 
+def exemplar_queries() -> Iterator[Query]:
+    """Of the panels that promise dots."""
+    for name, dashboard in dashboards().items():
+        for panel in panels(dashboard):
+            for target in panel["targets"]:
+                if target.get("exemplar"):
+                    place = f"{name} / {panel['title']} / {target['refId']}"
+                    yield Query(place, fill_variables(target["expr"]))
+
+
+@pytest.mark.parametrize("query", with_data(exemplar_queries()))
+def test_a_panel_that_promises_dots_has_some(driven: Driven, query: Query) -> None:
+    assert exemplars(driven.prometheus, query.expression), query.expression
+
+
+def exemplars(prometheus: PrometheusApi, expression: str) -> set[str]:
+    """The trace ids of the last ten minutes' exemplars."""
+    end_s = time.time()
+    series = prometheus.get("query_exemplars", query=expression, start=str(end_s - 600), end=str(end_s))
+    return {item["labels"]["trace_id"] for entry in series for item in entry["exemplars"]}
+
+
 def metric_names(expression: str) -> set[str]:
     """The metrics that an expression reads."""
     bare = re.sub(r"\b(by|on|ignoring|group_left) *\([^)]*\)", "", expression)
@@ -160,14 +191,7 @@ def test_the_sums_in_prometheus_are_the_requests_sent(driven: Driven) -> None:
 
 
 def test_exemplars_lead_to_traces_that_the_backend_has(driven: Driven) -> None:
-    now_s = time.time()
-    series = driven.prometheus.get(
-        "query_exemplars",
-        query="asr_request_duration_seconds_bucket",
-        start=str(now_s - 600),
-        end=str(now_s),
-    )
-    found = {item["labels"]["trace_id"] for entry in series for item in entry["exemplars"]}
+    found = exemplars(driven.prometheus, "asr_request_duration_seconds_bucket")
     assert found
     known = {span.trace_id for span in driven.receiver.spans() if span.name.startswith("POST")}
     assert found <= known
