@@ -168,6 +168,28 @@ def test_network_policies_start_from_nothing(objects: list[dict[str, Any]]) -> N
     assert ports == {4317, 4318}, "the API speaks to the trace collector and to nobody else"
 
 
+def test_prometheus_sees_a_pod_until_it_is_gone_and_by_its_name(production: list[dict[str, Any]]) -> None:
+    """A stopping pod waits for one more scrape; it stays in the Endpoints of such a Service only."""
+    text = (ROOT / "k8s/monitoring/service-monitor.yaml").read_text()
+    service, monitor = yaml.safe_load_all(text)
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert service["spec"]["clusterIP"] == "None"
+    pod = of_kind(production, "Deployment")["asr-api"]["spec"]["template"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    (port,) = service["spec"]["ports"]
+    assert port["targetPort"] in {each["name"] for each in pod["spec"]["containers"][0]["ports"]}
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint["port"] == port["name"]
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    assert wanted <= service["metadata"]["labels"].items()
+    assert service["metadata"]["namespace"] in monitor["spec"]["namespaceSelector"]["matchNames"]
+    for other in of_kind(production, "Service").values():
+        assert not wanted <= other["metadata"]["labels"].items(), "each pod would be scraped twice"
+    assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == "asr-api"
+    (relabel,) = endpoint["relabelings"]
+    assert (relabel["sourceLabels"], relabel["targetLabel"]) == (["__meta_kubernetes_pod_name"], "instance")
+
+
 def test_components_are_the_promised_ones() -> None:
     assert set(COMPONENTS) >= {"autoscaling", "disruption-budget", "network-policies", "tracing", "gpu"}
 
