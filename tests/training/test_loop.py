@@ -6,11 +6,13 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,12 +21,15 @@ from training.data.manifest import Utterance
 from training.data.synthetic import make_corpus
 from training.data.validate import validate
 from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
-from training.frontend import LogMel
+from training.frontend import FrontendConfig, LogMel
 from training.loop.dataset import UtteranceDataset, collate, make_loader
 from training.loop.fit import choose_device, fit, is_out_of_memory
 from training.loop.module import CtcModule, error_rates, parameter_groups, warmup_cosine
 from training.loop.run_folder import RunFolder, append_metrics, open_run, read_metrics
 from training.loop.settings import TrainingSettings
+from training.recipes.quartznet_ctc.model import QuartzNet, quartznet
+from training.recipes.quartznet_ctc.network import QuartzNetCtc
+from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc
 from training.text import normaliser
 from training.vocabulary import CharacterCodec
 
@@ -88,13 +93,23 @@ class StopAt(lightning.Callback):
 
 
 class Steps(lightning.Callback):
-    """Notes the steps that were done."""
+    """Notes the steps that were done, their learning rates and their utterances."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
+        self.rates: list[float] = []
+        self.batches: list[tuple[int, list[str]]] = []
+        self.validations = 0
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer: Any, _module: Any, _out: Any, batch: Any, *_: Any) -> None:
         self.seen.append(trainer.global_step)
+        self.batches.append((trainer.current_epoch, batch["texts"]))
+
+    def on_validation_end(self, *_: Any) -> None:
+        self.validations += 1
 
 
 def test_learns_and_keeps_records(rows: list[Utterance], tmp_path: Path) -> None:
@@ -121,6 +136,19 @@ def test_goes_on_after_an_interruption(rows: list[Utterance], tmp_path: Path) ->
     assert [int(row["epoch"]) for row in read_metrics(tmp_path / "metrics.csv")] == [0, 1, 2]
 
 
+def test_a_training_that_was_ended_does_not_look_finished(rows: list[Utterance], tmp_path: Path) -> None:
+    class Ended(lightning.Callback):
+        """What Lightning does after a batch once SIGTERM has come."""
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            raise SIGTERMException
+
+    with pytest.raises(SystemExit) as caught:
+        run(rows, tmp_path, settings(epochs=3), (Ended(),))
+    assert caught.value.code == 143
+    assert RunFolder(tmp_path).resume_from() == tmp_path / "checkpoints" / "interrupted.ckpt"
+
+
 def test_more_epochs_go_on_from_the_last(rows: list[Utterance], tmp_path: Path) -> None:
     run(rows, tmp_path, settings(epochs=1))
     first = read_metrics(tmp_path / "metrics.csv")
@@ -128,6 +156,48 @@ def test_more_epochs_go_on_from_the_last(rows: list[Utterance], tmp_path: Path) 
     both = read_metrics(tmp_path / "metrics.csv")
     assert both[0] == first[0]
     assert int(both[1]["step"]) == 2 * int(first[0]["step"])
+
+
+def test_a_resumed_epoch_has_the_batches_that_it_would_have_had(
+    rows: list[Utterance], tmp_path: Path
+) -> None:
+    chosen = settings(epochs=3, max_batch_s=6.0)
+    whole, first, second = Steps(), Steps(), Steps()
+    run(rows, tmp_path / "whole", chosen, (whole,))
+    per_epoch = len(whole.seen) // 3
+    with pytest.raises(RuntimeError, match="the power went out"):
+        run(rows, tmp_path / "parts", chosen, (first, StopAt(per_epoch + per_epoch // 2)))
+    run(rows, tmp_path / "parts", chosen, (second,))
+    assert first.batches + second.batches == whole.batches
+    third = Steps()
+    run(rows, tmp_path / "longer", settings(epochs=1, max_batch_s=6.0))
+    run(rows, tmp_path / "longer", settings(epochs=2, max_batch_s=6.0), (third,))
+    assert third.batches == [(epoch, texts) for epoch, texts in whole.batches if epoch == 1]
+
+
+def test_every_epoch_is_validated(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "audio", "en", utterances=40, speakers=4, synthesiser="tones")
+    kept, _ = validate(from_folder(tmp_path / "audio"), normalise=normaliser("en"), outside=CODEC.outside)
+    steps = Steps()
+    run(kept, tmp_path / "run", settings(epochs=4, max_batch_s=9.0), (steps,))
+    assert steps.validations == 4
+
+
+def test_a_resumed_run_follows_its_new_settings(rows: list[Utterance], tmp_path: Path) -> None:
+    run(rows, tmp_path, settings(epochs=1, early_stopping=1))
+    plain, resumed = Steps(), Steps()
+    run(rows, tmp_path / "plain", settings(epochs=4, learning_rate=1e-3), (plain,))
+    chosen = settings(epochs=4, learning_rate=1e-3, early_stopping=7, weight_decay=0.5)
+    kept: list[Any] = []
+
+    class Look(lightning.Callback):
+        def on_train_end(self, trainer: Any, *_: Any) -> None:
+            kept.append([group["weight_decay"] for group in trainer.optimizers[0].param_groups])
+            kept.append([stop.patience for stop in trainer.early_stopping_callbacks])
+
+    run(rows, tmp_path, chosen, (resumed, Look()))
+    assert resumed.rates == pytest.approx(plain.rates[-len(resumed.rates) :])
+    assert kept == [[0.5, 0.0], [7]]
 
 
 def test_out_of_memory_says_what_to_change_and_keeps_the_state(rows: list[Utterance], tmp_path: Path) -> None:
@@ -155,6 +225,9 @@ def test_out_of_memory_says_what_to_change_and_keeps_the_state(rows: list[Uttera
 def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
+    )
     assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 
@@ -215,6 +288,13 @@ def test_error_rates() -> None:
 def test_device_and_precision() -> None:
     assert choose_device(settings(device="cpu")) == ("cpu", "32-true")
     assert choose_device(settings(device="cpu", precision="bfloat16")) == ("cpu", "bf16-mixed")
+    # torch's default counts the emulation on a T4 as support
+    old = SimpleNamespace(
+        is_available=lambda: True, is_bf16_supported=lambda including_emulation=True: including_emulation
+    )
+    new = SimpleNamespace(is_available=lambda: True, is_bf16_supported=lambda including_emulation: True)
+    assert choose_device(settings(), new) == ("gpu", "bf16-mixed")
+    assert choose_device(settings(), old) == ("gpu", "16-mixed"), "emulated bfloat16 is slower than float16"
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"training\.device is gpu"):
             choose_device(settings(device="gpu"))
@@ -223,6 +303,27 @@ def test_device_and_precision() -> None:
 def test_bfloat16_trains(rows: list[Utterance], tmp_path: Path) -> None:
     run(rows, tmp_path, settings(epochs=1, precision="bfloat16", device="cpu"))
     assert float(read_metrics(tmp_path / "metrics.csv")[0]["train_loss"]) > 0
+
+
+def test_frozen_parts_rest_while_the_others_train(rows: list[Utterance], tmp_path: Path) -> None:
+    shape = {"groups": ((32, 5),), "blocks_per_group": 1, "repeat": 1, "last_filters": 32}
+    config = quartznet(len(CODEC.vocabulary), stem=(32, 5), tail=(32, 5), **shape)
+    network = QuartzNetCtc(QuartzNet(config), FrontendConfig(), frozen_norms=True)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    run(rows, tmp_path / "norms", settings(epochs=1), network=network)
+    moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any("running" in name for name in moved)
+    assert any("pointwise.weight" in name for name in moved)
+
+    class Look(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            assert module.model.ctc_head.training
+            assert not any(part.training for part in module.model.encoder.modules())
+
+    encoder = EncoderConfig(width=16, layers=1, heads=2, inner=16)
+    whisper = WhisperCtc(encoder, len(CODEC.vocabulary), dropout=0.5)
+    whisper.encoder.requires_grad_(False)
+    run(rows, tmp_path / "encoder", settings(epochs=1), (Look(),), whisper)
 
 
 def test_run_folder_belongs_to_one_configuration(tmp_path: Path) -> None:

@@ -62,8 +62,7 @@ class UtteranceDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
-        wanted_s = row.duration_s if row.offset_s else None
-        samples = load_waveform(row.audio, self.sample_rate_hz, row.offset_s, wanted_s)
+        samples = load_waveform(row.audio, self.sample_rate_hz, row.offset_s, row.duration_s)
         if self.augment is not None:
             seed = int(torch.randint(0, 2**62, ()).item())
             samples = self.augment(samples, np.random.default_rng(seed))
@@ -87,24 +86,30 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
-def make_loader(
+def make_sampler(
     dataset: UtteranceDataset, settings: TrainingSettings, *, training: bool
-) -> DataLoader[Example]:
-    """Batches by total seconds; shuffled and augmented for training, in a fixed order otherwise."""
+) -> DurationBatchSampler:
+    """Batches by total seconds; shuffled for training, in a fixed order otherwise."""
     slowest = 1.0
     if training and dataset.augment is not None and dataset.augment.config.speeds:
         slowest = min(dataset.augment.config.speeds)
     durations_s = [(row.duration_s or 0.0) / slowest for row in dataset.rows]
-    sampler = DurationBatchSampler(
+    return DurationBatchSampler(
         durations_s,
         settings.max_batch_s,
         max_items=settings.max_items,
         shuffle=training,
         seed=settings.seed,
     )
+
+
+def make_loader(
+    dataset: UtteranceDataset, settings: TrainingSettings, *, training: bool
+) -> DataLoader[Example]:
+    """Padded batches of `make_sampler`'s."""
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=make_sampler(dataset, settings, training=training),
         collate_fn=collate,
         num_workers=settings.workers,
         persistent_workers=settings.workers > 0,

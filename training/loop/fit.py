@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,10 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
+from training.data.sampler import DurationBatchSampler
 from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
 from training.loop.module import SpeechModule
 from training.loop.plots import plot_history
@@ -26,9 +29,9 @@ from training.loop.settings import TrainingSettings
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
-def choose_device(settings: TrainingSettings) -> tuple[str, str]:
+def choose_device(settings: TrainingSettings, cuda: Any = torch.cuda) -> tuple[str, str]:
     """Lightning's accelerator ("cpu", "gpu") and precision for these settings. Raises ConfigError."""
-    there = torch.cuda.is_available()
+    there = cuda.is_available()
     if settings.device == "gpu" and not there:
         raise ConfigError("training.device is gpu, and this machine has none that torch can use")
     accelerator = "gpu" if there and settings.device != "cpu" else "cpu"
@@ -36,11 +39,13 @@ def choose_device(settings: TrainingSettings) -> tuple[str, str]:
         return accelerator, PRECISIONS[settings.precision]
     if accelerator == "cpu":
         return accelerator, PRECISIONS["float32"]
-    return accelerator, PRECISIONS["bfloat16" if torch.cuda.is_bf16_supported() else "float16"]
+    # Older GPUs (T4, V100) emulate bfloat16 and are many times slower with it than with float16.
+    native = cuda.is_bf16_supported(including_emulation=False)
+    return accelerator, PRECISIONS["bfloat16" if native else "float16"]
 
 
 class Records(Callback):
-    """metrics.csv and the pictures, after every epoch; the sampler's epoch before it."""
+    """metrics.csv and the pictures, after every epoch."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
@@ -77,6 +82,32 @@ class Progress(TQDMProgressBar):
         }
 
 
+class Resume(Callback):
+    """Sends the sampler to where a stored state left it; Lightning alone starts with epoch 0's batches."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.sampler = loader.batch_sampler
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Epoch and complete batches are those of Lightning's own progress."""
+        if not isinstance(self.sampler, DurationBatchSampler):
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs, batches = (loops[name]["current"] for name in ("epoch_progress", "epoch_loop.batch_progress"))
+        between = epochs["processed"] == epochs["ready"]
+        self.sampler.go_on_from(epochs["processed"], 0 if between else batches["completed"])
+
+
+class Patience(EarlyStopping):
+    """Early stopping whose patience is that of the settings, also where a resumed state had another."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Everything but the patience."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+
 class SaveOnInterruption(Callback):
     """Keep the state of the last complete step when training ends with an exception."""
 
@@ -95,8 +126,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of torch or Python says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    # the last is cuBLAS's and cuDNN's way to say it
+    signs = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def fit(
@@ -110,7 +142,7 @@ def fit(
     """Train until the epochs are used up or validation stops improving; returns the best checkpoint.
 
     A run that was interrupted goes on from its last state. Raises OutOfMemoryError with the state saved,
-    EmptyManifestError for an empty part.
+    EmptyManifestError for an empty part, SystemExit with a status that is not 0 where the job was ended.
     """
     for name, loader in (("training", training), ("validation", validation)):
         if len(loader) == 0:
@@ -129,12 +161,13 @@ def fit(
     watchers: list[Callback] = [
         best,
         Records(folder),
+        Resume(training),
         SaveOnInterruption(folder),
         Progress(),
         *callbacks,
     ]
     if settings.early_stopping:
-        watchers.append(EarlyStopping("val_wer", patience=settings.early_stopping, mode="min"))
+        watchers.append(Patience("val_wer", patience=settings.early_stopping, mode="min"))
     accelerator, precision = choose_device(settings)
     with quiet():
         lightning.seed_everything(settings.seed, workers=True, verbose=False)
@@ -153,8 +186,13 @@ def fit(
             enable_model_summary=False,
         )
         state = folder.resume_from()
+        # Lightning keeps the mode that modules are in; `train` is where networks put frozen parts to rest
+        module.train()
         try:
             trainer.fit(module, training, validation, ckpt_path=state, weights_only=True)
+        except SIGTERMException as error:
+            # Lightning's has status 0, and whoever ended the job would take the training for a finished one
+            raise SystemExit(128 + signal.SIGTERM) from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jiwer
@@ -11,6 +12,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 
 from training.loop.dataset import Batch
 from training.loop.settings import TrainingSettings
@@ -66,9 +68,27 @@ class SpeechModule(lightning.LightningModule):
             betas=settings.betas,
         )
         total = int(self.trainer.estimated_stepping_batches)
-        factor = _Factor(total, settings.warmup_share, settings.final_share)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        # Of a partial nothing is stored in checkpoints: a resumed run with other settings has its own length.
+        factor = partial(
+            warmup_cosine,
+            total=total,
+            warmup_share=settings.warmup_share,
+            final_share=settings.final_share,
+        )
+        schedule = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """The settings count, not what a resumed state remembers of earlier ones."""
+        settings = self.settings
+        (optimizer,) = self.trainer.optimizers
+        schedule = self.trainer.lr_scheduler_configs[0].scheduler
+        if not isinstance(schedule, LambdaLR):
+            raise TypeError(f"expected LambdaLR, got {type(schedule).__name__}")
+        schedule.base_lrs = [settings.learning_rate for _ in optimizer.param_groups]
+        rate = settings.learning_rate * schedule.lr_lambdas[0](schedule.last_epoch)
+        for group, decay in zip(optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
+            group.update(lr=rate, weight_decay=decay, betas=settings.betas)
 
     def training_step(self, batch: Batch, _index: int) -> Tensor:
         """One batch's loss."""
@@ -89,16 +109,6 @@ class SpeechModule(lightning.LightningModule):
         wer, cer = error_rates(self._references, self._hypotheses)
         self.log_dict({"val_wer": wer, "val_cer": cer}, prog_bar=True)
         self._references, self._hypotheses = [], []
-
-
-class _Factor:
-    """A picklable schedule."""
-
-    def __init__(self, total: int, warmup_share: float, final_share: float) -> None:
-        self.total, self.warmup_share, self.final_share = total, warmup_share, final_share
-
-    def __call__(self, step: int) -> float:
-        return warmup_cosine(step, self.total, self.warmup_share, self.final_share)
 
 
 class CtcModule(SpeechModule):
