@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from training.data.audio import load_waveform
 from training.data.manifest import read_rows
 from training.errors import EmptyManifestError
 from training.inference import Waveform
@@ -51,7 +52,15 @@ def manifest_waveforms(
     """(waveform (samples,) float32, text) of the rows that `manifest_rows` gives, shard by shard."""
     rows = manifest_rows(manifest, limit, with_text=with_text, **wanted)
     clips = []
-    for row, content in _contents(rows, manifest.parent):
+    sharded: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        if shard := row.get("shard"):
+            sharded[shard][row["audio_filepath"]] = row
+            continue
+        span_s = float(row.get("offset") or 0.0), float(row.get("duration") or 0.0)
+        waveform = load_waveform(manifest.parent / row["audio_filepath"], sample_rate_hz, *span_s)
+        clips.append((waveform, str(row.get("text", ""))))
+    for row, content in _contents(sharded, manifest.parent):
         samples, rate_hz = soundfile.read(content, dtype="float32", always_2d=True)
         mono = samples.mean(axis=1)
         if rate_hz != sample_rate_hz:
@@ -60,13 +69,9 @@ def manifest_waveforms(
     return clips
 
 
-def _contents(rows: list[dict[str, Any]], folder: Path) -> Iterator[tuple[dict[str, Any], Path | io.BytesIO]]:
-    sharded: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for row in rows:
-        if shard := row.get("shard"):
-            sharded[shard][row["audio_filepath"]] = row
-        else:
-            yield row, folder / row["audio_filepath"]
+def _contents(
+    sharded: dict[str, dict[str, dict[str, Any]]], folder: Path
+) -> Iterator[tuple[dict[str, Any], io.BytesIO]]:
     for shard, members in sharded.items():
         with tarfile.open(folder / shard) as archive:
             for member in archive:

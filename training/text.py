@@ -31,6 +31,7 @@ ALPHABETS: dict[str, str] = {
 
 _APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": "'", "\u00b4": "'"})
 _TURKIC_CAPITALS = str.maketrans({"I": "ı", "\u0130": "i"})
+_DOTTED_TWICE = re.compile("i\u0307+")
 _STRESS = "\u0301"
 _LOOSE_APOSTROPHE = re.compile(r"(?<!\w)'+|'+(?!\w)")
 
@@ -46,8 +47,11 @@ def lowercase(text: str) -> str:
 
 
 def lowercase_turkic(text: str) -> str:
-    """Lower case with I -> ı and İ -> i, as Turkish and Azerbaijani have it."""
-    return lowercase(text.translate(_TURKIC_CAPITALS))
+    """Lower case with I -> ı and İ -> i, as Turkish and Azerbaijani have it.
+
+    What a program without these rules made of İ, an i with a combining dot above, becomes i as well.
+    """
+    return nfc(_DOTTED_TWICE.sub("i", lowercase(text.translate(_TURKIC_CAPITALS))))
 
 
 def drop_stress(text: str) -> str:

@@ -76,6 +76,14 @@ def test_same_seed_same_result_and_off_is_off() -> None:
     assert np.array_equal(WaveformAugment(off, RATE_HZ)(speech(), np.random.default_rng(7)), speech())
 
 
+def test_nothing_becomes_longer_than_allowed() -> None:
+    slow = WaveformAugmentConfig(speeds=(0.5,), noise_probability=0.0, reverberation_probability=0.0)
+    samples, random = speech(), np.random.default_rng(0)
+    duration_s = len(samples) / RATE_HZ
+    assert len(WaveformAugment(slow, RATE_HZ, 2 * duration_s)(samples, random)) == 2 * len(samples)
+    assert len(WaveformAugment(slow, RATE_HZ, 1.9 * duration_s)(samples, random)) == len(samples)
+
+
 def test_noise_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no recordings"):
         WaveformAugment(WaveformAugmentConfig(noise_folder=tmp_path), RATE_HZ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from training.calibration import manifest_waveforms
 from training.data import __main__ as command
 from training.data import importers
 from training.data.audio import UndecodableAudioError, load_waveform
@@ -147,6 +149,74 @@ def test_hugging_face_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         importers.from_hugging_face("parquet", tmp_path / "audio", data_files=options["data_files"])
 
 
+@pytest.mark.parametrize("form", ["audiofolder", "webdataset", "json"])
+def test_hugging_face_files_in_folders_and_tars(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forms beside parquet; torchcodec, with which `datasets` would decode, is not needed."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("datasets")
+    source = tmp_path / "in"
+    paths = [tone(source / f"{index}.wav", 0.5 + index) for index in range(2)]
+    if form == "audiofolder":
+        lines = [{"file_name": path.name, "text": "bir"} for path in paths]
+        (source / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        options = {"data_dir": str(source)}
+    elif form == "json":
+        lines = [
+            {"audio": str(paths[0]), "text": "bir"},
+            {"audio": paths[1].as_uri(), "text": "bir"},
+        ]
+        (source / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        options = {"data_files": str(source / "rows.jsonl")}
+    else:
+        with tarfile.open(source / "rows.tar", "w") as archive:
+            for path in paths:
+                path.with_suffix(".txt").write_text("bir")
+                archive.add(path, path.name)
+                archive.add(path.with_suffix(".txt"), path.with_suffix(".txt").name)
+        options = {"data_files": str(source / "rows.tar"), "audio_column": "wav", "text_column": "txt"}
+    rows = importers.from_hugging_face(form, tmp_path / "audio", **options)
+    assert [row.text for row in rows] == ["bir", "bir"]
+    assert [len(load_waveform(row.audio, 16_000)) for row in rows] == [8_000, 24_000]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = [
+        "import",
+        "huggingface",
+        str(tmp_path / "no" / "data"),
+        "--out",
+        str(tmp_path / "manifest.jsonl"),
+    ]
+    assert command.main(given) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_language_and_licence_of_a_table_that_names_neither(tmp_path: Path) -> None:
+    table, manifest = tmp_path / "rows.csv", tmp_path / "manifest.jsonl"
+    table.write_text("file,text,language\nx.wav,bir,\ny.wav,odin,ru\n")
+    given = [
+        "import",
+        "table",
+        str(table),
+        "--language",
+        "az",
+        "--licence",
+        "CC0-1.0",
+        "--out",
+        str(manifest),
+    ]
+    assert command.main(given) == 0
+    assert [(row.language, row.licence) for row in read_manifest(manifest)] == [
+        ("az", "CC0-1.0"),
+        ("ru", "CC0-1.0"),
+    ]
+
+
 # --- audio -------------------------------------------------------------------------------------------
 
 
@@ -173,6 +243,27 @@ def test_decodes_what_libsndfile_cannot(tmp_path: Path) -> None:
     decoded = load_waveform(path, 16_000)
     assert abs(len(decoded) / 16_000 - 1.0) < 0.2
     assert 0.25 < np.abs(decoded).max() < 0.4
+
+
+def test_stretches_of_one_recording(tmp_path: Path) -> None:
+    """The first stretch starts at 0 and is no more the whole recording than the others are."""
+    tone(tmp_path / "long.wav", 10.0)
+    lines = [
+        {"audio_filepath": "long.wav", "text": "a", "duration": 2.0, "offset": 0.0},
+        {"audio_filepath": "long.wav", "text": "b", "duration": 3.0, "offset": 2.0},
+        {"audio_filepath": "long.wav", "text": "c", "duration": 9.996},
+        {"audio_filepath": "long.wav", "text": "d", "duration": -1},
+    ]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept, _ = validate(read_manifest(manifest), normalise=normaliser("en"), outside=lambda _: [])
+    assert [row.duration_s for row in kept] == [2.0, 3.0, 10.0, 10.0]
+    assert [len(samples) for samples, _ in manifest_waveforms(manifest, 16_000)] == [
+        32_000,
+        48_000,
+        160_000,
+        160_000,
+    ]
 
 
 def test_undecodable_and_missing(tmp_path: Path) -> None:
@@ -305,6 +396,28 @@ def test_epochs_differ_and_padding_is_small() -> None:
     assert list(sampler) != first
     padded = sum(max(durations[i] for i in batch) * len(batch) for batch in first)
     assert sum(durations) / padded > 0.85
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_epoch_has_as_many_batches(seed: int) -> None:
+    durations = np.random.default_rng(seed).uniform(0.5, 3, 40).tolist()
+    sampler = DurationBatchSampler(durations, 9.0, seed=seed)
+    counts = set()
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        counts.add(len(list(sampler)))
+    assert counts == {len(sampler)}
+
+
+def test_goes_on_within_an_epoch() -> None:
+    sampler = DurationBatchSampler(np.random.default_rng(0).uniform(1, 15, 100).tolist(), 60.0)
+    sampler.set_epoch(3)
+    third = list(sampler)
+    sampler.go_on_from(3, 5)
+    assert list(sampler) == third[5:]
+    assert list(sampler) == third, "only once"
+    sampler.go_on_from(2, len(sampler))
+    assert list(sampler) == third
 
 
 def test_batches_refuse_what_cannot_fit() -> None:

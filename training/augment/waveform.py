@@ -88,10 +88,16 @@ def _within_range(samples: Samples) -> Samples:
 
 
 class WaveformAugment:
-    """Applies the three changes at random. Raises ConfigError for a noise folder without recordings."""
+    """Applies the three changes at random; nothing becomes longer than `longest_s` by it.
 
-    def __init__(self, config: WaveformAugmentConfig, sample_rate_hz: int) -> None:
+    Raises ConfigError for a noise folder without recordings.
+    """
+
+    def __init__(
+        self, config: WaveformAugmentConfig, sample_rate_hz: int, longest_s: float | None = None
+    ) -> None:
         self.config = config
+        self.longest_s = longest_s or np.inf
         self.sample_rate_hz = sample_rate_hz
         self.noises: Sequence[Path] = ()
         if config.noise_folder is not None:
@@ -105,7 +111,8 @@ class WaveformAugment:
         config = self.config
         if config.speeds:
             factor = config.speeds[int(random.integers(len(config.speeds)))]
-            samples = change_speed(samples, factor, self.sample_rate_hz)
+            if len(samples) / factor <= self.longest_s * self.sample_rate_hz:
+                samples = change_speed(samples, factor, self.sample_rate_hz)
         if random.random() < config.reverberation_probability:
             decay_s = random.uniform(*config.reverberation_s)
             samples = reverberate(samples, room_response(decay_s, self.sample_rate_hz, random))

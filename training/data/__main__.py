@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from training.data import importers
@@ -37,6 +38,10 @@ def _import(given: argparse.Namespace) -> None:
             limit=given.limit,
             **labels,
         )
+    # tables and NeMo manifests may name neither
+    rows = [
+        replace(row, **{name: getattr(row, name) or value for name, value in labels.items()}) for row in rows
+    ]
     print(f"{len(rows)} utterances -> {write_manifest(given.out, rows)}")
 
 

@@ -14,6 +14,7 @@ import soxr
 from training.errors import DataError
 
 Samples = npt.NDArray[np.float32]
+ROUNDING_S = 0.01
 
 
 class UndecodableAudioError(DataError):
@@ -25,6 +26,8 @@ def load_waveform(
 ) -> Samples:
     """Mono samples in [-1, 1] at `sample_rate_hz`, shape (samples,), float32.
 
+    `duration_s` from `offset_s` on are read; everything where it is None or not above zero (NeMo's rule), or
+    where the file ends within ROUNDING_S after it, for manifests round.
     wav, flac, ogg and mp3 go through libsndfile, anything else (m4a, webm, opus in odd containers) through
     FFmpeg's libraries. Raises FileNotFoundError, UndecodableAudioError.
     """
@@ -44,10 +47,10 @@ def load_waveform(
 def _read_soundfile(path: Path, offset_s: float, duration_s: float | None) -> tuple[Samples, int]:
     with soundfile.SoundFile(path) as file:
         rate_hz = int(file.samplerate)
-        if offset_s:
-            file.seek(min(round(offset_s * rate_hz), file.frames))
-        frames = -1 if duration_s is None or not offset_s else round(duration_s * rate_hz)
-        samples = file.read(frames, dtype="float32", always_2d=True)
+        start, stop = _span(offset_s, duration_s, rate_hz, file.frames)
+        if start:
+            file.seek(start)
+        samples = file.read(-1 if stop is None else stop - start, dtype="float32", always_2d=True)
     return samples.mean(axis=1), rate_hz
 
 
@@ -66,6 +69,14 @@ def _read_av(path: Path, offset_s: float, duration_s: float | None) -> tuple[Sam
     except (av.FFmpegError, ValueError) as error:
         raise UndecodableAudioError(f"{path}: {error}") from error
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    start = round(offset_s * rate_hz)
-    stop = None if duration_s is None or not offset_s else start + round(duration_s * rate_hz)
+    start, stop = _span(offset_s, duration_s, rate_hz, len(samples))
     return samples[start:stop].astype(np.float32), rate_hz
+
+
+def _span(offset_s: float, duration_s: float | None, rate_hz: int, frames: int) -> tuple[int, int | None]:
+    """First frame of the stretch that is wanted, and the frame it stops before; None: read to the end."""
+    start = min(round(offset_s * rate_hz), frames)
+    if not duration_s or duration_s <= 0:
+        return start, None
+    stop = start + round(duration_s * rate_hz)
+    return start, stop if stop + ROUNDING_S * rate_hz < frames else None

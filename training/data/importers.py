@@ -102,13 +102,18 @@ def from_hugging_face(
     interrupted import goes on where it stopped. `revision` pins the dataset's commit; `options` reach
     `datasets.load_dataset` (for example `data_files`). Raises ManifestError, EmptyManifestError.
     """
-    from datasets import Audio, load_dataset
+    from datasets import load_dataset
 
-    stream = load_dataset(dataset, config, split=split, streaming=True, revision=revision, **options)
+    try:
+        stream = load_dataset(dataset, config, split=split, streaming=True, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{dataset}: {str(error).splitlines()[0]}") from error
     for name in (audio_column, text_column, *((speaker_column,) if speaker_column else ())):
         if stream.column_names is not None and name not in stream.column_names:
             raise ManifestError(f"{dataset}: no column {name!r}; it has {sorted(stream.column_names)}")
-    stream = stream.cast_column(audio_column, Audio(decode=False))
+    # Without types the values come as they are stored: bytes, a path, or both. Even with decode=False,
+    # `Audio` would ask for torchcodec where recordings lie in folders or tars.
+    stream.info.features = None
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     entries = stream if limit is None else stream.take(limit)
@@ -122,16 +127,21 @@ def from_hugging_face(
     return _some(rows, f"{dataset}: split {split!r} has no rows")
 
 
-def _store(audio: Mapping[str, Any], out: Path, index: int) -> Path:
+def _store(given: Mapping[str, Any] | str, out: Path, index: int) -> Path:
+    audio: Mapping[str, Any] = {"path": given} if isinstance(given, str) else given
     name = Path(str(audio.get("path") or "audio")).name
     suffix = Path(name).suffix.lower() if Path(name).suffix.lower() in AUDIO_SUFFIXES else ".wav"
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).stem)[:60]
     target = out / f"{index:07d}_{stem}{suffix}"
     if target.is_file():
         return target
-    data = audio.get("bytes")
+    data, source = audio.get("bytes"), audio.get("path")
+    if data is None and "://" in str(source):
+        import fsspec  # type: ignore[import-untyped]  # comes with datasets
+
+        with fsspec.open(source, "rb") as remote:
+            data = remote.read()
     if data is None:
-        source = audio.get("path")
         if not source or not Path(source).is_file():
             raise ManifestError(f"row {index}: the dataset gives neither bytes nor a local file")
         return Path(source)

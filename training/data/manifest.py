@@ -1,7 +1,8 @@
 """A manifest: JSON lines with `audio_filepath`, `text`, `duration`, one utterance each (NeMo's form).
 
 Paths are relative to the manifest's folder or absolute. `offset` (seconds into the file), `speaker`,
-`language`, `source` and `licence` are optional; other keys are kept out.
+`language`, `source` and `licence` are optional; other keys are kept out. A row is `duration` seconds from
+`offset` on, also where the offset is 0: several rows may be stretches of one recording.
 """
 
 from __future__ import annotations

@@ -143,9 +143,8 @@ def validate(
 
 def _look_at_audio(row: Utterance, limits: Limits) -> tuple[str, str, int]:
     """Reason and detail (empty when fine) and the number of samples."""
-    wanted_s = row.duration_s if row.offset_s else None
     try:
-        samples = load_waveform(row.audio, limits.sample_rate_hz, row.offset_s, wanted_s)
+        samples = load_waveform(row.audio, limits.sample_rate_hz, row.offset_s, row.duration_s)
     except FileNotFoundError:
         return "missing_file", "", 0
     except (UndecodableAudioError, OSError, ValueError) as error:
