@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -141,4 +142,12 @@ def _absolute(config: RunConfig, folder: Path) -> RunConfig:
     for name in ("transfer_from", "checkpoint"):
         if isinstance(value := model.get(name), str):
             model[name] = str((folder / Path(value).expanduser()).resolve())
-    return config.model_copy(update={"data": config.data.model_copy(update=data), "model": model})
+    # `base` names a folder or something on the hub: only what is there is a folder
+    if isinstance(value := model.get("base"), str) and (folder / value).is_dir():
+        model["base"] = str((folder / value).resolve())
+    augment = config.augment
+    if augment is not None and augment.waveform is not None and augment.waveform.noise_folder is not None:
+        noises = (folder / augment.waveform.noise_folder.expanduser()).resolve()
+        augment = augment.model_copy(update={"waveform": replace(augment.waveform, noise_folder=noises)})
+    changed = {"data": config.data.model_copy(update=data), "model": model, "augment": augment}
+    return config.model_copy(update=changed)

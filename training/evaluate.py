@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from api.bundle import Bundle, load_bundle
+from api.bundle import Bundle, BundleError, load_bundle
 from api.ctc import greedy
 from api.decoding import decode
 from api.vocabulary import Vocabulary
+from training.errors import TrainingError
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
 
 BOOTSTRAP_ROUNDS = 1000
@@ -141,9 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--beam", type=int, help="0 is greedy; default: the bundle's own way")
     parser.add_argument("--limit", type=int, help="at most this many utterances, spread over the manifest")
     given = parser.parse_args(arguments)
-    bundle = load_bundle(given.models_dir, given.name)
-    recogniser = bundle_recogniser(bundle, given.graph, beam=given.beam)
-    clips = manifest_waveforms(given.manifest, bundle.manifest.sample_rate_hz, given.limit, with_text=True)
+    try:
+        bundle = load_bundle(given.models_dir, given.name)
+        recogniser = bundle_recogniser(bundle, given.graph, beam=given.beam)
+        clips = manifest_waveforms(
+            given.manifest, bundle.manifest.sample_rate_hz, given.limit, with_text=True
+        )
+    except (TrainingError, BundleError, FileNotFoundError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
     rates = error_rates(list(recognise_all(recogniser, clips, given.name)))
     print(f"WER {rates.wer:.2%} [{rates.wer_low:.2%}, {rates.wer_high:.2%}]  CER {rates.cer:.2%}")
     print(json.dumps(rates.__dict__))

@@ -90,10 +90,10 @@ def _module() -> types.ModuleType:
 def load_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of `state_dict` in a checkpoint (or of the checkpoint itself), on the CPU.
 
-    Reads safetensors as well. Raises CheckpointError, FileNotFoundError.
+    Reads safetensors as well. Raises CheckpointError.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise CheckpointError(f"{path}: no such checkpoint")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

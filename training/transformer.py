@@ -5,8 +5,6 @@ Source: Vaswani et al. 2017; layer normalisation before each sublayer as in Xion
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,11 +32,11 @@ class Attention(nn.Module):
             memory: (batch, keys, width), default `values`.
         """
         source = values if memory is None else memory
-        query = self._split(self.q_proj(values)) / math.sqrt(values.shape[-1] // self.heads)
-        scores = query @ self._split(self.k_proj(source)).transpose(-1, -2)
-        if bias is not None:
-            scores = scores + bias
-        mixed = torch.softmax(scores.float(), dim=-1).to(scores.dtype) @ self._split(self.v_proj(source))
+        query, key = self._split(self.q_proj(values)), self._split(self.k_proj(source))
+        # The fused form keeps no scores for the backward pass: at 30 s they are most of a layer's memory.
+        mixed = functional.scaled_dot_product_attention(
+            query, key, self._split(self.v_proj(source)), None if bias is None else bias.to(query.dtype)
+        )
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 

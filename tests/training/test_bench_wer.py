@@ -9,7 +9,7 @@ import pytest
 
 from api.manifest import Source
 from tests.training.networks import VOCABULARY, chirps, random_checkpoint, write_corpus
-from training import bench_wer, benchmark
+from training import bench_wer, benchmark, evaluate
 from training.bundle_writer import Card, Graphs, write_bundle
 from training.checkpoint import save_checkpoint
 from training.export import export_graph
@@ -53,6 +53,14 @@ def test_each_system_is_scored_on_each_set(
 def test_a_missing_manifest_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_wer.main(["--manifest", str(tmp_path / "none.jsonl")]) == 2
     assert "no such manifest" in capsys.readouterr().err
+
+
+def test_evaluation_of_what_is_not_there_is_one_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (next(models.iterdir()).name, "none"):
+        assert evaluate.main([str(models), name, "--manifest", str(tmp_path / "none.jsonl")]) == 2
+        assert capsys.readouterr().err.startswith("evaluate: ")
 
 
 def test_pocketsphinx_words_are_made_comparable() -> None:

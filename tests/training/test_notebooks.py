@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from training.data.manifest import Utterance, read_manifest
 from training.recipes.rehearsal import tiny_wav2vec2, tiny_whisper
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "training" / "notebooks"
@@ -83,6 +84,21 @@ def test_whisper_experiment_leaves_everything(
     model = WhisperForConditionalGeneration.from_pretrained(out / "outputs" / "model")
     assert model.config.vocab_size == model.proj_out.weight.shape[0]
     assert (out / "outputs" / "model" / "README.md").is_file()
+
+
+def test_a_sample_is_not_taken_for_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(language="az", manifest="manifest.jsonl", base="base"))
+    monkeypatch.setattr(
+        "training.data.importers.from_hugging_face",
+        lambda *_, limit, **__: [Utterance(tmp_path / "a.wav", "bir")] * (limit or 500),
+    )
+    cells = nbformat.read(NOTEBOOKS / "whisper_azerbaijani.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if "from_hugging_face" in cell.source)
+    for mode, count in (("sample", 200), ("full", 500)):
+        names = {"MODE": mode, "config": config}
+        exec(source, names)
+        assert len(read_manifest(names["manifest"])) == count
 
 
 def test_notebooks_are_kept_without_outputs() -> None:

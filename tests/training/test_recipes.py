@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from training.config import load_config
-from training.data.manifest import read_manifest, write_manifest
+from training.data.manifest import Utterance, read_manifest, write_manifest
 from training.errors import CheckpointError, ConfigError
 from training.inference import compare, cpu_session, run_graph
 from training.loop.dataset import UtteranceDataset, collate
@@ -27,8 +27,9 @@ from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
 from training.recipes.whisper_seq2seq.model import Prompt
 from training.recipes.whisper_seq2seq.recipe import IGNORED, WhisperSeq2SeqRecipe, teacher_tokens
 from training.stages.command import main
-from training.stages.export import Candidate, choose
+from training.stages.export import Candidate, choose, spread
 from training.stages.prepare import prepare
+from training.stages.train import fits_one_file
 from training.text import alphabet, normaliser
 from training.vocabulary import CharacterCodec
 
@@ -125,6 +126,45 @@ def test_changes_from_the_command_line(tmp_path: Path) -> None:
     for change in ("training.epochs", "name.first=1"):
         with pytest.raises(ConfigError, match="--set"):
             load_config(path, [change])
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    path = tiny_config(tmp_path, Path("manifest.jsonl"))
+    (tmp_path / "base").mkdir()
+    changes = ["model={base: base}", "augment={waveform: {noise_folder: noise}}"]
+    config = load_config(path, changes)
+    assert config.augment is not None
+    assert config.augment.waveform is not None
+    assert config.augment.waveform.noise_folder == tmp_path / "noise"
+    assert config.model["base"] == str(tmp_path / "base")
+    assert load_config(path, ["model={base: openai/whisper-small}"]).model["base"] == "openai/whisper-small"
+
+
+def test_what_no_file_can_hold_is_refused_before_training() -> None:
+    with torch.device("meta"):
+        large, small = torch.nn.Linear(24_000, 24_000), torch.nn.Linear(20_000, 20_000)
+    fits_one_file(small)
+    with pytest.raises(ConfigError, match=r"2\.3 GB of weights.*choose a smaller base"):
+        fits_one_file(large)
+
+
+def test_a_language_without_an_alphabet_needs_letters(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny_config(tmp_path, corpus("ru"))
+    assert run(path, tmp_path / "none", "prepare", "language=kk") == 2
+    assert "list the letters of the language there" in capsys.readouterr().err
+    assert run(path, tmp_path / "twice", "prepare", "language=kk", "letters=аа") == 2
+    assert "each letter once" in capsys.readouterr().err
+    letters = f"letters={alphabet('ru')}"
+    assert run(path, tmp_path / "run", "prepare", "language=kk", letters) == 0
+
+
+def test_measures_on_rows_from_everywhere() -> None:
+    rows = [Utterance(Path(f"{index}.wav"), "a", speaker=f"s{index // 100}") for index in range(1000)]
+    assert len({row.speaker for row in spread(rows, 200)}) == 10
+    assert spread(rows[:3], 200) == rows[:3]
+    assert spread([], 200) == []
 
 
 def test_unknown_options_of_a_network(

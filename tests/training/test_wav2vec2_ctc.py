@@ -17,6 +17,7 @@ from training.recipes.rehearsal import tiny_wav2vec2
 from training.recipes.wav2vec2_ctc.export import export_graph
 from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc, from_published
 from training.recipes.wav2vec2_ctc.recipe import fill
+from training.transformer import EncoderLayer, key_bias
 from training.transformer_quantize import dynamic, static
 
 LENGTHS = (16_000, 23_456, 4_001, 400)
@@ -105,6 +106,30 @@ def test_int8_stays_close_and_static_is_exact_in_batches(
     alone = [run_graph(session, [samples])[0] for samples in recordings]
     assert compare(alone, found).worst_log_prob < 1e-4, "static scales do not see the neighbours"
     assert max(sizes[1:]) < sizes[0]
+
+
+def test_training_keeps_no_attention_scores() -> None:
+    """What a layer keeps for the backward pass grows with the frames, not with their square."""
+
+    def kept_bytes(frames: int) -> int:
+        layer = EncoderLayer(32, 4, 64)
+        weights = {parameter.data_ptr() for parameter in layer.parameters()}
+        sizes: dict[int, int] = {}
+        alive = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in weights:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(
+                torch.randn(2, frames, 32, requires_grad=True), key_bias(torch.tensor([frames] * 2), frames)
+            )
+        return sum(sizes.values())
+
+    assert kept_bytes(400) < 2.2 * kept_bytes(200)
 
 
 def test_masks_while_training_only(network: Wav2Vec2Ctc, recordings: list[np.ndarray]) -> None:

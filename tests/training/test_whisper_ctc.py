@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import soundfile
 import torch
 from transformers import WhisperFeatureExtractor, WhisperModel, WhisperProcessor
 
+from training.config import load_config
+from training.data.manifest import Utterance, write_manifest
 from training.errors import CheckpointError
 from training.inference import compare, cpu_session, run_graph
+from training.loop.run_folder import RunFolder
 from training.recipes.rehearsal import tiny_whisper
 from training.recipes.whisper_ctc.export import export_graph
 from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc
 from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
 from training.restricted_pickle import Inert, load_state_dict
 from training.stages.command import main
+from training.stages.prepare import prepare
 from training.tokenizer import ByteLevelCodec, load_tokenizer
 
 LENGTHS = (16_000, 23_456, 4_001, 400)
@@ -208,6 +213,30 @@ def test_published_checkpoint_becomes_a_bundle(
     bundle = verify_bundle(folder / "bundle", "vi-published")
     assert bundle.manifest.vocabulary.size == state["ctc_head.3.weight"].shape[0]
     assert not (tmp_path / "was_run").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line(
+    base: Path, tmp_path: Path, corpus: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(manifest=corpus("vi"), base=base, checkpoint="none.ckpt"))
+    assert main(WhisperCtcRecipe, ["convert", "--config", str(config), "--run", str(tmp_path / "run")]) == 2
+    assert "none.ckpt: no such checkpoint" in capsys.readouterr().err
+
+
+def test_recordings_beyond_30_seconds_are_dropped(base: Path, tmp_path: Path) -> None:
+    """Whisper has no positions for them, whatever the configuration allows."""
+    rows = []
+    for index, seconds in enumerate((1.0, 1.0, 1.0, 31.0)):
+        audio = tmp_path / f"{index}.wav"
+        soundfile.write(audio, np.random.default_rng(index).normal(0, 0.1, int(seconds * 16_000)), 16_000)
+        rows.append(Utterance(audio, "một"))
+    config = tmp_path / "config.yaml"
+    manifest = write_manifest(tmp_path / "manifest.jsonl", rows)
+    config.write_text(CONFIG.format(manifest=manifest, base=base, checkpoint="none.ckpt"))
+    changes = ["data.max_duration_s=60", "model.checkpoint=null"]
+    parts = prepare(WhisperCtcRecipe(load_config(config, changes)), RunFolder(tmp_path / "run"))
+    assert sum(len(part) for part in parts.values()) == 3
 
 
 def test_a_checkpoint_of_another_network_is_refused(

@@ -22,7 +22,7 @@ from training.stages.export import export, quantize
 from training.stages.prepare import prepare
 from training.stages.publish import publish
 from training.stages.recipe import Recipe
-from training.stages.train import WEIGHTS, train, unshared
+from training.stages.train import WEIGHTS, fits_one_file, train, unshared
 
 Stage = Callable[[Recipe, dict[str, list[Utterance]], RunFolder], object]
 
@@ -30,7 +30,9 @@ Stage = Callable[[Recipe, dict[str, list[Utterance]], RunFolder], object]
 def convert(recipe: Recipe, _rows: dict[str, list[Utterance]], folder: RunFolder) -> Path:
     """Instead of training: take the weights that training would start from as they are."""
     codec = recipe.codec()
-    weights = {name: value.contiguous() for name, value in recipe.network(codec).state_dict().items()}
+    network = recipe.network(codec)
+    fits_one_file(network)
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(unshared(weights), folder.path / WEIGHTS)
     return folder.path / WEIGHTS
 

@@ -30,15 +30,18 @@ MAX_SCORED = 200
 """Utterances the gate is measured on at most."""
 
 
+def spread(rows: Sequence[Utterance], limit: int) -> list[Utterance]:
+    """At most `limit` rows, from the first to the last."""
+    places = np.linspace(0, len(rows) - 1, min(limit, len(rows))).round().astype(int)
+    return [rows[place] for place in places]
+
+
 def load_part(
     rows: Sequence[Utterance], sample_rate_hz: int, limit: int = MAX_SCORED
 ) -> tuple[list[Samples], list[str]]:
-    """Recordings and texts of the first `limit` rows."""
-    chosen = rows[:limit]
-    audio = [
-        load_waveform(row.audio, sample_rate_hz, row.offset_s, row.duration_s if row.offset_s else None)
-        for row in chosen
-    ]
+    """Recordings and texts of `limit` rows, evenly spread: manifests tend to be sorted by speaker."""
+    chosen = spread(rows, limit)
+    audio = [load_waveform(row.audio, sample_rate_hz, row.offset_s, row.duration_s) for row in chosen]
     return audio, [row.text for row in chosen]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from training.config import DataSettings
@@ -11,7 +12,7 @@ from training.data.validate import Limits, validate
 from training.errors import SplitError
 from training.loop.plots import plot_distributions
 from training.loop.run_folder import RunFolder
-from training.stages.recipe import Recipe
+from training.stages.recipe import Facts, Recipe
 from training.vocabulary import TokenCodec
 
 PARTS = ("train", "validation", "test")
@@ -59,18 +60,18 @@ def _validated(
         outside=codec.outside,
         frames_needed=lambda text: recipe.room_needed(codec.encode(text)),
         frames_of=recipe.room,
-        limits=_limits(settings, facts.sample_rate_hz),
+        limits=_limits(settings, facts),
     )
     report.write(folder.manifests / f"report_{name}.json")
     print(report.summary())
     return kept
 
 
-def _limits(settings: DataSettings, sample_rate_hz: int) -> Limits:
+def _limits(settings: DataSettings, facts: Facts) -> Limits:
     return Limits(
-        sample_rate_hz=sample_rate_hz,
+        sample_rate_hz=facts.sample_rate_hz,
         min_duration_s=settings.min_duration_s,
-        max_duration_s=settings.max_duration_s,
+        max_duration_s=min(settings.max_duration_s, facts.longest_s or math.inf),
     )
 
 

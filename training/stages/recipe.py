@@ -13,6 +13,7 @@ import onnx
 from torch import nn
 
 from training.config import RunConfig, Section, check
+from training.errors import ConfigError
 from training.loop.module import CtcModule, SpeechModule
 from training.text import Normaliser, alphabet, normaliser
 from training.vocabulary import CharacterCodec, TokenCodec, ctc_frames_needed
@@ -28,6 +29,8 @@ class Facts:
     max_window_s: float
     min_samples: int
     sample_rate_hz: int = 16_000
+    longest_s: float | None = None
+    """Longest recording that the network can hear at all; None: any."""
 
 
 class Recipe:
@@ -45,11 +48,14 @@ class Recipe:
         return normaliser(self.config.language, yo=not self.config.fold_yo)
 
     def codec(self) -> TokenCodec:
-        """Characters of the language; recipes with a tokenizer say otherwise."""
-        letters = self.config.letters or alphabet(self.config.language)
-        if self.config.fold_yo and not self.config.letters:
-            letters = letters.replace("ё", "")
-        return CharacterCodec(letters)
+        """Characters of the language; recipes with a tokenizer say otherwise. Raises ConfigError."""
+        try:
+            letters = self.config.letters or alphabet(self.config.language)
+            if self.config.fold_yo and not self.config.letters:
+                letters = letters.replace("ё", "")
+            return CharacterCodec(letters)
+        except ValueError as error:
+            raise ConfigError(f"letters: {error}; list the letters of the language there") from error
 
     def facts(self) -> Facts:
         """Frame stride, window, shortest input."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from training.augment.waveform import WaveformAugment
 from training.data.manifest import Utterance
-from training.errors import CheckpointError, EmptyManifestError
+from training.errors import CheckpointError, ConfigError, EmptyManifestError
 from training.loop.dataset import UtteranceDataset, make_loader
 from training.loop.fit import fit
 from training.loop.run_folder import RunFolder, read_metrics
@@ -18,6 +18,8 @@ from training.stages.recipe import Recipe
 from training.vocabulary import TokenCodec
 
 WEIGHTS = "weights.safetensors"
+MAX_GRAPH_BYTES = 2**31 - 1
+"""Of a protobuf message."""
 
 
 def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -> Path:
@@ -33,10 +35,13 @@ def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -
     codec = recipe.codec()
     torch.manual_seed(settings.seed)
     network = recipe.network(codec)
+    fits_one_file(network)
     facts = recipe.facts()
     augment = recipe.config.augment
     changed = (
-        WaveformAugment(augment.waveform, facts.sample_rate_hz) if augment and augment.waveform else None
+        WaveformAugment(augment.waveform, facts.sample_rate_hz, facts.longest_s)
+        if augment and augment.waveform
+        else None
     )
     training = UtteranceDataset(rows["train"], codec.encode, facts.sample_rate_hz, changed)
     validation = UtteranceDataset(rows["validation"], codec.encode, facts.sample_rate_hz)
@@ -56,6 +61,16 @@ def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -
         {"settings": wanted, "best_checkpoint": best.name, "epochs": len(metrics), "history": metrics},
     )
     return folder.path / WEIGHTS
+
+
+def fits_one_file(network: nn.Module) -> None:
+    """Refuse before the training what cannot be exported after it. Raises ConfigError."""
+    size_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
+    if size_bytes > MAX_GRAPH_BYTES:
+        raise ConfigError(
+            f"model: {size_bytes / 1e9:.1f} GB of weights in float32; a bundle's graph is one file, and ONNX "
+            f"limits it to {MAX_GRAPH_BYTES / 1e9:.1f} GB; choose a smaller base"
+        )
 
 
 def unshared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

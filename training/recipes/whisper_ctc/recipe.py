@@ -62,7 +62,7 @@ class WhisperCtcRecipe(Recipe):
 
     def facts(self) -> Facts:
         """20 ms per frame, 30 s of positions."""
-        return Facts(frame_stride_s=0.02, max_window_s=30.0, min_samples=400)
+        return Facts(frame_stride_s=0.02, max_window_s=30.0, min_samples=400, longest_s=30.0)
 
     def network(self, codec: TokenCodec) -> nn.Module:
         """The base's encoder with a new head, or encoder and head of a published checkpoint."""

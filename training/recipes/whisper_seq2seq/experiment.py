@@ -25,11 +25,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from training.benchmark import table
 from training.config import RunConfig, load_config
 from training.data.manifest import Utterance
 from training.errors import TrainingError
+from training.loop.dataset import UtteranceDataset, make_loader, make_sampler
 from training.loop.fit import choose_device
 from training.loop.module import error_rates
 from training.loop.plots import plot_results
@@ -37,7 +39,7 @@ from training.loop.run_folder import RunFolder, environment, open_run
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
 from training.stages.benchmark import benchmark
-from training.stages.export import export, load_part, quantize
+from training.stages.export import export, quantize, spread
 from training.stages.prepare import prepare
 from training.stages.publish import publish
 from training.stages.train import train, trained
@@ -163,7 +165,7 @@ def _baseline(run: Experiment) -> None:
     stored = run.folder.read_json("baseline.json")
     if stored is None:
         network = run.recipe.network(run.recipe.codec()).eval()
-        stored = _score(run, network, run.rows["test"][:BASELINE_UTTERANCES])[0]
+        stored = _score(run, network, spread(run.rows["test"], BASELINE_UTTERANCES))[0]
         run.folder.write_json("baseline.json", stored)
     run.results["baseline"] = stored
 
@@ -190,20 +192,26 @@ def _test(run: Experiment) -> None:
 
 
 def _score(run: Experiment, network: nn.Module, rows: list[Utterance]) -> tuple[dict[str, float], list[str]]:
-    """WER and CER of greedy search in torch, on the device that trains."""
+    """WER and CER of greedy search in torch, on the device that trains; texts in the order of the rows.
+
+    Hypotheses are normalised as the references are: the base model writes capitals and punctuation.
+    """
     if not isinstance(network, WhisperSeq2Seq):
         raise TypeError(f"expected WhisperSeq2Seq, got {type(network).__name__}")
     device = "cuda" if choose_device(run.config.training)[0] == "gpu" else "cpu"
     network = network.to(device)
-    vocabulary = run.recipe.codec().vocabulary
-    recordings, references = load_part(rows, run.recipe.facts().sample_rate_hz, limit=len(rows))
-    texts = []
+    codec, normalise = run.recipe.codec(), run.recipe.normaliser()
+    dataset = UtteranceDataset(rows, codec.encode, run.recipe.facts().sample_rate_hz)
+    loader = make_loader(dataset, run.config.training, training=False)
+    batches = list(make_sampler(dataset, run.config.training, training=False))
+    texts = [""] * len(rows)
     with torch.inference_mode():
-        for samples in recordings:
-            waveform = torch.from_numpy(samples)[None].to(device)
-            steps, found, _ = network.generate(waveform, torch.tensor([len(samples)], device=device))
-            texts.append(vocabulary.decode(steps[0, : int(found[0])].argmax(dim=-1).tolist()))
-    wer, cer = error_rates(references, texts)
+        for places, batch in tqdm(zip(batches, loader, strict=True), total=len(batches), unit="batch"):
+            steps, found, _ = network.generate(batch["waveform"].to(device), batch["lengths"].to(device))
+            best = steps.argmax(dim=-1).tolist()
+            for place, ids, count in zip(places, best, found.tolist(), strict=True):
+                texts[place] = normalise(codec.vocabulary.decode(ids[:count]))
+    wer, cer = error_rates([row.text for row in rows], texts)
     return {"utterances": len(rows), "wer": wer, "cer": cer}, texts
 
 

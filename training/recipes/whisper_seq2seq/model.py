@@ -94,13 +94,19 @@ class WhisperDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, dropout) for _ in range(config.layers))
         self.layer_norm = nn.LayerNorm(config.width)
 
-    def forward(self, tokens: Tensor, audio: Tensor, audio_bias: Tensor | None) -> Tensor:
-        """(batch, tokens) int64, (batch, frames, width) -> logits (batch, tokens, vocabulary)."""
+    def forward(
+        self, tokens: Tensor, audio: Tensor, audio_bias: Tensor | None, *, last: bool = False
+    ) -> Tensor:
+        """(batch, tokens) int64, (batch, frames, width) -> logits (batch, tokens, vocabulary).
+
+        With `last` those after the last token only, (batch, 1, vocabulary).
+        """
         count = tokens.shape[1]
         values = self.embed_tokens(tokens) + self.embed_positions.weight[:count]
         causal = torch.full((count, count), -1e9, device=tokens.device).triu(1)
         for layer in self.layers:
             values = layer(values, causal, audio, audio_bias)
+        values = values[:, -1:] if last else values
         return functional.linear(self.layer_norm(values), self.embed_tokens.weight)
 
 
@@ -162,7 +168,7 @@ class WhisperSeq2Seq(nn.Module):
         found = torch.zeros(batch, dtype=torch.int64, device=waveform.device)
         steps = []
         for step in range(min(int(limit.max()) + 1, room)):
-            logits = self.decoder(tokens, hidden, bias)[:, -1] + self.suppress
+            logits = self.decoder(tokens, hidden, bias, last=True)[:, 0] + self.suppress
             log_probs = functional.log_softmax(logits.float(), dim=-1)
             steps.append(log_probs)
             best = log_probs.argmax(dim=-1)

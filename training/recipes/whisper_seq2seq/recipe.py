@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,9 +108,11 @@ class WhisperSeq2SeqRecipe(Recipe):
     def codec(self) -> ByteLevelCodec:
         """The checkpoint's tokenizer; the end of text is the bundle's blank."""
         tokenizer = self._tokenizer()
-        return ByteLevelCodec(tokenizer, self._config().vocab_size, blank_id=int(tokenizer.eos_token_id))
+        return ByteLevelCodec(tokenizer, self._config.vocab_size, blank_id=int(tokenizer.eos_token_id))
 
+    @cached_property
     def _config(self) -> Any:
+        """Read once: `room` is asked for every recording, and the hub may be asked on every reading."""
         from transformers import WhisperConfig
 
         try:
@@ -122,7 +125,7 @@ class WhisperSeq2SeqRecipe(Recipe):
 
     def facts(self) -> Facts:
         """40 ms per frame, of which at most every second holds a token."""
-        return Facts(frame_stride_s=0.04, max_window_s=30.0, min_samples=400)
+        return Facts(frame_stride_s=0.04, max_window_s=30.0, min_samples=400, longest_s=30.0)
 
     def room_needed(self, ids: Sequence[int]) -> int:
         """One place per token."""
@@ -130,7 +133,7 @@ class WhisperSeq2SeqRecipe(Recipe):
 
     def room(self, samples: int) -> int:
         """Half of the frames, and never more than the decoder's positions less prompt and end."""
-        return min(super().room(samples) // 2, int(self._config().max_target_positions) - 5)
+        return min(super().room(samples) // 2, int(self._config.max_target_positions) - 5)
 
     def network(self, codec: TokenCodec) -> WhisperSeq2Seq:
         """The base with all its weights."""
