@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from api.errors import InvalidRequestError, InvalidValueError, from_validation
 from api.settings import Settings
@@ -52,6 +52,17 @@ class ServerVad(BaseModel):
     )
     prefix_padding_ms: int = Field(300, ge=0, le=5000, description="Audio kept before speech begins.")
     silence_duration_ms: int = Field(500, ge=50, le=10000, description="Pause that ends a piece.")
+
+
+def _kind_of_strategy(value: object) -> str:
+    """Which of the two a value means to be; the other one's complaints would only confuse."""
+    return "object" if isinstance(value, dict | ServerVad) else "text"
+
+
+ChunkingStrategy = Annotated[
+    Annotated[Literal["auto"], Tag("text")] | Annotated[ServerVad, Tag("object")],
+    Discriminator(_kind_of_strategy),
+]
 
 
 class TranscribeForm(_Fields):
@@ -95,7 +106,7 @@ class OpenAIForm(_Fields):
     )
     include: tuple[Literal["logprobs"], ...] = Field((), description="logprobs: log-posterior of each token.")
     stream: Flag = Field(False, description="Server-sent events; ignores response_format.")
-    chunking_strategy: Literal["auto"] | ServerVad = Field(
+    chunking_strategy: ChunkingStrategy = Field(
         "auto", description="auto cuts only where the model's window ends; server_vad cuts at pauses."
     )
 
@@ -111,13 +122,19 @@ class OpenAIForm(_Fields):
 _LISTS = frozenset({"hotwords", "keywords", "timestamp_granularities", "include"})
 
 
-def parse_form(model: type[F], fields: Sequence[tuple[str, str]]) -> F:
-    """Fields as they came -> the checked form.
+def parse_form(model: type[F], fields: Sequence[tuple[str, str]], query: Iterable[str] = ()) -> F:
+    """Fields as they came -> the checked form. ``query``: names in the address's query.
 
-    Raises InvalidRequestError (unknown or repeated field, wrong type) or InvalidValueError (out of range).
+    Raises InvalidRequestError (unknown, repeated or misplaced field, wrong type) or InvalidValueError (out of
+    range).
     """
     values: dict[str, Any] = {}
     known = model.model_fields
+    for name in query:
+        if name.removesuffix("[]") in known:  # dropped in silence it would look as if it had been obeyed
+            raise InvalidRequestError(
+                f"Field {name!r} came in the query of the address; send it as a part of the form.", param=name
+            )
     for wire_name, value in fields:
         name = wire_name.removesuffix("[]")
         nested = _NESTED.match(wire_name)
@@ -142,7 +159,13 @@ def parse_form(model: type[F], fields: Sequence[tuple[str, str]]) -> F:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise from_validation(error.errors(include_url=False, include_context=False)) from None
+        found = error.errors(include_url=False, include_context=False)
+        raise from_validation([{**one, "loc": _on_the_wire(one["loc"])} for one in found]) from None
+
+
+def _on_the_wire(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """pydantic's place of an error without the tag it puts behind ``chunking_strategy``."""
+    return (*place[:1], *place[2:]) if place[:1] == ("chunking_strategy",) else place
 
 
 def _put_nested(values: dict[str, Any], name: str, key: str, value: str) -> None:
@@ -172,10 +195,11 @@ def _options(
     hotwords_field: str,
 ) -> Options:
     if beam is not None and beam > settings.max_beam:
-        raise InvalidValueError(f"beam: at most {settings.max_beam}.", param="beam")
+        raise InvalidValueError(f"beam: {beam} is too wide, at most {settings.max_beam}.", param="beam")
     if len(hotwords) > settings.max_hotwords:
         raise InvalidValueError(
-            f"{hotwords_field}: at most {settings.max_hotwords} words.", param=hotwords_field
+            f"{hotwords_field}: {len(hotwords)} are too many, at most {settings.max_hotwords}.",
+            param=hotwords_field,
         )
     if beam == 0 and hotwords:
         raise InvalidValueError(

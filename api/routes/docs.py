@@ -84,8 +84,8 @@ def _kind(field: dict[str, Any]) -> str:
         return " | ".join(str(value) for value in field["enum"])
     if "const" in field:
         return str(field["const"])
-    if "anyOf" in field:
-        return " or ".join(_kind(option) for option in field["anyOf"])
+    if options := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(_kind(option) for option in options)
     if field.get("type") == "array":
         return f"list of {_kind(field.get('items', {}))}"
     return str(field.get("title") if field.get("type") == "object" else field.get("type", "any"))

@@ -26,7 +26,7 @@ async def transcriptions(request: Request) -> Response:
     service = service_of(request)
     intake = Intake(request, service)
     async with intake as form:
-        fields = parse_form(OpenAIForm, form.fields)
+        fields = parse_form(OpenAIForm, form.fields, request.query_params)
         transcriber = service.transcriber(fields.model)
         options = fields.options(service.settings)
         upload = only_file(form)

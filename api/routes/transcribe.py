@@ -40,7 +40,7 @@ async def transcribe(request: Request) -> Response:
     service = service_of(request)
     intake = Intake(request, service)
     async with intake as form:
-        fields = parse_form(TranscribeForm, form.fields)
+        fields = parse_form(TranscribeForm, form.fields, request.query_params)
         transcriber = service.transcriber(fields.model)
         options = fields.options(service.settings)
         upload = only_file(form)
@@ -109,9 +109,10 @@ async def transcribe_batch(request: Request) -> Response:
     """
     service = service_of(request)
     async with Intake(request, service, many=True) as form:
-        fields = parse_form(TranscribeForm, form.fields)
+        fields = parse_form(TranscribeForm, form.fields, request.query_params)
         if fields.stream or fields.format not in ("json", "verbose_json"):
-            raise InvalidRequestError("A batch is answered as JSON only.", param="format")
+            param, value = ("stream", "true") if fields.stream else ("format", fields.format)
+            raise InvalidRequestError(f"{param}: {value} cannot be had, a batch is JSON only.", param=param)
         transcriber = service.transcriber(fields.model)
         fields.options(service.settings)
         if not form.files:

@@ -106,11 +106,45 @@ class TestFields:
             parse_form(OpenAIForm, fields)
         assert str(caught.value.param).startswith(param)
 
-    @pytest.mark.parametrize(("name", "values"), [("beam", ["65"]), ("hotwords", ["a", "b", "c", "d"])])
-    def test_limits_of_the_settings(self, name: str, values: list[str]) -> None:
+    @pytest.mark.parametrize(
+        ("fields", "message", "param"),
+        [
+            ({"": "server_vad"}, "chunking_strategy: Input should be 'auto'", "chunking_strategy"),
+            (
+                {"[type]": "server_vad", "[threshold]": "5", "[silence_duration_ms]": "1"},
+                "chunking_strategy.threshold: Input should be less than 1; "
+                "chunking_strategy.silence_duration_ms: Input should be greater than or equal to 50",
+                "chunking_strategy.threshold",
+            ),
+        ],
+    )
+    def test_a_bad_strategy_is_told_by_the_names_on_the_wire(
+        self, fields: dict[str, str], message: str, param: str
+    ) -> None:
+        sent = [("model", "m"), *((f"chunking_strategy{key}", value) for key, value in fields.items())]
+        with pytest.raises(InvalidValueError) as caught:
+            parse_form(OpenAIForm, sent)
+        assert (caught.value.message, caught.value.param) == (message, param)
+
+    @pytest.mark.parametrize("name", ["format", "hotwords[]"])
+    def test_a_field_in_the_query_is_refused_and_what_is_no_field_is_left_alone(self, name: str) -> None:
+        assert parse_form(TranscribeForm, [], ["api-version"]).format == "json"
+        with pytest.raises(InvalidRequestError, match="query of the address") as caught:
+            parse_form(TranscribeForm, [], ["api-version", name])
+        assert caught.value.param == name
+
+    @pytest.mark.parametrize(
+        ("name", "values", "message"),
+        [
+            ("beam", ["65"], "beam: 65 is too wide, at most 64."),
+            ("hotwords", ["a", "b", "c", "d"], "hotwords: 4 are too many, at most 3."),
+        ],
+    )
+    def test_limits_of_the_settings(self, name: str, values: list[str], message: str) -> None:
         form = parse_form(TranscribeForm, [(name, value) for value in values])
-        with pytest.raises(InvalidValueError, match="at most"):
+        with pytest.raises(InvalidValueError) as caught:
             form.options(SETTINGS)
+        assert caught.value.message == message
 
     def test_schema_lists_every_field_and_the_file(self) -> None:
         schema = form_schema(OpenAIForm)["requestBody"]["content"]["multipart/form-data"]["schema"]

@@ -153,22 +153,40 @@ def test_batch_answers_in_order_with_errors_in_their_place(client: httpx.Client)
 
 
 @pytest.mark.parametrize(
-    ("files", "data", "status"),
+    ("files", "data", "status", "param"),
     [
-        ([], {"model": "tiny"}, 400),
-        ([("files", ("a.wav", AUDIO))], {"format": "srt"}, 400),
-        ([("sound", ("a.wav", AUDIO))], {}, 400),
-        ([("files", ("a.wav", AUDIO))] * 17, {}, 400),
-        ([("files", ("a.wav", AUDIO))], {"model": "none"}, 404),
-        ([("files", ("a.wav", AUDIO))], {"beam": "9999"}, 422),
+        ([], {"model": "tiny"}, 400, "x"),
+        ([("files", ("a.wav", AUDIO))], {"format": "srt"}, 400, "format"),
+        ([("files", ("a.wav", AUDIO))], {"stream": "true"}, 400, "stream"),
+        ([("sound", ("a.wav", AUDIO))], {}, 400, "files"),
+        ([("files", ("a.wav", AUDIO))] * 17, {}, 400, "files"),
+        ([("files", ("a.wav", AUDIO))], {"model": "none"}, 404, "model"),
+        ([("files", ("a.wav", AUDIO))], {"beam": "9999"}, 422, "beam"),
     ],
 )
 def test_bad_batches(
-    client: httpx.Client, files: list[tuple[str, tuple[str, bytes]]], data: dict[str, str], status: int
+    client: httpx.Client,
+    files: list[tuple[str, tuple[str, bytes]]],
+    data: dict[str, str],
+    status: int,
+    param: str,
 ) -> None:
     response = client.post("/transcribe/batch", files=files or {"x": (None, b"1")}, data=data)
     assert response.status_code == status
     assert response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == param
+
+
+def test_a_field_in_the_query_is_refused(client: httpx.Client) -> None:
+    files = {"file": ("a.wav", AUDIO)}
+    for path, name in (
+        ("/transcribe", "format"),
+        ("/transcribe/batch", "model"),
+        ("/v1/audio/transcriptions", "response_format"),
+    ):
+        response = client.post(path, params={name: "srt"}, files=files, data={"model": "tiny"})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == name
 
 
 def test_information_routes(client: httpx.Client) -> None:
