@@ -78,10 +78,28 @@ def open_source(file: BinaryIO) -> Source:
         raise UndecodableAudioError("The file is empty.", code="empty_file")
     if head[:4] in (b"RIFF", b"RF64", b"fLaC"):
         try:
-            return SoundfileSource(file)
+            source = SoundfileSource(file)
         except soundfile.SoundFileError:  # a codec libsndfile lacks, or damage that FFmpeg may step over
             file.seek(0)
+        else:
+            if source.frames or not _is_unfinished_wav(file):
+                return source
+            source.close()
+            file.seek(0)
     return AvSource(file)
+
+
+def _is_unfinished_wav(file: BinaryIO) -> bool:
+    """Whether a wav goes on behind the length in its header: a recorder that is cut off leaves zero there.
+
+    libsndfile then finds no audio, FFmpeg all of it.
+    """
+    position = file.tell()
+    size_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(8)
+    file.seek(position)
+    return head[:4] == b"RIFF" and int.from_bytes(head[4:], "little") + len(head) < size_bytes
 
 
 class SoundfileSource:
@@ -92,6 +110,7 @@ class SoundfileSource:
         self._rescue: AvSource | None = None
         self._sound = soundfile.SoundFile(file)
         self.container = str(self._sound.format).lower()
+        self.frames = int(self._sound.frames)
         self.warnings: list[str] = []
         claim = _CUT_SHORT.search(str(self._sound.extra_info))
         if claim and int(claim.group(1)) < _STREAMED_LENGTH_BYTES:

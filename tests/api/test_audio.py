@@ -151,6 +151,17 @@ def test_wav_header_that_claims_four_gigabytes_costs_what_is_there() -> None:
     assert peak_bytes < 20_000_000
 
 
+@pytest.mark.parametrize("riff_bytes", [0, 36])
+def test_wav_of_a_recorder_that_was_cut_off_is_read(riff_bytes: int) -> None:
+    """Such a program writes the lengths last: until then the header says that there is nothing."""
+    data = bytearray(wav(tone(1000, RATE_HZ)))
+    struct.pack_into("<I", data, 4, riff_bytes)
+    struct.pack_into("<I", data, data.index(b"data") + 4, 0)
+    decoded = decode(bytes(data), sample_rate_hz=RATE_HZ)
+    assert decoded.duration_s == pytest.approx(1.0)
+    assert np.array_equal(decoded.samples, decode(wav(tone(1000, RATE_HZ)), sample_rate_hz=RATE_HZ).samples)
+
+
 def test_decompression_bomb_stops_at_the_cap() -> None:
     """Two hours of silence are a small flac; decoding ends at the limit, whatever the header says."""
     file = io.BytesIO()
