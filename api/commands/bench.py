@@ -11,11 +11,18 @@ import numpy as np
 
 from api.cgroup import cpu_limit_cores
 from api.commands.runtime import open_service, warnings_only
+from api.errors import SettingsError
 from api.settings import Settings
+
+MAX_CLIP_S = 600.0  # one inference of more takes gigabytes
 
 
 def run(settings: Settings, clip_s: float, clips: int) -> int:
     """Latency of one clip alone, then throughput with 1, 8 and 32 clips in flight; the last line is JSON."""
+    if clips < 1:
+        raise SettingsError(f"--clips {clips}: must be 1 or more")
+    if not 0 < clip_s <= MAX_CLIP_S:  # also what is not a number
+        raise SettingsError(f"--seconds {clip_s:g}: must be above 0, at most {MAX_CLIP_S:g}")
     warnings_only()
     print(json.dumps(asyncio.run(_run(settings, clip_s, clips))))
     return 0

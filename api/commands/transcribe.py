@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,19 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         raise SettingsError("--beam 0: decodes greedily, which has no use for --hotword; leave --beam out")
     if arguments.output is not None and not arguments.output.is_dir():
         raise SettingsError(f"--output {arguments.output}: is not a folder")
+    name, files = Counter(path.name for path in arguments.files).most_common(1)[0]
+    if arguments.output is not None and files > 1:
+        raise SettingsError(
+            f"--output {arguments.output}: {files} of the files are named {name!r}, and each would overwrite "
+            "the transcript of the one before; give each folder an --output of its own"
+        )
     warnings_only()
     return asyncio.run(_run(settings, arguments))
 
 
 async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
-    options = Options(language=arguments.language, beam=arguments.beam, hotwords=tuple(arguments.hotword))
+    language = arguments.language.lower() if arguments.language else None
+    options = Options(language=language, beam=arguments.beam, hotwords=tuple(arguments.hotword))
     failed, many = 0, len(arguments.files) > 1
     async with open_service(settings) as service:
         transcriber = service.transcriber("")
@@ -60,11 +68,10 @@ async def _run(settings: Settings, arguments: argparse.Namespace) -> int:
             work = [asyncio.create_task(one(path)) for path in arguments.files]
             for path, task in zip(arguments.files, work, strict=True):
                 outcome = await task
-                if isinstance(outcome, str):
+                problem = outcome if isinstance(outcome, str) else _write(outcome, path, arguments, bar)
+                if problem is not None:
                     failed += 1
-                    bar.write(f"asr: {path}: {outcome}", file=sys.stderr)
-                else:
-                    _write(outcome, path, arguments, bar)
+                    bar.write(f"asr: {path}: {problem}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -114,14 +121,20 @@ def render(transcript: Transcript, output_format: str) -> str:
     return transcript.text + "\n"
 
 
-def _write(transcript: Transcript, path: Path, arguments: argparse.Namespace, bar: Bar) -> None:
+def _write(transcript: Transcript, path: Path, arguments: argparse.Namespace, bar: Bar) -> str | None:
+    """To stdout or a file of its own; returns why it could not be written there."""
     text = render(transcript, arguments.format)
     for warning in transcript.warnings:
         bar.write(f"asr: {path}: {warning}", file=sys.stderr)
     if arguments.output is not None:
         suffix = "txt" if arguments.format == "text" else arguments.format
-        (arguments.output / f"{path.name}.{suffix}").write_text(text, encoding="utf-8")
-        return
+        target = arguments.output / f"{path.name}.{suffix}"
+        try:
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:
+            return f"{target}: {error.strerror or error}"
+        return None
     if len(arguments.files) > 1 and arguments.format == "text":
         text = f"{path}: {text}"
     bar.write(text, file=sys.stdout, end="")
+    return None

@@ -76,6 +76,22 @@ def test_output_folder(models_dir: Path, files: dict[str, Path], tmp_path: Path)
     assert (out / "one.wav.vtt").read_text().startswith("WEBVTT")
 
 
+def test_a_transcript_that_cannot_be_written_costs_no_other(
+    models_dir: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (out / "one.wav.txt").mkdir(parents=True)  # a folder where the file would go
+    result = asr(models_dir, "transcribe", files["one.wav"], files["long.wav"], "--output", out)
+    assert result.returncode == 1
+    assert result.stderr == f"asr: {files['one.wav']}: {out / 'one.wav.txt'}: Is a directory\n"
+    assert (out / "long.wav.txt").read_text().startswith("head bad")
+
+
+def test_language_is_case_blind_as_over_http(models_dir: Path, files: dict[str, Path]) -> None:
+    result = asr(models_dir, "transcribe", files["one.wav"], "--language", "EN")
+    assert (result.returncode, result.stdout) == (0, "abc de\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -84,6 +100,11 @@ def test_output_folder(models_dir: Path, files: dict[str, Path], tmp_path: Path)
         (["transcribe", "x.wav", "--beam", "9999"], 2, "--beam 9999"),
         (["transcribe", "x.wav", "--beam", "0", "--hotword", "cafe"], 2, "has no use for --hotword"),
         (["transcribe", "x.wav", "--output", "/nowhere/at/all"], 2, "is not a folder"),
+        (["transcribe", "a/x.wav", "b/x.wav", "--output", "."], 2, "2 of the files are named 'x.wav'"),
+        (["bench", "--clips", "0"], 2, "--clips 0: must be 1 or more"),
+        (["bench", "--seconds", "0"], 2, "--seconds 0: must be above 0"),
+        (["bench", "--seconds", "nan"], 2, "--seconds nan: must be above 0"),
+        (["bench", "--seconds", "1e9"], 2, "at most 600"),
     ],
 )
 def test_mistakes_are_one_line(models_dir: Path, arguments: list[str], status: int, words: str) -> None:
