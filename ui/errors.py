@@ -7,13 +7,13 @@ ApiError
 ├── PageFaultError          a fault of the page itself
 └── ApiStatusError          an answer with an error status, read from the OpenAI envelope
     ├── BadRequestError         400
-    │   └── UndecodableAudioError   400, code undecodable_audio
+    │   └── UndecodableAudioError   400, code undecodable_audio and what else is wrong with the file itself
     ├── AccessError             401, 403
     ├── UnknownModelError       404
     ├── UploadTooLargeError     413
     ├── InvalidValueError       422
     │   └── AudioTooLongError       422, code audio_too_long
-    ├── BusyError               429
+    ├── BusyError               429, and 503 where something is used up
     ├── NotReadyError           503
     ├── DeadlineError           504, 408
     └── ServerFaultError        every other status
@@ -98,7 +98,7 @@ class AudioTooLongError(InvalidValueError):
 
 
 class BusyError(ApiStatusError):
-    """The queue or this key's rate is full."""
+    """The queue, this key's rate, or a resource of the machine is used up."""
 
 
 class NotReadyError(ApiStatusError):
@@ -116,6 +116,10 @@ class ServerFaultError(ApiStatusError):
 _BY_CODE: dict[str, tuple[int, type[ApiStatusError]]] = {
     "invalid_request": (400, BadRequestError),
     "undecodable_audio": (400, UndecodableAudioError),
+    "empty_file": (400, UndecodableAudioError),
+    "no_audio_stream": (400, UndecodableAudioError),
+    "no_audio_samples": (400, UndecodableAudioError),
+    "not_finite_samples": (400, UndecodableAudioError),
     "invalid_api_key": (401, AccessError),
     "permission_denied": (403, AccessError),
     "model_not_found": (404, UnknownModelError),
@@ -126,6 +130,8 @@ _BY_CODE: dict[str, tuple[int, type[ApiStatusError]]] = {
     "rate_limit_exceeded": (429, BusyError),
     "not_ready": (503, NotReadyError),
     "draining": (503, NotReadyError),
+    "out_of_resources": (503, BusyError),
+    "too_many_connections": (503, BusyError),
     "deadline_exceeded": (504, DeadlineError),
 }
 _BY_STATUS: dict[int, type[ApiStatusError]] = {

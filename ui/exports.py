@@ -19,6 +19,7 @@ from ui.transcript import Transcript, Word
 LINE_CHARACTERS = 42  # two lines of 42 characters: BBC subtitle guidelines, Netflix timed text style guide
 CUE_CHARACTERS = 2 * LINE_CHARACTERS + 1  # the line break counts
 CUE_S = 7.0
+SHORTEST_CUE_S = 0.5  # the service's own; a CTC model's word can be as short as one frame
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,19 @@ def cues(transcript: Transcript) -> list[Cue]:
         parts = [Cue(part.start_s, part.end_s, part.text) for part in transcript.segments if part.text]
         whole = [Cue(0.0, transcript.duration_s, transcript.text)] if transcript.text else []
         return parts or whole
+    groups = [group for part in _by_segment(transcript) for group in _cut(part)]
+    limits_s = [*(group[0].start_s for group in groups[1:]), transcript.duration_s]
     return [
-        Cue(group[0].start_s, max(group[-1].end_s, group[0].start_s + 0.001), _lines(group))
-        for part in _by_segment(transcript)
-        for group in _cut(part)
+        Cue(group[0].start_s, _end_s(group, limit_s), _lines(group))
+        for group, limit_s in zip(groups, limits_s, strict=True)
     ]
+
+
+def _end_s(words: list[Word], limit_s: float) -> float:
+    """When the last word ends, or later where nobody could read it in that time; never past ``limit_s``."""
+    start_s = words[0].start_s
+    readable_s = min(start_s + SHORTEST_CUE_S, limit_s)
+    return max(words[-1].end_s, readable_s, start_s + 0.001)
 
 
 def _by_segment(transcript: Transcript) -> Iterator[list[Word]]:

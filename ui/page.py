@@ -54,14 +54,14 @@ def render(settings: UiSettings, background: Background) -> None:
 def _heading(session: Session) -> None:
     title, choice = st.columns([4, 1], vertical_alignment="bottom")
     with choice:
-        asked = st.query_params.get("lang") or st.context.locale
-        codes = list(NAMES)
+        asked = language_for(st.query_params.get("lang") or st.context.locale)
+        codes, key = list(NAMES), "page_language"
         code = st.selectbox(
-            session.strings("page.language"),
+            Strings(st.session_state.get(key, asked))("page.language"),  # chosen just now, or at first sight
             codes,
-            index=codes.index(language_for(asked)),
+            index=codes.index(asked),
             format_func=NAMES.__getitem__,
-            key="page_language",
+            key=key,
         )
     session.strings = Strings(code)
     document(code, session.strings("page.title"))

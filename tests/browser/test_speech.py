@@ -96,6 +96,14 @@ def test_a_long_file_shows_its_text_on_the_way_and_can_be_cancelled(
                 break
         else:
             pytest.fail("no text appeared on the way")
+        # Two hours of text do not push the button away, and what was heard last is what is seen.
+        height, hidden_below = partial.first.evaluate(
+            "it => { it.textContent = 'word '.repeat(18000); const all = document.createRange();"
+            "all.selectNodeContents(it); const box = it.getBoundingClientRect();"
+            "return [box.height, all.getBoundingClientRect().bottom - box.bottom]; }"
+        )
+        assert height < 250
+        assert hidden_below < 5
         cancel.click()
     finally:
         process.send_signal(signal.SIGCONT)

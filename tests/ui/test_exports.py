@@ -42,6 +42,13 @@ def test_vtt_is_exact_and_escapes() -> None:
     assert to_vtt(text) == "WEBVTT\n\n01:01:01.500 --> 01:01:02.250\na&lt;b &amp;\n"
 
 
+def test_a_short_word_stays_long_enough_to_be_read_but_not_into_the_next_cue_or_past_the_end() -> None:
+    words = (Word("a", 1.0, 1.02), Word("the", 2.0, 2.04), Word("end", 2.3, 2.32))
+    parts = tuple(Segment(word.text, word.start_s, word.end_s) for word in words)
+    made = cues(replace(FIRST, text="a the end", words=words, segments=parts, duration_s=2.5))
+    assert [(cue.start_s, cue.end_s) for cue in made] == [(1.0, 1.5), (2.0, 2.3), (2.3, 2.5)]
+
+
 def test_txt_has_a_line_per_segment_and_json_reads_back() -> None:
     assert to_txt(replace(FIRST, segments=(Segment("one", 0, 1), Segment("two", 1, 2)))) == "one\ntwo\n"
     assert Transcript.from_json(json.loads(to_json(FIRST))) == FIRST

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -239,6 +241,36 @@ def test_history_survives_reruns_and_can_be_removed(opened: Opened) -> None:
     assert not page.subheader
 
 
+def test_files_of_one_name_can_be_told_apart(opened: Opened) -> None:
+    page = sample(sample(opened()))
+    box = page.selectbox(key="choose")
+    assert box.options == ["sample.flac (2) – done", "sample.flac – done"]
+    first, second = page.session_state["asr_session"].work.tasks
+    assert box.value == second.id
+    assert box.set_value(first.id).run().selectbox(key="choose").value == first.id
+
+
+@pytest.mark.parametrize("another_chosen", [False, True])
+def test_a_third_file_is_shown_once_it_is_done_unless_another_was_chosen(
+    opened: Opened, service: Service, another_chosen: bool
+) -> None:
+    page, done = sample(sample(opened())), threading.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        await asyncio.to_thread(done.wait, 30)
+        yield DONE
+
+    service.transcribe = httpx.Response(200, content=slowly())
+    button(page, ENGLISH["input.sample"]).click().run()
+    first, second, third = page.session_state["asr_session"].work.tasks
+    assert page.selectbox(key="choose").value == second.id
+    assert not third.over
+    if another_chosen:
+        page.selectbox(key="choose").set_value(first.id).run()
+    done.set()
+    assert settle(page).selectbox(key="choose").value == (first.id if another_chosen else third.id)
+
+
 def test_another_session_sees_nothing_of_it(opened: Opened) -> None:
     sample(opened())
     assert opened().session_state["asr_session"].work.tasks == []
@@ -282,6 +314,11 @@ def test_a_service_that_is_not_ready_is_a_warning_and_goes_away(
         (envelope(413, "upload_too_large"), "problem.too_large", False),
         (envelope(422, "audio_too_long"), "problem.too_long", False),
         (envelope(400, "undecodable_audio"), "problem.undecodable", False),
+        (envelope(400, "no_audio_stream"), "problem.undecodable", False),
+        (envelope(400, "no_audio_samples"), "problem.undecodable", False),
+        (envelope(400, "not_finite_samples"), "problem.undecodable", False),
+        (envelope(503, "out_of_resources", **{"retry-after": "90"}), "problem.busy", True),
+        (envelope(503, "too_many_connections", **{"retry-after": "90"}), "problem.busy", True),
         (envelope(404, "model_not_found"), "problem.model", True),
         (envelope(500, "internal_error"), "problem.server", True),
         (httpx.ReadTimeout("slow"), "problem.late", True),
@@ -316,6 +353,14 @@ def test_silence_is_said(opened: Opened, service: Service) -> None:
     assert not page.text_area
 
 
+def test_a_warning_about_a_word_does_not_speak_of_the_file(opened: Opened, service: Service) -> None:
+    warning = "The model cannot spell the hotword 'naïve'."
+    event = {"type": "transcript.text.done", **TRANSCRIPT, "warnings": [warning]}
+    service.transcribe = httpx.Response(200, content=sse(event))
+    page = sample(opened())
+    assert page.warning[0].value == ENGLISH["problem.said"].format(message=warning)
+
+
 def test_an_empty_file_is_said(opened: Opened, service: Service) -> None:
     service.transcribe = envelope(400, "undecodable_audio")
     page = opened()
@@ -328,9 +373,17 @@ def test_an_empty_file_is_said(opened: Opened, service: Service) -> None:
 def test_every_language_draws_the_whole_page(opened: Opened, language: str) -> None:
     page = opened(lang=language)
     assert page.title[0].value == TABLES[language]["page.title"]
+    assert page.selectbox(key="page_language").label == TABLES[language]["page.language"]
     button(page, TABLES[language]["input.sample"]).click().run()
     settle(page)
     assert TABLES[language]["result.title"].format(name="sample.flac") in texts(page)
+
+
+def test_another_language_is_spoken_at_once_by_the_box_that_chose_it_too(opened: Opened) -> None:
+    page = opened(lang="vi")
+    box = page.selectbox(key="page_language").set_value("tr").run().selectbox(key="page_language")
+    assert (box.value, box.label) == ("tr", TABLES["tr"]["page.language"])
+    assert page.title[0].value == TABLES["tr"]["page.title"]
 
 
 def test_the_overview_shows_models_load_and_what_was_sent(opened: Opened) -> None:

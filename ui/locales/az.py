@@ -33,7 +33,6 @@ STRINGS: dict[str, str] = {
     "result.silence": "Bu yazıda nitq eşidilmədi.",
     "result.silence_do": "Düzgün mikrofonun açıq olduğunu yoxlayın, ona yaxın danışın və ya yuxarıda başqa dil seçin.",
     "result.sound_gone": "Səs artıq burada saxlanmır, yalnız mətni var. Dinləmək üçün faylı yenidən atın.",
-    "result.warning": "Bu faylın yalnız bir hissəsi oxuna bildi: {what}",
     "result.correct": "Mətni düzəlt",
     "result.correct_help": "Dəyişikliklər aşağıdakı bütün yükləmələrə düşür; vaxtlar saxlanılır.",
     "result.undo": "Dəyişikliklərimi geri al",

@@ -37,7 +37,6 @@ STRINGS: dict[str, str] = {
     "result.silence": "No speech was heard in this recording.",
     "result.silence_do": "Check that the right microphone was on, speak closer to it, or choose another language above.",
     "result.sound_gone": "The sound is no longer kept here, only its text. Drop the file again to listen.",
-    "result.warning": "Only a part of this file could be read: {what}",
     "result.correct": "Correct the text",
     "result.correct_help": "Changes go into every download below; times are kept.",
     "result.undo": "Undo my changes",

@@ -33,7 +33,6 @@ STRINGS: dict[str, str] = {
     "result.silence": "Bu kayıtta konuşma duyulmadı.",
     "result.silence_do": "Doğru mikrofonun açık olduğunu denetleyin, daha yakından konuşun ya da yukarıdan başka bir dil seçin.",
     "result.sound_gone": "Ses artık burada tutulmuyor, yalnızca metni var. Dinlemek için dosyayı yeniden bırakın.",
-    "result.warning": "Bu dosyanın yalnızca bir bölümü okunabildi: {what}",
     "result.correct": "Metni düzelt",
     "result.correct_help": "Değişiklikler aşağıdaki bütün indirmelere girer; zamanlar korunur.",
     "result.undo": "Değişikliklerimi geri al",

@@ -33,7 +33,6 @@ STRINGS: dict[str, str] = {
     "result.silence": "Không nghe thấy lời nói nào trong bản ghi này.",
     "result.silence_do": "Hãy kiểm tra đúng micrô đã bật, nói gần hơn, hoặc chọn ngôn ngữ khác ở trên.",
     "result.sound_gone": "Âm thanh không còn được giữ ở đây, chỉ còn văn bản. Hãy thả lại tệp để nghe.",
-    "result.warning": "Chỉ đọc được một phần của tệp này: {what}",
     "result.correct": "Sửa văn bản",
     "result.correct_help": "Thay đổi có trong mọi tệp tải về bên dưới; thời gian được giữ nguyên.",
     "result.undo": "Bỏ các thay đổi của tôi",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import streamlit as st
 
 from ui.components.player import PlayableSound, player
@@ -9,7 +11,7 @@ from ui.problems import Problem, explain
 from ui.service import Service
 from ui.session import Session
 from ui.sound import media_type
-from ui.strings import language_name
+from ui.strings import Strings, language_name
 from ui.transcript import Transcript
 from ui.views import compare, details, downloads
 from ui.views.format import duration
@@ -34,24 +36,46 @@ def render(session: Session, service: Service) -> None:
 
 def _choose(session: Session, tasks: list[Task]) -> Task:
     strings = session.strings
+    if session.work.find(session.shown) is None:  # it was removed
+        session.shown = tasks[0].id
     if len(tasks) == 1:
         return tasks[0]
     ids = [task.id for task in tasks]
     key = "choose"
-    if session.shown in ids and st.session_state.get("shown_before") != session.shown:
+    # What is on its way is shown as soon as it is done, unless the person chooses another one meanwhile.
+    if session.shown in ids:
         st.session_state[key] = session.shown
-        st.session_state["shown_before"] = session.shown
-
-    def label(task_id: str) -> str:
-        task = session.work.find(task_id)
-        return f"{task.name} – {strings(f'state.{task.state}')}" if task else task_id
-
-    if st.session_state.get(key) not in ids:
+    elif st.session_state.get(key) not in ids:
         st.session_state[key] = ids[0]
-    chosen = st.selectbox(strings("result.choose"), ids, format_func=label, key=key)
-    session.shown = st.session_state["shown_before"] = chosen
+
+    labels = _labels(session.work.tasks, strings)
+
+    def choose() -> None:
+        session.shown = st.session_state[key]
+
+    chosen = st.selectbox(
+        strings("result.choose"),
+        ids,
+        format_func=lambda task_id: labels.get(task_id, task_id),
+        key=key,
+        on_change=choose,
+    )
     downloads.zip_of_all(session, tasks[::-1])
     return next(task for task in tasks if task.id == chosen)
+
+
+def _labels(tasks: Sequence[Task], strings: Strings) -> dict[str, str]:
+    """Task id -> label, no two alike: Streamlit tells the options of a box apart by their labels only."""
+    labels: dict[str, str] = {}
+    names: set[str] = set()
+    for task in tasks:
+        name, number = task.name, 1
+        while name in names:
+            number += 1
+            name = f"{task.name} ({number})"
+        names.add(name)
+        labels[task.id] = f"{name} – {strings(f'state.{task.state}')}"
+    return labels
 
 
 def _transcript(session: Session, task: Task, transcript: Transcript) -> None:
@@ -67,7 +91,7 @@ def _transcript(session: Session, task: Task, transcript: Transcript) -> None:
         )
     )
     for warning in transcript.warnings:
-        st.warning(strings("result.warning", what=warning), icon=":material/warning:")
+        st.warning(strings("problem.said", message=warning), icon=":material/warning:")
     if not transcript.text.strip():
         st.info(
             f"**{strings('result.silence')}** {strings('result.silence_do')}", icon=":material/volume_off:"
