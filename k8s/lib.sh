@@ -102,10 +102,25 @@ make_secret() {
     kube create -f -
 }
 
+# terraform_kubeconfig: set KUBECONFIG_FILE to what Terraform wrote; false where it has no cluster. Its credentials end
+# after seven days and Terraform renews them only when it applies, so a file that is refused is fetched again.
+terraform_kubeconfig() {
+  local cluster fresh
+  cluster=$(terraform -chdir=terraform output -raw cluster_id 2>/dev/null) || return
+  KUBECONFIG_FILE=$(terraform -chdir=terraform output -raw kubeconfig_path 2>/dev/null) || return
+  [[ $KUBECONFIG_FILE == /* ]] || KUBECONFIG_FILE=terraform/$KUBECONFIG_FILE
+  if ! kube version >/dev/null 2>&1; then
+    note "$KUBECONFIG_FILE is not accepted (any more); asking for a new one"
+    fresh=$(doctl kubernetes cluster kubeconfig show "$cluster") || fail "DigitalOcean gives no kubeconfig for cluster $cluster"
+    (umask 077 && printf '%s\n' "$fresh" >"$KUBECONFIG_FILE") || fail "cannot write $KUBECONFIG_FILE"
+  fi
+  chmod 600 "$KUBECONFIG_FILE"
+}
+
 authenticate() {
   say "DigitalOcean"
   if [ -z "${DIGITALOCEAN_TOKEN:-}" ]; then
-    [ "$DRY_RUN" = 1 ] || fail "set DIGITALOCEAN_TOKEN (https://cloud.digitalocean.com/account/api/tokens, scopes: kubernetes, registry, load_balancer)"
+    [ "$DRY_RUN" = 1 ] || fail "set DIGITALOCEAN_TOKEN (https://cloud.digitalocean.com/account/api/tokens, scopes: account (read), kubernetes, registry, load_balancer)"
     note "DIGITALOCEAN_TOKEN is not set (needed for a real run)"
   fi
   # doctl reads its token from here; it is never written to a file or to the arguments of a process.

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Prometheus, Alertmanager, Grafana, the metrics adapter and Jaeger on the cluster, with this project's rules,
-# alerts and dashboards. Safe to repeat: Helm upgrades what is there, secrets are kept.
+# Prometheus, Alertmanager, Grafana, both metrics APIs of the autoscalers and Jaeger on the cluster, with this project's
+# rules, alerts and dashboards. Safe to repeat: Helm upgrades what is there, secrets are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=k8s/lib.sh
 . k8s/lib.sh
 # shellcheck source=k8s/monitoring/versions.env
 . k8s/monitoring/versions.env
+METRICS_SERVER_VERSION=3.13.0
 
 usage() {
   cat <<'EOF'
 usage: k8s/monitoring-setup.sh [options]
 
-Installs kube-prometheus-stack and prometheus-adapter into `monitoring` and Jaeger into `observability`, with
-the values in k8s/monitoring, then the rules, alerts and dashboards generated from monitoring/.
+Installs kube-prometheus-stack, prometheus-adapter and, where the cluster has no metrics API, metrics-server into
+`monitoring` and Jaeger into `observability`, with the values in k8s/monitoring, then the rules, alerts and
+dashboards generated from monitoring/.
 
   --kubeconfig FILE      the cluster (default: kubectl's own)
   --storage-class NAME   of Prometheus's volume (default: do-block-storage)
@@ -38,8 +40,8 @@ say "Tools"
 require_tools kubectl helm
 [ "$DRY_RUN" = 1 ] || [ -z "$KUBECONFIG_FILE" ] || [ -r "$KUBECONFIG_FILE" ] || fail "cannot read $KUBECONFIG_FILE"
 [ "$DRY_RUN" = 1 ] || kube version --output=yaml >/dev/null || fail "the API server does not answer"
-helm_arguments=(--wait --timeout "${timeout_s}s")
-[ -z "$KUBECONFIG_FILE" ] || helm_arguments+=(--kubeconfig "$KUBECONFIG_FILE")
+cluster=() helm_arguments=(--wait --timeout "${timeout_s}s")
+[ -z "$KUBECONFIG_FILE" ] || cluster=(--kubeconfig "$KUBECONFIG_FILE")
 
 say "Namespaces and secrets"
 kubectl kustomize k8s/namespaces | apply_stdin
@@ -54,9 +56,23 @@ chart() { # RELEASE NAMESPACE CHART REPOSITORY VERSION VALUES [HELM_ARGUMENTS...
   local release=$1 namespace=$2 chart=$3 repository=$4 version=$5 values=$6
   shift 6
   say "$release $version"
+  # A run that was killed leaves the release pending, and Helm then refuses every upgrade.
+  if [ "$DRY_RUN" = 0 ] && [ -n "$(helm list --pending --short --filter "^$release\$" --namespace "$namespace" "${cluster[@]}")" ]; then
+    note "$release: an earlier run was interrupted; back to what was there before"
+    helm rollback "$release" --namespace "$namespace" "${helm_arguments[@]}" "${cluster[@]}" ||
+      helm uninstall "$release" --namespace "$namespace" "${helm_arguments[@]}" "${cluster[@]}"
+  fi
   run helm upgrade --install "$release" "$chart" --repo "$repository" --version "$version" \
-    --namespace "$namespace" --values "$values" "${helm_arguments[@]}" "$@"
+    --namespace "$namespace" --values "$values" "${helm_arguments[@]}" "${cluster[@]}" "$@"
 }
+# DigitalOcean brings no metrics API, and without one the autoscalers never see a pod's CPU. One that is there is kept.
+if exists apiservice v1beta1.metrics.k8s.io && ! helm status metrics-server --namespace monitoring "${cluster[@]}" >/dev/null 2>&1; then
+  say "metrics-server"
+  note "the cluster has a metrics API already, which is kept"
+else
+  chart metrics-server monitoring metrics-server https://kubernetes-sigs.github.io/metrics-server "$METRICS_SERVER_VERSION" \
+    /dev/null --set resources.requests.cpu=20m,resources.requests.memory=64Mi
+fi
 community=https://prometheus-community.github.io/helm-charts
 chart kube-prometheus-stack monitoring kube-prometheus-stack "$community" "$KUBE_PROMETHEUS_STACK_VERSION" \
   k8s/monitoring/kube-prometheus-stack-values.yaml \

@@ -51,18 +51,37 @@ if [ -n "$KUBECONFIG_FILE" ]; then
   [ "$DRY_RUN" = 1 ] || [ -r "$KUBECONFIG_FILE" ] || fail "cannot read $KUBECONFIG_FILE"
 else
   require_tools terraform doctl kubectl
+  if [ -z "$registry" ]; then
+    # Better said now than after ten minutes in which the nodes try to pull.
+    local_images=$(kubectl kustomize "$path" | sed -n 's/^ *image: \([^/]*\)$/\1/p' | tr '\n' ' ')
+    if [ -n "$local_images" ]; then
+      [ "$DRY_RUN" = 1 ] || fail "no node can pull ${local_images% }: name --registry"
+      note "no node can pull ${local_images% }: name --registry (needed for a real run)"
+    fi
+  fi
   authenticate
 fi
 
 if [ "$terraform" = 1 ]; then
   say "Cluster (terraform/)"
-  wanted=${TF_VAR_kubernetes_version:-$(sed -n '/"kubernetes_version"/,/^}/s/.*default *= "\(.*\)"/\1/p' terraform/variables.tf)}
-  if [ "$DRY_RUN" = 0 ] && ! doctl kubernetes options versions --format Slug --no-header | grep -qx "$wanted"; then
-    note "offered today: $(doctl kubernetes options versions --format Slug --no-header | tr '\n' ' ')"
-    terraform -chdir=terraform state list 2>/dev/null | grep -q digitalocean_kubernetes_cluster ||
-      fail "DigitalOcean does not offer $wanted any more; export TF_VAR_kubernetes_version=<one of these>"
-  fi
   run terraform -chdir=terraform init -input=false
+  # As Terraform takes it: its file of variables wins over the environment, the environment over the default.
+  wanted='' remedy='set kubernetes_version in terraform/terraform.tfvars to one of these'
+  [ ! -f terraform/terraform.tfvars ] || wanted=$(sed -n 's/^ *kubernetes_version *= *"\([^"]*\)".*/\1/p' terraform/terraform.tfvars)
+  if [ -z "$wanted" ]; then
+    remedy='export TF_VAR_kubernetes_version=<one of these>'
+    wanted=${TF_VAR_kubernetes_version:-$(sed -n '/"kubernetes_version"/,/^}/s/.*default *= "\(.*\)"/\1/p' terraform/variables.tf)}
+  fi
+  if [ "$DRY_RUN" = 0 ]; then
+    # Read to the end before anything searches it: a `grep -q` in the pipe would end doctl, and that counts as a failure.
+    offered=$(doctl kubernetes options versions --format Slug --no-header) || fail "DigitalOcean does not say which versions it offers"
+    if ! grep -qxF "$wanted" <<<"$offered"; then
+      note "offered today: ${offered//$'\n'/ }"
+      # A cluster that exists keeps its version.
+      state=$(terraform -chdir=terraform state pull)
+      [[ $state == *'"digitalocean_kubernetes_cluster"'* ]] || fail "DigitalOcean does not offer $wanted any more; $remedy"
+    fi
+  fi
   # A saved plan holds every variable in the clear, the token too if it came as one: keep it private and brief.
   plan=$(mktemp -d)/setup.tfplan
   trap 'rm -rf "$(dirname "$plan")"' EXIT
@@ -79,9 +98,7 @@ if [ -z "$KUBECONFIG_FILE" ]; then
   if [ "$DRY_RUN" = 1 ]; then
     note "[dry-run] terraform -chdir=terraform output -raw kubeconfig_path"
   else
-    KUBECONFIG_FILE=$(terraform -chdir=terraform output -raw kubeconfig_path) || fail "Terraform has no cluster yet; run without --skip-terraform"
-    [[ $KUBECONFIG_FILE == /* ]] || KUBECONFIG_FILE=terraform/$KUBECONFIG_FILE
-    chmod 600 "$KUBECONFIG_FILE"
+    terraform_kubeconfig || fail "Terraform has no cluster yet; run without --skip-terraform"
     note "export KUBECONFIG=$(realpath "$KUBECONFIG_FILE")"
   fi
 fi
@@ -143,4 +160,4 @@ else
   address asr-api 8000
   address asr-ui 8501
 fi
-note "Metrics, alerts, dashboards and traces: k8s/monitoring-setup.sh${KUBECONFIG_FILE:+ --kubeconfig $KUBECONFIG_FILE}"
+note "Autoscaling, metrics, alerts, dashboards and traces: k8s/monitoring-setup.sh${KUBECONFIG_FILE:+ --kubeconfig $KUBECONFIG_FILE}"

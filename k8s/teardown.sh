@@ -21,7 +21,7 @@ deleted by Kubernetes before the cluster goes; otherwise they would go on costin
 EOF
 }
 
-only='' yes=0 timeout_s=300 terraform=1
+only='' yes=0 timeout_s=300 terraform=1 in_cluster=1
 while [ $# -gt 0 ]; do
   case $1 in
     --only) only=${2:?--only needs app or monitoring}; shift 2 ;;
@@ -36,21 +36,28 @@ done
 say "Tools"
 tools=(kubectl)
 [ "$only" = app ] || tools+=(helm)
-[ "$terraform" = 0 ] || tools+=(terraform doctl)
+[ -n "$KUBECONFIG_FILE" ] || tools+=(terraform doctl)
 require_tools "${tools[@]}"
 if [ "$yes" = 0 ] && [ "$DRY_RUN" = 0 ]; then
-  read -r -p "   Delete ${only:-the application, monitoring with its data, and the cluster}? [y/N] " answer
+  what=${only:-the application and monitoring with its data}
+  [ "$terraform" = 0 ] || what+=', and what Terraform made: the cluster, the registry with its images'
+  read -r -p "   Delete $what? [y/N] " answer
   [[ $answer == [yY] ]] || fail "nothing was changed"
 fi
 if [ -z "$KUBECONFIG_FILE" ]; then
   authenticate
+  run terraform -chdir=terraform init -input=false
   if [ "$DRY_RUN" = 1 ]; then
     note "[dry-run] terraform -chdir=terraform output -raw kubeconfig_path"
-  elif KUBECONFIG_FILE=$(terraform -chdir=terraform output -raw kubeconfig_path 2>/dev/null); then
-    [[ $KUBECONFIG_FILE == /* ]] || KUBECONFIG_FILE=terraform/$KUBECONFIG_FILE
-  else
-    note "Terraform knows no cluster; nothing is left to delete"
-    exit 0
+  elif ! terraform_kubeconfig; then
+    # An apply that failed half-way leaves what costs money in the state, and none of the outputs.
+    state=$(terraform -chdir=terraform state pull) || fail "cannot read Terraform's state"
+    if [[ $state != *'"mode": "managed"'* ]]; then
+      note "Terraform knows no cluster; nothing is left to delete"
+      exit 0
+    fi
+    note "Terraform did not finish the cluster; nothing runs in it"
+    in_cluster=0
   fi
 fi
 delete_namespace() { run kube delete namespace "$1" --ignore-not-found --timeout="${timeout_s}s"; }
@@ -60,23 +67,23 @@ uninstall() { # RELEASE NAMESPACE
   fi
 }
 
-if [ "$only" != monitoring ]; then
+if [ "$in_cluster" = 1 ] && [ "$only" != monitoring ]; then
   say "Application"
   # Services first: their load balancers are released while the cloud controller still runs.
   run kube delete service --all --namespace asr-system --ignore-not-found --timeout="${timeout_s}s"
   delete_namespace asr-system
 fi
-if [ "$only" != app ]; then
+if [ "$in_cluster" = 1 ] && [ "$only" != app ]; then
   say "Monitoring"
   uninstall jaeger observability
   uninstall prometheus-adapter monitoring
+  uninstall metrics-server monitoring
   uninstall kube-prometheus-stack monitoring
   delete_namespace observability
   delete_namespace monitoring
 fi
 if [ "$terraform" = 1 ]; then
   say "Cluster (terraform/)"
-  run terraform -chdir=terraform init -input=false
   run terraform -chdir=terraform destroy -input=false -auto-approve
 fi
 say "Gone"

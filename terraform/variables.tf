@@ -89,8 +89,8 @@ variable "node_size" {
   default     = "s-2vcpu-4gb"
 
   validation {
-    condition     = can(regex("^[a-z][a-z0-9-]*-[0-9]+vcpu-[0-9]+gb[a-z0-9-]*$", var.node_size))
-    error_message = "node_size must be a Droplet slug such as s-2vcpu-4gb."
+    condition     = can(regex("^[a-z][a-z0-9]*-([0-9]+|[0-9]+vcpu-[0-9]+gb[a-z0-9-]*)$", var.node_size))
+    error_message = "node_size must be a Droplet slug such as s-2vcpu-4gb or c-4."
   }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -203,6 +204,26 @@ def test_the_gateway_waits_longer_than_a_request_may_take() -> None:
     assert float(read_timeout_s) > float(limit)
     (size,) = re.findall(r"client_max_body_size (\d+)m;", conf)
     assert int(size) << 20 > Settings.model_fields["max_body_bytes"].default
+
+
+def test_another_nginx_conf_is_another_gateway(tmp_path: Path) -> None:
+    """Compose replaces a container whose definition changed; the content of a mounted file is not in it."""
+    assert services()["gateway"]["labels"] == {"asr.nginx-conf": "${ASR_NGINX_CONF_SUM:-}"}
+    shutil.copytree(ROOT / "docker", tmp_path / "docker")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/docker").write_text('#!/bin/bash\necho "$ASR_NGINX_CONF_SUM"\n')
+    (tmp_path / "bin/docker").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    sums = []
+    for line in ("", "", "# another line\n"):
+        with (tmp_path / "docker/nginx/nginx.conf").open("a") as conf:
+            conf.write(line)
+        command = [tmp_path / "docker/compose.sh", "ps"]
+        sums.append(
+            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        )
+    assert sums[0] == sums[1] != sums[2]
+    assert sums[0].strip()
 
 
 def test_every_mounted_file_exists() -> None:

@@ -76,6 +76,13 @@ def test_a_rollback_brings_the_version_before(machine: Machine) -> None:
     assert machine.images("ui") == ["asr-ui:1"]
 
 
+def test_a_deployment_brings_a_changed_gateway_too(machine: Machine) -> None:
+    """Its image or its configuration may be another one in this version."""
+    for version in ("1", "2"):
+        machine.deploy(version)
+    assert [call for call in machine.calls("compose") if " gateway" in call and "--no-recreate" not in call]
+
+
 def test_a_failed_deployment_goes_back_once_and_a_rollback_after_it_does_nothing(machine: Machine) -> None:
     for version in ("1", "2"):
         machine.deploy(version)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +98,110 @@ def test_jenkins_rolls_back_each_deployment_and_bounds_each_stage() -> None:
         assert "timeout(time:" in block, name
 
 
+def jenkins_stages() -> dict[str, str]:
+    """Text of each top-level stage by its name."""
+    found = re.findall(
+        r"^    stage\('([^']+)'\)(.*?)(?=^    stage\(|\Z)", JENKINSFILE, re.DOTALL | re.MULTILINE
+    )
+    return dict(found)
+
+
+def limit_s(text: str) -> int:
+    """The first time limit in a part of the Jenkinsfile."""
+    match = re.search(r"timeout\(time: (\d+), unit: '(MINUTES|HOURS)'\)", text)
+    assert match is not None
+    return int(match[1]) * {"MINUTES": 60, "HOURS": 3600}[match[2]]
+
+
+def default_s(file: str, name: str) -> int:
+    """A default number of seconds in a script."""
+    match = re.search(rf"\b{name}\D{{1,40}}?(\d+)\b", (ROOT / file).read_text())
+    assert match is not None
+    return int(match[1])
+
+
+def test_a_deployment_that_runs_out_of_time_or_is_aborted_is_rolled_back_too() -> None:
+    """Jenkins calls both "aborted", for which `failure` does not run."""
+    for name, stage in jenkins_stages().items():
+        if "make rollback-" in stage:
+            post = stage.partition("post {")[2]
+            assert re.match(r"(\s*//.*\n)*\s*unsuccessful \{", post), name
+
+
+def test_jenkins_gives_a_deployment_and_its_rollback_the_time_that_the_scripts_wait() -> None:
+    stages = jenkins_stages()
+    smoke_s = 120
+    setup_s = 3 * default_s("k8s/setup.sh", "timeout_s")  # two rollouts and the load balancer
+    rollback_s = 2 * default_s("k8s/rollback.sh", "timeout_s")
+    assert limit_s(stages["Deploy to Kubernetes"]) > setup_s + smoke_s + rollback_s
+    charts = re.findall(r"^ *chart ", (ROOT / "k8s/monitoring-setup.sh").read_text(), flags=re.MULTILINE)
+    assert limit_s(stages["Monitoring"]) > len(charts) * default_s("k8s/monitoring-setup.sh", "timeout_s")
+    stop_grace_s, replicas = 105, 3
+    roll_s = replicas * (stop_grace_s + default_s("docker/deploy.sh", "HEALTHY_TIMEOUT_S"))
+    assert limit_s(stages["Deploy to Compose"]) > 2 * roll_s
+    assert limit_s(stages["Smoke test of Compose"]) > smoke_s + roll_s
+    assert limit_s(JENKINSFILE) > sum(limit_s(stage) for stage in stages.values()), "it would end a rollback"
+
+
+def test_jenkins_keeps_what_is_deployed_on_the_agent() -> None:
+    """JENKINS_HOME is a folder of the controller, and cleanWs empties the workspace."""
+    state = re.search(r'DEPLOY_STATE = "(.*)"', JENKINSFILE)
+    assert state is not None
+    assert state[1].startswith("${env.HOME}/")
+
+
+def test_only_a_release_makes_a_tag_of_the_version() -> None:
+    """Kubernetes rolls nothing, and nodes pull nothing, while an image keeps its name."""
+    assert load(ROOT / ".github/workflows/images.yml")["env"]["VERSION"] == "${{ github.sha }}"
+    assert "VERSION" not in load(ROOT / ".github/workflows/release.yml")["env"]
+    assert "env.VERSION = checkout(scm).GIT_COMMIT" in jenkins_stages()["Checkout"]
+    shown = dry_make("deploy-k8s", REGISTRY="r.example/asr", VERSION="a1b2c3", KUBECONFIG="/tmp/a b")
+    assert "--tag a1b2c3 " in shown
+    assert "--kubeconfig '/tmp/a b'" in shown
+
+
+def dry_make(target: str, **environment: str) -> str:
+    """What make would run."""
+    done = subprocess.run(
+        ["make", "--dry-run", target],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_a_repository_with_capitals_has_a_registry_without() -> None:
+    assert "docker/build.sh api r.example/acme/asr/asr-api" in dry_make(
+        "images", REGISTRY="r.example/Acme/ASR"
+    )
+    assert "docker/sign.sh r.example/acme" in dry_make("sign", REGISTRY="r.example/Acme")
+
+
+def test_ci_installs_what_it_can_where_a_package_is_unknown(tmp_path: Path) -> None:
+    """apt installs nothing of a list with an unknown name; Ubuntu, which the runners are, has no chromium."""
+    tools = {
+        "dpkg": "exit 1",
+        "apt-get": f'case " $* " in *" chromium "*) exit 100 ;; *) echo "$*" >>{tmp_path}/calls ;; esac',
+        "sudo": 'exec "$@"',
+        "make": "exit 0",
+    }
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        [ROOT / ".ci/run"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "could not install: chromium" in done.stderr
+    calls = (tmp_path / "calls").read_text()
+    for package in ("python3-venv", "prometheus", "prometheus-alertmanager", "espeak-ng", "ffmpeg"):
+        assert f" {package}\n" in calls
+
+
 def test_only_a_failed_smoke_test_rolls_a_compose_deployment_back() -> None:
     """A deployment that fails goes back by itself; a rollback on top of that would go one version further."""
-    stages = dict(
-        re.findall(r"^    stage\('([^']+)'\)(.*?)(?=^    stage\(|\Z)", JENKINSFILE, re.DOTALL | re.MULTILINE)
-    )
+    stages = jenkins_stages()
     with_rollback = [name for name, block in stages.items() if "make rollback-compose" in block]
     assert with_rollback == ["Smoke test of Compose"]
     assert "make deploy-compose" not in stages["Smoke test of Compose"]

@@ -58,6 +58,13 @@ def test_the_token_is_sensitive_and_has_no_default() -> None:
     assert "dop_v1" not in "".join(path.read_text() for path in TERRAFORM.glob("*.tf*"))
 
 
+def test_the_example_leaves_the_version_to_the_environment() -> None:
+    """Slugs are withdrawn, and one copied into terraform.tfvars wins over TF_VAR_kubernetes_version."""
+    example = (TERRAFORM / "terraform.tfvars.example").read_text()
+    assert not re.search(r"^\s*kubernetes_version", example, flags=re.MULTILINE)
+    assert re.search(r"^# kubernetes_version", example, flags=re.MULTILINE)
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The variables alone, so that terraform evaluates their rules without any provider."""
@@ -106,8 +113,11 @@ def test_a_wrong_value_is_refused_by_name(workspace: Path, value: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ['inference_pool={"size":"c-4","min_nodes":1,"max_nodes":4}', "node_count=5", "registry_name=my-asr"],
-)
+    [
+        'inference_pool={"size":"c-4","min_nodes":1,"max_nodes":4}', "node_count=5", "registry_name=my-asr",
+        "node_size=c-4", "node_size=g-2vcpu-8gb", "node_size=s-4vcpu-8gb-amd",
+    ],
+)  # fmt: skip
 def test_a_right_value_is_accepted(workspace: Path, value: str) -> None:
     done = plan(workspace, value)
     assert done.returncode == 0, done.stderr

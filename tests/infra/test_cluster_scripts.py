@@ -1,0 +1,207 @@
+"""k8s/setup.sh, teardown.sh and monitoring-setup.sh to their ends, with tools that only remember."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.infra.render import ROOT
+
+# Every tool notes its call. What it knows of the world are files in $WORLD.
+HEAD = """#!/bin/bash
+echo "${0##*/} $*" >>"$WORLD/calls"
+line="$*"
+"""
+TERRAFORM = """case $line in
+  *'output -raw kubeconfig_path'*) [ -e "$WORLD/outputs" ] || exit 1; printf %s "$WORLD/kubeconfig" ;;
+  *'output -raw cluster_id'*) [ -e "$WORLD/outputs" ] || exit 1; printf the-cluster ;;
+  *'state pull'*) cat "$WORLD/state" 2>/dev/null || true ;;
+esac
+"""
+DOCTL = """case $line in
+  *'options versions'*) for slug in $OFFERED; do echo "$slug"; sleep 0.05; done ;;
+  *'kubeconfig show the-cluster'*) echo fresh ;;
+esac
+"""
+# The API server takes nobody but the owner of a fresh kubeconfig.
+KUBECTL = """case $line in
+  kustomize*) echo 'kind: Deployment'; cat "$WORLD/images" 2>/dev/null; exit 0 ;;
+  create*) cat >/dev/null; echo 'kind: Secret'; exit ;;
+  'label --local'* | 'annotate --local'*) cat; exit ;;
+esac
+[ "$(cat "$WORLD/kubeconfig")" = fresh ] || { echo 'error: You must be logged in to the server' >&2; exit 1; }
+case $line in
+  *'apply -f -'*) cat >/dev/null ;;
+  *'get secret'*) exit 1 ;;
+  *'create -f -'*) cat >/dev/null ;;
+  *'get apiservice'*) [ -e "$WORLD/metrics-api" ] || exit 1 ;;
+esac
+"""
+HELM = """case $1 in
+  status) [ -e "$WORLD/release-$2" ] || exit 1 ;;
+  list) for word; do name=${word//[^a-z-]/}; [ ! -e "$WORLD/pending-$name" ] || echo "$name"; done ;;
+  rollback) [ -e "$WORLD/release-$2" ] || exit 1; rm "$WORLD/pending-$2" ;;
+  uninstall) rm "$WORLD/pending-$2" ;;
+  upgrade) [ ! -e "$WORLD/pending-$3" ] || { echo 'another operation is in progress' >&2; exit 1; } ;;
+esac
+"""
+NEWEST, DEFAULT = "1.37.1-do.0", "1.32.2-do.0"
+
+
+class World:
+    """A copy of the scripts, and an account with whatever cluster the test makes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("k8s", "monitoring"):
+            shutil.copytree(ROOT / name, folder / name)
+        (folder / "terraform").mkdir()
+        for path in (ROOT / "terraform").glob("*.tf"):
+            shutil.copy(path, folder / "terraform")
+        (folder / "bin").mkdir()
+        for name, body in (("terraform", TERRAFORM), ("doctl", DOCTL), ("kubectl", KUBECTL), ("helm", HELM)):
+            tool = folder / "bin" / name
+            tool.write_text(HEAD + body)
+            tool.chmod(0o755)
+        self.kubeconfig = folder / "kubeconfig"
+
+    def has_cluster(self, kubeconfig: str = "fresh") -> None:
+        (self.folder / "outputs").touch()
+        (self.folder / "state").write_text('"mode": "managed", "type": "digitalocean_kubernetes_cluster"')
+        self.kubeconfig.write_text(kubeconfig)
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.folder / "k8s" / script, *arguments],
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            env={
+                **{key: value for key, value in os.environ.items() if not key.startswith("TF_")},
+                "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "WORLD": str(self.folder),
+                "DIGITALOCEAN_TOKEN": "x" * 32, "OFFERED": f"{NEWEST} {DEFAULT}", **environment,
+            },
+        )  # fmt: skip
+
+    def calls(self, start: str) -> list[str]:
+        return [line for line in (self.folder / "calls").read_text().splitlines() if line.startswith(start)]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_a_half_made_cluster_is_destroyed_and_not_forgotten(world: World) -> None:
+    """An apply that fails leaves a registry or a pool in the state, but no output."""
+    (world.folder / "state").write_text('"mode": "managed", "type": "digitalocean_container_registry"')
+    done = world.run("teardown.sh", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "nothing is left to delete" not in done.stdout
+    assert world.calls("terraform -chdir=terraform destroy")
+    assert not world.calls("kubectl")
+
+
+def test_without_a_state_there_is_nothing_to_destroy(world: World) -> None:
+    done = world.run("teardown.sh", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "nothing is left to delete" in done.stdout
+    assert not world.calls("terraform -chdir=terraform destroy")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("teardown.sh", ("--yes",)), ("setup.sh", ("--skip-terraform",))],
+)
+def test_a_kubeconfig_that_has_ended_is_fetched_again(
+    world: World, script: str, arguments: tuple[str, ...]
+) -> None:
+    """DigitalOcean's credentials last seven days."""
+    world.has_cluster(kubeconfig="expired")
+    done = world.run(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert world.kubeconfig.read_text() == "fresh\n"
+    assert world.kubeconfig.stat().st_mode & 0o777 == 0o600
+    assert world.calls("terraform -chdir=terraform destroy" if script == "teardown.sh" else "kubectl")
+
+
+def test_a_kubeconfig_that_works_is_kept(world: World) -> None:
+    world.has_cluster()
+    assert world.run("setup.sh", "--skip-terraform").returncode == 0
+    assert not world.calls("doctl kubernetes cluster kubeconfig")
+
+
+def test_a_version_that_is_offered_is_found_wherever_it_stands_in_the_list(world: World) -> None:
+    """`grep -q` leaves at the first match, and doctl would then end by SIGPIPE."""
+    world.has_cluster()
+    (world.folder / "state").unlink()
+    done = world.run("setup.sh", "--yes", TF_VAR_kubernetes_version=NEWEST)
+    assert done.returncode == 0, done.stderr
+    assert world.calls("terraform -chdir=terraform apply")
+
+
+def test_the_version_in_the_file_of_variables_counts_as_it_does_for_terraform(world: World) -> None:
+    (world.folder / "terraform/terraform.tfvars").write_text('kubernetes_version = "1.30.1-do.0" # old\n')
+    done = world.run("setup.sh", "--yes", TF_VAR_kubernetes_version=NEWEST)
+    assert done.returncode == 1
+    assert "does not offer 1.30.1-do.0" in done.stderr
+    assert "set kubernetes_version in terraform/terraform.tfvars" in done.stderr
+
+
+def test_a_withdrawn_version_is_no_matter_for_a_cluster_that_exists(world: World) -> None:
+    world.has_cluster()
+    done = world.run("setup.sh", "--yes", OFFERED=NEWEST)
+    assert done.returncode == 0, done.stderr
+    (world.folder / "state").unlink()
+    done = world.run("setup.sh", "--yes", OFFERED=NEWEST)
+    assert f"does not offer {DEFAULT} any more; export TF_VAR_kubernetes_version" in done.stderr
+
+
+def test_images_that_no_node_can_pull_are_refused_before_anything_costs_money(world: World) -> None:
+    (world.folder / "images").write_text("        image: asr-api:0.1.0\n        image: asr-ui:0.1.0\n")
+    done = world.run("setup.sh", "--yes")
+    assert done.returncode == 1
+    assert "no node can pull asr-api:0.1.0 asr-ui:0.1.0: name --registry" in done.stderr
+    assert not world.calls("terraform")
+    world.has_cluster()
+    assert world.run("setup.sh", "--yes", "--registry", "r.example/asr").returncode == 0
+    (world.folder / "images").write_text("        image: r.example/asr/asr-api:0.1.0\n")
+    assert world.run("setup.sh", "--yes").returncode == 0, "an overlay may name the registry itself"
+    (world.folder / "images").write_text("        image: asr-api:0.1.0\n")
+    done = world.run("setup.sh", "--kubeconfig", str(world.kubeconfig))
+    assert done.returncode == 0, "another cluster may have the images already"
+
+
+@pytest.mark.parametrize("deployed_before", [True, False])
+def test_a_chart_whose_installation_was_killed_does_not_block_the_next_run(
+    world: World, deployed_before: bool
+) -> None:
+    world.has_cluster()
+    (world.folder / "pending-jaeger").touch()
+    if deployed_before:
+        (world.folder / "release-jaeger").touch()
+    done = world.run("monitoring-setup.sh", "--kubeconfig", str(world.kubeconfig))
+    assert done.returncode == 0, done.stderr
+    assert len(world.calls("helm rollback jaeger")) == 1
+    assert bool(world.calls("helm uninstall jaeger")) != deployed_before
+    assert world.calls("helm upgrade --install jaeger")
+
+
+@pytest.mark.parametrize(
+    ("there", "installed"),
+    [((), True), (("metrics-api",), False), (("metrics-api", "release-metrics-server"), True)],
+    ids=["none", "another one's", "ours"],
+)
+def test_the_autoscalers_get_a_metrics_api_where_the_cluster_has_none(
+    world: World, there: tuple[str, ...], installed: bool
+) -> None:
+    """DigitalOcean's clusters come without metrics-server, and the autoscalers read CPU from nothing else."""
+    world.kubeconfig.write_text("fresh")
+    for name in there:
+        (world.folder / name).touch()
+    done = world.run("monitoring-setup.sh", "--kubeconfig", str(world.kubeconfig))
+    assert done.returncode == 0, done.stderr
+    assert bool(world.calls("helm upgrade --install metrics-server")) == installed
+    assert len(world.calls("helm upgrade")) == 3 + installed
