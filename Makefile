@@ -109,6 +109,8 @@ simulate-capacity: $(VENV)/.bench ## how long requests queue at which load, how 
 INFRA := .venv-infra
 VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 REGISTRY ?=
+# A registry takes lower case only, and a repository's owner may have capitals.
+override REGISTRY := $(shell tr '[:upper:]' '[:lower:]' <<<'$(REGISTRY)')
 REGISTRY_PREFIX := $(if $(REGISTRY),$(REGISTRY)/)
 OVERLAY ?= production
 REPLICAS ?= 3
@@ -175,16 +177,16 @@ scale-compose: ## more or fewer replicas of the version that runs; REPLICAS=5
 	docker/deploy.sh scale
 
 deploy-k8s: ## this version to the cluster of KUBECONFIG
-	k8s/setup.sh --overlay $(OVERLAY) --tag $(VERSION) $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(KUBECONFIG),--kubeconfig $(KUBECONFIG),--skip-terraform)
+	k8s/setup.sh --overlay $(OVERLAY) --tag $(VERSION) $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(KUBECONFIG),--kubeconfig '$(KUBECONFIG)',--skip-terraform)
 rollback-k8s: ## what the last deploy-k8s changed, back to the revisions before it
-	k8s/rollback.sh $(if $(KUBECONFIG),--kubeconfig $(KUBECONFIG))
+	k8s/rollback.sh $(if $(KUBECONFIG),--kubeconfig '$(KUBECONFIG)')
 monitoring-k8s: ## Prometheus, Grafana and Jaeger on the cluster of KUBECONFIG
-	k8s/monitoring-setup.sh $(if $(KUBECONFIG),--kubeconfig $(KUBECONFIG))
+	k8s/monitoring-setup.sh $(if $(KUBECONFIG),--kubeconfig '$(KUBECONFIG)')
 
 smoke: ## ask a deployed service for a transcription; URL=http://...
 	python3 docker/smoke.py --url "$(or $(URL),http://127.0.0.1:$${ASR_API_PORT:-8000})"
 smoke-k8s: ## the same through the cluster's load balancer
-	python3 docker/smoke.py --url "$(or $(URL),http://$$(kubectl --namespace asr-system get service asr-api --output=jsonpath='{.status.loadBalancer.ingress[0].ip}'))"
+	python3 docker/smoke.py --url "$(or $(URL),http://$$(kubectl --namespace asr-system get service asr-api --output=jsonpath='{.status.loadBalancer.ingress[0].ip}{.status.loadBalancer.ingress[0].hostname}'))"
 
 e2e: $(VENV)/.run ## proof on a real Docker: replicas, rolling restart and kill -9 under load
 	$(BIN)/python -m tests.e2e_docker.compose_e2e

@@ -30,6 +30,8 @@ if [ -z "${BASE_IMAGE:-}" ]; then
   . docker/base.env
   export BASE_IMAGE
 fi
+ASR_NGINX_CONF_SUM=$(cksum <docker/nginx/nginx.conf | tr ' ' -)
+export ASR_NGINX_CONF_SUM
 # shellcheck source=docker/check_settings.sh
 . docker/check_settings.sh
 exec "${compose[@]}" --project-name "${COMPOSE_PROJECT_NAME:-asr}" "${files[@]}" "$@"

@@ -63,7 +63,7 @@ wait_healthy() { # COUNT: so many healthy API containers
 }
 
 roll() { # VERSION   Every step says `|| return`: the caller's `if` turns `set -e` off in here.
-  local container old
+  local container old others
   use_version "$1"
   old=$(containers api) || return
   if [ -z "$old" ]; then
@@ -78,9 +78,11 @@ roll() { # VERSION   Every step says `|| return`: the caller's `if` turns `set -
     compose up --detach --no-build --no-recreate --no-deps --scale "api=$replicas" api || return
     wait_healthy "$replicas" || return
   done
-  # Everything else, gateway and page, follows its own image or file when that changed.
+  # What is missing starts; gateway and page also follow their own image or settings when those changed.
   compose up --detach --no-build --scale "api=$replicas" --no-recreate || return
-  case ",$parts," in *,ui,*) compose up --detach --no-build --no-deps ui ;; esac
+  others=(gateway)
+  case ",$parts," in *,ui,*) others+=(ui) ;; esac
+  compose up --detach --no-build --no-deps "${others[@]}"
 }
 
 case ${1:-} in

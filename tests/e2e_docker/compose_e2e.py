@@ -2,7 +2,7 @@
 
 Builds the images, brings up three replicas behind nginx with Prometheus scraping them, transcribes through
 the gateway, then restarts the replicas one by one and kills one with SIGKILL while clients go on. E2E_BUILD=0
-uses images that are already here (asr-api and asr-ui of REGISTRY, tagged with the project's version).
+uses images that are already here (asr-api and asr-ui of REGISTRY, tagged with VERSION or else the project's).
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Stack:
 
 
 def version() -> str:
-    """The project's version."""
+    """The tag of what `make images` built: VERSION, or the project's version."""
+    if given := os.environ.get("VERSION"):
+        return given
     found = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
     assert found is not None
     return found.group(1)
