@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -55,26 +56,40 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
+class _Bucket(NamedTuple):
+    """Tokens left at a time, and the latest time that a refused request was told."""
+
+    tokens: float
+    at_s: float
+    promised_s: float
+
+
 class RateLimiter:
-    """Token buckets: ``per_minute`` requests a minute, bursts of a tenth of that (at least one)."""
+    """Token buckets: ``per_minute`` requests a minute, bursts of a tenth of that (at least one).
+
+    Requests that are refused together are told different times, a token apart, so that all who obey get one;
+    but never more than a burst later than the first of them, whatever a caller goes on asking.
+    """
 
     def __init__(self, per_minute: int) -> None:
         self.rate_per_s = per_minute / 60
         self.burst = max(1.0, per_minute / 10)
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
 
     def take(self, caller: str, now_s: float) -> None:
         """Take one token of ``caller``. Raises RateLimitedError saying when the next one is there."""
-        tokens, last_s = self._buckets.pop(caller, (self.burst, now_s))
-        tokens = min(self.burst, tokens + max(0.0, now_s - last_s) * self.rate_per_s)
-        allowed = tokens >= 1.0
-        self._buckets[caller] = (tokens - 1.0 if allowed else tokens, now_s)
-        while (
-            len(self._buckets) > _MAX_BUCKETS
-        ):  # the longest silent caller has a full bucket by now, or soon
+        last = self._buckets.pop(caller, _Bucket(self.burst, now_s, 0.0))
+        tokens = min(self.burst, last.tokens + max(0.0, now_s - last.at_s) * self.rate_per_s)
+        allowed, promised_s = tokens >= 1.0, last.promised_s
+        if not allowed:
+            next_s = now_s + (1.0 - tokens) / self.rate_per_s
+            latest_s = next_s + self.burst / self.rate_per_s
+            promised_s = min(latest_s, max(next_s, promised_s + 1.0 / self.rate_per_s))
+        self._buckets[caller] = _Bucket(tokens - allowed, now_s, promised_s)
+        while len(self._buckets) > _MAX_BUCKETS:  # the longest silent has a full bucket by now, or soon
             self._buckets.popitem(last=False)
         if not allowed:
-            wait_s = (1.0 - tokens) / self.rate_per_s
+            wait_s = promised_s - now_s
             raise RateLimitedError(
                 f"More than {self.rate_per_s * 60:.0f} requests a minute; wait {wait_s:.1f} s.",
                 retry_after_s=wait_s,

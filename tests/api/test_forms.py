@@ -287,6 +287,28 @@ class TestRateLimiter:
             now_s += (caught.value.retry_after_s or 0.0) + 1e-9
             limiter.take("alice", now_s)
 
+    def test_all_who_were_refused_together_and_wait_as_told_get_through(self) -> None:
+        limiter = RateLimiter(60)
+        for _ in range(6):
+            limiter.take("alice", 100.0)
+        waits_s = [self._refusal_s(limiter, 100.0) for _ in range(4)]
+        assert waits_s == pytest.approx([1.0, 2.0, 3.0, 4.0])
+        for wait_s in waits_s:
+            limiter.take("alice", 100.0 + wait_s + 1e-9)
+
+    def test_who_goes_on_asking_is_not_sent_away_for_longer_and_longer(self) -> None:
+        limiter = RateLimiter(60)
+        for _ in range(6):
+            limiter.take("alice", 100.0)
+        waits_s = [self._refusal_s(limiter, 100.0) for _ in range(50)]
+        assert waits_s[-1] == pytest.approx(7.0)  # a token, and a burst of six
+
+    @staticmethod
+    def _refusal_s(limiter: RateLimiter, now_s: float) -> float:
+        with pytest.raises(RateLimitedError) as caught:
+            limiter.take("alice", now_s)
+        return caught.value.retry_after_s or 0.0
+
     def test_memory_is_bounded_and_clocks_may_jump_back(self) -> None:
         limiter = RateLimiter(60)
         for index in range(20_000):
