@@ -3,6 +3,8 @@
 - live: the process runs and its workers make progress; failing it asks for a restart.
 - startup: models are loaded and warm.
 - ready: new work is welcome; fails while starting and from the first moment of a drain.
+
+HEAD is answered too: uptime monitors ask with it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ def _answer(ok: bool, body: dict[str, Any]) -> JSONResponse:
     return JSONResponse(body, status_code=200 if ok else 503, headers=headers)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Summary: status, models, queue")
 async def health(request: Request) -> JSONResponse:
     """200 with what an operator looks at first; 503 while not ready."""
@@ -31,6 +34,7 @@ async def health(request: Request) -> JSONResponse:
     return _answer(service.is_ready, service.summary())
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", summary="Liveness")
 async def live(request: Request) -> JSONResponse:
     """200 while the process and its workers make progress."""
@@ -38,6 +42,7 @@ async def live(request: Request) -> JSONResponse:
     return _answer(problem is None, {"status": "ok"} if problem is None else {"status": problem})
 
 
+@router.head("/health/startup", include_in_schema=False)
 @router.get("/health/startup", summary="Startup")
 async def startup(request: Request) -> JSONResponse:
     """200 once the models are warm."""
@@ -45,6 +50,7 @@ async def startup(request: Request) -> JSONResponse:
     return _answer(service.has_started, {"status": service.phase})
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", summary="Readiness")
 async def ready(request: Request) -> JSONResponse:
     """200 while new work is welcome."""

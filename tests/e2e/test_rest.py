@@ -211,6 +211,12 @@ def test_probes(client: httpx.Client) -> None:
     assert summary["queue"]["limit_audio_s"] > 0
 
 
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/startup", "/health/ready"])
+def test_uptime_monitors_ask_with_head(client: httpx.Client, path: str) -> None:
+    answer = client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_docs_load_nothing_from_other_hosts(client: httpx.Client, server: LiveServer) -> None:
     page = client.get("/docs").text
     addresses = set(re.findall(r"""(?:src|href)=["']?([^"'\s>]+)""", page))
