@@ -7,7 +7,6 @@ cd "$(dirname "$0")/.."
 . k8s/lib.sh
 # shellcheck source=k8s/monitoring/versions.env
 . k8s/monitoring/versions.env
-METRICS_SERVER_VERSION=3.13.0
 
 usage() {
   cat <<'EOF'

@@ -80,7 +80,7 @@ def test_monitoring_dry_run_installs_the_pinned_charts() -> None:
         )
     )
     out = run("monitoring-setup.sh", "--dry-run").stdout
-    assert len(versions) == 3
+    assert len(versions) == 4
     for version in versions.values():
         assert f"--version {version}" in out
     assert "kind: PrometheusRule" in out
