@@ -12,6 +12,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import unquote, urlencode
 
+import structlog
+
+_log = structlog.get_logger("serverless.gateway")
+
 Message = MutableMapping[str, Any]
 Application = Callable[
     [MutableMapping[str, Any], Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]],
@@ -42,7 +46,7 @@ def scope_of(event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         path = event.get("path") or "/"
         query = urlencode(_many(event, "multiValueQueryStringParameters", "queryStringParameters"))
         pairs = _many(event, "multiValueHeaders", "headers")
-    headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
+    headers = [(name.lower().encode("latin-1"), _header_bytes(value)) for name, value in pairs]
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -57,6 +61,14 @@ def scope_of(event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         "client": (address, 0),
         "server": (dict(pairs).get("host") or context.get("domainName") or "lambda", 443),
     }
+
+
+def _header_bytes(value: str) -> bytes:
+    """What the client sent: the gateway has read the bytes as Latin-1 or, where they are none, as UTF-8."""
+    try:
+        return value.encode("latin-1")
+    except UnicodeEncodeError:
+        return value.encode("utf-8")
 
 
 def _without_stage(path: str, stage: str | None) -> str:
@@ -83,7 +95,11 @@ def body_of(event: MutableMapping[str, Any]) -> bytes:
 
 
 async def answer(application: Application, event: MutableMapping[str, Any]) -> dict[str, Any]:
-    """Run one request through the application; a streamed answer is collected whole."""
+    """Run one request through the application; a streamed answer is collected whole.
+
+    Starlette answers an unexpected error with status 500 and raises it again, for the server's log: the
+    answer counts. Only an error without an answer is raised here.
+    """
     body = body_of(event)
     requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
     parts: list[bytes] = []
@@ -100,7 +116,13 @@ async def answer(application: Application, event: MutableMapping[str, Any]) -> d
         elif message["type"] == "http.response.body":
             parts.append(message.get("body", b""))
 
-    await application(scope_of(event), receive, send)
+    scope = scope_of(event)
+    try:
+        await application(scope, receive, send)
+    except Exception:
+        if not start:
+            raise
+        _log.exception("request_failed", path=scope["path"])
     return _reply(start, b"".join(parts), second=event.get("version") == "2.0")
 
 
@@ -112,7 +134,11 @@ def _reply(start: Message, content: bytes, *, second: bool) -> dict[str, Any]:
         body, encoded = base64.b64encode(content).decode("ascii"), True
     reply: dict[str, Any] = {"statusCode": start["status"], "body": body, "isBase64Encoded": encoded}
     if second:
-        reply["headers"] = {name: value for name, value in headers if name != "set-cookie"}
+        joined: dict[str, str] = {}
+        for name, value in headers:
+            if name != "set-cookie":  # the one header whose values may not be joined (RFC 9110, 5.3)
+                joined[name] = f"{joined[name]}, {value}" if name in joined else value
+        reply["headers"] = joined
         if cookies := [value for name, value in headers if name == "set-cookie"]:
             reply["cookies"] = cookies
     else:

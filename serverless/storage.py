@@ -74,7 +74,9 @@ async def transcribe_records(
     for record in event.get("Records") or []:
         bucket = record["s3"]["bucket"]["name"]
         key = unquote_plus(record["s3"]["object"]["key"])
-        if not record.get("eventName", "").startswith("ObjectCreated") or key.startswith(prefix):
+        # the console makes a folder as an empty object whose key ends in a slash
+        is_recording = record.get("eventName", "").startswith("ObjectCreated") and not key.endswith("/")
+        if not is_recording or key.startswith(prefix):
             done.append({"key": key, "status": "skipped"})
             continue
         size_bytes = int(record["s3"]["object"].get("size", 0))

@@ -100,7 +100,7 @@ def lambda_service() -> Iterator[LambdaService]:
 
 @contextmanager
 def bucket() -> Iterator[Bucket]:
-    """An S3 endpoint with path-style addresses: GET, HEAD and PUT of whole objects."""
+    """An S3 endpoint with path-style addresses: GET (ranges too), HEAD and PUT."""
     store = Bucket()
 
     class Handler(_Quiet):
@@ -114,9 +114,16 @@ def bucket() -> Iterator[Bucket]:
             elif self.key() not in store.objects:
                 self.reply(404, b"<Error><Code>NoSuchKey</Code></Error>")
             else:
-                self.reply(
-                    200, store.objects[self.key()], ETag='"1"', Last_Modified="Thu, 12 Mar 2026 19:03:58 GMT"
-                )
+                self.found(store.objects[self.key()])
+
+        def found(self, whole: bytes) -> None:
+            status, part = 200, whole
+            more = {"ETag": '"1"', "Last_Modified": "Thu, 12 Mar 2026 19:03:58 GMT"}
+            if wanted := self.headers.get("Range"):
+                first, last = wanted.removeprefix("bytes=").split("-")
+                status, part = 206, whole[int(first) : int(last or len(whole) - 1) + 1]
+                more["Content_Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(whole)}"
+            self.reply(status, part, **more)
 
         do_HEAD = do_GET
 

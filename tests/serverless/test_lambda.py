@@ -18,7 +18,9 @@ import av
 import httpx
 import numpy as np
 import pytest
+import yaml
 
+from api.settings import load_settings
 from tests.serverless.emulators import Bucket, LambdaService, bucket, lambda_service
 from tests.tiny_bundle import SAMPLE_RATE_HZ, make_bundle, sing, wav
 
@@ -221,6 +223,30 @@ def test_s3_missing_object_is_tried_again_by_lambda(function: LambdaService) -> 
     assert answer["errorType"] == "ClientError"
 
 
+def test_a_folder_made_in_the_console_is_no_recording(function: LambdaService, storage: Bucket) -> None:
+    made = event("s3")
+    made["Records"][0]["s3"]["object"] |= {"key": "incoming/meetings/", "size": 0}
+    storage.objects["recordings/incoming/meetings/"] = b""
+    assert function.invoke(made) == (
+        "response",
+        {"objects": [{"key": "incoming/meetings/", "status": "skipped"}]},
+    )
+    assert "recordings/transcripts/incoming/meetings/.json" not in storage.objects
+
+
+def test_a_large_object_comes_in_parts(function: LambdaService, storage: Bucket) -> None:
+    """boto3 fetches what is over 8 MB in ranges, several at a time, into a file on disk."""
+    made = event("s3")
+    made["Records"][0]["s3"]["object"]["key"] = "incoming/long.wav"
+    silence = np.zeros(300 * SAMPLE_RATE_HZ, np.float32)
+    storage.objects["recordings/incoming/long.wav"] = wav(np.concatenate([sing("abc def"), silence]))
+    assert len(storage.objects["recordings/incoming/long.wav"]) > 8 * 2**20
+    kind, answer = function.invoke(made)
+    assert (kind, answer["objects"][0]["status"]) == ("response", "transcribed")
+    stored = json.loads(storage.objects["recordings/transcripts/incoming/long.wav.json"])
+    assert stored["text"].startswith("abc def")
+
+
 def test_other_events_are_refused_and_the_function_lives_on(function: LambdaService) -> None:
     kind, answer = function.invoke({"source": "aws.events"})
     assert (kind, answer["errorType"]) == ("error", "ValueError")
@@ -249,6 +275,33 @@ def test_a_bad_start_is_reported(models: Path, changes: dict[str, str], kind: st
         _, where, body = service.answers.get(timeout=5)
     assert (where, body["errorType"]) == ("error", kind)
     assert message in body["errorMessage"]
+
+
+class Cloud(yaml.SafeLoader):
+    """Reads CloudFormation's short forms (`!Ref x`) as plain values."""
+
+
+Cloud.add_multi_constructor(
+    "!",
+    lambda loader, _, node: (
+        loader.construct_scalar(node)
+        if isinstance(node, yaml.ScalarNode)
+        else loader.construct_sequence(node)
+    ),
+)
+
+
+@pytest.mark.parametrize("name", ["TranscribeFunction", "RecordingsFunction"])
+def test_the_templates_functions_can_start(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    template = yaml.load((ROOT / "serverless" / "template.yaml").read_text(), Cloud)
+    for variable in [variable for variable in os.environ if variable.startswith("ASR_")]:
+        monkeypatch.delenv(variable)
+    properties = template["Resources"][name]["Properties"]
+    for variable, value in properties["Environment"]["Variables"].items():
+        monkeypatch.setenv(variable, "tester:a-secret-of-the-test" if "resolve:" in value else value)
+    settings = load_settings(env_file=None, host=os.environ.get("ASR_HOST", "0.0.0.0"))
+    disk_bytes = template["Globals"]["Function"]["EphemeralStorage"]["Size"] * 2**20
+    assert settings.max_upload_bytes < disk_bytes
 
 
 def test_template_passes_cfn_lint() -> None:
