@@ -33,6 +33,7 @@ from training.frontend import LogMel
 from training.inference import LogProbs, Waveform, clip_of, cpu_session, in_turns_s, run_graph
 from training.nemo import read_nemo
 from training.nemo_import import as_checkpoint
+from training.text import normaliser
 
 CLIP_S = 5.0
 COLUMNS = {
@@ -111,9 +112,11 @@ def side_by_side(
     clip_s: float,
     threads: int,
     rounds: int,
+    normalise: Callable[[str], str],
 ) -> list[Row]:
     """Latency on `clip_s` seconds of the clips, in turns; error rates of greedy texts on all of them.
 
+    References and texts are normalised before they are compared: either may have capitals and punctuation.
     `threads` is PyTorch's for as long as this takes; a graph's session has its own.
     """
     clip = clip_of([waveform for waveform, _ in clips], clip_s, sample_rate_hz)
@@ -121,7 +124,7 @@ def side_by_side(
     torch.set_num_threads(threads)
     try:
         times_s = in_turns_s([partial(form.network, clip) for form in forms], rounds, "latency")
-        rates = [_rates(form.network, vocabulary, clips) for form in forms]
+        rates = [_rates(form.network, vocabulary, clips, normalise) for form in forms]
     finally:
         torch.set_num_threads(before)
     latencies_s = [float(value) for value in np.median(times_s, axis=1)]
@@ -138,8 +141,14 @@ def side_by_side(
     ]
 
 
-def _rates(network: Network, vocabulary: Vocabulary, clips: Sequence[tuple[Waveform, str]]) -> ErrorRates:
-    return error_rates([Utterance(text, greedy_text(network(clip), vocabulary)) for clip, text in clips])
+def _rates(
+    network: Network,
+    vocabulary: Vocabulary,
+    clips: Sequence[tuple[Waveform, str]],
+    normalise: Callable[[str], str],
+) -> ErrorRates:
+    heard = [(text, greedy_text(network(clip), vocabulary)) for clip, text in clips]
+    return error_rates([Utterance(normalise(text), normalise(found)) for text, found in heard])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -178,6 +187,7 @@ def benchmark(
         clip_s=CLIP_S,
         threads=threads,
         rounds=rounds,
+        normalise=normaliser(bundle.manifest.languages[0]),
     )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from api.bundle import MANIFEST_FILE, Bundle, load_bundle, sha256_of, verify_bundle
 from api.manifest import (
     Evaluation,
@@ -26,6 +28,7 @@ from api.manifest import (
 )
 from api.ngram import NgramTable
 from api.vocabulary import Vocabulary
+from training.errors import ConfigError
 
 GRAPH_FILES: Mapping[GraphName, str] = {"int8": "model.int8.onnx", "float32": "model.onnx"}
 VOCABULARY_FILE = "vocab.txt"
@@ -86,6 +89,23 @@ class Measurements:
     speed: tuple[Speed, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
     """Section title -> Markdown, appended to the card: the quantizer's table, the agreement."""
+
+
+def check_card(name: str, card: Card) -> None:
+    """What the manifest would refuse of a name and a card, before the work rather than after it.
+
+    Raises ConfigError naming the field.
+    """
+    said = {
+        field: getattr(card, field) for field in Card.__dataclass_fields__ if field in Manifest.model_fields
+    }
+    try:
+        Manifest.model_validate({**said, "name": name})
+    except ValidationError as error:
+        problems = [problem for problem in error.errors() if problem["type"] != "missing"]
+        if problems:
+            where = ".".join(str(part) for part in problems[0]["loc"])
+            raise ConfigError(f"{where} {problems[0]['input']!r}: {problems[0]['msg']}") from None
 
 
 def write_bundle(

@@ -6,18 +6,18 @@ import io
 import os
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 
-from training.data.audio import load_waveform
+from training.data.audio import load_waveform, read_span
 from training.data.manifest import read_rows
-from training.errors import EmptyManifestError
+from training.errors import DataError, EmptyManifestError
 from training.inference import Waveform
+from training.text import normaliser
 
 
 def shared_folder() -> Path:
@@ -27,16 +27,19 @@ def shared_folder() -> Path:
 
 
 def manifest_rows(
-    manifest: Path, limit: int | None = None, *, with_text: bool = False, **wanted: str
+    manifest: Path, limit: int | None = None, *, with_text: bool = False, **wanted: str | None
 ) -> list[dict[str, Any]]:
     """Rows of a JSON lines manifest, filtered by equal fields; `limit` of them, evenly spread over the file.
 
+    `language` is optional in a manifest: a row that does not name one fits any.
+
     Raises ManifestError on a line that is no row, EmptyManifestError where nothing is left.
     """
+    default = {"language": wanted.get("language")}
     rows = [
         row
         for row in read_rows(manifest, dict)
-        if all(row.get(name) == value for name, value in wanted.items())
+        if all(row.get(name, default.get(name)) == value for name, value in wanted.items())
         and (row.get("text") or not with_text)
     ]
     if not rows:
@@ -47,33 +50,55 @@ def manifest_rows(
 
 
 def manifest_waveforms(
-    manifest: Path, sample_rate_hz: int, limit: int | None = None, *, with_text: bool = False, **wanted: str
+    manifest: Path,
+    sample_rate_hz: int,
+    limit: int | None = None,
+    *,
+    with_text: bool = False,
+    **wanted: str | None,
 ) -> list[tuple[Waveform, str]]:
     """(waveform (samples,) float32, text) of the rows that `manifest_rows` gives, shard by shard."""
     rows = manifest_rows(manifest, limit, with_text=with_text, **wanted)
     clips = []
-    sharded: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    sharded: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if shard := row.get("shard"):
-            sharded[shard][row["audio_filepath"]] = row
+            sharded[shard][row["audio_filepath"]].append(row)
             continue
-        span_s = float(row.get("offset") or 0.0), float(row.get("duration") or 0.0)
-        waveform = load_waveform(manifest.parent / row["audio_filepath"], sample_rate_hz, *span_s)
+        waveform = load_waveform(manifest.parent / row["audio_filepath"], sample_rate_hz, *_span_s(row))
         clips.append((waveform, str(row.get("text", ""))))
     for row, content in _contents(sharded, manifest.parent):
-        samples, rate_hz = soundfile.read(content, dtype="float32", always_2d=True)
-        mono = samples.mean(axis=1)
+        samples, rate_hz = read_span(content, *_span_s(row))
         if rate_hz != sample_rate_hz:
-            mono = soxr.resample(mono, rate_hz, sample_rate_hz)
-        clips.append((np.ascontiguousarray(mono, np.float32), str(row.get("text", ""))))
+            samples = soxr.resample(samples, rate_hz, sample_rate_hz)
+        clips.append((np.ascontiguousarray(samples, np.float32), str(row.get("text", ""))))
     return clips
 
 
+def _span_s(row: dict[str, Any]) -> tuple[float, float]:
+    """Offset and duration in seconds, 0 where the row does not say."""
+    return float(row.get("offset") or 0.0), float(row.get("duration") or 0.0)
+
+
 def _contents(
-    sharded: dict[str, dict[str, dict[str, Any]]], folder: Path
+    sharded: Mapping[str, Mapping[str, list[dict[str, Any]]]], folder: Path
 ) -> Iterator[tuple[dict[str, Any], io.BytesIO]]:
+    """Rows with their encoded audio; several may be stretches of one member. Raises DataError."""
     for shard, members in sharded.items():
+        missing = set(members)
         with tarfile.open(folder / shard) as archive:
             for member in archive:
-                if member.name in members and (stream := archive.extractfile(member)) is not None:
-                    yield members[member.name], io.BytesIO(stream.read())
+                if member.name in missing and (stream := archive.extractfile(member)) is not None:
+                    missing.discard(member.name)
+                    content = stream.read()
+                    for row in members[member.name]:
+                        yield row, io.BytesIO(content)
+        if missing:
+            raise DataError(f"{folder / shard}: has no {min(missing)} ({len(missing)} missing)")
+
+
+def with_plain_texts(clips: Sequence[tuple[Waveform, str]], language: str) -> list[tuple[Waveform, str]]:
+    """The clips with their texts as training normalises the language's: people's manifests have capitals
+    and punctuation, and a CTC model of characters has neither."""
+    plain = normaliser(language)
+    return [(waveform, plain(text)) for waveform, text in clips]

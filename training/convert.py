@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from api.bundle import Bundle, BundleError
 from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
-from training.bundle_writer import Card, Graphs, Measurements, write_bundle
+from training.bundle_writer import Card, Graphs, Measurements, check_card, write_bundle
 from training.errors import CheckpointError, QualityGateError, TrainingError
 from training.inference import Waveform, compare, cpu_session, run_graph
 from training.restricted_pickle import load_state_dict
@@ -216,6 +216,7 @@ def _agreement(network: nn.Module, graph: onnx.ModelProto) -> str:
 
 def convert(family: str, weights: Path, name: str, models_dir: Path, card: Card) -> Bundle:
     """Write the bundle. Raises TrainingError, BundleError, FileNotFoundError."""
+    check_card(name, card)
     made = FAMILIES[family](weights)
     opset = next(entry.version for entry in made.graph.opset_import if entry.domain == "")
     graphs = Graphs(

@@ -23,6 +23,7 @@ from api.decoding import decode
 from api.vocabulary import Vocabulary
 from training.errors import TrainingError
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
+from training.text import normaliser
 
 BOOTSTRAP_ROUNDS = 1000
 
@@ -131,6 +132,12 @@ def recognise_all(
         yield Utterance(reference, recogniser(waveform))
 
 
+def plainly(heard: Iterable[Utterance], language: str) -> list[Utterance]:
+    """Both sides as training normalises texts of the language: capitals and punctuation are no errors."""
+    plain = normaliser(language)
+    return [Utterance(plain(item.reference), plain(item.hypothesis)) for item in heard]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     from training.calibration import manifest_waveforms
@@ -152,7 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TrainingError, BundleError, FileNotFoundError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
-    rates = error_rates(list(recognise_all(recogniser, clips, given.name)))
+    heard = recognise_all(recogniser, clips, given.name)
+    rates = error_rates(plainly(heard, bundle.manifest.languages[0]))
     print(f"WER {rates.wer:.2%} [{rates.wer_low:.2%}, {rates.wer_high:.2%}]  CER {rates.cer:.2%}")
     print(json.dumps(rates.__dict__))
     return 0

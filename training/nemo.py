@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzN
 
 MAX_CONFIG_BYTES = 10_000_000
 MAX_WEIGHTS_BYTES = 8_000_000_000
+MEL_PREPROCESSOR = "AudioToMelSpectrogramPreprocessor"
 
 
 class NemoError(CheckpointError):
@@ -49,8 +51,13 @@ def read_nemo(archive: Path) -> NemoModel:
     """Load `archive`. Raises NemoError on anything unknown, FileNotFoundError where there is no file."""
     config, state = _read_members(archive)
     vocabulary = _vocabulary(config)
-    model_config = _model_config(config, len(vocabulary) + 1)
-    frontend = _frontend(config)
+    try:
+        model_config = _model_config(config, len(vocabulary) + 1)
+        frontend = _frontend(config)
+    except KeyError as error:
+        raise NemoError(f"{archive.name}: model_config.yaml: {error} is missing") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise NemoError(f"{archive.name}: model_config.yaml: {error}") from error
     _check_filters(state, frontend)
     model = QuartzNet(model_config)
     model.load_state_dict(_rename(state, model))
@@ -71,7 +78,9 @@ def _read_members(archive: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 stream = tar.extractfile(member)
                 if stream is not None:
                     found[name] = stream.read()
-    except tarfile.TarError as error:
+    except FileNotFoundError:
+        raise
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise NemoError(f"{archive.name}: not a NeMo archive (tar): {error}") from error
     for name in limits:
         if name not in found:
@@ -110,12 +119,22 @@ def _vocabulary(config: Mapping[str, Any]) -> tuple[str, ...]:
 def _frontend(config: Mapping[str, Any]) -> FrontendConfig:
     section = _section(config, "preprocessor")
     rate = int(section.get("sample_rate", 16_000))
-    expected = {"normalize": "per_feature", "window": "hann", "frame_splicing": 1}
+    kind = str(section.get("_target_", MEL_PREPROCESSOR)).rsplit(".", 1)[-1]
+    if kind != MEL_PREPROCESSOR:
+        raise NemoError(f"preprocessor._target_: {kind}, only {MEL_PREPROCESSOR} is known")
+    expected = {
+        "normalize": "per_feature",
+        "window": "hann",
+        "frame_splicing": 1,
+        "log": True,
+        "log_zero_guard_type": "add",
+        "mag_power": 2.0,
+    }
     for name, value in expected.items():
         if section.get(name, value) != value:
             raise NemoError(f"preprocessor.{name}: {section[name]!r}, only {value!r} is known")
-    hop = round(rate * float(section.get("window_stride", 0.01)))
-    window = round(rate * float(section.get("window_size", 0.02)))
+    hop = int(section.get("n_window_stride") or round(rate * float(section.get("window_stride", 0.01))))
+    window = int(section.get("n_window_size") or round(rate * float(section.get("window_size", 0.02))))
     if window != 2 * hop:
         raise NemoError(f"preprocessor.window_size: {window} samples, only two hops ({2 * hop}) is known")
     return FrontendConfig(
@@ -143,6 +162,8 @@ def _block(entry: Mapping[str, Any], index: int) -> BlockConfig:
         kernel += 1 - kernel % 2
     if entry.get("residual_dense") or entry.get("heads", -1) not in (-1, None):
         raise NemoError(f"{where}: dense residuals and heads are not known")
+    if entry.get("residual_mode", "add") not in ("add", "stride_add"):
+        raise NemoError(f"{where}.residual_mode: {entry['residual_mode']!r}, only sums are known")
     if entry.get("se") and entry.get("se_context_size", -1) != -1:
         raise NemoError(f"{where}.se_context_size: only the global context (-1) is known")
     return BlockConfig(

@@ -21,12 +21,39 @@ from training.errors import TrainingError
 from training.nemo import NemoModel, read_nemo
 from training.publish import Recordings, publish
 
+UNKNOWN = "<unk>"
+"""SentencePiece's piece for what it cannot spell; it stands for no text."""
+
 
 def as_checkpoint(found: NemoModel) -> Checkpoint:
     """The same network with the bundle's vocabulary: the space as U+2581, the blank in its place."""
-    tokens = tuple(SPACE_MARK if token == " " else token for token in found.vocabulary)  # noqa: S105
-    vocabulary = Vocabulary((*tokens, BLANK_TOKEN), blank_id=found.blank_id)
+    pieces = any(len(token) > 1 for token in found.vocabulary)
+    tokens = _pieces(found.vocabulary) if pieces else found.vocabulary
+    tokens = tuple(SPACE_MARK if token == " " else token for token in tokens)  # noqa: S105
+    vocabulary = Vocabulary(
+        (*tokens, BLANK_TOKEN),
+        blank_id=found.blank_id,
+        kind="wordpiece" if pieces else "chars",
+        special_ids=frozenset(index for index, token in enumerate(tokens) if token == UNKNOWN),
+    )
     return Checkpoint(found.model, found.frontend, vocabulary)
+
+
+def _pieces(tokens: Sequence[str]) -> tuple[str, ...]:
+    """Word pieces with U+2581 before those that begin a word.
+
+    Newer archives have them so. Older ones (Citrinet's) list them as BERT does: `##` before those that go on
+    with a word, nothing before those that begin one. Source: NeMo's ASRBPEMixin and create_spt_model.
+    """
+    if not any(token.startswith("##") for token in tokens):
+        return tuple(tokens)
+
+    def spelled(token: str) -> str:
+        if token in (UNKNOWN, SPACE_MARK):
+            return token
+        return token[2:] if token.startswith("##") and len(token) > 2 else SPACE_MARK + token
+
+    return tuple(spelled(token) for token in tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

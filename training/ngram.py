@@ -30,7 +30,7 @@ from api.ngram import NgramModel, NgramTable, weigh
 from api.normalise import normalise
 from api.vocabulary import Vocabulary
 from training.bundle_writer import LanguageModel, add_language_model
-from training.calibration import manifest_rows, manifest_waveforms
+from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
 from training.errors import DataError, TrainingError
 from training.evaluate import Utterance, error_rates, greedy_text
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
@@ -265,12 +265,12 @@ def beam_text(log_probs: LogProbs, vocabulary: Vocabulary, beam: int, guide: Ngr
 def read_texts(
     paths: Sequence[Path], vocabulary: Vocabulary, steps: Sequence[str], language: str, without: Sequence[str]
 ) -> list[str]:
-    """Texts of manifests (`.jsonl`) and of files with one text a line, in the model's spelling.
+    """Texts of manifests (`.jsonl`, `.json`) and of files with one text a line, in the model's spelling.
 
     `steps` are the bundle's text normalisation; what the vocabulary cannot spell becomes a space. For a
     byte-level vocabulary each character stands for one byte of the text's UTF-8. Texts that are measured on
     (`without`) are left out: recordings of one sentence by several speakers are common.
-    Raises DataError for a file that is not there, ManifestError for a line that is no row.
+    Raises DataError for a file that is not there or not UTF-8, ManifestError for a line that is no row.
     """
     known = "".join(unit for unit in vocabulary.units if isinstance(unit, str))
     outside = re.compile(f"[^ {re.escape(known)}]+") if known else None
@@ -285,10 +285,13 @@ def read_texts(
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: no such file of texts")
-        if path.suffix == ".jsonl":
+        if path.suffix in (".jsonl", ".json"):  # NeMo's manifests have either name
             texts += [row["text"] for row in manifest_rows(path, with_text=True)]
         else:
-            texts += path.read_text(encoding="utf-8").splitlines()
+            try:
+                texts += path.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: not UTF-8: {error}") from error
     return [text for text in map(spelled, texts) if text and text not in left_out]
 
 
@@ -329,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bundle = load_bundle(given.models_dir, given.name)
         manifest = bundle.manifest
         clips = manifest_waveforms(given.validation, manifest.sample_rate_hz, given.limit, with_text=True)
+        clips = with_plain_texts(clips, manifest.languages[0])
         found = fit_texts(
             given.texts,
             bundle.vocabulary,

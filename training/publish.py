@@ -21,11 +21,19 @@ from pydantic import TypeAdapter, ValidationError
 from api.bundle import Bundle, BundleError
 from api.decoding import in_words
 from api.manifest import Evaluation, GraphName, Speed
-from training.bundle_writer import Card, Graphs, Measurements, add_measurements, hardware, write_bundle
-from training.calibration import manifest_rows, manifest_waveforms
+from training.bundle_writer import (
+    Card,
+    Graphs,
+    Measurements,
+    add_measurements,
+    check_card,
+    hardware,
+    write_bundle,
+)
+from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import ConfigError, TrainingError
-from training.evaluate import bundle_recogniser, error_rates, recognise_all
+from training.evaluate import bundle_recogniser, error_rates, plainly, recognise_all
 from training.export import MIN_SAMPLES, check_agreement, export_graph
 from training.graph import OPSET
 from training.inference import cpu_session, quiet_run_s
@@ -62,7 +70,8 @@ def publish(
     keep_float: bool = False,
     gate: Gate | None = None,
 ) -> Bundle:
-    """Make the bundle. Raises QualityGateError, BundleError, DataError."""
+    """Make the bundle. Raises ConfigError, QualityGateError, BundleError, DataError."""
+    check_card(name, card)
     rate_hz = checkpoint.frontend.sample_rate_hz
     graph = export_graph(checkpoint.model, checkpoint.frontend)
     calibration = [
@@ -73,6 +82,7 @@ def publish(
     validation = manifest_waveforms(
         recordings.validation, rate_hz, recordings.validation_clips, with_text=True
     )
+    validation = with_plain_texts(validation, card.languages[0])
     outcome = quantize(graph, checkpoint.vocabulary, calibration, validation, gate)
     print(outcome.table())
     files: dict[GraphName, bytes | Path] = {"int8": outcome.chosen.graph.SerializeToString()}
@@ -132,16 +142,17 @@ def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:
     if test is None:
         return ()
     languages = bundle.manifest.languages
-    rows = [row for row in manifest_rows(test) if row.get("language") in languages]
+    rows = manifest_rows(test, with_text=True)
+    named = {(row.get("source"), row.get("language", languages[0])) for row in rows}
     ways = {"greedy": bundle_recogniser(bundle, beam=0)}
     if bundle.guide is not None:
         ways[in_words(bundle, bundle.default_beam)] = bundle_recogniser(bundle)
     found = []
-    for source, language in sorted({(row.get("source", test.stem), row["language"]) for row in rows}):
-        rate_hz = bundle.manifest.sample_rate_hz
-        clips = manifest_waveforms(test, rate_hz, with_text=True, source=source, language=language)
+    for given, language in sorted((pair for pair in named if pair[1] in languages), key=str):
+        rate_hz, source = bundle.manifest.sample_rate_hz, given or test.stem
+        clips = manifest_waveforms(test, rate_hz, with_text=True, source=given, language=language)
         for decoding, recogniser in ways.items():
-            rates = error_rates(list(recognise_all(recogniser, clips, source)))
+            rates = error_rates(plainly(recognise_all(recogniser, clips, source), language))
             interval = f"[{rates.wer_low:.2%}, {rates.wer_high:.2%}]"
             print(f"{source} ({language}), {decoding}: WER {rates.wer:.2%} {interval}")
             found.append(

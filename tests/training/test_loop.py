@@ -329,9 +329,12 @@ def test_frozen_parts_rest_while_the_others_train(rows: list[Utterance], tmp_pat
 def test_run_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
     config = {"name": "a", "training": {"epochs": 1}, "model": {"width": 1}}
     open_run(tmp_path, config)
-    open_run(tmp_path, {**config, "training": {"epochs": 9}})
+    folder = open_run(tmp_path, {**config, "training": {"epochs": 9}, "name": "b", "bundle": {"version": 2}})
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "interrupted.ckpt").touch()
     with pytest.raises(ConfigError, match="another configuration \\(model changed\\)"):
         open_run(tmp_path, {**config, "model": {"width": 2}})
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == {"width": 1}
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     assert "git_commit" in environment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -15,11 +16,14 @@ import yaml
 
 from tests.training.networks import CONFIGS, random_network
 from training.calibration import manifest_waveforms, shared_folder
+from training.config import load_config
+from training.errors import ConfigError
 from training.evaluate import Utterance, error_rates
 from training.frontend import FrontendConfig, LogMel, mel_filters
 from training.nemo import NemoError, read_nemo
 from training.nemo_import import as_checkpoint
 from training.recipes.quartznet_ctc.model import QuartzNet
+from training.recipes.quartznet_ctc.recipe import QuartzNetRecipe
 
 LETTERS = [" ", "a", "b", "c", "d"]
 
@@ -122,6 +126,20 @@ def test_the_bundle_vocabulary_marks_space_and_blank(tmp_path: Path) -> None:
     assert as_checkpoint(found).vocabulary.tokens == ("\u2581", "a", "b", "c", "d", "<blank>")
 
 
+@pytest.mark.parametrize(
+    "pieces",
+    [["<unk>", "the", "##re", "a", "##s"], ["<unk>", "\u2581the", "re", "\u2581a", "s"]],
+    ids=["older archives", "newer archives"],
+)
+def test_word_pieces_become_words(tmp_path: Path, pieces: list[str]) -> None:
+    model = random_network(CONFIGS["quartznet"])
+    config = nemo_config(model)
+    config["decoder"]["vocabulary"] = pieces
+    vocabulary = as_checkpoint(read_nemo(archive_of(tmp_path / "model.nemo", model, config))).vocabulary
+    assert vocabulary.decode([1, 2, 0, 3, 4, 1]) == "there as the"
+    assert vocabulary.kind == "wordpiece"
+
+
 def test_half_precision_is_read(tmp_path: Path) -> None:
     model = random_network(CONFIGS["quartznet"])
     half = {name: value.half() for name, value in nemo_state(model).items() if "fb" not in name}
@@ -157,6 +175,14 @@ def test_nothing_in_the_checkpoint_is_executed(tmp_path: Path, save: Any) -> Non
     [
         ("preprocessor", "normalize", "all_features", "preprocessor.normalize"),
         ("preprocessor", "window_size", 0.025, "preprocessor.window_size"),
+        ("preprocessor", "_target_", "nemo.modules.AudioToMFCCPreprocessor", "preprocessor._target_"),
+        ("preprocessor", "n_window_size", 400, "preprocessor.window_size: 400"),
+        ("preprocessor", "log", False, "preprocessor.log"),
+        ("preprocessor", "mag_power", 1.0, "preprocessor.mag_power"),
+        ("preprocessor", "window_stride", "short", "model_config.yaml: could not convert"),
+        ("encoder", "jasper", [{"filters": 16}], "model_config.yaml: 'kernel' is missing"),
+        ("encoder", "jasper", [None], "model_config.yaml"),
+        ("encoder", "jasper", [{"filters": 16, "kernel": [3], "residual_mode": "max"}], "residual_mode"),
         ("encoder", "activation", "selu", "encoder.activation"),
         ("encoder", "jasper", [], "encoder.jasper"),
         ("decoder", "vocabulary", [1, 2], "decoder.vocabulary"),
@@ -195,6 +221,42 @@ def test_other_mel_filters_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(NemoError, match="mel filters"):
         read_nemo(path)
+
+
+def test_a_damaged_download_is_refused(tmp_path: Path) -> None:
+    whole = archive_of(tmp_path / "a.nemo", random_network(CONFIGS["quartznet"])).read_bytes()
+    (tmp_path / "cut.nemo").write_bytes(whole[:-20_000])
+    (tmp_path / "packed.nemo").write_bytes(gzip.compress(whole)[:-2_000])
+    for path in (tmp_path / "cut.nemo", tmp_path / "packed.nemo", tmp_path):
+        with pytest.raises(NemoError, match="not a NeMo archive"):
+            read_nemo(path)
+
+
+def test_a_transfer_states_the_archives_stride_and_rate(tmp_path: Path) -> None:
+    config = load_config(_transfer(tmp_path))
+    recipe = QuartzNetRecipe(config)
+    assert recipe.network(recipe.codec()) is not None
+    other = QuartzNetRecipe(load_config(_transfer(tmp_path), ["model.frame_stride_s=0.04"]))
+    with pytest.raises(ConfigError, match=r"frame_stride_s: 0\.04, the archive gives a frame every 0\.02 s"):
+        other.network(other.codec())
+    model = random_network(CONFIGS["quartznet"])
+    slow = nemo_config(model)
+    slow["preprocessor"] |= {"sample_rate": 8_000, "window_stride": 0.01, "window_size": 0.02}
+    state = {name: value for name, value in nemo_state(model).items() if not name.endswith("fb")}
+    members = {"model_config.yaml": yaml.safe_dump(slow).encode(), "model_weights.ckpt": stored(state)}
+    write_archive(tmp_path / "model.nemo", members)
+    with pytest.raises(ConfigError, match="hears 8000 Hz, recordings are read at 16000 Hz"):
+        recipe.network(recipe.codec())
+
+
+def _transfer(folder: Path) -> Path:
+    archive_of(folder / "model.nemo", random_network(CONFIGS["quartznet"]))
+    path = folder / "config.yaml"
+    path.write_text(
+        "name: ru\nlanguage: ru\ndata: {manifest: m.jsonl}\nmodel: {transfer_from: model.nemo}\n"
+        "bundle: {licence: MIT}\n"
+    )
+    return path
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:

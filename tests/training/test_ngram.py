@@ -29,6 +29,17 @@ def test_texts_come_in_the_models_spelling_and_without_what_is_measured(tmp_path
     assert read_texts(paths, LETTERS, STEPS, "en", without=["held out"]) == ["the cat sat", "a hat"]
 
 
+def test_a_nemo_manifest_gives_its_texts_only(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text('{"audio_filepath": "a.wav", "text": "The cat", "duration": 2}\n')
+    assert read_texts([tmp_path / "train.json"], LETTERS, STEPS, "en", without=[]) == ["the cat"]
+
+
+def test_texts_in_another_encoding_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("кот".encode("cp1251"))
+    with pytest.raises(DataError, match=r"a\.txt: not UTF-8"):
+        read_texts([tmp_path / "a.txt"], LETTERS, STEPS, "ru", without=[])
+
+
 def test_a_byte_level_vocabulary_reads_bytes(tmp_path: Path) -> None:
     vocabulary = Vocabulary(("\u2581", "a", "\u00c4", "<blank>"), blank_id=3, kind="bpe")
     (tmp_path / "a.txt").write_text("ı a\n", encoding="utf-8")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
+import soundfile
 import torch
 
 from api.bundle import load_bundle, verify_bundle
@@ -17,10 +19,10 @@ from tests.training.networks import CONFIGS, VOCABULARY, chirps, random_checkpoi
 from training import benchmark
 from training import publish as command
 from training.bundle_writer import Card, Graphs, LanguageModel, write_bundle
-from training.calibration import manifest_rows, manifest_waveforms
+from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
 from training.checkpoint import average_weights, load_checkpoint, save_checkpoint
-from training.errors import CheckpointError, EmptyManifestError, ManifestError
-from training.evaluate import Utterance, bundle_recogniser, error_rates
+from training.errors import CheckpointError, ConfigError, DataError, EmptyManifestError, ManifestError
+from training.evaluate import Utterance, bundle_recogniser, error_rates, plainly
 from training.export import export_graph
 from training.ngram import character_ngrams
 
@@ -117,6 +119,65 @@ def test_the_forms_of_a_model_side_by_side(tmp_path: Path, capsys: pytest.Captur
     assert [row["form"] for row in rows] == ["PyTorch float32", "ONNX float32", "ONNX INT8"]
     assert rows[0]["speedup"] == 1
     assert rows[0]["rates"] == rows[1]["rates"], "torch and ONNX write the same texts"
+
+
+def test_optional_fields_of_a_manifest_are_optional(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither source nor language, capitals and punctuation in the texts: as people's manifests are."""
+    manifest = write_corpus(tmp_path, chirps(8))
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    plain = [{name: row[name] for name in ("audio_filepath", "duration")} for row in rows]
+    (tmp_path / "test.jsonl").write_text(
+        "".join(json.dumps(row | {"text": "Ab, cd."}) + "\n" for row in plain)
+    )
+    assert publish(tmp_path, "--test", str(tmp_path / "test.jsonl")) == 0
+    (found,) = load_bundle(tmp_path / "models", "en-random").manifest.evaluation
+    assert (found.test_set, found.language, found.utterances) == ("test", "en", 8)
+    arguments = [str(tmp_path / "model.safetensors"), "--bundle", str(tmp_path / "models" / "en-random")]
+    assert benchmark.main([*arguments, "--manifest", str(tmp_path / "test.jsonl"), "--rounds", "1"]) == 0
+    rates = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["rates"]
+    assert benchmark.main([*arguments, "--manifest", str(manifest), "--rounds", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["rates"]["wer"] == rates["wer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "problem"),
+    [("my model", "en", "name 'my model'"), ("fine", "eng", r"languages\.0 'eng'")],
+)
+def test_a_name_that_no_bundle_can_have_is_refused_before_the_work(
+    name: str, language: str, problem: str
+) -> None:
+    source = Source(title="tests", url="none")
+    card = Card(title="x", languages=(language,), source=source, licence="MIT")
+    nowhere = Path("nowhere")
+    with pytest.raises(ConfigError, match=problem):
+        command.publish(random_checkpoint(), name, nowhere, card, command.Recordings(nowhere, nowhere))
+
+
+def test_both_sides_are_compared_plainly() -> None:
+    assert plainly([Utterance("The patients' CAFÉ, now!", "the patients' café now")], "en") == [
+        Utterance("the patients café now", "the patients café now")
+    ]
+    assert with_plain_texts([(np.zeros(1, np.float32), "Ilık, su.")], "tr")[0][1] == "ılık su"
+
+
+def test_stretches_of_one_recording_in_a_shard(tmp_path: Path) -> None:
+    ramp = np.arange(32_000, dtype=np.float32) / 64_000
+    soundfile.write(tmp_path / "a.wav", ramp, 16_000, subtype="FLOAT")
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        shard.add(tmp_path / "a.wav", "a.wav")
+    rows = [{"offset": 0.5, "duration": 0.25, "text": "b"}, {"offset": 1.5, "text": "d"}]
+    path = {"shard": "s.tar", "audio_filepath": "a.wav"}
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row | path) + "\n" for row in rows))
+    (second, b), (fourth, d) = manifest_waveforms(tmp_path / "m.jsonl", 16_000)
+    assert (b, d) == ("b", "d")
+    np.testing.assert_allclose(second, ramp[8_000:12_000])
+    np.testing.assert_allclose(fourth, ramp[24_000:])
+    gone = {"shard": "s.tar", "audio_filepath": "gone.wav", "text": "x"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(gone))
+    with pytest.raises(DataError, match=r"s\.tar: has no gone\.wav"):
+        manifest_waveforms(tmp_path / "m.jsonl", 16_000)
 
 
 def test_publishing_makes_a_verified_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

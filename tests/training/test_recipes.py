@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import yaml
 
 from training.config import load_config
 from training.data.manifest import Utterance, read_manifest, write_manifest
-from training.errors import CheckpointError, ConfigError
+from training.errors import CheckpointError, ConfigError, QualityGateError
 from training.inference import compare, cpu_session, run_graph
 from training.loop.dataset import UtteranceDataset, collate
-from training.loop.run_folder import read_metrics
+from training.loop.run_folder import RunFolder, read_metrics
 from training.recipes.quartznet_ctc.architectures import citrinet
 from training.recipes.quartznet_ctc.model import QuartzNet
 from training.recipes.quartznet_ctc.network import QuartzNetCtc, transferred
@@ -26,9 +29,12 @@ from training.recipes.wav2vec2_ctc.recipe import Wav2Vec2Recipe
 from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
 from training.recipes.whisper_seq2seq.model import Prompt
 from training.recipes.whisper_seq2seq.recipe import IGNORED, WhisperSeq2SeqRecipe, teacher_tokens
-from training.stages.command import main
-from training.stages.export import Candidate, choose, spread
+from training.stages.benchmark import benchmark
+from training.stages.command import convert, main
+from training.stages.export import Candidate, choose, export, load_part, quantize, spread
 from training.stages.prepare import prepare
+from training.stages.publish import publish
+from training.stages.runtime import GraphRunner
 from training.stages.train import fits_one_file
 from training.text import alphabet, normaliser
 from training.vocabulary import CharacterCodec
@@ -210,6 +216,101 @@ def test_mended_data_goes_on_in_the_same_run(corpus: Callable[[str], Path], tmp_
     assert run(config, tmp_path / "run", "prepare") == 0
 
 
+def test_a_mended_configuration_goes_on_in_the_same_run_until_something_was_learned(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, corpus("ru"))
+    letters = alphabet("ru")
+    assert run(config, tmp_path / "run", "prepare", "letters=abc") == 2
+    assert run(config, tmp_path / "run", "prepare", f"letters={letters.replace('ы', '')}") == 0
+    few = sum(len(read_manifest(path)) for path in (tmp_path / "run" / "data").glob("*.jsonl"))
+    assert run(config, tmp_path / "run", "train", f"letters={letters}") == 0
+    rows = sum(len(read_manifest(path)) for path in (tmp_path / "run" / "data").glob("*.jsonl"))
+    assert few < rows == 24, "what the first alphabet dropped is there again"
+    assert run(config, tmp_path / "run", "export", "letters=abc") == 2
+    assert "trained with another configuration (letters changed)" in capsys.readouterr().err
+    changes = (f"letters={letters}", "bundle.licence=MIT", "name=other")
+    assert run(config, tmp_path / "run", "export", *changes) == 0
+
+
+def test_a_part_may_be_empty_where_the_split_says_so(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, corpus("ru"))
+    split = "data.fractions=[0.8, 0.2, 0.0]"
+    for stage in ("prepare", "convert", "export", "publish"):
+        assert run(config, tmp_path / "run", stage, split) == 0
+    assert run(config, tmp_path / "run", "benchmark", split) == 2
+    assert "the test part is empty" in capsys.readouterr().err
+
+
+def test_hypotheses_are_normalised_as_references_are(corpus: Callable[[str], Path], tmp_path: Path) -> None:
+    """A converted model may write capitals: they are no errors, neither to the gate nor in the benchmark."""
+
+    class Shouting(QuartzNetRecipe):
+        def codec(self) -> CharacterCodec:
+            return CharacterCodec(alphabet("ru").upper())
+
+    recipe = Shouting(load_config(tiny_config(tmp_path, corpus("ru"))))
+    folder = RunFolder(tmp_path / "run")
+    lower = CharacterCodec(alphabet("ru"))
+    whispering = QuartzNetRecipe(recipe.config)
+    torch.manual_seed(0)
+    rows = prepare(whispering, folder)
+    convert(whispering, rows, folder)
+    export(recipe, rows, folder)
+    runner = GraphRunner(folder.path / "export" / "model.onnx")
+    heard = {}
+    for part in rows:
+        recordings, _ = load_part(rows[part], 16_000)
+        heard[part] = [text or "а" for text in runner.texts(recordings, lower)]
+    said = {
+        part: [replace(row, text=text) for row, text in zip(rows[part], heard[part], strict=True)]
+        for part in rows
+    }
+    quantize(recipe, said, folder)
+    benchmark(recipe, said, folder)
+    silent = sum(text == "а" for text in heard["validation"])
+    assert silent < len(heard["validation"])
+    assert folder.read_json("quantize.json")["float32"]["wer"] < 0.5
+    assert all(row["wer"] < 0.5 for row in folder.read_json("benchmark.json")["rows"][:2])
+
+
+def test_a_bundle_is_made_of_one_training_only(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = tiny_config(tmp_path, corpus("ru")), tmp_path / "run"
+    for stage in ("train", "export"):
+        assert run(config, folder, stage) == 0
+    shutil.copyfile(folder / "export" / "model.onnx", folder / "export" / "model.int8.onnx")
+    assert run(config, folder, "export") == 0
+    assert not (folder / "export" / "model.int8.onnx").exists(), "it came from an earlier graph"
+    assert run(config, folder, "train", "training.epochs=2") == 0
+    assert run(config, folder, "publish", "training.epochs=2") == 2
+    assert "run the export stage first" in capsys.readouterr().err
+
+
+def test_a_graph_that_disagrees_is_not_published(corpus: Callable[[str], Path], tmp_path: Path) -> None:
+    class Wrong(QuartzNetRecipe):
+        def export(self, network: torch.nn.Module) -> onnx.ModelProto:
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter.mul_(2.0)
+            model = super().export(network)
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter.mul_(0.5)
+            return model
+
+    recipe, folder = Wrong(load_config(tiny_config(tmp_path, corpus("ru")))), RunFolder(tmp_path / "run")
+    rows = prepare(recipe, folder)
+    convert(recipe, rows, folder)
+    with pytest.raises(QualityGateError, match="torch_against_onnx"):
+        export(recipe, rows, folder)
+    with pytest.raises(CheckpointError, match="run the export stage first"):
+        publish(recipe, rows, folder)
+
+
 def test_speakers_in_two_given_parts_are_refused(
     corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +328,8 @@ def test_stages_in_the_wrong_order_say_what_is_missing(
     config = tiny_config(tmp_path, corpus("ru"))
     assert run(config, tmp_path / "run", "export") == 2
     assert "run the train stage first" in capsys.readouterr().err
+    assert run(config, tmp_path / "run", "quantize") == 2
+    assert "run the export stage first" in capsys.readouterr().err
     assert run(config, tmp_path / "run", "publish") == 2
     assert "run the export stage first" in capsys.readouterr().err
 
@@ -339,8 +442,6 @@ def test_a_finished_training_is_not_repeated(corpus: Callable[[str], Path], tmp_
 
 
 def test_prepared_parts_share_no_speaker(corpus: Callable[[str], Path], tmp_path: Path) -> None:
-    from training.loop.run_folder import RunFolder
-
     recipe = QuartzNetRecipe(load_config(tiny_config(tmp_path, corpus("ru"))))
     parts = prepare(recipe, RunFolder(tmp_path / "run"))
     heard = [{row.speaker for row in rows} for rows in parts.values()]

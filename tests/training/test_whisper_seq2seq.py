@@ -12,10 +12,9 @@ from torch import Tensor
 
 from training.config import load_config
 from training.data.manifest import read_manifest
-from training.loop.run_folder import RunFolder
 from training.recipes.rehearsal import tiny_whisper
-from training.recipes.whisper_seq2seq.experiment import Experiment, _score
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
+from training.recipes.whisper_seq2seq.scoring import score
 
 CONFIG = """
 name: az-tiny
@@ -52,8 +51,20 @@ def test_greedy_search_takes_the_logits_after_the_last_token(recipe: WhisperSeq2
     torch.testing.assert_close(last[:, 0], every[:, -1])
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_encoders_sinusoids_do_not_learn(recipe: WhisperSeq2SeqRecipe, frozen: bool) -> None:
+    """As in transformers, whose encoder keeps its positions as they are."""
+    settings = recipe.settings.model_copy(update={"frozen_encoder": frozen})
+    recipe.settings = settings
+    network = recipe.network(recipe.codec())
+    learns = {name for name, parameter in network.encoder.named_parameters() if parameter.requires_grad}
+    assert "embed_positions.weight" not in learns
+    assert bool(learns) is not frozen
+    assert network.decoder.embed_positions.weight.requires_grad, "the decoder's positions are learned ones"
+
+
 def test_scoring_normalises_and_keeps_the_order(
-    recipe: WhisperSeq2SeqRecipe, corpus: Callable[[str], Path], tmp_path: Path
+    recipe: WhisperSeq2SeqRecipe, corpus: Callable[[str], Path]
 ) -> None:
     rows = read_manifest(corpus("az"))
     codec = recipe.codec()
@@ -71,8 +82,7 @@ def test_scoring_normalises_and_keeps_the_order(
         return steps, torch.tensor([len(own) for own in ids]), lengths
 
     network.generate = generate  # type: ignore[method-assign]
-    run = Experiment("full", recipe.config, tmp_path, recipe, RunFolder(tmp_path / "run"))
-    rates, texts = _score(run, network, rows)
+    rates, texts = score(recipe, network, rows)
     assert max(sizes) > 1, "recordings are scored in batches"
     assert texts == [by_length[len(_samples(row.audio))] for row in rows]
     assert rates["utterances"] == len(rows)

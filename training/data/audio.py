@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -34,7 +34,7 @@ def load_waveform(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recording")
     try:
-        samples, rate_hz = _read_soundfile(path, offset_s, duration_s)
+        samples, rate_hz = read_span(path, offset_s, duration_s)
     except soundfile.LibsndfileError:
         samples, rate_hz = _read_av(path, offset_s, duration_s)
     if samples.size == 0:
@@ -44,8 +44,12 @@ def load_waveform(
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-def _read_soundfile(path: Path, offset_s: float, duration_s: float | None) -> tuple[Samples, int]:
-    with soundfile.SoundFile(path) as file:
+def read_span(source: Path | BinaryIO, offset_s: float, duration_s: float | None) -> tuple[Samples, int]:
+    """What libsndfile reads of a file or of its content: mono samples (samples,), and their rate in Hz.
+
+    The stretch is as in `load_waveform`. Raises LibsndfileError.
+    """
+    with soundfile.SoundFile(source) as file:
         rate_hz = int(file.samplerate)
         start, stop = _span(offset_s, duration_s, rate_hz, file.frames)
         if start:

@@ -4,6 +4,7 @@ config.json        the configuration, as checked
 environment.json   versions, machine, device, git commit
 metrics.csv        one row per epoch
 checkpoints/       last.ckpt to go on from, the best by validation WER
+weights.safetensors  what training, or a conversion, ended with
 tensorboard/       the same figures for TensorBoard
 plots/             PNG
 """
@@ -25,6 +26,10 @@ import torch
 
 from training.errors import ConfigError
 
+WEIGHTS = "weights.safetensors"
+PARTS = ("train", "validation", "test")
+FREE = ("benchmark", "bundle", "name", "training")
+"""Sections that may differ from call to call: neither the data nor the network depends on them."""
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "onnx", "onnxruntime", "numpy", "jiwer")
 
 
@@ -60,6 +65,20 @@ class RunFolder:
         there = [state for state in states if state.is_file()]
         return max(there, key=lambda state: state.stat().st_mtime_ns, default=None)
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether there is a state or there are weights, which belong to one configuration."""
+        return (self.path / WEIGHTS).is_file() or any(self.checkpoints.glob("*.ckpt"))
+
+    def forget(self, *names: str) -> None:
+        """Remove files that earlier stages left, where they are there."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def forget_graphs(self) -> None:
+        """Remove what was exported from older weights: a bundle must not mix it with newer ones."""
+        self.forget("export/model.onnx", "export/model.int8.onnx", "quantize.json", "benchmark.json")
+
     def write_json(self, name: str, values: Any) -> Path:
         """Store plain values under `name`, atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -75,26 +94,27 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def open_run(
-    path: Path, config: Mapping[str, Any], free: tuple[str, ...] = ("training", "benchmark")
-) -> RunFolder:
-    """Create the folder, or come back to it with the same configuration.
+def open_run(path: Path, config: Mapping[str, Any]) -> RunFolder:
+    """Create the folder, or come back to it.
 
-    Sections named in `free` may differ (a smaller batch, more epochs). Raises ConfigError naming the section
-    that changed otherwise: the state in the folder belongs to another experiment.
+    Sections named in FREE may differ (a smaller batch, more epochs). As long as nothing was learned any other
+    may as well: what was prepared for the old configuration is then prepared again. Afterwards this raises
+    ConfigError naming the section that changed: the state in the folder belongs to another experiment.
     """
     folder = RunFolder(path)
     wanted = json.loads(json.dumps(config, default=str))
     stored = folder.read_json("config.json")
     if stored is not None:
         changed = [
-            key for key in sorted({*wanted, *stored} - set(free)) if wanted.get(key) != stored.get(key)
+            key for key in sorted({*wanted, *stored} - set(FREE)) if wanted.get(key) != stored.get(key)
         ]
-        if changed:
+        if changed and folder.has_learned:
             raise ConfigError(
-                f"{path} holds a run with another configuration ({', '.join(changed)} changed); "
-                "give another --run folder, or remove this one"
+                f"{path} holds a run that was trained with another configuration ({', '.join(changed)} "
+                "changed); give another --run folder, or remove this one"
             )
+        if changed:
+            folder.forget("split.json", "baseline.json", *(f"data/{part}.jsonl" for part in PARTS))
     folder.write_json("config.json", wanted)
     folder.write_json("environment.json", environment())
     return folder

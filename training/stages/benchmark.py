@@ -7,6 +7,7 @@ from typing import Any
 
 from training.benchmark import Form, onnx_form, side_by_side, table, torch_network
 from training.data.manifest import Utterance
+from training.errors import EmptyManifestError
 from training.loop.plots import plot_results
 from training.loop.run_folder import RunFolder, environment
 from training.stages.export import FLOAT32, INT8, load_part
@@ -15,7 +16,12 @@ from training.stages.train import trained
 
 
 def benchmark(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -> dict[str, Any]:
-    """Measure on the test part, print the table and one JSON line, write `benchmark.json`."""
+    """Measure on the test part, print the table and one JSON line, write `benchmark.json`.
+
+    Raises EmptyManifestError where the split left no test part.
+    """
+    if not rows["test"]:
+        raise EmptyManifestError("the test part is empty; publish works without a benchmark")
     settings, rate_hz = recipe.config.benchmark, recipe.facts().sample_rate_hz
     codec = recipe.codec()
     recordings, texts = load_part(rows["test"], rate_hz)
@@ -33,6 +39,7 @@ def benchmark(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolde
         clip_s=settings.clip_s,
         threads=settings.threads,
         rounds=settings.repeats,
+        normalise=recipe.normaliser(),
     )
     columns = [row.columns() for row in measured]
     result = {

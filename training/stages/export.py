@@ -15,7 +15,7 @@ from torch import nn
 
 from training.data.audio import load_waveform
 from training.data.manifest import Utterance
-from training.errors import QualityGateError
+from training.errors import CheckpointError, QualityGateError
 from training.inference import Agreement, clip_of, compare, in_turns_s
 from training.loop.run_folder import RunFolder
 from training.stages.recipe import Recipe
@@ -46,8 +46,12 @@ def load_part(
 
 
 def export(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -> Path:
-    """Write `export/model.onnx`. Raises QualityGateError when it disagrees with the network."""
+    """Write `export/model.onnx`. Raises QualityGateError when it disagrees with the network.
+
+    Until it agrees there is no graph, neither this one nor an earlier one.
+    """
     target = folder.path / "export" / FLOAT32
+    folder.forget_graphs()
     codec = recipe.codec()
     network = trained(recipe, codec, folder)
     model = recipe.export(network)
@@ -55,16 +59,15 @@ def export(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) 
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     onnx.save(model, partial)
-    partial.replace(target)
     recordings, _ = load_part(rows["validation"], recipe.facts().sample_rate_hz, limit=4)
-    agreement = agree(network, GraphRunner(target), recordings)
+    agreement = agree(network, GraphRunner(partial), recordings)
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")
     found = {name: asdict(result) for name, result in agreement.items()}
-    folder.write_json("export.json", {"opset": opset, "bytes": target.stat().st_size, **found})
+    folder.write_json("export.json", {"opset": opset, "bytes": partial.stat().st_size, **found})
     for name, result in agreement.items():
         if result.worst_posterior > TOLERANCE:
-            raise QualityGateError(f"{target}: {name}: {result.describe()}; allowed {TOLERANCE:.0e}")
-    return target
+            raise QualityGateError(f"{partial}: {name}: {result.describe()}; allowed {TOLERANCE:.0e}")
+    return partial.replace(target)
 
 
 def agree(network: nn.Module, runner: GraphRunner, recordings: Sequence[Samples]) -> dict[str, Agreement]:
@@ -121,13 +124,16 @@ def quantize(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder
     rate_hz = recipe.facts().sample_rate_hz
     graph = folder.path / "export" / FLOAT32
     target = folder.path / "export" / INT8
+    if not graph.is_file():
+        raise CheckpointError(f"{graph}: no graph; run the export stage first")
     target.unlink(missing_ok=True)
     codec = recipe.codec()
     calibration, _ = load_part(rows["train"], rate_hz, limit=32)
     recordings, texts = load_part(rows["validation"], rate_hz)
     clip = clip_of(recordings, settings.clip_s, rate_hz)
     reference = GraphRunner(graph, settings.threads)
-    base_wer, base_cer = score(reference, recordings, texts, codec)
+    normalise = recipe.normaliser()
+    base_wer, base_cer = score(reference, recordings, texts, codec, normalise)
     candidates: list[Candidate] = []
     files: dict[str, Path] = {}
     work = folder.path / "export" / "candidates"
@@ -137,7 +143,7 @@ def quantize(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder
         turns = [partial(each, [clip]) for each in (reference, runner)]
         base_s, latency_s = (float(np.median(times)) for times in in_turns_s(turns, settings.repeats))
         speedup = base_s / latency_s
-        wer, cer = score(runner, recordings, texts, codec)
+        wer, cer = score(runner, recordings, texts, codec, normalise)
         reason = ""
         if speedup <= 1.0:
             reason = "not faster than float32"

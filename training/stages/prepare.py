@@ -11,11 +11,9 @@ from training.data.split import Split, speaker_of, split_by_speaker
 from training.data.validate import Limits, validate
 from training.errors import SplitError
 from training.loop.plots import plot_distributions
-from training.loop.run_folder import RunFolder
+from training.loop.run_folder import PARTS, RunFolder
 from training.stages.recipe import Facts, Recipe
 from training.vocabulary import TokenCodec
-
-PARTS = ("train", "validation", "test")
 
 
 def prepare(recipe: Recipe, folder: RunFolder) -> dict[str, list[Utterance]]:
@@ -25,7 +23,8 @@ def prepare(recipe: Recipe, folder: RunFolder) -> dict[str, list[Utterance]]:
     """
     files = {part: folder.manifests / f"{part}.jsonl" for part in PARTS}
     if all(path.is_file() for path in files.values()):
-        return {part: read_manifest(path) for part, path in files.items()}
+        # a part whose fraction is 0 is an empty file
+        return {part: read_manifest(path) if path.stat().st_size else [] for part, path in files.items()}
     settings = recipe.config.data
     codec = recipe.codec()
     if settings.manifest is not None:

@@ -13,10 +13,9 @@ from training.benchmark import table
 from training.bundle_writer import Card, Graphs, Measurements, write_bundle
 from training.data.manifest import Utterance
 from training.errors import CheckpointError
-from training.loop.run_folder import RunFolder
+from training.loop.run_folder import WEIGHTS, RunFolder
 from training.stages.export import FLOAT32, INT8
 from training.stages.recipe import Recipe
-from training.stages.train import WEIGHTS
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,14 @@ class GraphRunner:
 
 
 def score(
-    runner: GraphRunner, waveforms: Sequence[Samples], texts: Sequence[str], codec: TokenCodec
+    runner: GraphRunner,
+    waveforms: Sequence[Samples],
+    texts: Sequence[str],
+    codec: TokenCodec,
+    normalise: Callable[[str], str],
 ) -> tuple[float, float]:
-    """WER and CER of a graph on recordings with known texts."""
-    return error_rates(texts, runner.texts(waveforms, codec))
+    """WER and CER of a graph on recordings with known texts.
+
+    Hypotheses are normalised as the references are: converted models may write capitals and punctuation.
+    """
+    return error_rates(texts, [normalise(text) for text in runner.texts(waveforms, codec)])

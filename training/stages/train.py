@@ -13,11 +13,10 @@ from training.data.manifest import Utterance
 from training.errors import CheckpointError, ConfigError, EmptyManifestError
 from training.loop.dataset import UtteranceDataset, make_loader
 from training.loop.fit import fit
-from training.loop.run_folder import RunFolder, read_metrics
+from training.loop.run_folder import WEIGHTS, RunFolder, read_metrics
 from training.stages.recipe import Recipe
 from training.vocabulary import TokenCodec
 
-WEIGHTS = "weights.safetensors"
 MAX_GRAPH_BYTES = 2**31 - 1
 """Of a protobuf message."""
 
@@ -54,6 +53,7 @@ def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -
     )
     state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
     weights = {name.removeprefix("model."): value.contiguous() for name, value in state.items()}
+    folder.forget_graphs()
     save_file(unshared(weights), folder.path / WEIGHTS)
     metrics = read_metrics(folder.metrics)
     folder.write_json(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,12 +15,18 @@ import soundfile
 import torch
 
 from training.checkpoint import load_checkpoint
+from training.errors import CheckpointError
 from training.frontend import FrontendConfig, LogMel
 from training.nemo import NemoModel
 from training.recipes.quartznet_ctc import distill, label, texts
 from training.recipes.quartznet_ctc.augment import AugmentConfig
 from training.recipes.quartznet_ctc.cache import write_mel, write_pcm
-from training.recipes.quartznet_ctc.dataset import ALPHABET, VOCABULARY_SIZE, read_utterances
+from training.recipes.quartznet_ctc.dataset import (
+    ALPHABET,
+    VOCABULARY_SIZE,
+    read_utterances,
+    write_validation,
+)
 from training.recipes.quartznet_ctc.evaluate import validate
 from training.recipes.quartznet_ctc.examples import BatchMaker, Corpus
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
@@ -86,6 +94,51 @@ def test_cached_features_are_those_of_the_front_end(cache: Path) -> None:
     np.testing.assert_allclose(found, expected[0].numpy(), atol=0.02)
 
 
+def test_the_cache_reads_stretches_of_recordings(tmp_path: Path) -> None:
+    """Several rows may name one file, in a shard or beside the manifest; validation keeps their offsets."""
+    ramp = np.arange(32_000) / 64_000
+    soundfile.write(tmp_path / "a.wav", ramp, 16_000)
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        shard.add(tmp_path / "a.wav", "a.wav")
+    spans = [{"offset": 0.5, "duration": 0.25}, {"offset": 1.0, "duration": 0.5}]
+    rows = [
+        span | {"audio_filepath": "a.wav", "speaker": "x", "text": "b"} | place
+        for place in ({}, {"shard": "s.tar"})
+        for span in spans
+    ]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    write_pcm(read_utterances(manifest), tmp_path, tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    pcm = np.fromfile(tmp_path / "pcm.i16", np.int16)
+    for row, (start, samples) in zip(index, [(8_000, 4_000), (16_000, 8_000)] * 2, strict=True):
+        found = pcm[row["pcm_start"] : row["pcm_start"] + row["pcm_samples"]] / 32767
+        np.testing.assert_allclose(found, ramp[start : start + samples], atol=1e-4)
+    assert write_validation(manifest, tmp_path / "validation.jsonl", 1.0) == 4
+    assert [row.offset_s for row in read_utterances(tmp_path / "validation.jsonl")] == [0.5, 1.0, 0.5, 1.0]
+
+
+def test_features_have_their_name_only_when_the_index_knows_them(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption between the two writes would leave a cache that no stage repairs."""
+    shutil.copyfile(cache / "pcm.i16", tmp_path / "pcm.i16")
+    rows = json.loads((cache / "index.json").read_text())
+    bare = [{name: value for name, value in row.items() if "mel" not in name} for row in rows]
+    (tmp_path / "index.json").write_text(json.dumps(bare))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for method in ("write_text", "replace", "rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                write_mel(tmp_path)
+        known = "mel_start" in json.loads((tmp_path / "index.json").read_text())[0]
+        assert known or not (tmp_path / "mel.npy").exists()
+
+
 def test_labels_are_the_teachers_answers(cache: Path, corpus: Corpus) -> None:
     features = corpus.features(4)
     mean, deviation = features.mean(dim=0), features.std(dim=0)
@@ -98,9 +151,11 @@ def test_labels_are_the_teachers_answers(cache: Path, corpus: Corpus) -> None:
     assert (posteriors - output.log_probs[0].exp()).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("budget_s", [4.0, 1.7])
 def test_interrupted_labelling_goes_on_where_it_stopped(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float
 ) -> None:
+    """Also with batches of another length, which somebody short of memory asks for."""
     for name in ("index.json", "mel.npy"):
         (tmp_path / name).write_bytes((cache / name).read_bytes())
     monkeypatch.setattr(
@@ -120,16 +175,33 @@ def test_interrupted_labelling_goes_on_where_it_stopped(
     monkeypatch.setattr(label, "SAVE_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
         label.label(tmp_path / "teacher.nemo", tmp_path, budget_s=4.0)
-    done = json.loads((tmp_path / "labels.progress.json").read_text())["done"]
-    assert done > 0
-    monkeypatch.setattr(label.Labeller, "run", original)
-    label.label(tmp_path / "teacher.nemo", tmp_path, budget_s=4.0)
-    assert json.loads((tmp_path / "labels.json").read_text()) == json.loads(
-        (cache / "labels.json").read_text()
-    )
+    done = json.loads((tmp_path / "labels.progress.json").read_text())["labels"]
+    assert 0 < len(done) < UTTERANCES
+    again: list[int] = []
+
+    def watched(self: label.Labeller, batch: list[int]) -> object:
+        again.extend(batch)
+        return original(self, batch)
+
+    monkeypatch.setattr(label.Labeller, "run", watched)
+    label.label(tmp_path / "teacher.nemo", tmp_path, budget_s=budget_s)
+    assert sorted([*again, *map(int, done)]) == list(range(UTTERANCES)), "nothing is done twice"
+    found, expected = (json.loads((folder / "labels.json").read_text()) for folder in (tmp_path, cache))
+    for ours, whole in zip(found, expected, strict=True):
+        assert ours == whole | {"confidence": pytest.approx(whole["confidence"], rel=1e-3)}
     # Not bit for bit: how the matrix products are split over threads differs, and half precision rounds.
     ours, whole = (np.load(folder / "hidden.npy").astype(np.float32) for folder in (tmp_path, cache))
     np.testing.assert_allclose(ours, whole, rtol=2e-3, atol=1e-3)
+
+
+def test_a_teacher_of_another_alphabet_is_refused(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many letters in another order would give wrong texts without a word."""
+    teacher = NemoModel(tiny_teacher(), FrontendConfig(), tuple(reversed(ALPHABET)))
+    monkeypatch.setattr(label, "read_nemo", lambda path: teacher)
+    with pytest.raises(CheckpointError, match="its characters are not those of the student"):
+        label.Labeller(tmp_path / "teacher.nemo", cache)
 
 
 def test_no_speaker_is_in_both_splits(corpus: Corpus) -> None:
@@ -267,6 +339,13 @@ def test_published_weights_of_another_size_are_refused(corpus: Corpus, tmp_path:
     bigger = distill.Trainer(distill.TrainConfig(size="s"), corpus)
     with pytest.raises(ValueError, match="another network"):
         bigger.initialise_from(path)
+
+
+def test_a_run_of_another_size_is_not_gone_on_with(cache: Path, corpus: Corpus, tmp_path: Path) -> None:
+    distill.save(trainer(corpus).state(), tmp_path / "last.pt")
+    given = ["--cache", str(cache), "--run", str(tmp_path), "--size", "s", "--steps", "1"]
+    with pytest.raises(SystemExit, match="a student of size tiny, asked for s"):
+        distill.run(distill.arguments_of("").parse_args(given), distill.Trainer)
 
 
 def test_learning_rate_warms_up_stays_and_falls() -> None:

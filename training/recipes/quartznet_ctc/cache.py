@@ -17,24 +17,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
 import soxr
 import torch
 from tqdm import tqdm
 
+from training.data.audio import read_span
 from training.frontend import LogMel
 from training.recipes.quartznet_ctc.dataset import Utterance, read_utterances
 
 SAMPLE_RATE_HZ = 16_000
 
 
-def decode_audio(data: bytes) -> npt.NDArray[np.int16]:
-    """Encoded audio -> int16 mono samples at 16 kHz, shape ``(samples,)``."""
-    samples, rate_hz = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-    mono = samples.mean(axis=1)
+def decode_audio(row: Utterance, data: bytes) -> npt.NDArray[np.int16]:
+    """Encoded audio -> the row's stretch of it, int16 mono samples at 16 kHz, shape ``(samples,)``."""
+    mono, rate_hz = read_span(io.BytesIO(data), row.offset_s, row.duration_s)
     if rate_hz != SAMPLE_RATE_HZ:
         mono = soxr.resample(mono, rate_hz, SAMPLE_RATE_HZ)
     samples_i16: npt.NDArray[np.int16] = np.clip(np.round(mono * 32767.0), -32768, 32767).astype(np.int16)
@@ -43,18 +43,20 @@ def decode_audio(data: bytes) -> npt.NDArray[np.int16]:
 
 def iterate_encoded(rows: list[Utterance], folder: Path) -> Iterator[tuple[int, bytes]]:
     """``(row index, encoded bytes)`` of every row, shard by shard."""
-    by_shard: dict[str, dict[str, int]] = {}
+    by_shard: dict[str, dict[str, list[int]]] = {}
     for index, row in enumerate(rows):
-        by_shard.setdefault(row.shard, {})[row.audio_filepath] = index
+        by_shard.setdefault(row.shard, {}).setdefault(row.audio_filepath, []).append(index)
     for shard, names in sorted(by_shard.items()):
         if not shard:
-            for name, index in names.items():
-                yield index, (folder / name).read_bytes()
+            for name, indices in names.items():
+                data = (folder / name).read_bytes()
+                yield from ((index, data) for index in indices)
             continue
         with tarfile.open(folder / shard) as archive:
             for member in archive:
                 if member.name in names and (handle := archive.extractfile(member)) is not None:
-                    yield names[member.name], handle.read()
+                    data = handle.read()
+                    yield from ((index, data) for index in names[member.name])
 
 
 def write_pcm(rows: list[Utterance], folder: Path, out: Path) -> None:
@@ -68,7 +70,9 @@ def write_pcm(rows: list[Utterance], folder: Path, out: Path) -> None:
         progress = tqdm(total=len(rows), desc="decode", unit="clip", mininterval=2)
         while batch := [item for _, item in zip(range(64), pending, strict=False)]:
             for (index, _), samples in zip(
-                batch, pool.map(decode_audio, [data for _, data in batch]), strict=True
+                batch,
+                pool.map(decode_audio, [rows[index] for index, _ in batch], [data for _, data in batch]),
+                strict=True,
             ):
                 starts[index], lengths[index] = position, len(samples)
                 position += len(samples)
@@ -83,7 +87,14 @@ def write_pcm(rows: list[Utterance], folder: Path, out: Path) -> None:
         asdict(row) | {"pcm_start": int(start), "pcm_samples": int(length)}
         for row, start, length in zip(rows, starts, lengths, strict=True)
     ]
-    (out / "index.json").write_text(json.dumps(index_rows), encoding="utf-8")
+    write_index(out, index_rows)
+
+
+def write_index(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``out/index.json`` so that an interruption leaves the old one."""
+    partial = out / "index.partial"
+    partial.write_text(json.dumps(rows), encoding="utf-8")
+    partial.replace(out / "index.json")
 
 
 def write_mel(out: Path) -> None:
@@ -105,8 +116,8 @@ def write_mel(out: Path) -> None:
         mel[start : start + count] = values[0].numpy()
         row["mel_start"], row["mel_frames"] = int(start), int(count)
     mel.flush()
+    write_index(out, index)  # before the features get their name, which says that this stage is done
     partial.rename(out / "mel.npy")
-    (out / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def main() -> None:

@@ -43,6 +43,8 @@ class Utterance:
     speaker: str
     source: str
     licence: str
+    offset_s: float = 0.0
+    """Start of the stretch inside the file."""
 
 
 def normalise_text(text: str) -> str:
@@ -71,6 +73,7 @@ def _utterance(row: dict[str, Any]) -> Utterance:
         speaker=row.get("speaker") or "",
         source=row.get("source") or "unknown",
         licence=row.get("licence") or "unknown",
+        offset_s=float(row.get("offset") or 0.0),
     )
 
 
@@ -110,6 +113,8 @@ def write_validation(manifest: Path, out: Path, fraction: float = VALIDATION_FRA
         if not row.shard:
             path = {"audio_filepath": str(folder / row.audio_filepath)}
         known = {"text": row.text, "duration": row.duration_s, "speaker": row.speaker, "source": row.source}
+        if row.offset_s:
+            known["offset"] = row.offset_s
         lines.append(json.dumps(path | known))
     out.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return len(lines)

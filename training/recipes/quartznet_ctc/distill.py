@@ -359,7 +359,10 @@ def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Cor
     trainer = trainer_class(config, Corpus(arguments.cache, config.min_confidence))
     last = arguments.run / "last.pt"
     if last.exists():
-        trainer.restore(torch.load(last, weights_only=True))
+        state = torch.load(last, weights_only=True)
+        if state["config"]["size"] != config.size:
+            raise SystemExit(f"{last}: a student of size {state['config']['size']}, asked for {config.size}")
+        trainer.restore(state)
         print(f"going on at step {trainer.step}")
     elif arguments.init_from:
         trainer.initialise_from(arguments.init_from)

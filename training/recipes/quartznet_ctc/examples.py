@@ -53,7 +53,8 @@ class Corpus:
         index: list[dict[str, Any]] = json.loads((cache / "index.json").read_text(encoding="utf-8"))
         labels: list[dict[str, Any]] = json.loads((cache / "labels.json").read_text(encoding="utf-8"))
         names = Utterance.__dataclass_fields__
-        self.rows = [Utterance(**{key: row[key] for key in names}) for row in index]
+        # caches of earlier days have fewer columns
+        self.rows = [Utterance(**{key: row[key] for key in names if key in row}) for row in index]
         self.train, self.validation = split_rows(self.rows, validation_fraction)
         self.mel_spans = [(row["mel_start"], row["mel_frames"]) for row in index]
         self.label_spans = [(row["label_start"], row["label_frames"]) for row in labels]

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from training.errors import CheckpointError
 from training.nemo import read_nemo
 from training.recipes.quartznet_ctc.batches import normalise_features, pad_features
-from training.recipes.quartznet_ctc.dataset import BLANK_ID, VOCABULARY_SIZE, decode_ids
+from training.recipes.quartznet_ctc.dataset import ALPHABET, BLANK_ID, VOCABULARY_SIZE, decode_ids
 from training.recipes.quartznet_ctc.fast import channels_last
 
 HIDDEN_BLOCKS = (-3, -1)
@@ -68,7 +69,10 @@ class Labeller:
         self.cache = cache
         self.index: list[dict[str, Any]] = json.loads((cache / "index.json").read_text(encoding="utf-8"))
         self.mel = np.load(cache / "mel.npy", mmap_mode="r")
-        self.network = channels_last(read_nemo(teacher).model).eval()
+        found = read_nemo(teacher)
+        if found.vocabulary != tuple(ALPHABET):
+            raise CheckpointError(f"{teacher}: its characters are not those of the student: {ALPHABET!r}")
+        self.network = channels_last(found.model).eval()
 
     def run(self, batch: list[int]) -> tuple[Tensor, list[Tensor], Tensor]:
         """Log-probs (B,T,V), activations per layer (B,T,C) and lengths (B,) of utterances ``batch``."""
@@ -99,11 +103,11 @@ def label(teacher: Path, cache: Path, budget_s: float) -> None:
     batches = length_batches([row["mel_frames"] for row in index], int(budget_s * 100))
     order = np.random.default_rng(1).permutation(len(batches))
     components_path, progress_path = cache / "components.npz", cache / "labels.progress.json"
-    mode, done = "w+", 0
+    mode = "w+"
     labels: dict[str, tuple[str, float]] = {}
     if progress_path.exists() and components_path.exists():
         state = json.loads(progress_path.read_text(encoding="utf-8"))
-        mode, done, labels = "r+", state["done"], state["labels"]
+        mode, labels = "r+", state["labels"]
         stored = np.load(components_path)
         components = [
             tuple(torch.from_numpy(stored[f"{name}{layer}"]) for name in ("mean", "basis", "std"))
@@ -125,9 +129,10 @@ def label(teacher: Path, cache: Path, budget_s: float) -> None:
         )
         for name, size in files.items()
     )
-    progress = tqdm(total=len(batches), initial=done, desc="teacher", unit="batch", mininterval=2)
-    for position in range(done, len(batches)):
-        batch = batches[int(order[position])]
+    # What is labelled counts, not how many batches were: a resumed run may make batches of another length.
+    open_batches = [left for place in order if (left := [i for i in batches[place] if str(i) not in labels])]
+    progress = tqdm(total=len(open_batches), desc="teacher", unit="batch", mininterval=2)
+    for position, batch in enumerate(open_batches, start=1):
         log_probs, hidden, lengths = labeller.run(batch)
         projected = torch.cat(
             [
@@ -142,8 +147,10 @@ def label(teacher: Path, cache: Path, budget_s: float) -> None:
             hidden_out[start : start + count] = projected[item, :count].numpy()
             labels[str(utterance)] = greedy(log_probs[item, :count].numpy())
         progress.update()
-        if (position + 1) % SAVE_EVERY == 0 or position + 1 == len(batches):
-            progress_path.write_text(json.dumps({"done": position + 1, "labels": labels}), encoding="utf-8")
+        if position % SAVE_EVERY == 0 or position == len(open_batches):
+            partial = progress_path.with_suffix(".partial")
+            partial.write_text(json.dumps({"labels": labels}), encoding="utf-8")
+            partial.replace(progress_path)
     progress.close()
     for array in (logits, hidden_out):
         array.flush()

@@ -86,9 +86,24 @@ class QuartzNetRecipe(Recipe):
             model = QuartzNet(self._architecture(outputs))
             return QuartzNetCtc(model, FrontendConfig(features=model.config.features), augment)
         model, frontend = transferred(self.settings.transfer_from, outputs)
+        self._as_stated(model, frontend)
         if self.settings.frozen_encoder:
             model.blocks.requires_grad_(False)
         return QuartzNetCtc(model, frontend, augment, frozen_norms=self.settings.frozen_norms)
+
+    def _as_stated(self, model: QuartzNet, frontend: FrontendConfig) -> None:
+        """What the bundle will say of stride and rate must be the archive's. Raises ConfigError."""
+        facts, stride_s = self.facts(), model.config.stride * frontend.hop_s
+        if abs(stride_s - facts.frame_stride_s) > 1e-6:
+            raise ConfigError(
+                f"model.frame_stride_s: {facts.frame_stride_s:g}, the archive gives a frame every "
+                f"{stride_s:g} s"
+            )
+        if frontend.sample_rate_hz != facts.sample_rate_hz:
+            raise ConfigError(
+                f"model.transfer_from: the archive hears {frontend.sample_rate_hz} Hz, recordings are read "
+                f"at {facts.sample_rate_hz} Hz"
+            )
 
     def export(self, network: nn.Module) -> onnx.ModelProto:
         """Node by node, see training/export.py."""

@@ -56,6 +56,13 @@ class WhisperEncoder(nn.Module):
             for _ in range(config.layers)
         )
         self.layer_norm = nn.LayerNorm(config.width)
+        self.requires_grad_()
+
+    def requires_grad_(self, requires_grad: bool = True) -> WhisperEncoder:
+        """What learns; never the positions, which are sinusoids (Radford et al. 2022) and stay so."""
+        super().requires_grad_(requires_grad)
+        self.embed_positions.requires_grad_(False)
+        return self
 
     def forward(self, features: Tensor, lengths: Tensor, *, fixed: bool = False) -> tuple[Tensor, Tensor]:
         """(batch, frames, bands), (batch,) -> (batch, frames / 2 rounded up, width), (batch,).

@@ -24,20 +24,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
 from training.benchmark import table
 from training.config import RunConfig, load_config
 from training.data.manifest import Utterance
 from training.errors import TrainingError
-from training.loop.dataset import UtteranceDataset, make_loader, make_sampler
 from training.loop.fit import choose_device
-from training.loop.module import error_rates
 from training.loop.plots import plot_results
 from training.loop.run_folder import RunFolder, environment, open_run
-from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
+from training.recipes.whisper_seq2seq.scoring import score
 from training.stages.benchmark import benchmark
 from training.stages.export import export, quantize, spread
 from training.stages.prepare import prepare
@@ -165,7 +161,7 @@ def _baseline(run: Experiment) -> None:
     stored = run.folder.read_json("baseline.json")
     if stored is None:
         network = run.recipe.network(run.recipe.codec()).eval()
-        stored = _score(run, network, spread(run.rows["test"], BASELINE_UTTERANCES))[0]
+        stored = score(run.recipe, network, spread(run.rows["test"], BASELINE_UTTERANCES))[0]
         run.folder.write_json("baseline.json", stored)
     run.results["baseline"] = stored
 
@@ -180,7 +176,7 @@ def _training(run: Experiment) -> None:
 
 def _test(run: Experiment) -> None:
     network = trained(run.recipe, run.recipe.codec(), run.folder)
-    rates, texts = _score(run, network, run.rows["test"])
+    rates, texts = score(run.recipe, network, run.rows["test"])
     run.results["fine_tuned"] = rates
     run.keep("results.json", run.results)
     with (run.out / "artifacts" / "sample_predictions.csv").open("w", encoding="utf-8", newline="") as sink:
@@ -189,30 +185,6 @@ def _test(run: Experiment) -> None:
         for row, text in list(zip(run.rows["test"], texts, strict=True))[:SHOWN_PREDICTIONS]:
             writer.writerow([str(row.audio), row.text, text])
     plot_results({name: run.results[name] for name in ("baseline", "fine_tuned")}, run.out / "charts")
-
-
-def _score(run: Experiment, network: nn.Module, rows: list[Utterance]) -> tuple[dict[str, float], list[str]]:
-    """WER and CER of greedy search in torch, on the device that trains; texts in the order of the rows.
-
-    Hypotheses are normalised as the references are: the base model writes capitals and punctuation.
-    """
-    if not isinstance(network, WhisperSeq2Seq):
-        raise TypeError(f"expected WhisperSeq2Seq, got {type(network).__name__}")
-    device = "cuda" if choose_device(run.config.training)[0] == "gpu" else "cpu"
-    network = network.to(device)
-    codec, normalise = run.recipe.codec(), run.recipe.normaliser()
-    dataset = UtteranceDataset(rows, codec.encode, run.recipe.facts().sample_rate_hz)
-    loader = make_loader(dataset, run.config.training, training=False)
-    batches = list(make_sampler(dataset, run.config.training, training=False))
-    texts = [""] * len(rows)
-    with torch.inference_mode():
-        for places, batch in tqdm(zip(batches, loader, strict=True), total=len(batches), unit="batch"):
-            steps, found, _ = network.generate(batch["waveform"].to(device), batch["lengths"].to(device))
-            best = steps.argmax(dim=-1).tolist()
-            for place, ids, count in zip(places, best, found.tolist(), strict=True):
-                texts[place] = normalise(codec.vocabulary.decode(ids[:count]))
-    wer, cer = error_rates([row.text for row in rows], texts)
-    return {"utterances": len(rows), "wer": wer, "cer": cer}, texts
 
 
 def _serving(run: Experiment) -> None:
