@@ -18,7 +18,7 @@ from training.checkpoint import load_checkpoint
 from training.errors import CheckpointError
 from training.frontend import FrontendConfig, LogMel
 from training.nemo import NemoModel
-from training.recipes.quartznet_ctc import distill, label, texts
+from training.recipes.quartznet_ctc import distill, label, texts, weights
 from training.recipes.quartznet_ctc.augment import AugmentConfig
 from training.recipes.quartznet_ctc.cache import write_mel, write_pcm
 from training.recipes.quartznet_ctc.dataset import (
@@ -329,6 +329,20 @@ def test_published_weights_start_another_run(corpus: Corpus, tmp_path: Path) -> 
         torch.testing.assert_close(ours[name], value, rtol=2e-3, atol=1e-4)
     rates = validate(successor.average.fast, corpus)
     assert set(rates) == {"all", "noise"}
+
+
+def test_weights_may_be_the_mean_with_other_students(corpus: Corpus, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        distill.save(trainer(corpus, seed=seed).state(), tmp_path / str(seed) / "last.pt")
+        weights.main(["--run", str(tmp_path / str(seed)), "--out", str(tmp_path / f"{seed}.safetensors")])
+    others = ["--average-with", str(tmp_path / "0.safetensors")]
+    weights.main(["--run", str(tmp_path / "1"), "--out", str(tmp_path / "mean.safetensors"), *others])
+    first, second, mean = (
+        load_checkpoint(tmp_path / f"{name}.safetensors").model.head.weight for name in ("0", "1", "mean")
+    )
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(mean.float(), (first.float() + second.float()) / 2, rtol=2e-3, atol=1e-4)
 
 
 def test_published_weights_of_another_size_are_refused(corpus: Corpus, tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
     python -m training.recipes.quartznet_ctc.weights --run runs/NAME --out student.safetensors
 
-Half precision, the heads of training only left out.
+Half precision, the heads of training only left out. ``--average-with`` takes the mean with other students, such
+as the one that the run went on from: between two points of one valley often lies a better one (Wortsman et al.,
+"Model soups", ICML 2022). Measure which is better on validation.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.checkpoint import Checkpoint, save_checkpoint
+from training.checkpoint import Checkpoint, average_weights, save_checkpoint
 from training.frontend import FrontendConfig
 from training.recipes.quartznet_ctc.dataset import ALPHABET
 from training.recipes.quartznet_ctc.label import COMPONENTS
@@ -46,7 +50,8 @@ def halved(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(model, checkpoint.frontend, checkpoint.vocabulary, checkpoint.meta)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,10 +59,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="last.pt", help="last.pt or best.pt")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--raw", action="store_true", help="the last step's weights instead of the average")
-    arguments = parser.parse_args()
+    parser.add_argument("--average-with", type=Path, nargs="+", default=[], help="students of the same size")
+    arguments = parser.parse_args(given)
     state = torch.load(arguments.run / arguments.checkpoint, weights_only=True)
     checkpoint = student_of(state, arguments.raw)
     save_checkpoint(arguments.out, halved(checkpoint))
+    if arguments.average_with:
+        checkpoint.model.load_state_dict(average_weights([arguments.out, *arguments.average_with]))
+        meta = {**checkpoint.meta, "averaged_with": len(arguments.average_with)}
+        save_checkpoint(arguments.out, halved(dataclasses.replace(checkpoint, meta=meta)))
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB, {checkpoint.meta}")
 
 
