@@ -131,7 +131,7 @@ def parse_form(model: type[F], fields: Sequence[tuple[str, str]], query: Iterabl
     values: dict[str, Any] = {}
     known = model.model_fields
     for name in query:
-        if name.removesuffix("[]") in known:  # dropped in silence it would look as if it had been obeyed
+        if name.partition("[")[0] in known:  # dropped in silence it would look as if it had been obeyed
             raise InvalidRequestError(
                 f"Field {name!r} came in the query of the address; send it as a part of the form.", param=name
             )

@@ -13,6 +13,7 @@ import structlog
 from fastapi import FastAPI
 from opentelemetry import trace
 from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.sdk.trace import ReadableSpan
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import Response
@@ -62,8 +63,11 @@ def instrument(app: FastAPI, telemetry: Telemetry, on_error: OnError) -> None:
 
 def _without_query(span: trace.Span, scope: Scope) -> None:
     """What a caller wrote into the URL by mistake (a key, a prompt) stays out of traces."""
-    if scope.get("query_string") and span.is_recording():
+    if scope.get("query_string") and isinstance(span, ReadableSpan):
         span.set_attribute("url.query", "[removed]")
+        # Of the older names, which OTEL_SEMCONV_STABILITY_OPT_IN can ask for.
+        if url := (span.attributes or {}).get("http.url"):
+            span.set_attribute("http.url", str(url).partition("?")[0])
 
 
 def _with_known_names(build: Callable[[], ASGIApp]) -> Callable[[], ASGIApp]:

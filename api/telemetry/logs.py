@@ -46,7 +46,7 @@ _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]+")
 _CREDENTIAL_PAIR = re.compile(
     r"(?i)\b(api[-_]?key|token|secret|password)([\"']?\s*[=:]\s*[\"']?)[^\s&,;\"']+"
 )
-_USER_INFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/@]+@")
+_USER_INFO = re.compile(r"://[^\s/@]+@")
 
 
 def add_trace_ids(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -102,7 +102,7 @@ class Redactor:
         if self._known is not None:
             text = self._known.sub(_REMOVED, text)
         text = _BEARER.sub(rf"\1 {_REMOVED}", text)
-        text = _USER_INFO.sub(rf"\1{_REMOVED}@", text)
+        text = _USER_INFO.sub(f"://{_REMOVED}@", text)
         return _CREDENTIAL_PAIR.sub(rf"\1\2{_REMOVED}", text)
 
 

@@ -126,11 +126,20 @@ class TestFields:
             parse_form(OpenAIForm, sent)
         assert (caught.value.message, caught.value.param) == (message, param)
 
-    @pytest.mark.parametrize("name", ["format", "hotwords[]"])
-    def test_a_field_in_the_query_is_refused_and_what_is_no_field_is_left_alone(self, name: str) -> None:
+    @pytest.mark.parametrize(
+        ("form", "name"),
+        [
+            (TranscribeForm, "format"),
+            (TranscribeForm, "hotwords[]"),
+            (OpenAIForm, "chunking_strategy[type]"),
+        ],
+    )
+    def test_a_field_in_the_query_is_refused_and_what_is_no_field_is_left_alone(
+        self, form: type[TranscribeForm | OpenAIForm], name: str
+    ) -> None:
         assert parse_form(TranscribeForm, [], ["api-version"]).format == "json"
         with pytest.raises(InvalidRequestError, match="query of the address") as caught:
-            parse_form(TranscribeForm, [], ["api-version", name])
+            parse_form(form, [], ["api-version", name])
         assert caught.value.param == name
 
     @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request, Response
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from api.errors import to_response
 from api.telemetry import Telemetry, configure_logging, instrument, metrics_response
+from api.telemetry.http import _without_query
 from api.telemetry.tracing import Tracing, build_exporter, tracing_enabled
 from tests.telemetry.otlp_receiver import OtlpReceiver, ReceivedSpan
 
@@ -181,6 +182,15 @@ async def test_what_stands_in_the_query_is_in_no_trace(monkeypatch: pytest.Monke
     (server,) = (span for span in spans if span.name == "POST /transcribe")
     assert server.attributes["url.query"] == "[removed]"
     assert "sk-query" not in str([span.attributes for span in spans])
+
+
+def test_what_stands_in_the_query_is_in_no_older_attribute_either() -> None:
+    """OTEL_SEMCONV_STABILITY_OPT_IN=http/dup: the address as a whole is an attribute, too."""
+    told = {"http.url": "http://test/transcribe?api_key=sk-query", "url.query": "api_key=sk-query"}
+    span = TracerProvider().get_tracer("test").start_span("POST /transcribe", attributes=told)
+    assert isinstance(span, ReadableSpan)
+    _without_query(span, {"query_string": b"api_key=sk-query"})
+    assert span.attributes == {"http.url": "http://test/transcribe", "url.query": "[removed]"}
 
 
 async def test_a_trace_that_is_not_sampled_costs_no_span_and_leaves_no_exemplar(
