@@ -14,7 +14,7 @@ import numpy as np
 import soxr
 
 from training.data.audio import load_waveform, read_span
-from training.data.manifest import read_rows
+from training.data.manifest import read_rows, spread
 from training.errors import DataError, EmptyManifestError
 from training.inference import Waveform
 from training.text import normaliser
@@ -44,9 +44,7 @@ def manifest_rows(
     ]
     if not rows:
         raise EmptyManifestError(f"{manifest}: no utterance fits {wanted or 'the request'}")
-    if limit is not None and limit < len(rows):
-        rows = [rows[index] for index in np.linspace(0, len(rows) - 1, limit).round().astype(int)]
-    return rows
+    return rows if limit is None else spread(rows, limit)
 
 
 def manifest_waveforms(

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from training.config import load_config
-from training.data.manifest import Utterance, read_manifest, write_manifest
+from training.data.manifest import Utterance, read_manifest, spread, write_manifest
 from training.errors import CheckpointError, ConfigError, QualityGateError
 from training.inference import compare, cpu_session, run_graph
 from training.loop.dataset import UtteranceDataset, collate
@@ -31,7 +31,7 @@ from training.recipes.whisper_seq2seq.model import Prompt
 from training.recipes.whisper_seq2seq.recipe import IGNORED, WhisperSeq2SeqRecipe, teacher_tokens
 from training.stages.benchmark import benchmark
 from training.stages.command import convert, main
-from training.stages.export import Candidate, choose, export, load_part, quantize, spread
+from training.stages.export import Candidate, choose, export, load_part, quantize
 from training.stages.prepare import prepare
 from training.stages.publish import publish
 from training.stages.runtime import GraphRunner
@@ -285,6 +285,9 @@ def test_a_bundle_is_made_of_one_training_only(
     shutil.copyfile(folder / "export" / "model.onnx", folder / "export" / "model.int8.onnx")
     assert run(config, folder, "export") == 0
     assert not (folder / "export" / "model.int8.onnx").exists(), "it came from an earlier graph"
+    (folder / "benchmark.json").write_text("{}")
+    assert run(config, folder, "quantize") == 0
+    assert not (folder / "benchmark.json").exists(), "it was measured on an earlier INT8 graph"
     assert run(config, folder, "train", "training.epochs=2") == 0
     assert run(config, folder, "publish", "training.epochs=2") == 2
     assert "run the export stage first" in capsys.readouterr().err
@@ -439,6 +442,15 @@ def test_a_finished_training_is_not_repeated(corpus: Callable[[str], Path], tmp_
     assert run(config, tmp_path / "run", "train", "training.epochs=2") == 0
     assert len(read_metrics(tmp_path / "run" / "metrics.csv")) == 2
     assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["epochs"] == 2
+
+
+def test_a_conversion_is_not_taken_for_a_training(corpus: Callable[[str], Path], tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, corpus("ru"))
+    weights = []
+    for stage in ("train", "convert", "train"):
+        assert run(config, tmp_path / "run", stage) == 0
+        weights.append((tmp_path / "run" / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[2] != weights[1]
 
 
 def test_prepared_parts_share_no_speaker(corpus: Callable[[str], Path], tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ Paths are relative to the manifest's folder or absolute. `offset` (seconds into 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from training.errors import EmptyManifestError, ManifestError
 
@@ -100,6 +102,12 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> list[Par
 def read_manifest(path: Path) -> list[Utterance]:
     """Rows in file order, their audio as resolved paths. Raises as `read_rows` does."""
     return read_rows(path, lambda row: _utterance(row, path.parent))
+
+
+def spread(rows: Sequence[Parsed], limit: int) -> list[Parsed]:
+    """At most `limit` rows, evenly from the first to the last."""
+    places = np.linspace(0, len(rows) - 1, min(limit, len(rows))).round().astype(int)
+    return [rows[place] for place in places]
 
 
 def write_manifest(path: Path, rows: Iterable[Utterance]) -> Path:

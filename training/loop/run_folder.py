@@ -5,6 +5,7 @@ environment.json   versions, machine, device, git commit
 metrics.csv        one row per epoch
 checkpoints/       last.ckpt to go on from, the best by validation WER
 weights.safetensors  what training, or a conversion, ended with
+export/            the graphs made of them
 tensorboard/       the same figures for TensorBoard
 plots/             PNG
 """
@@ -27,6 +28,7 @@ import torch
 from training.errors import ConfigError
 
 WEIGHTS = "weights.safetensors"
+FLOAT32, INT8 = "export/model.onnx", "export/model.int8.onnx"
 PARTS = ("train", "validation", "test")
 FREE = ("benchmark", "bundle", "name", "training")
 """Sections that may differ from call to call: neither the data nor the network depends on them."""
@@ -77,7 +79,7 @@ class RunFolder:
 
     def forget_graphs(self) -> None:
         """Remove what was exported from older weights: a bundle must not mix it with newer ones."""
-        self.forget("export/model.onnx", "export/model.int8.onnx", "quantize.json", "benchmark.json")
+        self.forget(FLOAT32, INT8, "quantize.json", "benchmark.json")
 
     def write_json(self, name: str, values: Any) -> Path:
         """Store plain values under `name`, atomically."""

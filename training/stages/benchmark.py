@@ -9,8 +9,8 @@ from training.benchmark import Form, onnx_form, side_by_side, table, torch_netwo
 from training.data.manifest import Utterance
 from training.errors import EmptyManifestError
 from training.loop.plots import plot_results
-from training.loop.run_folder import RunFolder, environment
-from training.stages.export import FLOAT32, INT8, load_part
+from training.loop.run_folder import FLOAT32, INT8, RunFolder, environment
+from training.stages.export import load_part
 from training.stages.recipe import Recipe
 from training.stages.train import trained
 
@@ -27,7 +27,7 @@ def benchmark(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolde
     recordings, texts = load_part(rows["test"], rate_hz)
     network = trained(recipe, codec, folder)
     size_bytes = sum(value.numel() * value.element_size() for value in network.parameters())
-    graphs = {"onnx": folder.path / "export" / FLOAT32, "int8": folder.path / "export" / INT8}
+    graphs = {"onnx": folder.path / FLOAT32, "int8": folder.path / INT8}
     measured = side_by_side(
         [
             Form("pytorch", size_bytes, torch_network(network)),

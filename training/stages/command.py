@@ -34,6 +34,7 @@ def convert(recipe: Recipe, _rows: dict[str, list[Utterance]], folder: RunFolder
     fits_one_file(network)
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     folder.forget_graphs()
+    folder.forget("train.json")  # or `train` would take these weights for its own
     save_file(unshared(weights), folder.path / WEIGHTS)
     return folder.path / WEIGHTS
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from training.data.audio import load_waveform
-from training.data.manifest import Utterance
+from training.data.manifest import Utterance, spread
 from training.errors import CheckpointError, QualityGateError
 from training.inference import Agreement, clip_of, compare, in_turns_s
-from training.loop.run_folder import RunFolder
+from training.loop.run_folder import FLOAT32, INT8, RunFolder
 from training.stages.recipe import Recipe
 from training.stages.runtime import GraphRunner, Samples, score
 from training.stages.train import trained
@@ -25,15 +25,8 @@ from training.stages.train import trained
 TOLERANCE = 1e-4
 """Largest difference of a posterior between torch and ONNX, and between batched and alone."""
 
-FLOAT32, INT8 = "model.onnx", "model.int8.onnx"
 MAX_SCORED = 200
 """Utterances the gate is measured on at most."""
-
-
-def spread(rows: Sequence[Utterance], limit: int) -> list[Utterance]:
-    """At most `limit` rows, from the first to the last."""
-    places = np.linspace(0, len(rows) - 1, min(limit, len(rows))).round().astype(int)
-    return [rows[place] for place in places]
 
 
 def load_part(
@@ -50,7 +43,7 @@ def export(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) 
 
     Until it agrees there is no graph, neither this one nor an earlier one.
     """
-    target = folder.path / "export" / FLOAT32
+    target = folder.path / FLOAT32
     folder.forget_graphs()
     codec = recipe.codec()
     network = trained(recipe, codec, folder)
@@ -122,11 +115,11 @@ def quantize(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder
     """
     settings = recipe.config.benchmark
     rate_hz = recipe.facts().sample_rate_hz
-    graph = folder.path / "export" / FLOAT32
-    target = folder.path / "export" / INT8
+    graph = folder.path / FLOAT32
+    target = folder.path / INT8
     if not graph.is_file():
         raise CheckpointError(f"{graph}: no graph; run the export stage first")
-    target.unlink(missing_ok=True)
+    folder.forget(INT8, "quantize.json", "benchmark.json")
     codec = recipe.codec()
     calibration, _ = load_part(rows["train"], rate_hz, limit=32)
     recordings, texts = load_part(rows["validation"], rate_hz)

@@ -13,8 +13,7 @@ from training.benchmark import table
 from training.bundle_writer import Card, Graphs, Measurements, write_bundle
 from training.data.manifest import Utterance
 from training.errors import CheckpointError
-from training.loop.run_folder import WEIGHTS, RunFolder
-from training.stages.export import FLOAT32, INT8
+from training.loop.run_folder import FLOAT32, INT8, WEIGHTS, RunFolder
 from training.stages.recipe import Recipe
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -26,8 +25,8 @@ def publish(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder)
     Raises CheckpointError when there is no graph yet, BundleError where the service would refuse the bundle.
     """
     exported: dict[GraphName, Path] = {
-        "float32": folder.path / "export" / FLOAT32,
-        "int8": folder.path / "export" / INT8,
+        "float32": folder.path / FLOAT32,
+        "int8": folder.path / INT8,
     }
     there = {name: path for name, path in exported.items() if path.is_file()}
     if "float32" not in there:

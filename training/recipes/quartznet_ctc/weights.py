@@ -2,9 +2,9 @@
 
     python -m training.recipes.quartznet_ctc.weights --run runs/NAME --out student.safetensors
 
-Half precision, the heads of training only left out. ``--average-with`` takes the mean with other students, such
-as the one that the run went on from: between two points of one valley often lies a better one (Wortsman et al.,
-"Model soups", ICML 2022). Measure which is better on validation.
+Half precision, the heads of training only left out. ``--average-with`` takes the mean with other students, as
+with the one that the run went on from: between two points of one valley often lies a better one (Wortsman et
+al., "Model soups", ICML 2022). Measure which is better on validation.
 """
 
 from __future__ import annotations

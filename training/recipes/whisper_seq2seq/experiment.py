@@ -27,7 +27,7 @@ import torch
 
 from training.benchmark import table
 from training.config import RunConfig, load_config
-from training.data.manifest import Utterance
+from training.data.manifest import Utterance, spread
 from training.errors import TrainingError
 from training.loop.fit import choose_device
 from training.loop.plots import plot_results
@@ -35,7 +35,7 @@ from training.loop.run_folder import RunFolder, environment, open_run
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
 from training.recipes.whisper_seq2seq.scoring import score
 from training.stages.benchmark import benchmark
-from training.stages.export import export, quantize, spread
+from training.stages.export import export, quantize
 from training.stages.prepare import prepare
 from training.stages.publish import publish
 from training.stages.train import train, trained
