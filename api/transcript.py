@@ -20,9 +20,10 @@ SHORT_PAUSE_S = 0.3
 
 
 NOWHERE = 0.3
-"""Share of the doubtful confidence below which nothing was said. At the default of 0.5 that is 0.15: of the
-21 words that the model in the box made of 300 clips of noise 19 had less, and no segment of 120 clips of
-speech."""
+"""Share of the doubtful confidence below which nothing was said, 0.15 at the default of 0.5; twice that for a
+word by itself. Of 300 clips of swelling noise the model in the box makes 9 short words of 0.17 to 0.29; of
+580 segments of speech none has less than 0.2, and four lone words have less than 0.3, all of them wrong.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Segment:
         A language model turns letters into words, whose confidence still is the acoustic model's.
         """
         letters = sum(len(word.text) for word in self.words)
-        if self.confidence < NOWHERE * below_confidence:
+        if self.confidence < (2 if len(self.words) == 1 else 1) * NOWHERE * below_confidence:
             return True
         return self.confidence < below_confidence and letters < 2 * len(self.words)
 

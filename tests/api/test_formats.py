@@ -136,6 +136,13 @@ class TestSegments:
             assert segment.is_like_noise(0.5) is noise
             assert not segment.is_like_noise(0.0)
 
+    def test_a_word_by_itself_must_be_heard_twice_as_well(self) -> None:
+        words = tuple(spoken(["the"]))
+        for confidence, noise in ((0.31, False), (0.29, True)):
+            segment = Segment(0, 1, "the", words, (), math.log(confidence), 0.0, 0.0, 3)
+            assert segment.is_like_noise(0.5) is noise
+            assert not segment.is_like_noise(0.0)
+
 
 class TestOpenAIBodies:
     def test_json_has_text_and_usage_only(self) -> None:
