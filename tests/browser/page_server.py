@@ -148,6 +148,7 @@ def choose(page: Page, key: str, option: str, offered: list[str]) -> None:
             expect(page.get_by_role("option")).to_have_text([option], timeout=5_000)
             box.press("Enter")
             expect(page.get_by_role("option")).to_have_count(0, timeout=5_000)
+            box.blur()  # what was only typed, and not chosen, is forgotten then
             expect(box).to_have_value(option, timeout=5_000)
             return
         box.press("Escape")

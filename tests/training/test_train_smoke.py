@@ -81,7 +81,7 @@ def test_recordings_become_a_bundle(
     } <= {path.name for path in run.iterdir()}
     tried = json.loads((run / "quantize.json").read_text())
     assert len(tried["candidates"]) >= 2
-    assert (run / "export" / INT8).is_file() == (tried["chosen"] is not None)
+    assert (run / INT8).is_file() == (tried["chosen"] is not None)
     table = json.loads((run / "benchmark.json").read_text())["rows"]
     assert [row["graph"] for row in table][:2] == ["pytorch", "onnx"]
     assert table[0]["wer"] == table[1]["wer"], "torch and ONNX write the same texts"
@@ -114,7 +114,7 @@ def test_a_live_api_serves_it(recipe: str, models: Path, service: str) -> None:
     rows = read_manifest(run / "data" / "test.jsonl")
     made = _recipe(recipe_type, run)
     recordings, _ = load_part(rows, 16_000)
-    expected = GraphRunner(run / "export" / FLOAT32).texts(recordings, made.codec())
+    expected = GraphRunner(run / FLOAT32).texts(recordings, made.codec())
     answers = []
     for row in rows:
         form = {"model": f"{recipe}-tiny", "language": language}
