@@ -27,13 +27,13 @@ from training.bundle_writer import hardware
 from training.calibration import manifest_waveforms
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import TrainingError
-from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text
+from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text, plainly
 from training.export import export_graph
 from training.frontend import LogMel
 from training.inference import LogProbs, Waveform, clip_of, cpu_session, in_turns_s, run_graph
 from training.nemo import read_nemo
 from training.nemo_import import as_checkpoint
-from training.text import normaliser
+from training.text import Normaliser, normaliser
 
 CLIP_S = 5.0
 COLUMNS = {
@@ -112,7 +112,7 @@ def side_by_side(
     clip_s: float,
     threads: int,
     rounds: int,
-    normalise: Callable[[str], str],
+    normalise: Normaliser,
 ) -> list[Row]:
     """Latency on `clip_s` seconds of the clips, in turns; error rates of greedy texts on all of them.
 
@@ -145,10 +145,10 @@ def _rates(
     network: Network,
     vocabulary: Vocabulary,
     clips: Sequence[tuple[Waveform, str]],
-    normalise: Callable[[str], str],
+    normalise: Normaliser,
 ) -> ErrorRates:
-    heard = [(text, greedy_text(network(clip), vocabulary)) for clip, text in clips]
-    return error_rates([Utterance(normalise(text), normalise(found)) for text, found in heard])
+    heard = [Utterance(text, greedy_text(network(clip), vocabulary)) for clip, text in clips]
+    return error_rates(plainly(heard, normalise))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

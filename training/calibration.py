@@ -10,10 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soxr
-
-from training.data.audio import load_waveform, read_span
+from training.data.audio import decode_waveform, load_waveform
 from training.data.manifest import read_rows, spread
 from training.errors import DataError, EmptyManifestError
 from training.inference import Waveform
@@ -66,10 +63,8 @@ def manifest_waveforms(
         waveform = load_waveform(manifest.parent / row["audio_filepath"], sample_rate_hz, *_span_s(row))
         clips.append((waveform, str(row.get("text", ""))))
     for row, content in _contents(sharded, manifest.parent):
-        samples, rate_hz = read_span(content, *_span_s(row))
-        if rate_hz != sample_rate_hz:
-            samples = soxr.resample(samples, rate_hz, sample_rate_hz)
-        clips.append((np.ascontiguousarray(samples, np.float32), str(row.get("text", ""))))
+        waveform = decode_waveform(content, sample_rate_hz, *_span_s(row))
+        clips.append((waveform, str(row.get("text", ""))))
     return clips
 
 

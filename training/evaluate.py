@@ -23,7 +23,7 @@ from api.decoding import decode
 from api.vocabulary import Vocabulary
 from training.errors import TrainingError
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
-from training.text import normaliser
+from training.text import Normaliser, normaliser
 
 BOOTSTRAP_ROUNDS = 1000
 
@@ -132,9 +132,8 @@ def recognise_all(
         yield Utterance(reference, recogniser(waveform))
 
 
-def plainly(heard: Iterable[Utterance], language: str) -> list[Utterance]:
-    """Both sides as training normalises texts of the language: capitals and punctuation are no errors."""
-    plain = normaliser(language)
+def plainly(heard: Iterable[Utterance], plain: Normaliser) -> list[Utterance]:
+    """Both sides as training normalises texts: capitals and punctuation are no errors."""
     return [Utterance(plain(item.reference), plain(item.hypothesis)) for item in heard]
 
 
@@ -160,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     heard = recognise_all(recogniser, clips, given.name)
-    rates = error_rates(plainly(heard, bundle.manifest.languages[0]))
+    rates = error_rates(plainly(heard, normaliser(bundle.manifest.languages[0])))
     print(f"WER {rates.wer:.2%} [{rates.wer_low:.2%}, {rates.wer_high:.2%}]  CER {rates.cer:.2%}")
     print(json.dumps(rates.__dict__))
     return 0

@@ -39,6 +39,7 @@ from training.graph import OPSET
 from training.inference import cpu_session, quiet_run_s
 from training.ngram import fit_texts
 from training.quantize import Gate, Outcome, quantize
+from training.text import normaliser
 
 SPEED_CLIP_S = 5.0
 
@@ -151,8 +152,9 @@ def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:
     for given, language in sorted((pair for pair in named if pair[1] in languages), key=str):
         rate_hz, source = bundle.manifest.sample_rate_hz, given or test.stem
         clips = manifest_waveforms(test, rate_hz, with_text=True, source=given, language=language)
+        plain = normaliser(language)
         for decoding, recogniser in ways.items():
-            rates = error_rates(plainly(recognise_all(recogniser, clips, source), language))
+            rates = error_rates(plainly(recognise_all(recogniser, clips, source), plain))
             interval = f"[{rates.wer_low:.2%}, {rates.wer_high:.2%}]"
             print(f"{source} ({language}), {decoding}: WER {rates.wer:.2%} {interval}")
             found.append(

@@ -34,21 +34,30 @@ def load_waveform(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recording")
     try:
-        samples, rate_hz = read_span(path, offset_s, duration_s)
+        samples, rate_hz = _read_soundfile(path, offset_s, duration_s)
     except soundfile.LibsndfileError:
         samples, rate_hz = _read_av(path, offset_s, duration_s)
     if samples.size == 0:
         raise UndecodableAudioError(f"{path}: no samples")
-    if rate_hz != sample_rate_hz:
-        samples = soxr.resample(samples, rate_hz, sample_rate_hz)
+    return _at_rate(samples, rate_hz, sample_rate_hz)
+
+
+def decode_waveform(
+    content: BinaryIO, sample_rate_hz: int, offset_s: float = 0.0, duration_s: float | None = None
+) -> Samples:
+    """As `load_waveform`, of a file's content and what libsndfile reads only. Raises LibsndfileError."""
+    return _at_rate(*_read_soundfile(content, offset_s, duration_s), sample_rate_hz)
+
+
+def _at_rate(samples: Samples, rate_hz: int, wanted_hz: int) -> Samples:
+    if rate_hz != wanted_hz:
+        samples = soxr.resample(samples, rate_hz, wanted_hz)
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-def read_span(source: Path | BinaryIO, offset_s: float, duration_s: float | None) -> tuple[Samples, int]:
-    """What libsndfile reads of a file or of its content: mono samples (samples,), and their rate in Hz.
-
-    The stretch is as in `load_waveform`. Raises LibsndfileError.
-    """
+def _read_soundfile(
+    source: Path | BinaryIO, offset_s: float, duration_s: float | None
+) -> tuple[Samples, int]:
     with soundfile.SoundFile(source) as file:
         rate_hz = int(file.samplerate)
         start, stop = _span(offset_s, duration_s, rate_hz, file.frames)

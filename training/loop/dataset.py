@@ -86,30 +86,24 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
-def make_sampler(
+def make_loader(
     dataset: UtteranceDataset, settings: TrainingSettings, *, training: bool
-) -> DurationBatchSampler:
-    """Batches by total seconds; shuffled for training, in a fixed order otherwise."""
+) -> DataLoader[Example]:
+    """Batches by total seconds; shuffled and augmented for training, in a fixed order otherwise."""
     slowest = 1.0
     if training and dataset.augment is not None and dataset.augment.config.speeds:
         slowest = min(dataset.augment.config.speeds)
     durations_s = [(row.duration_s or 0.0) / slowest for row in dataset.rows]
-    return DurationBatchSampler(
+    sampler = DurationBatchSampler(
         durations_s,
         settings.max_batch_s,
         max_items=settings.max_items,
         shuffle=training,
         seed=settings.seed,
     )
-
-
-def make_loader(
-    dataset: UtteranceDataset, settings: TrainingSettings, *, training: bool
-) -> DataLoader[Example]:
-    """Padded batches of `make_sampler`'s."""
     return DataLoader(
         dataset,
-        batch_sampler=make_sampler(dataset, settings, training=training),
+        batch_sampler=sampler,
         collate_fn=collate,
         num_workers=settings.workers,
         persistent_workers=settings.workers > 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from training.inference import cpu_session, run_graph
 from training.loop.module import error_rates
+from training.text import Normaliser
 from training.vocabulary import TokenCodec, collapse
 
 Samples = npt.NDArray[np.float32]
@@ -40,7 +41,7 @@ def score(
     waveforms: Sequence[Samples],
     texts: Sequence[str],
     codec: TokenCodec,
-    normalise: Callable[[str], str],
+    normalise: Normaliser,
 ) -> tuple[float, float]:
     """WER and CER of a graph on recordings with known texts.
 

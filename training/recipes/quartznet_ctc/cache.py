@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import soxr
 import torch
 from tqdm import tqdm
 
-from training.data.audio import read_span
+from training.data.audio import decode_waveform
 from training.frontend import LogMel
 from training.recipes.quartznet_ctc.dataset import Utterance, read_utterances
 
@@ -34,9 +33,7 @@ SAMPLE_RATE_HZ = 16_000
 
 def decode_audio(row: Utterance, data: bytes) -> npt.NDArray[np.int16]:
     """Encoded audio -> the row's stretch of it, int16 mono samples at 16 kHz, shape ``(samples,)``."""
-    mono, rate_hz = read_span(io.BytesIO(data), row.offset_s, row.duration_s)
-    if rate_hz != SAMPLE_RATE_HZ:
-        mono = soxr.resample(mono, rate_hz, SAMPLE_RATE_HZ)
+    mono = decode_waveform(io.BytesIO(data), SAMPLE_RATE_HZ, row.offset_s, row.duration_s)
     samples_i16: npt.NDArray[np.int16] = np.clip(np.round(mono * 32767.0), -32768, 32767).astype(np.int16)
     return samples_i16
 

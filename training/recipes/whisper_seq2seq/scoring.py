@@ -7,7 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from training.data.manifest import Utterance
-from training.loop.dataset import UtteranceDataset, make_loader, make_sampler
+from training.loop.dataset import UtteranceDataset, make_loader
 from training.loop.fit import choose_device
 from training.loop.module import error_rates
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
@@ -29,7 +29,7 @@ def score(
     codec, normalise = recipe.codec(), recipe.normaliser()
     dataset = UtteranceDataset(rows, codec.encode, recipe.facts().sample_rate_hz)
     loader = make_loader(dataset, settings, training=False)
-    batches = list(make_sampler(dataset, settings, training=False))
+    batches = list(loader.batch_sampler or ())
     texts = [""] * len(rows)
     with torch.inference_mode():
         for places, batch in tqdm(zip(batches, loader, strict=True), total=len(batches), unit="batch"):
