@@ -36,10 +36,7 @@ _SPEECH_KEYS = frozenset(
         "prompt",
     }
 )
-_SECRET_KEYS = frozenset(
-    {"authorization", "api_key", "api_keys", "apikey", "key", "keys", "token", "secret", "password", "cookie"}
-    | {"proxy_authorization", "x_api_key", "set_cookie"}
-)
+_SECRET_KEYS = frozenset({"authorization", "apikey", "key", "keys", "token", "secret", "password", "cookie"})
 _SECRET_ENDINGS = ("_key", "_keys", "_token", "_secret", "_password", "_authorization", "_cookie")
 _AUDIO_KEYS = frozenset({"audio", "waveform", "samples", "body", "content", "data", "file_bytes"})
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]+")
