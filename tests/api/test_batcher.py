@@ -383,7 +383,7 @@ async def test_stalled_means_work_without_progress() -> None:
         assert pool.stalled(after_s=60)
         engine.gate.set()
         await task
-        while pool.busy:  # the worker books its batch after it has delivered it
+        while pool.busy:  # noqa: ASYNC110  a thread books its batch after it has delivered it
             await asyncio.sleep(0.001)
         assert not pool.stalled(after_s=60)
     finally:
