@@ -23,7 +23,6 @@ from torch import Tensor
 
 from api.bundle import Bundle, BundleError, load_bundle
 from api.vocabulary import Vocabulary
-from training.bundle_writer import hardware
 from training.calibration import manifest_waveforms
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import TrainingError
@@ -33,6 +32,7 @@ from training.frontend import LogMel
 from training.inference import LogProbs, Waveform, clip_of, cpu_session, in_turns_s, run_graph
 from training.nemo import read_nemo
 from training.nemo_import import as_checkpoint
+from training.provenance import hardware
 from training.text import Normaliser, normaliser
 
 CLIP_S = 5.0

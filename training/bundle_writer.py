@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from api.manifest import (
 from api.ngram import NgramTable
 from api.vocabulary import Vocabulary
 from training.errors import ConfigError
+from training.provenance import git_commit
 
 GRAPH_FILES: Mapping[GraphName, str] = {"int8": "model.int8.onnx", "float32": "model.onnx"}
 VOCABULARY_FILE = "vocab.txt"
@@ -282,25 +281,3 @@ def _speed_table(speed: Sequence[Speed]) -> str:
             f"| {entry.hardware} | {entry.threads} | {entry.graph} | {entry.clip_s:g} s | {entry.rtf:.4f} |"
         )
     return "\n".join(lines)
-
-
-def git_commit() -> str | None:
-    """The checkout's commit; None outside one."""
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
-
-
-def hardware() -> str:
-    """Processor and core count in words."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in _read_cpu_info().splitlines()
-        if line.lower().startswith("model name")
-    ]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _read_cpu_info() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

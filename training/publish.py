@@ -27,7 +27,6 @@ from training.bundle_writer import (
     Measurements,
     add_measurements,
     check_card,
-    hardware,
     write_bundle,
 )
 from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
@@ -38,6 +37,7 @@ from training.export import MIN_SAMPLES, check_agreement, export_graph
 from training.graph import OPSET
 from training.inference import cpu_session, quiet_run_s
 from training.ngram import fit_texts
+from training.provenance import hardware
 from training.quantize import Gate, Outcome, quantize
 from training.text import normaliser
 

@@ -9,7 +9,8 @@ from training.benchmark import Form, onnx_form, side_by_side, table, torch_netwo
 from training.data.manifest import Utterance
 from training.errors import EmptyManifestError
 from training.loop.plots import plot_results
-from training.loop.run_folder import FLOAT32, INT8, RunFolder, environment
+from training.loop.run_folder import FLOAT32, INT8, RunFolder
+from training.provenance import processor
 from training.stages.export import load_part
 from training.stages.recipe import Recipe
 from training.stages.train import trained
@@ -46,7 +47,7 @@ def benchmark(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolde
         "clip_s": settings.clip_s,
         "threads": settings.threads,
         "test_utterances": len(texts),
-        "hardware": environment()["processor"],
+        "hardware": processor(),
         "rows": columns,
     }
     folder.write_json("benchmark.json", result)

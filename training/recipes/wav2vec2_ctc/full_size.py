@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from training.data.synthetic import SAMPLE_RATE_HZ, tones
 from training.inference import compare, cpu_session, run_graph
-from training.loop.run_folder import environment
+from training.provenance import processor
 from training.recipes.wav2vec2_ctc.export import export_graph
 from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc
 from training.transformer_quantize import dynamic, products
@@ -116,14 +116,13 @@ def main() -> None:
     print(TABLE_HEAD)
     for row in rows:
         print(TABLE_ROW.format(**row))
-    hardware = environment()["processor"]
     setting = {
         "clip_s": given.clip_s,
         "threads": given.threads,
         "repeats": given.repeats,
         "layers": given.layers,
     }
-    print(json.dumps({"hardware": hardware, **setting, "rows": rows}))
+    print(json.dumps({"hardware": processor(), **setting, "rows": rows}))
 
 
 if __name__ == "__main__":
