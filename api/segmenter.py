@@ -123,7 +123,9 @@ def frame_levels_dbfs(samples: FloatArray, sample_rate_hz: int, smoothing_s: flo
     """Level of each 20 ms frame of float32 (n,) ``samples`` in dB under full scale, float32 (frames,).
 
     An incomplete last frame counts as a frame. With ``smoothing_s`` the power is averaged around each frame.
+    The mean of ``samples`` does not count: the constant offset of a cheap converter would cover quiet speech.
     """
+    samples = samples - samples.mean()
     frame = max(1, int(FRAME_S * sample_rate_hz))
     whole = len(samples) // frame
     framed = samples[: whole * frame].reshape(whole, frame)

@@ -62,14 +62,15 @@ class VoiceActivity:
         frames = len(samples) // self._frame
         self._rest = samples[frames * self._frame :].copy()
         framed = samples[: frames * self._frame].reshape(frames, self._frame)
-        levels = 10 * np.log10(np.einsum("ij,ij->i", framed, framed) / self._frame + 1e-10)
+        # The variance, not the power: the constant offset of a cheap converter would cover quiet speech.
+        levels = 10 * np.log10(framed.var(axis=1) + 1e-10)
         for frame, level_dbfs in zip(framed, levels.tolist(), strict=True):
             yield from self._step(frame, level_dbfs)
 
     def finish(self) -> Iterator[tuple[int, FloatArray, bool]]:
         """End of the stream: an open stretch is closed, with what came after its last speech frame."""
         if self._in_speech:
-            tail = [*self._pause[: self._tail_frames], self._rest]
+            tail = [*self._pause, self._rest][: self._tail_frames]
             start_frame = self._frames_seen - len(self._pause)
             yield start_frame * self._frame, np.concatenate(tail), True
         self._in_speech = False

@@ -107,6 +107,16 @@ def test_a_quiet_word_in_long_silence_is_kept() -> None:
     assert may_be_speech(samples, RATE_HZ)
 
 
+@pytest.mark.parametrize("vad", [None, VadOptions()], ids=["whole", "server_vad"])
+def test_a_constant_offset_hides_no_speech(vad: VadOptions | None) -> None:
+    samples = 0.05 * np.concatenate([noise(1.0, 0.001, 9), bursts([1.0, 1.5, 0.8, 1.2])])
+    offset = samples + np.float32(0.1)
+    assert [window.start_sample for window in cut(samples, vad=vad)] == [
+        window.start_sample for window in cut(offset, vad=vad)
+    ]
+    assert cut(np.full(3 * RATE_HZ, 0.1, np.float32), vad=vad) == []
+
+
 def test_silent_windows_of_a_long_file_are_dropped_and_times_kept() -> None:
     samples = np.concatenate([sing("abc"), np.zeros(20 * RATE_HZ, np.float32), sing("de")])
     windows = cut(samples)
@@ -146,6 +156,13 @@ class TestServerVad:
     def test_speech_from_the_first_sample_is_heard(self) -> None:
         windows = cut(bursts([1.0]), vad=VadOptions())
         assert windows[0].start_sample == 0
+
+    def test_what_is_kept_at_the_end_of_the_file_is_one_piece_of_it(self) -> None:
+        """The pause at the end is longer than what is kept of it, and ends in the middle of a frame."""
+        samples = np.concatenate([noise(1.0, 0.001, 9), bursts([]), noise(0.3, 0.001, 8), np.ones(50, "f4")])
+        (window,) = cut(samples, vad=VadOptions())
+        end_sample = window.start_sample + len(window.samples)
+        np.testing.assert_array_equal(window.samples, samples[window.start_sample : end_sample])
 
     def test_stretches_longer_than_the_window_are_cut(self) -> None:
         samples = bursts([0.1] * 12)
