@@ -155,7 +155,7 @@ def parse_form(model: type[F], fields: Sequence[tuple[str, str]], query: Iterabl
             raise InvalidRequestError(f"Field {wire_name!r} is given twice.", param=wire_name)
         else:
             values[wire_name] = _maybe_object(wire_name, value)
-    values = {name: value for name, value in values.items() if value != ""}
+    values = {name: value for name, value in values.items() if value not in ("", [""])}
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -180,7 +180,7 @@ def _maybe_object(name: str, value: str) -> object:
     if name == "chunking_strategy" and value.lstrip().startswith("{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InvalidRequestError("chunking_strategy is not valid JSON.", param=name) from None
     return value
 

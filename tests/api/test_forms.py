@@ -76,8 +76,8 @@ class TestFields:
         assert parse_form(TranscribeForm, [("timestamps", text)]).timestamps is value
 
     def test_empty_fields_are_as_if_not_sent(self) -> None:
-        form = parse_form(TranscribeForm, [("language", ""), ("beam", ""), ("model", "")])
-        assert (form.language, form.beam, form.model) == (None, None, "")
+        form = parse_form(TranscribeForm, [("language", ""), ("beam", ""), ("model", ""), ("hotwords[]", "")])
+        assert (form.language, form.beam, form.model, form.hotwords) == (None, None, "", ())
 
     def test_language_is_case_blind(self) -> None:
         assert parse_form(TranscribeForm, [("language", "EN")]).options(SETTINGS).language == "en"
@@ -92,6 +92,11 @@ class TestFields:
             ([("model", "m"), ("temperature", "hot")], InvalidRequestError, "temperature"),
             ([("model", "m"), ("temperature", "nan")], InvalidValueError, "temperature"),
             ([("model", "m"), ("chunking_strategy", "{")], InvalidRequestError, "chunking_strategy"),
+            (
+                [("model", "m"), ("chunking_strategy", '{"a":' * 9000)],
+                InvalidRequestError,
+                "chunking_strategy",
+            ),
             ([("model", "m"), ("chunking_strategy[type]", "x")], InvalidValueError, "chunking_strategy"),
             (
                 [("model", "m"), ("chunking_strategy", "auto"), ("chunking_strategy[type]", "server_vad")],
@@ -99,6 +104,7 @@ class TestFields:
                 "chunking_strategy",
             ),
             ([("model", "m"), ("keywords", "x" * 201)], InvalidValueError, "keywords"),
+            ([("model", "m"), ("keywords", "a"), ("keywords", "")], InvalidValueError, "keywords"),
         ],
     )
     def test_bad_fields(self, fields: list[tuple[str, str]], error: type[AsrError], param: str) -> None:
