@@ -173,11 +173,7 @@ def run(arguments: argparse.Namespace) -> None:
             children.append(Child("page", command, environment, logs / "page.log"))
         waited_s = wait_ready(f"{base_url}/health/ready", children)
         print(f"Ready after {waited_s:.1f} s.")
-        transcribe_sample(
-            base_url,
-            arguments.model,
-            os.environ.get("ASR_API_KEY"),
-        )
+        transcribe_sample(base_url, arguments.model, os.environ.get("ASR_API_KEY"))
         if not arguments.no_page:
             wait_ready(f"http://127.0.0.1:{arguments.page_port}/_stcore/health", children)
             print(f"\n  Page        http://{shown_host}:{arguments.page_port}   drop a file, or speak")
@@ -206,19 +202,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="en-quartznet-small")
     parser.add_argument("--host", default=os.environ.get("ASR_HOST", "127.0.0.1"))
-    parser.add_argument(
-        "--port", type=int, default=int(os.environ.get("PORT", os.environ.get("ASR_PORT", "8000")))
-    )
-    parser.add_argument("--page-port", type=int, default=int(os.environ.get("PAGE_PORT", "8501")))
+    # as text, which argparse reads as it reads an option: one that is no number ends in one line as well
+    port = os.environ.get("PORT", os.environ.get("ASR_PORT", "8000"))
+    parser.add_argument("--port", type=int, default=port)
+    parser.add_argument("--page-port", type=int, default=os.environ.get("PAGE_PORT", "8501"))
     parser.add_argument("--no-page", action="store_true", help="the API alone")
     parser.add_argument("--once", action="store_true", help="stop after the sample; for tests")
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(parser.parse_args())
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
+    except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,0 +1,66 @@
+"""`make run`: one clear line for what goes wrong, a transcription of the sample, and a clean stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loadtest.processes import ROOT, environment, free_port
+from tests.tiny_bundle import make_bundle
+
+
+def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "run.py"), "--no-page", *arguments]
+    given = environment({"ASR_CALIBRATE": "false", **variables})
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=given, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "status", "problem"),
+    [
+        (["--model", "absent"], {}, 1, "there is no model 'absent' in"),
+        ([], {"PORT": "abc"}, 2, "argument --port: invalid int value: 'abc'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    arguments: list[str], variables: dict[str, str], status: int, problem: str
+) -> None:
+    process = start(*arguments, **variables)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert problem in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        process = start("--model", "tiny", "--port", port, ASR_MODELS_DIR=str(tmp_path))
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.startswith(f"error: port {port} for the API is not free")
+
+
+def test_the_sample_is_transcribed_and_sigterm_stops_everything(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    port = str(free_port())
+    with start("--model", "tiny", "--port", port, ASR_MODELS_DIR=str(tmp_path)) as process:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "Ctrl-C stops everything" in line:
+                os.kill(process.pid, signal.SIGTERM)
+    assert process.returncode == 0
+    assert any("samples/hello.flac" in line for line in said)
+    assert said[-1] == "Stopped.\n"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(port)))
