@@ -28,6 +28,12 @@ _UNREACHABLE = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProto
 
 
 async def stream_events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The JSON events of a stream until ``[DONE]``.
+
+    Raises:
+        ApiProtocolError: what came is no stream of events.
+        ApiStatusError: the service says in the stream that it failed.
+    """
     try:
         async for data in events(response.aiter_bytes()):
             if data == "[DONE]":
@@ -51,6 +57,7 @@ def from_done(event: dict[str, Any], *, language: str, model: str) -> Transcript
 
 
 def finish(transcript: Transcript, response: httpx.Response, span: SpanHandle) -> Transcript:
+    """The transcript with what the headers say: identifiers, and stage times where the body has none."""
     return transcript.with_trace(
         request_id=response.headers.get("x-request-id", ""),
         trace_id=response.headers.get("x-trace-id", "") or span.trace_id,
@@ -73,7 +80,7 @@ def _server_timing(header: str) -> dict[str, float]:
 
 
 def entries(body: object, key: str) -> list[object]:
-    """The list in an answer: the body itself, or under ``key`` or ``data``."""
+    """The list in an answer: the body itself, or under ``key`` or ``data``. Raises ApiProtocolError."""
     if isinstance(body, dict):
         body = body.get(key, body.get("data"))
     if not isinstance(body, list):
@@ -82,10 +89,12 @@ def entries(body: object, key: str) -> list[object]:
 
 
 def seconds(value: object) -> float | None:
+    """A number of seconds; None for what is no number."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def decode(response: httpx.Response) -> object:
+    """The body's JSON; None where it is none."""
     try:
         return response.json()
     except ValueError:
@@ -93,6 +102,7 @@ def decode(response: httpx.Response) -> object:
 
 
 def json_body(response: httpx.Response) -> object:
+    """The body's JSON. Raises ApiProtocolError."""
     body = decode(response)
     if body is None:
         raise ApiProtocolError("The address answers, but not as the speech service does.")
@@ -100,6 +110,7 @@ def json_body(response: httpx.Response) -> object:
 
 
 def failure(response: httpx.Response) -> ApiStatusError:
+    """The typed error of an answer with an error status."""
     return status_error(
         response.status_code,
         decode(response),
@@ -109,6 +120,7 @@ def failure(response: httpx.Response) -> ApiStatusError:
 
 
 def transport_failure(error: Exception, address: str) -> ApiError:
+    """The typed error for what httpx raises when no answer came from ``address``."""
     if isinstance(error, _UNREACHABLE):
         return ApiUnreachableError(f"No connection to {address} could be made.")
     if isinstance(error, httpx.TimeoutException):

@@ -137,7 +137,7 @@ class AsrClient:
         Raises:
             ApiError: see ``ui/errors.py``.
         """
-        form = {**_form(options or Options(), "hotwords[]"), "timestamps": "true"}
+        form = _form(options or Options())
         async with self._send("/transcribe", form, [("file", file)], on_wait) as (response, span):
             await response.aread()
             return answers.finish(Transcript.from_json(answers.json_body(response)), response, span)
@@ -149,7 +149,7 @@ class AsrClient:
 
         A file that failed has its error in its place; only a failure of the whole request raises.
         """
-        form = {**_form(options or Options(), "hotwords[]"), "timestamps": "true"}
+        form = _form(options or Options())
         parts = [("files", file) for file in files]
         async with self._send("/transcribe/batch", form, parts, on_wait) as (response, span):
             await response.aread()
@@ -166,7 +166,7 @@ class AsrClient:
         The events are OpenAI's; the service's own route adds times, words, segments and stage times to them.
         """
         options = options or Options()
-        form = {**_form(options, "hotwords[]"), "timestamps": "true", "stream": "true"}
+        form = {**_form(options), "stream": "true"}
         async with self._send("/transcribe", form, [("file", file)], on_wait) as (response, span):
             async for event in answers.stream_events(response):
                 if event.get("type") == "transcript.text.delta":
@@ -249,14 +249,15 @@ class AsrClient:
             attempt += 1
 
 
-def _form(options: Options, hotwords_field: str) -> dict[str, str | list[str]]:
+def _form(options: Options) -> dict[str, str | list[str]]:
+    """The fields of a request; times are always asked for, because the page shows them."""
     form: dict[str, str | list[str]] = {}
     if options.model:
         form["model"] = options.model
     if options.language:
         form["language"] = options.language
     if options.hotwords:
-        form[hotwords_field] = list(options.hotwords)
+        form["hotwords[]"] = list(options.hotwords)
     if options.beam is not None:
         form["beam"] = str(options.beam)
-    return form
+    return {**form, "timestamps": "true"}

@@ -17,7 +17,6 @@ from pathlib import PurePath
 from ui.transcript import Transcript, Word
 
 LINE_CHARACTERS = 42  # two lines of 42 characters: BBC subtitle guidelines, Netflix timed text style guide
-CUE_CHARACTERS = 2 * LINE_CHARACTERS + 1  # the line break counts
 CUE_S = 7.0
 SHORTEST_CUE_S = 0.5  # the service's own; a CTC model's word can be as short as one frame
 

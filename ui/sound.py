@@ -50,15 +50,14 @@ class UnreadableSoundError(ValueError):
 
 @dataclass(frozen=True)
 class SoundPicture:
-    """``peaks``: one byte per ``1 / peaks_per_s`` seconds, 255 is full scale of the loudest moment.
+    """``peaks``: one byte per column of ``1 / columns_per_s`` seconds, 255 in the loudest.
 
-    ``tiles``: PNG images side by side, each ``columns_per_tile`` columns wide (the last one less) and 64 mel
-    bands high, low tones at the bottom.
+    ``tiles``: PNG images of the same columns side by side, each ``columns_per_tile`` wide (the last one less)
+    and 64 mel bands high, low tones at the bottom.
     """
 
     duration_s: float
     peaks: bytes
-    peaks_per_s: float
     tiles: tuple[bytes, ...]
     columns_per_s: float
     columns_per_tile: int = TILE_COLUMNS
@@ -89,16 +88,14 @@ def picture_of(data: bytes) -> SoundPicture:
         raise UnreadableSoundError("There is no sound in this file.")
     duration_s = samples / rate
     pool = max(1, -(-sum(map(len, peaks)) // MAX_COLUMNS))
-    level = _pooled(np.concatenate(peaks)[:, None], pool, np.maximum)[:, 0]
-    decibels = _pooled(np.concatenate(columns), pool, np.maximum)
-    per_s = len(level) / duration_s
+    level = _pooled(np.concatenate(peaks)[:, None], pool)[:, 0]
+    decibels = _pooled(np.concatenate(columns), pool)
     loudest = float(level.max()) or 1.0
     return SoundPicture(
         duration_s=duration_s,
         peaks=np.round(level / loudest * 255).astype(np.uint8).tobytes(),
-        peaks_per_s=per_s,
         tiles=_tiles(decibels),
-        columns_per_s=per_s,
+        columns_per_s=len(level) / duration_s,
     )
 
 
@@ -222,10 +219,9 @@ def _filters(size: int, rate: int) -> Floats:
     return filters.astype(np.float32)
 
 
-def _pooled(values: Floats, pool: int, how: np.ufunc) -> Floats:
+def _pooled(values: Floats, pool: int) -> Floats:
     """(rows, width) -> (ceil(rows / pool), width): the largest of each ``pool`` rows."""
-    starts = np.arange(0, len(values), pool)
-    return np.asarray(how.reduceat(values, starts, axis=0), np.float32)
+    return np.maximum.reduceat(values, np.arange(0, len(values), pool), axis=0)
 
 
 def _tiles(decibels: Floats) -> tuple[bytes, ...]:

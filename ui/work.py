@@ -97,12 +97,12 @@ class Work:
         self._make_room()
         return new
 
-    def again(self, task: Task, options: Options | None = None) -> None:
-        """Send a finished task's file once more, perhaps with other options."""
+    def again(self, task: Task, options: Options) -> None:
+        """Send a finished task's file once more, where its sound is still there."""
         with self._lock:
             if task.audio is None or not task.over:
                 return
-            task.options = options or task.options
+            task.options = options
             task.attempt += 1
             task.state, task.error, task.transcript = State.WAITING, None, None
             task.text, task.heard_s, task.retry_at = "", None, None

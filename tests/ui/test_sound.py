@@ -50,7 +50,7 @@ def test_peaks_follow_the_loudness() -> None:
     samples = np.concatenate([np.zeros(RATE_HZ, np.float32), tone(440, 1.0), 0.5 * tone(440, 1.0)])
     picture = picture_of(file_of(samples))
     peaks = np.frombuffer(picture.peaks, np.uint8)
-    second = round(picture.peaks_per_s)
+    second = round(picture.columns_per_s)
     assert picture.duration_s == pytest.approx(3.0)
     assert peaks[: second - 1].max() == 0
     assert peaks[second + 2 : 2 * second - 2].min() > 230

@@ -215,7 +215,7 @@ def test_old_sound_makes_room_and_text_stays(monkeypatch: pytest.MonkeyPatch) ->
         assert len(made.tasks) == 4
         assert [task.audio is not None for task in made.tasks] == [False, False, True, True]
         assert all(task.transcript is not None for task in made.tasks)
-        made.again(made.tasks[0])  # its sound is gone: nothing to send
+        made.again(made.tasks[0], Options())  # its sound is gone: nothing to send
         assert made.tasks[0].state is State.DONE
 
 

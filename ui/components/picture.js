@@ -102,7 +102,7 @@ class Picture {
   drawWave(selector, from, span, color) {
     const made = this.canvas(selector);
     const { pen, width, height } = made;
-    const rate = this.data.picture.peaks_per_s;
+    const rate = this.data.picture.columns_per_s;
     pen.fillStyle = color;
     for (let x = 0; x < width; x += 1) {
       const first = Math.floor((from + (x / width) * span) * rate);

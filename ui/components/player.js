@@ -1,6 +1,6 @@
 // The player: sound, picture and words on one clock. Everything it shows comes in `data`, as text, never as HTML.
 // `data`: id, audio_url, duration_s, words [{text, start_s, end_s, confidence}], segments [{text, start_s, end_s,
-// confidence}], picture {peaks (base64 bytes), peaks_per_s, tiles [url], columns_per_s, columns_per_tile} or null,
+// confidence}], picture {peaks (base64 bytes), tiles [url], columns_per_s, columns_per_tile} or null,
 // sure_from, fair_from, strings.
 
 const players = new WeakMap();

@@ -65,7 +65,6 @@ def _picture(key: str, picture: SoundPicture | None) -> dict[str, Any] | None:
     tiles = [_media_url(png, "image/png", f"{key}.tile{i}") for i, png in enumerate(picture.tiles)]
     return {
         "peaks": base64.b64encode(picture.peaks).decode("ascii"),
-        "peaks_per_s": picture.peaks_per_s,
         "tiles": tiles,
         "columns_per_s": picture.columns_per_s,
         "columns_per_tile": picture.columns_per_tile,

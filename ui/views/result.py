@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import streamlit as st
 
 from ui.components.player import PlayableSound, player
+from ui.errors import ApiError
 from ui.problems import Problem, explain
 from ui.service import Service
 from ui.session import Session
@@ -27,7 +28,7 @@ def render(session: Session, service: Service) -> None:
     if task.state is State.DONE and task.transcript is not None:
         _transcript(session, task, task.transcript)
     elif task.error is not None:
-        _problem(session, task, service)
+        _problem(session, task, task.error, service)
     else:
         st.info(session.strings("result.cancelled"), icon=":material/cancel:")
         _again(session, task)
@@ -112,14 +113,12 @@ def _player(session: Session, task: Task, transcript: Transcript) -> None:
     player(f"{task.id}.{transcript.id}", transcript, sound, task.picture, session.strings)
 
 
-def _problem(session: Session, task: Task, service: Service) -> None:
+def _problem(session: Session, task: Task, error: ApiError, service: Service) -> None:
     strings = session.strings
-    if task.error is None:
-        return
     if task.audio is not None and not task.audio.data:
         problem = Problem(strings("problem.empty"), strings("problem.empty_do"), can_retry=False)
     else:
-        problem = explain(task.error, strings, service.max_upload_bytes)
+        problem = explain(error, strings, service.max_upload_bytes)
     lines = [f"**{task.name}**", f"**{problem.title}** {problem.advice}"]
     if problem.said:
         lines.append(problem.said)
