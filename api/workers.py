@@ -95,9 +95,14 @@ class WorkerPool:
         rate: float = 50.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``rate``: audio-seconds per second to expect before anything was measured."""
+        """``rate``: audio-seconds per second to expect before anything was measured.
+
+        ``waiting`` and ``waiting_audio_s`` tell how much waits for a worker.
+        """
         self.workers = workers
         self.drain_rate = DrainRate(rate)
+        # Counted, not summed over the queues: the event loop reads these while threads turn the queues.
+        self.waiting = 0
         self.waiting_audio_s = 0.0
         self.abandoned = 0
         self.expired = 0
@@ -132,10 +137,11 @@ class WorkerPool:
         with self._changed:
             if self._closing:
                 raise DrainingError("The service is shutting down.")
-            if not queue.waiting and not self.waiting and not self._running:
+            if not self.waiting and not self._running:
                 self._last_progress_s = self._clock()  # nothing was to be done until now
             entry.queue = queue
             queue.waiting.push(entry.owner, entry)
+            self.waiting += 1
             self.waiting_audio_s += entry.audio_s
             self._changed.notify()
             dead = any(not thread.is_alive() for thread in self._threads)
@@ -155,11 +161,6 @@ class WorkerPool:
                 self.abandoned += 1
         self._telemetry.segments_dropped("expired" if expired else "abandoned")
         return True
-
-    @property
-    def waiting(self) -> int:
-        """Entries that wait for a worker."""
-        return sum(len(queue.waiting) for queue in self._queues)
 
     @property
     def busy(self) -> int:
@@ -271,6 +272,7 @@ class WorkerPool:
 
     def _forget(self, entry: Entry) -> None:
         entry.queue = None
+        self.waiting -= 1
         self.waiting_audio_s = max(0.0, self.waiting_audio_s - entry.audio_s) if self.waiting else 0.0
         self.on_space()
 

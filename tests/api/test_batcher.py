@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -491,6 +492,31 @@ async def test_models_share_the_workers_and_take_turns() -> None:
         other.gate.set()
         await asyncio.gather(running, *mine, *others)
         assert sum(map(len, other.batches)) == 3
+
+
+async def test_what_waits_can_be_read_while_workers_turn_from_model_to_model() -> None:
+    other = EchoEngine(name="other")
+    other.gate.set()
+    async with house(workers=2, limit_s=1e6, rate=1e6) as h:
+        h.engine.gate.set()
+        second = Batcher(other, h.admission, h.telemetry)
+        often = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+
+        async def keep_busy(batcher: Batcher) -> None:
+            for _ in range(500):
+                await batcher.submit(np.ones(10, np.float32), deadline_s=time.monotonic() + 20)
+
+        def read() -> None:
+            for _ in range(200_000):
+                assert 0 <= h.pool.waiting <= 8
+
+        try:
+            work = [keep_busy(batcher) for batcher in (h.batcher, second) for _ in range(4)]
+            await asyncio.gather(asyncio.to_thread(read), *work)
+        finally:
+            sys.setswitchinterval(often)
+        assert h.pool.waiting == 0
 
 
 async def test_only_a_lone_clip_gets_all_cores() -> None:
