@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -55,26 +55,34 @@ def calibrate(engine: Engine, workers: int, *, max_batch: int = 0, budget_s: flo
     gpu = engine.provider == "cuda"
     batches = (max_batch,) if max_batch else (GPU_BATCHES if gpu else CPU_BATCHES)
     measured = _measure(engine, workers, batches, budget_s)
+    best, wide, wide_only = choose(measured, batches)
+    engine.configure(max_batch=best, wide=wide or wide_only)
+    if wide_only:
+        engine.use_wide_only()
+    return Calibration(
+        workers=1 if wide_only else workers,
+        max_batch=best,
+        wide=wide,
+        wide_only=wide_only,
+        audio_s_per_s=measured[ALONE_WIDE if wide_only else f"batch_{best}"],
+        took_s=time.perf_counter() - start_s,
+        measured={name: round(value, 1) for name, value in measured.items()},
+    )
+
+
+def choose(measured: Mapping[str, float], batches: Sequence[int]) -> tuple[int, bool, bool]:
+    """Batch cap, whether a lone clip gets all cores, and whether every batch does (then not "lone", too).
+
+    ``measured``: as in Calibration, with the first of ``batches`` at least.
+    """
     best = batches[0]
     for batch in batches[1:]:
         if measured.get(f"batch_{batch}", 0.0) > BATCH_MARGIN * measured[f"batch_{best}"]:
             best = batch
-    rate = measured[f"batch_{best}"]
-    wide = measured.get(ALONE_WIDE, 0.0) > WIDE_MARGIN * measured.get(ALONE, math.inf)
-    wide_only = measured.get(ALONE_WIDE, 0.0) > WIDE_ONLY_MARGIN * rate
-    engine.configure(max_batch=best, wide=wide or wide_only)
-    if wide_only:
-        engine.use_wide_only()
-        rate = measured[ALONE_WIDE]
-    return Calibration(
-        workers=1 if wide_only else workers,
-        max_batch=best,
-        wide=wide and not wide_only,
-        wide_only=wide_only,
-        audio_s_per_s=rate,
-        took_s=time.perf_counter() - start_s,
-        measured={name: round(value, 1) for name, value in measured.items()},
-    )
+    alone_wide = measured.get(ALONE_WIDE, 0.0)
+    wide_only = alone_wide > WIDE_ONLY_MARGIN * measured[f"batch_{best}"]
+    wide = alone_wide > WIDE_MARGIN * measured.get(ALONE, math.inf)
+    return best, wide and not wide_only, wide_only
 
 
 def _measure(engine: Engine, workers: int, batches: Sequence[int], budget_s: float) -> dict[str, float]:
@@ -99,7 +107,9 @@ def _measure(engine: Engine, workers: int, batches: Sequence[int], budget_s: flo
 
 def _throughput(engine: Engine, workers: int, batch: int, for_s: float, *, wide: bool) -> float:
     """Audio-seconds per second of ``workers`` threads that each run batches for about ``for_s``."""
-    samples = min(int(CLIP_S * engine.sample_rate_hz), engine.limits.buckets[-1])
+    limits = engine.limits  # what they bound, memory above all, they bound here too
+    longest = min(limits.buckets[-1], limits.max_padded_samples // batch)
+    samples = min(int(CLIP_S * engine.sample_rate_hz), longest)
     noise = np.random.default_rng(0).normal(0.0, 0.05, (batch, samples)).astype(np.float32)
     lengths = np.full(batch, samples, np.int64)
     until_s = time.perf_counter() + for_s

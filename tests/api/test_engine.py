@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from api.bundle import Bundle, list_bundles, load_bundle
-from api.calibration import calibrate
+from api.calibration import ALONE, ALONE_WIDE, calibrate, choose
 from api.ctc import greedy
 from api.engine import EncodedBatch, Engine, available_providers, verify_provider
 from api.errors import BundleError, InferenceError, SettingsError
@@ -104,6 +104,7 @@ def test_padding_goes_up_to_a_bucket_and_is_zero(engine: Engine) -> None:
     assert padded.sum() == 14_000
     exact = np.ones(engine.limits.buckets[-1], np.float32)
     assert engine.pad([exact])[0].base is exact  # no copy where none is needed
+    assert engine.pad([exact, waveforms[0]])[0].shape == (2, len(exact))
 
 
 def test_many_threads_share_the_session(engine: Engine) -> None:
@@ -114,14 +115,20 @@ def test_many_threads_share_the_session(engine: Engine) -> None:
 
 
 class WatchedEngine(Engine):
-    """Remembers the lengths it was given; ``delay_s`` makes it slow."""
+    """Remembers the shapes it was given; ``delay_s`` makes it slow."""
 
     delay_s = 0.0
+
+    @property
+    def seen(self) -> list[tuple[int, int]]:
+        """Rows and padded length of each batch."""
+        shapes: list[tuple[int, int]] = self.__dict__.setdefault("shapes", [])
+        return shapes
 
     def infer(
         self, waveform: NDArray[np.float32], lengths: NDArray[np.int64], *, wide: bool = False
     ) -> EncodedBatch:
-        self.__dict__.setdefault("seen", []).append(waveform.shape[1])
+        self.seen.append((waveform.shape[0], waveform.shape[1]))
         threading.Event().wait(self.delay_s)
         return super().infer(waveform, lengths, wide=wide)
 
@@ -129,7 +136,7 @@ class WatchedEngine(Engine):
 def test_warm_up_runs_every_bucket(tiny: Bundle) -> None:
     engine = WatchedEngine(tiny, max_batch=4, wide_threads=2)
     engine.warm_up(2)
-    assert set(engine.limits.buckets) <= set(engine.__dict__["seen"])
+    assert set(engine.limits.buckets) <= {samples for _, samples in engine.seen}
     assert engine.limits.buckets[-1] == int(MAX_WINDOW_S * SAMPLE_RATE_HZ)
 
 
@@ -210,6 +217,25 @@ def test_calibration_chooses_configures_and_says_so(tiny: Bundle) -> None:
     assert chosen.workers == (1 if chosen.wide_only else 2)
 
 
+@pytest.mark.parametrize(
+    ("measured", "chosen"),
+    [
+        ({"batch_1": 100.0}, (1, False, False)),  # there was no time for more
+        ({"batch_1": 100.0, "batch_2": 109.0, "batch_4": 109.0}, (1, False, False)),
+        ({"batch_1": 100.0, "batch_2": 111.0, "batch_4": 121.0}, (2, False, False)),
+        ({"batch_1": 100.0, "batch_2": 111.0, "batch_4": 123.0}, (4, False, False)),
+        ({"batch_1": 100.0, ALONE: 60.0, ALONE_WIDE: 74.0}, (1, False, False)),
+        ({"batch_1": 100.0, ALONE: 60.0, ALONE_WIDE: 76.0}, (1, True, False)),
+        ({"batch_1": 100.0, ALONE: 60.0, ALONE_WIDE: 151.0}, (1, False, True)),
+        ({"batch_1": 100.0, "batch_2": 120.0, ALONE: 60.0, ALONE_WIDE: 170.0}, (2, True, False)),
+    ],
+)
+def test_only_what_is_clearly_better_is_chosen(
+    measured: dict[str, float], chosen: tuple[int, bool, bool]
+) -> None:
+    assert choose(measured, (1, 2, 4)) == chosen
+
+
 def test_calibration_takes_what_is_set(tiny: Bundle) -> None:
     engine = Engine(tiny)
     engine.warm_up(1)
@@ -218,11 +244,19 @@ def test_calibration_takes_what_is_set(tiny: Bundle) -> None:
     assert list(chosen.measured) == ["batch_3"]
 
 
+def test_calibration_keeps_the_bounds_of_a_batch(tiny: Bundle) -> None:
+    engine = WatchedEngine(tiny, max_batch_audio_s=10)
+    engine.warm_up(1)
+    calibrate(engine, 1, max_batch=16, budget_s=0.05)
+    assert max(rows for rows, _ in engine.seen) == 16
+    assert max(rows * samples for rows, samples in engine.seen) <= engine.limits.max_padded_samples
+
+
 def test_calibration_of_a_slow_engine_stops_at_its_budget(tiny: Bundle) -> None:
     engine = WatchedEngine(tiny, wide_threads=2)
     engine.warm_up(1)
     engine.delay_s = 0.3
-    before = len(engine.__dict__["seen"])
+    before = len(engine.seen)
     chosen = calibrate(engine, 1, budget_s=0.2)
     assert (chosen.max_batch, chosen.wide) == (1, False)
-    assert len(engine.__dict__["seen"]) == before + 1
+    assert len(engine.seen) == before + 1
