@@ -116,7 +116,9 @@ class Transcriber:
 
         Close the generator (``aclosing``) when leaving early: windows in the queue are dropped then.
         """
-        hotwords = self._hotwords(options)
+        self.language_of(options.language)
+        # A long list takes a fifth of a second, in which the event loop would answer nobody.
+        hotwords = await self._in_pool(self._hotwords, options) if options.hotwords else None
         progress.unspellable = hotwords.unknown if hotwords is not None else ()
         deadline_s = time.monotonic() + self._settings.request_timeout_s
         reader = self._open(file, options, progress)
@@ -219,10 +221,7 @@ class Transcriber:
         return language
 
     def _hotwords(self, options: Options) -> HotwordAutomaton | None:
-        language = self.language_of(options.language)
-        if not options.hotwords:
-            return None
-        bundle = self.model.bundle
+        bundle, language = self.model.bundle, self.language_of(options.language)
         steps = bundle.manifest.text_normalisation
         words = [normalise(word, steps, language) for word in options.hotwords]
         return build_hotwords(words, bundle.vocabulary)

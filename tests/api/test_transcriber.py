@@ -229,3 +229,17 @@ async def test_hotwords_that_cannot_be_spelled_are_named(service: Service) -> No
     )
     assert result.text == "bad"
     assert result.warnings == ("The model cannot spell the hotword 'xyz'.",)
+
+
+async def test_the_event_loop_does_not_wait_for_long_lists_of_hotwords(service: Service) -> None:
+    threads = []
+
+    class Watched(str):
+        def lower(self) -> str:
+            threads.append(threading.current_thread())
+            return super().lower()
+
+    options = Options(hotwords=(Watched("bad"),))
+    assert (await service.transcriber("").transcribe(io.BytesIO(wav(sing("bad"))), options)).text == "bad"
+    assert threads
+    assert threading.current_thread() not in threads
