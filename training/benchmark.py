@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,21 +19,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from api.bundle import Bundle, BundleError, load_bundle
 from api.vocabulary import Vocabulary
 from training.calibration import manifest_waveforms
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import TrainingError
-from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text, plainly
+from training.evaluate import ErrorRates, Network, greedy_rates
 from training.export import export_graph
 from training.frontend import LogMel
-from training.inference import LogProbs, Waveform, clip_of, cpu_session, in_turns_s, run_graph
+from training.inference import Waveform, clip_of, cpu_session, in_turns_s, run_graph
 from training.nemo import read_nemo
 from training.nemo_import import as_checkpoint
 from training.provenance import hardware
 from training.text import Normaliser, normaliser
+from training.torch_inference import Forward, run_torch
 
 CLIP_S = 5.0
 COLUMNS = {
@@ -45,8 +45,6 @@ COLUMNS = {
     "wer": "{:.2%}",
     "cer": "{:.2%}",
 }
-Network = Callable[[Waveform], LogProbs]
-"""Waveform (samples,) -> log-probabilities (frames, vocabulary)."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +82,9 @@ class Row:
         }
 
 
-def torch_network(forward: Callable[[Tensor, Tensor], Sequence[Any]]) -> Network:
-    """PyTorch. `forward` (waveforms (1, samples), lengths (1,)) gives log-probabilities and frame lengths."""
-
-    def run(waveform: Waveform) -> LogProbs:
-        with torch.inference_mode():
-            output = forward(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
-        values: LogProbs = output[0][0, : int(output[1][0])].numpy()
-        return values
-
-    return run
+def torch_form(name: str, size_bytes: int, forward: Forward) -> Form:
+    """A network in PyTorch."""
+    return Form(name, size_bytes, lambda waveform: run_torch(forward, [waveform])[0])
 
 
 def onnx_form(name: str, graph: bytes | Path, threads: int) -> Form:
@@ -124,7 +115,7 @@ def side_by_side(
     torch.set_num_threads(threads)
     try:
         times_s = in_turns_s([partial(form.network, clip) for form in forms], rounds, "latency")
-        rates = [_rates(form.network, vocabulary, clips, normalise) for form in forms]
+        rates = [greedy_rates(form.network, vocabulary, clips, normalise) for form in forms]
     finally:
         torch.set_num_threads(before)
     latencies_s = [float(value) for value in np.median(times_s, axis=1)]
@@ -139,16 +130,6 @@ def side_by_side(
         )
         for form, latency_s, rates_of_form in zip(forms, latencies_s, rates, strict=True)
     ]
-
-
-def _rates(
-    network: Network,
-    vocabulary: Vocabulary,
-    clips: Sequence[tuple[Waveform, str]],
-    normalise: Normaliser,
-) -> ErrorRates:
-    heard = [Utterance(text, greedy_text(network(clip), vocabulary)) for clip, text in clips]
-    return error_rates(plainly(heard, normalise))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -169,14 +150,16 @@ def benchmark(
     """Measure the checkpoint in PyTorch as training leaves it, and its graphs in ONNX Runtime."""
     model, frontend = checkpoint.model.eval(), LogMel(checkpoint.frontend)
     size_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
-    network = torch_network(lambda waveform, lengths: model(*frontend(waveform, lengths)))
     graphs = bundle.manifest.graphs
     float_graph: bytes | Path
     if "float32" in graphs:
         float_graph = bundle.graph_path("float32")
     else:
         float_graph = export_graph(checkpoint.model, checkpoint.frontend).SerializeToString()
-    forms = [Form("PyTorch float32", size_bytes, network), onnx_form("ONNX float32", float_graph, threads)]
+    forms = [
+        torch_form("PyTorch float32", size_bytes, lambda *batch: model(*frontend(*batch))),
+        onnx_form("ONNX float32", float_graph, threads),
+    ]
     if "int8" in graphs:
         forms.append(onnx_form("ONNX INT8", bundle.graph_path("int8"), threads))
     return side_by_side(

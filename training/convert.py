@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from torch import Tensor, nn
 
 from api.bundle import Bundle, BundleError
@@ -31,6 +30,7 @@ from training.bundle_writer import Card, Graphs, Measurements, check_card, write
 from training.errors import CheckpointError, QualityGateError, TrainingError
 from training.inference import Waveform, compare, cpu_session, run_graph
 from training.restricted_pickle import load_state_dict
+from training.torch_inference import run_torch
 
 TOLERANCE = 1e-4
 """Largest difference of a posterior between PyTorch and ONNX."""
@@ -201,14 +201,7 @@ def _noise() -> list[Waveform]:
 def _agreement(network: nn.Module, graph: onnx.ModelProto) -> str:
     """PyTorch against ONNX on a padded batch of noise. Raises QualityGateError above the tolerance."""
     clips = _noise()
-    lengths = torch.tensor([len(clip) for clip in clips])
-    padded = torch.zeros(len(clips), int(lengths.max()))
-    for row, clip in zip(padded, clips, strict=True):
-        row[: len(clip)] = torch.from_numpy(clip)
-    with torch.inference_mode():
-        log_probs, counts = network(padded, lengths)
-    expected = [row[:count].numpy() for row, count in zip(log_probs, counts.tolist(), strict=True)]
-    found = compare(expected, run_graph(cpu_session(graph.SerializeToString()), clips))
+    found = compare(run_torch(network, clips), run_graph(cpu_session(graph.SerializeToString()), clips))
     if found.worst_posterior > TOLERANCE:
         raise QualityGateError(f"PyTorch and ONNX disagree, tolerance {TOLERANCE:.0e}: {found.describe()}")
     return found.describe()

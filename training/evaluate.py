@@ -26,6 +26,8 @@ from training.inference import LogProbs, Waveform, cpu_session, run_graph
 from training.text import Normaliser, normaliser
 
 BOOTSTRAP_ROUNDS = 1000
+Network = Callable[[Waveform], LogProbs]
+"""Waveform (samples,) -> log-probabilities (frames, vocabulary)."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,14 @@ def greedy_text(log_probs: LogProbs, vocabulary: Vocabulary) -> str:
     """Text of (frames, vocabulary) by the service's own greedy decoder."""
     decoded = greedy(log_probs[None], np.array([len(log_probs)], np.int64), vocabulary.blank_id)[0]
     return vocabulary.decode(int(token) for token in decoded.token_ids)
+
+
+def greedy_rates(
+    network: Network, vocabulary: Vocabulary, clips: Iterable[tuple[Waveform, str]], normalise: Normaliser
+) -> ErrorRates:
+    """Error rates of greedy texts on (waveform, reference) pairs, both sides normalised."""
+    heard = [Utterance(text, greedy_text(network(clip), vocabulary)) for clip, text in clips]
+    return error_rates(plainly(heard, normalise))
 
 
 Recogniser = Callable[[Waveform], str]

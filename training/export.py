@@ -24,6 +24,7 @@ from training.graph import OPSET, GraphBuilder
 from training.graph_frontend import add_frontend
 from training.inference import Agreement, LogProbs, Waveform, compare, cpu_session, run_graph
 from training.recipes.quartznet_ctc.model import Block, ConvNorm, QuartzNet, same_padding
+from training.torch_inference import run_torch
 
 AGREEMENT_TOLERANCE = 1e-4
 MIN_SAMPLES = 160
@@ -219,10 +220,5 @@ def check_agreement(
 def _torch_log_probs(
     model: QuartzNet, frontend: FrontendConfig, waveforms: Sequence[Waveform], dtype: torch.dtype
 ) -> list[LogProbs]:
-    lengths = torch.tensor([len(waveform) for waveform in waveforms])
-    padded = nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waveforms], batch_first=True)
-    network = copy.deepcopy(model).eval().to(dtype)
-    with torch.inference_mode():
-        output = network(*LogMel(frontend).to(dtype)(padded.to(dtype), lengths))
-    rows = zip(output.log_probs, output.lengths.tolist(), strict=True)
-    return [row[:count].float().numpy() for row, count in rows]
+    network, log_mel = copy.deepcopy(model).eval().to(dtype), LogMel(frontend).to(dtype)
+    return run_torch(lambda waveform, lengths: network(*log_mel(waveform.to(dtype), lengths)), waveforms)

@@ -242,7 +242,7 @@ def fit(
 
     def wer(decode: Callable[[LogProbs], str], label: str) -> float:
         heard = [decode(values) for values in tqdm(log_probs, desc=label, unit="clip", disable=None)]
-        return error_rates([Utterance(*pair) for pair in zip(references, heard, strict=True)]).wer
+        return error_rates(list(map(Utterance, references, heard))).wer
 
     def searched(guide: NgramModel | None) -> Callable[[LogProbs], str]:
         return lambda values: beam_text(values, vocabulary, beam, guide)

@@ -6,7 +6,7 @@ Decoding is the service's own (`api.vocabulary`), so the validation error of a r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -63,17 +63,6 @@ class CharacterCodec:
         if unknown := self.outside(text):
             raise UnknownCharacterError(unknown)
         return [self._ids[character] for character in text]
-
-
-def collapse(ids: Iterable[int], blank_id: int) -> list[int]:
-    """CTC's greedy rule (Graves et al. 2006): merge repeats, then remove blanks."""
-    out: list[int] = []
-    previous = -1
-    for index in ids:
-        if index not in (previous, blank_id):
-            out.append(index)
-        previous = index
-    return out
 
 
 def ctc_frames_needed(ids: Sequence[int]) -> int:

@@ -24,7 +24,7 @@ from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
 from training.frontend import FrontendConfig, LogMel
 from training.loop.dataset import UtteranceDataset, collate, make_loader
 from training.loop.fit import choose_device, fit, is_out_of_memory
-from training.loop.module import CtcModule, error_rates, parameter_groups, warmup_cosine
+from training.loop.module import CtcModule, parameter_groups, warmup_cosine
 from training.loop.run_folder import RunFolder, append_metrics, open_run, read_metrics
 from training.loop.settings import TrainingSettings
 from training.recipes.quartznet_ctc.model import QuartzNet, quartznet
@@ -279,10 +279,6 @@ def test_no_decay_on_biases() -> None:
     assert [p.ndim for p in decayed["params"]] == [3, 3]
     assert [p.ndim for p in plain["params"]] == [1, 1]
     assert plain["weight_decay"] == 0.0
-
-
-def test_error_rates() -> None:
-    assert error_rates(["a b c d"], ["a x c"]) == (0.5, pytest.approx(3 / 7))
 
 
 def test_device_and_precision() -> None:

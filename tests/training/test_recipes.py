@@ -18,6 +18,7 @@ import yaml
 from training.config import load_config
 from training.data.manifest import Utterance, read_manifest, spread, write_manifest
 from training.errors import CheckpointError, ConfigError, QualityGateError
+from training.evaluate import greedy_text
 from training.inference import compare, cpu_session, run_graph
 from training.loop.dataset import UtteranceDataset, collate
 from training.loop.run_folder import RunFolder, read_metrics
@@ -31,10 +32,10 @@ from training.recipes.whisper_seq2seq.model import Prompt
 from training.recipes.whisper_seq2seq.recipe import IGNORED, WhisperSeq2SeqRecipe, teacher_tokens
 from training.stages.benchmark import benchmark
 from training.stages.command import convert, main
-from training.stages.export import Candidate, choose, export, load_part, quantize
+from training.stages.export import export, load_part
 from training.stages.prepare import prepare
 from training.stages.publish import publish
-from training.stages.runtime import GraphRunner
+from training.stages.quantize import Candidate, choose, quantize
 from training.stages.train import fits_one_file
 from training.text import alphabet, normaliser
 from training.vocabulary import CharacterCodec
@@ -259,11 +260,11 @@ def test_hypotheses_are_normalised_as_references_are(corpus: Callable[[str], Pat
     rows = prepare(whispering, folder)
     convert(whispering, rows, folder)
     export(recipe, rows, folder)
-    runner = GraphRunner(folder.path / "export" / "model.onnx")
+    session = cpu_session(folder.path / "export" / "model.onnx")
     heard = {}
     for part in rows:
-        recordings, _ = load_part(rows[part], 16_000)
-        heard[part] = [text or "а" for text in runner.texts(recordings, lower)]
+        answers = [run_graph(session, [clip])[0] for clip, _ in load_part(rows[part], 16_000)]
+        heard[part] = [greedy_text(answer, lower.vocabulary) or "а" for answer in answers]
     said = {
         part: [replace(row, text=text) for row, text in zip(rows[part], heard[part], strict=True)]
         for part in rows

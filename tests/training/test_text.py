@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.text import ALPHABETS, STEPS, Normaliser, alphabet, normaliser
-from training.vocabulary import CharacterCodec, UnknownCharacterError, collapse, ctc_frames_needed
+from training.vocabulary import CharacterCodec, UnknownCharacterError, ctc_frames_needed
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,7 @@ def test_unknown_characters_are_named() -> None:
         codec.encode("да q")
 
 
-def test_collapse_and_frames_needed() -> None:
-    assert collapse([0, 0, 9, 0, 3, 3, 9], blank_id=9) == [0, 0, 3]
+def test_frames_needed() -> None:
     assert ctc_frames_needed([1, 1, 2, 2, 2]) == 8
     assert ctc_frames_needed([]) == 0
 

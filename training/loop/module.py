@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import jiwer
 import lightning
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
+from training.evaluate import Utterance, error_rates, greedy_text
 from training.loop.dataset import Batch
 from training.loop.settings import TrainingSettings
-from training.vocabulary import TokenCodec, collapse
+from training.vocabulary import TokenCodec
 
 
 def warmup_cosine(step: int, total: int, warmup_share: float, final_share: float) -> float:
@@ -29,11 +29,6 @@ def warmup_cosine(step: int, total: int, warmup_share: float, final_share: float
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return final_share + (1.0 - final_share) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, float]:
-    """Word and character error rate (fractions of one) over a whole set; references must not be empty."""
-    return jiwer.wer(list(references), list(hypotheses)), jiwer.cer(list(references), list(hypotheses))
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -52,8 +47,7 @@ class SpeechModule(lightning.LightningModule):
         super().__init__()
         self.model = model
         self.settings = settings
-        self._references: list[str] = []
-        self._hypotheses: list[str] = []
+        self._heard: list[Utterance] = []
 
     def loss_and_texts(self, batch: Batch, *, decode: bool) -> tuple[Tensor, list[str]]:
         """Mean loss per token of a batch, and its hypotheses where `decode` asks for them."""
@@ -101,14 +95,13 @@ class SpeechModule(lightning.LightningModule):
         """One batch's loss and hypotheses."""
         loss, texts = self.loss_and_texts(batch, decode=True)
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["texts"]))
-        self._references += batch["texts"]
-        self._hypotheses += texts
+        self._heard += map(Utterance, batch["texts"], texts)
 
     def on_validation_epoch_end(self) -> None:
         """WER and CER over the whole validation part."""
-        wer, cer = error_rates(self._references, self._hypotheses)
-        self.log_dict({"val_wer": wer, "val_cer": cer}, prog_bar=True)
-        self._references, self._hypotheses = [], []
+        rates = error_rates(self._heard)
+        self.log_dict({"val_wer": rates.wer, "val_cer": rates.cer}, prog_bar=True)
+        self._heard = []
 
 
 class CtcModule(SpeechModule):
@@ -132,15 +125,7 @@ class CtcModule(SpeechModule):
             zero_infinity=True,
         )
         loss = losses.sum() / batch["target_lengths"].sum().clamp(min=1)
-        texts = greedy_texts(log_probs, frame_lengths, self.codec) if decode else []
-        return loss, texts
-
-
-def greedy_texts(log_probs: Tensor, frame_lengths: Tensor, codec: TokenCodec) -> list[str]:
-    """Best-path texts of (batch, frames, vocabulary) and (batch,)."""
-    best = log_probs.argmax(dim=-1).cpu().numpy()
-    vocabulary = codec.vocabulary
-    return [
-        vocabulary.decode(collapse(ids[:count].tolist(), vocabulary.blank_id))
-        for ids, count in zip(best, frame_lengths.tolist(), strict=True)
-    ]
+        if not decode:
+            return loss, []
+        rows = zip(log_probs.float().cpu().numpy(), frame_lengths.tolist(), strict=True)
+        return loss, [greedy_text(row[:count], self.codec.vocabulary) for row, count in rows]

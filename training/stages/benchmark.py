@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from training.benchmark import Form, onnx_form, side_by_side, table, torch_network
+from training.benchmark import onnx_form, side_by_side, table, torch_form
 from training.data.manifest import Utterance
 from training.errors import EmptyManifestError
 from training.loop.plots import plot_results
@@ -25,16 +25,16 @@ def benchmark(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolde
         raise EmptyManifestError("the test part is empty; publish works without a benchmark")
     settings, rate_hz = recipe.config.benchmark, recipe.facts().sample_rate_hz
     codec = recipe.codec()
-    recordings, texts = load_part(rows["test"], rate_hz)
+    clips = load_part(rows["test"], rate_hz)
     network = trained(recipe, codec, folder)
     size_bytes = sum(value.numel() * value.element_size() for value in network.parameters())
     graphs = {"onnx": folder.path / FLOAT32, "int8": folder.path / INT8}
     measured = side_by_side(
         [
-            Form("pytorch", size_bytes, torch_network(network)),
+            torch_form("pytorch", size_bytes, network),
             *(onnx_form(name, path, settings.threads) for name, path in graphs.items() if path.is_file()),
         ],
-        list(zip(recordings, texts, strict=True)),
+        clips,
         codec.vocabulary,
         sample_rate_hz=rate_hz,
         clip_s=settings.clip_s,
@@ -46,7 +46,7 @@ def benchmark(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolde
     result = {
         "clip_s": settings.clip_s,
         "threads": settings.threads,
-        "test_utterances": len(texts),
+        "test_utterances": len(clips),
         "hardware": processor(),
         "rows": columns,
     }

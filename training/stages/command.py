@@ -18,9 +18,10 @@ from training.data.manifest import Utterance
 from training.errors import TrainingError
 from training.loop.run_folder import WEIGHTS, RunFolder, open_run
 from training.stages.benchmark import benchmark
-from training.stages.export import export, quantize
+from training.stages.export import export
 from training.stages.prepare import prepare
 from training.stages.publish import publish
+from training.stages.quantize import quantize
 from training.stages.recipe import Recipe
 from training.stages.train import fits_one_file, train, unshared
 

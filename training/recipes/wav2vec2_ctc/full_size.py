@@ -15,6 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ import torch
 from tqdm import tqdm
 
 from training.data.synthetic import SAMPLE_RATE_HZ, tones
-from training.inference import compare, cpu_session, run_graph
+from training.inference import LogProbs, compare, cpu_session, run_graph
 from training.provenance import processor
 from training.recipes.wav2vec2_ctc.export import export_graph
 from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc
+from training.torch_inference import run_torch
 from training.transformer_quantize import dynamic, products
 
 OUTPUTS = 35
@@ -62,18 +64,11 @@ def measure(
     files = {"PyTorch float32": graph, "ONNX float32": graph, **dict(int8_forms(graph, folder))}
     gc.collect()
     clip = np.resize(tones("bir iki üç dört beş"), round(clip_s * SAMPLE_RATE_HZ))
-    waveform, lengths = torch.from_numpy(clip)[None], torch.tensor([len(clip)])
-
-    def run_torch() -> np.ndarray[Any, np.dtype[np.float32]]:
-        with torch.inference_mode():
-            return network(waveform, lengths)[0][0].numpy()  # type: ignore[no-any-return]
-
-    runs: dict[str, Callable[[], np.ndarray[Any, np.dtype[np.float32]]]] = {"PyTorch float32": run_torch}
+    runs: dict[str, Callable[[], list[LogProbs]]] = {"PyTorch float32": partial(run_torch, network, [clip])}
     for name, path in list(files.items())[1:]:
-        session = cpu_session(path, threads)
-        runs[name] = lambda session=session: run_graph(session, [clip])[0]  # type: ignore[misc]
-    expected = run_torch()
-    agreements = {name: compare([expected], [run()]) for name, run in runs.items()}
+        runs[name] = partial(run_graph, cpu_session(path, threads), [clip])
+    expected = runs["PyTorch float32"]()
+    agreements = {name: compare(expected, run()) for name, run in runs.items()}
     if agreements["ONNX float32"].worst_posterior > 1e-4:
         raise SystemExit(f"ONNX disagrees with PyTorch: {agreements['ONNX float32'].describe()}")
     times: dict[str, list[float]] = {name: [] for name in runs}

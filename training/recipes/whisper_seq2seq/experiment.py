@@ -35,9 +35,10 @@ from training.loop.run_folder import RunFolder, environment, open_run
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
 from training.recipes.whisper_seq2seq.scoring import score
 from training.stages.benchmark import benchmark
-from training.stages.export import export, quantize
+from training.stages.export import export
 from training.stages.prepare import prepare
 from training.stages.publish import publish
+from training.stages.quantize import quantize
 from training.stages.train import train, trained
 
 SAMPLE_UTTERANCES = 200

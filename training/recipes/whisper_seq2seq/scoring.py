@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from training import evaluate
 from training.data.manifest import Utterance
 from training.loop.dataset import UtteranceDataset, make_loader
 from training.loop.fit import choose_device
-from training.loop.module import error_rates
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
 
@@ -37,5 +37,6 @@ def score(
             best = steps.argmax(dim=-1).tolist()
             for place, ids, count in zip(places, best, found.tolist(), strict=True):
                 texts[place] = normalise(codec.vocabulary.decode(ids[:count]))
-    wer, cer = error_rates([row.text for row in rows], texts)
-    return {"utterances": len(rows), "wer": wer, "cer": cer}, texts
+    heard = [evaluate.Utterance(row.text, text) for row, text in zip(rows, texts, strict=True)]
+    rates = evaluate.error_rates(heard)
+    return {"utterances": len(rows), "wer": rates.wer, "cer": rates.cer}, texts
