@@ -60,7 +60,7 @@ class Admission:
         """Raise what ``enter`` would. While a worker is idle nobody is kept out by uploads on their way."""
         self._refuse_while_draining()
         pool, audio_s, claimed_s = self.pool, self._usual_audio_s, self.claimed_audio_s
-        idle = pool.waiting_audio_s == 0.0 and pool.busy < pool.workers and not self._waiters
+        idle = pool.waiting_audio_s == 0.0 and pool.busy < pool.workers
         if not (idle or self._fits(audio_s, claimed_s)):
             self._refuse(audio_s, claimed_s, self.limit_s, self._clock())
 

@@ -176,7 +176,7 @@ async def test_who_was_let_in_is_not_refused_after_the_upload() -> None:
         first = h.submit(1, 7.0, owner="first")
         second = h.submit(2, 7.0, owner="second")
         await asyncio.sleep(0)
-        assert h.pool.waiting_audio_s == 14.0
+        assert h.pool.waiting_audio_s == h.admission.claimed_audio_s == 14.0
         h.engine.gate.set()
         await asyncio.gather(running, first, second)
         for name in ("third", "fourth"):
@@ -231,6 +231,45 @@ async def test_room_that_is_kept_comes_back() -> None:
         await running
 
 
+async def test_who_is_slower_than_its_room_is_kept_is_a_newcomer_again() -> None:
+    async with house(limit_s=12.0) as h:
+        clock = 0.0
+        h.admission._clock = lambda: clock
+        running = await h.blocked()
+        h.admission.enter("slow")
+        waiting = h.submit(1, 10.0)
+        await asyncio.sleep(0)
+        clock = KEEP_ROOM_S + 0.1
+        with pytest.raises(QueueFullError):
+            await h.submit(2, 5.0, owner="slow")
+        h.engine.gate.set()
+        await asyncio.gather(running, waiting)
+
+
+async def test_the_line_of_the_refused_is_forgotten_when_the_queue_runs_low() -> None:
+    async with house(limit_s=10.0, rate=2.0) as h:
+        for _ in range(2):
+            running = await h.blocked()
+            waiting = [h.submit(value, 3.0) for value in range(3)]
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFullError) as first:
+                await h.submit(9, 3.0)
+            assert first.value.retry_after_s is not None
+            assert first.value.retry_after_s < 2.0
+            for _ in range(20):
+                with pytest.raises(QueueFullError):
+                    await h.submit(9, 3.0)
+            waiting.append(h.submit(3, 1.0))  # there is room for it, but the queue is far from low
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFullError) as last:
+                await h.submit(9, 3.0)
+            assert last.value.retry_after_s is not None
+            assert last.value.retry_after_s > 5.0
+            h.engine.gate.set()
+            await asyncio.gather(running, *waiting)
+            h.engine.gate.clear()
+
+
 async def test_an_empty_queue_takes_even_what_is_longer_than_its_limit() -> None:
     async with house(limit_s=5.0) as h:
         h.engine.gate.set()
@@ -243,7 +282,7 @@ async def test_what_cannot_be_done_in_time_is_refused_at_once() -> None:
         waiting = h.submit(1, 20.0)
         await asyncio.sleep(0)
         with pytest.raises(QueueFullError):
-            await h.submit(2, 5.0, timeout_s=10.0)
+            await h.submit(2, 5.0, timeout_s=30.0)  # 25 seconds of work, and a fifth to be sure
         patient = h.submit(3, 5.0, timeout_s=60.0)
         await asyncio.sleep(0)
         h.engine.gate.set()
