@@ -9,7 +9,6 @@ The load generator runs on the same cores, so its CPU time is in the HTTP rows. 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
@@ -18,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -28,8 +26,9 @@ from api.bundle import load_bundle
 from api.cgroup import cpu_limit_cores, usable_cores
 from api.engine import Engine
 from loadtest.clips import cut_clips
+from loadtest.command import bundle_parser
 from loadtest.load import Answer, Clip, Form, closed_loop, make_form, summarise
-from loadtest.processes import ROOT, LiveServer, api_server, hardware
+from loadtest.processes import LiveServer, api_server, hardware
 
 CLIENTS = (1, 8, 32)
 
@@ -125,11 +124,7 @@ def check_texts(answers: Sequence[Answer]) -> int:
 
 def main() -> None:
     """Run the rounds, print the table, end with one JSON line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="en-quartznet-small")
-    parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
+    parser = bundle_parser(__doc__)
     parser.add_argument("--clip-s", type=float, default=5.0)
     parser.add_argument("--clips", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=10.0)

@@ -10,13 +10,11 @@ pruning. The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +26,8 @@ from api.engine import Engine
 from api.hotwords import HotwordAutomaton, build_hotwords
 from api.vocabulary import Vocabulary
 from loadtest.clips import speech
-from loadtest.processes import ROOT, hardware
+from loadtest.command import bundle_parser
+from loadtest.processes import hardware
 
 CLIP_S = 10.0
 
@@ -61,10 +60,7 @@ def check(log_probs: FloatArray, blank: int, beam: int) -> None:
 
 def main() -> None:
     """The command."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", default="en-quartznet-small")
-    parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
+    parser = bundle_parser(__doc__)
     parser.add_argument("--beam", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=200)
     given = parser.parse_args()

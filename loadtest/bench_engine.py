@@ -8,13 +8,11 @@ its rounds. Every configuration must give the same log-probabilities. The last l
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +21,8 @@ from api.bundle import Bundle, load_bundle
 from api.cgroup import usable_cores
 from api.engine import Engine
 from loadtest.clips import speech
-from loadtest.processes import ROOT, hardware
+from loadtest.command import bundle_parser
+from loadtest.processes import hardware
 
 TOLERANCE = 1e-4
 
@@ -75,10 +74,7 @@ def setups(bundle: Bundle, cores: int) -> list[Setup]:
 
 def main() -> None:
     """The command."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", default="en-quartznet-small")
-    parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
+    parser = bundle_parser(__doc__)
     parser.add_argument("--clip-s", type=float, default=5.0)
     parser.add_argument("--slice-s", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)

@@ -41,8 +41,9 @@ from api.cli import main as asr
 from api.telemetry import Batch, Stage, Telemetry, instrument
 from api.telemetry.http import OnError
 from loadtest.clips import cut_clips
+from loadtest.command import bundle_parser
 from loadtest.load import Form, make_form
-from loadtest.processes import ROOT, Servers, hardware, on_cores, split_cores
+from loadtest.processes import Servers, hardware, on_cores, split_cores
 
 TRACE_EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 CLIENTS = 2
@@ -259,9 +260,7 @@ def run(model: str, models_dir: Path, clip_s: float, requests: int, seconds: flo
 
 def main() -> int:
     """Run the measurement, or (for itself) the service."""
-    parser = argparse.ArgumentParser(description="What telemetry costs, measured in pairs.")
-    parser.add_argument("--model", default="en-quartznet-small")
-    parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
+    parser = bundle_parser(__doc__)
     parser.add_argument("--clip-s", type=float, default=5.0)
     parser.add_argument("--requests", type=int, default=128, help="in one turn")
     parser.add_argument("--seconds", type=float, default=240.0, help="how long to measure pairs of turns")

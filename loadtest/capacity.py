@@ -10,7 +10,6 @@ clip, so the table holds for any model and machine whose costs vary alike. The l
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -24,7 +23,8 @@ from numpy.typing import NDArray
 from api.bundle import load_bundle
 from api.engine import Engine
 from loadtest.clips import speech
-from loadtest.processes import ROOT, hardware
+from loadtest.command import bundle_parser
+from loadtest.processes import hardware
 
 WORKERS = (1, 2, 4, 8)
 UTILISATIONS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -211,10 +211,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     """The command."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", default="en-quartznet-small")
-    parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
+    parser = bundle_parser(__doc__)
     parser.add_argument("--arrivals", type=int, default=60_000, help="of each of the twenty runs per point")
     parser.add_argument("--image", type=Path, help="where to draw the curves")
     given = parser.parse_args()

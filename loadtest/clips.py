@@ -14,8 +14,8 @@ import soxr
 from numpy.typing import NDArray
 
 from loadtest.load import Clip
+from loadtest.processes import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "hello.flac"
 SAMPLE_RATE_HZ = 16000
 

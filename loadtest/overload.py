@@ -11,7 +11,6 @@ for who sends it than for who refuses it. The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -26,8 +25,9 @@ import httpx
 import numpy as np
 
 from loadtest.clips import cut_clips
+from loadtest.command import bundle_parser
 from loadtest.load import Answer, Form, Poster, closed_loop, make_form, send, summarise
-from loadtest.processes import ROOT, LiveServer, Servers, hardware, on_cores, split_cores
+from loadtest.processes import LiveServer, Servers, hardware, on_cores, split_cores
 
 DEADLINE_S = 20.0
 QUEUE_S = 4.0  # of work at capacity that may wait
@@ -68,9 +68,8 @@ class Watch:
 
 @dataclass
 class Client:
-    """One caller and all its answers."""
+    """One caller's answers, each with the seconds from the start at which it came."""
 
-    arrived_s: float
     answers: list[tuple[float, Answer]] = field(default_factory=list)
 
 
@@ -95,7 +94,7 @@ async def overload(
         arrival_s = 0.0
         while (arrival_s := arrival_s + generator.expovariate(rate_per_s)) < duration_s:
             await asyncio.sleep(max(0.0, start_s + arrival_s - time.perf_counter()))
-            clients.append(Client(arrival_s))
+            clients.append(Client())
             pending.append(asyncio.create_task(caller(clients[-1], forms[len(clients) % len(forms)])))
         await asyncio.gather(*pending)
     return clients
@@ -142,10 +141,7 @@ def started(model: str, models_dir: Path, cores: Sequence[int], **limits: object
 
 def main() -> None:
     """The command."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", default="en-quartznet-small")
-    parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
+    parser = bundle_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--factor", type=float, default=3.0)
     parser.add_argument("--tries", type=int, default=4)

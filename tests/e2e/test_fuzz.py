@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import Case
 from schemathesis.checks import not_a_server_error
 
-from loadtest import fuzz_audio
+from loadtest import fuzz_audio, fuzz_watch
 from loadtest.fuzz_mutations import mutant
 from loadtest.fuzz_seeds import RECIPES, make_seeds
 from loadtest.processes import LiveServer
@@ -48,7 +48,7 @@ def test_nothing_in_the_document_breaks_the_service(server: LiveServer) -> None:
 def test_damaged_audio_is_audio_or_a_client_error() -> None:
     """Ten mutants of each format; the numbers are the ones that `--only` takes."""
     count = 10 * len(RECIPES)
-    tally = fuzz_audio.watch(fuzz_audio.child_command(7, count), count)
+    tally = fuzz_watch.watch(fuzz_audio.child_command(7, count), count)
     assert tally.findings == []
     assert len(tally.children) == 1
     assert set(tally.outcomes) == set(RECIPES)
@@ -90,7 +90,7 @@ for number in range(start, 4):
 )
 def test_a_child_that_dies_costs_one_file_and_is_named(act: str, problem: str, answered: int) -> None:
     script = CHILD.replace("ACT", act).replace("CPU", "0.001").replace("MEMORY", "1.0")
-    tally = fuzz_audio.watch([sys.executable, "-c", script], 4, timeout_s=20)
+    tally = fuzz_watch.watch([sys.executable, "-c", script], 4, timeout_s=20)
     assert [finding.number for finding in tally.findings] == [1]
     assert problem in tally.findings[0].problem
     assert tally.outcomes["wav"].total() == answered
@@ -101,13 +101,13 @@ def test_a_child_that_dies_costs_one_file_and_is_named(act: str, problem: str, a
 )
 def test_slow_and_greedy_files_are_findings(cpu_s: str, memory_mb: str, problem: str) -> None:
     script = CHILD.replace("ACT", "pass").replace("CPU", cpu_s).replace("MEMORY", memory_mb)
-    tally = fuzz_audio.watch([sys.executable, "-c", script], 4)
+    tally = fuzz_watch.watch([sys.executable, "-c", script], 4)
     assert [finding.number for finding in tally.findings] == [0, 1, 2, 3]
     assert all(problem in finding.problem for finding in tally.findings)
 
 
 def test_memory_that_grows_with_every_file_is_a_finding() -> None:
-    tally = fuzz_audio.Tally(children=[[100.0 + 0.002 * number for number in range(10_000)], [1.0]])
+    tally = fuzz_watch.Tally(children=[[100.0 + 0.002 * number for number in range(10_000)], [1.0]])
     assert tally.growth_mb() == pytest.approx(20.0)
-    tally = fuzz_audio.Tally(children=[[100.0] * 10_000])
+    tally = fuzz_watch.Tally(children=[[100.0] * 10_000])
     assert tally.growth_mb() == pytest.approx(0.0)

@@ -13,8 +13,9 @@ import httpx
 import psutil
 import pytest
 
+from loadtest.mixed_load import Callers, Kind, Tally
 from loadtest.processes import LiveServer, api_server
-from loadtest.soak import Callers, Growth, Kind, Reader, Sample, Tally, findings, growth
+from loadtest.soak import Growth, Reader, Sample, findings, growth
 from tests.tiny_bundle import make_bundle
 
 FLAT = Growth(level_mb=300.0, added_mb=1.0, steady_mb=0.5, measured_s=1500.0)
