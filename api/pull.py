@@ -25,7 +25,7 @@ from api.catalog import CATALOG, Archive, CatalogEntry, HubFiles
 
 DOWNLOADS = ".downloads"
 TIMEOUT_S = 30.0
-EXTRA = "pip install 'asr-platform[training]' (or: make setup)"
+EXTRA = "run `make setup` in the repository"
 
 Say = Callable[[str], None]
 

@@ -259,6 +259,12 @@ def test_an_unknown_model_and_one_that_is_there_already(tmp_path: Path) -> None:
         pull(CATALOG["ru-quartznet15x5"], tmp_path)
 
 
+def test_without_torch_it_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(PullError, match="run `make setup` in the repository"):
+        pull(CATALOG["ru-quartznet15x5"], tmp_path)
+
+
 def tiny_nemo() -> bytes:
     import torch
     import yaml
