@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+from dotenv import dotenv_values
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "hello.flac"
@@ -52,7 +53,8 @@ def check_model(models_dir: Path, name: str) -> None:
         return
     there = sorted(path.parent.name for path in models_dir.glob("*/manifest.json")) or ["none"]
     raise RunError(
-        f"there is no model {name!r} in {models_dir}; there: {', '.join(there)} (more: asr models list)"
+        f"there is no model {name!r} in {models_dir}; there: {', '.join(there)} "
+        "(more: .venv/bin/asr models list)"
     )
 
 
@@ -117,6 +119,14 @@ def wait_ready(url: str, children: Sequence[Child]) -> float:
     raise RunError(f"{url} was not ready after {READY_TIMEOUT_S:.0f} s; the log is {children[0].log_path}")
 
 
+def caller_key(folder: Path = ROOT) -> str | None:
+    """ASR_API_KEY, which the sample and the page send: the environment's, else that of `.env`.
+
+    The service reads `.env` itself; without this its keys would shut out the page that starts beside it.
+    """
+    return os.environ.get("ASR_API_KEY") or dotenv_values(folder / ".env").get("ASR_API_KEY") or None
+
+
 def transcribe_sample(base_url: str, model: str, api_key: str | None) -> None:
     """Send the committed sample through the API and print what came back."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -127,6 +137,11 @@ def transcribe_sample(base_url: str, model: str, api_key: str | None) -> None:
             data={"model": model},
             headers=headers,
             timeout=120.0,
+        )
+    if response.status_code == 401:
+        raise RunError(
+            "the API has keys (ASR_API_KEYS), and the sample and the page have none that fits; "
+            "set ASR_API_KEY to the secret of one of them, in .env or in the environment"
         )
     if response.status_code != 200:
         raise RunError(f"the API answered {response.status_code} to the sample: {response.text[:300]}")
@@ -161,6 +176,8 @@ def run(arguments: argparse.Namespace) -> None:
         "ASR_API_URL": base_url,
         "PYTHONUNBUFFERED": "1",
     }
+    if key := caller_key():
+        environment["ASR_API_KEY"] = key
     logs = Path(tempfile.mkdtemp(prefix="asr-run-"))
     children: list[Child] = []
     try:
@@ -173,7 +190,7 @@ def run(arguments: argparse.Namespace) -> None:
             children.append(Child("page", command, environment, logs / "page.log"))
         waited_s = wait_ready(f"{base_url}/health/ready", children)
         print(f"Ready after {waited_s:.1f} s.")
-        transcribe_sample(base_url, arguments.model, os.environ.get("ASR_API_KEY"))
+        transcribe_sample(base_url, arguments.model, key)
         if not arguments.no_page:
             wait_ready(f"http://127.0.0.1:{arguments.page_port}/_stcore/health", children)
             print(f"\n  Page        http://{shown_host}:{arguments.page_port}   drop a file, or speak")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
@@ -64,3 +65,27 @@ def test_the_sample_is_transcribed_and_sigterm_stops_everything(tmp_path: Path) 
     assert said[-1] == "Stopped.\n"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(port)))
+
+
+def test_keys_without_one_for_the_page_are_named(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    keys = {"ASR_MODELS_DIR": str(tmp_path), "ASR_API_KEYS": "me:sesame-sesame-sesame"}
+    process = start("--model", "tiny", "--port", str(free_port()), ASR_API_KEY="not-this-one-at-all", **keys)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = error.splitlines()
+    assert "set ASR_API_KEY" in line
+
+
+def test_the_pages_key_may_stand_in_the_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("run", ROOT / "scripts" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    monkeypatch.delenv("ASR_API_KEY", raising=False)
+    assert run.caller_key(tmp_path) is None
+    (tmp_path / ".env").write_text("ASR_API_KEYS=me:sesame-sesame-sesame\nASR_API_KEY=sesame-sesame-sesame\n")
+    assert run.caller_key(tmp_path) == "sesame-sesame-sesame"
+    monkeypatch.setenv("ASR_API_KEY", "from-the-environment")
+    assert run.caller_key(tmp_path) == "from-the-environment"
