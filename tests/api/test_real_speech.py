@@ -150,3 +150,9 @@ async def test_the_sample_is_heard(service: Service) -> None:
     """`samples/hello.flac` is what `make run` shows: every word of it is recognised by either model."""
     sample = decode((ROOT / "samples" / "hello.flac").read_bytes(), sample_rate_hz=RATE_HZ)
     assert await text_of(service, sample.samples) == "he has been in the band for a long time"
+
+
+def test_the_page_offers_the_same_sample() -> None:
+    """A first click on "Try a sample" shows what `make run` shows. (The page's image holds `ui/` only.)"""
+    shown = (ROOT / "ui" / "samples" / "en.flac").read_bytes()
+    assert shown == (ROOT / "samples" / "hello.flac").read_bytes()

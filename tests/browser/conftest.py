@@ -97,7 +97,7 @@ def spoken(folder: Path) -> tuple[Path, str]:
     """A WAV file of speech and its text: real speech where the shared folder is, else the page's sample."""
     shared = Path(os.environ.get("ASR_SHARED_DIR") or ROOT.parent / "shared") / "speech" / "test"
     source = ROOT / "ui" / "samples" / "en.flac"
-    text = "hello and welcome please speak after the tone and we will write down every word you say"
+    text = "he has been in the band for a long time"
     if (shared / "manifest.jsonl").exists():
         lines = (shared / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
         known = {entry["id"]: entry for entry in map(json.loads, lines)}
