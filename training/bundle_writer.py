@@ -27,6 +27,7 @@ from api.manifest import (
 from api.ngram import NgramTable
 from api.vocabulary import Vocabulary
 from training.errors import ConfigError
+from training.files import written_whole
 from training.provenance import git_commit
 
 GRAPH_FILES: Mapping[GraphName, str] = {"int8": "model.int8.onnx", "float32": "model.onnx"}
@@ -150,11 +151,11 @@ def add_language_model(models_dir: Path, name: str, language_model: LanguageMode
     Raises BundleError where the bundle does not hold, before or after.
     """
     bundle = load_bundle(models_dir, name)
-    partial = bundle.path / f".{LANGUAGE_MODEL_FILE}.partial"
-    language_model.table.save(partial)
-    files = {**bundle.manifest.files, LANGUAGE_MODEL_FILE: sha256_of(partial)}
+    path = bundle.path / LANGUAGE_MODEL_FILE
+    with written_whole(path) as partial:
+        language_model.table.save(partial)
+    files = {**bundle.manifest.files, LANGUAGE_MODEL_FILE: sha256_of(path)}
     changes = {"language_model": language_model.entry(), "files": files}
-    os.replace(partial, bundle.path / LANGUAGE_MODEL_FILE)
     manifest = bundle.manifest.model_copy(update=changes)
     _write_text(bundle.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
     card = bundle.path / "README.md"
@@ -218,9 +219,8 @@ def _write_files(
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def model_card(manifest: Manifest, card: Card, measurements: Measurements) -> str:

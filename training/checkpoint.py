@@ -7,7 +7,6 @@ vocabulary, and whatever the training run wants to remember.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from api.vocabulary import Vocabulary
 from training.errors import CheckpointError
+from training.files import written_whole
 from training.frontend import FrontendConfig
 from training.recipes.quartznet_ctc.model import QuartzNet, QuartzNetConfig
 
@@ -55,10 +55,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     weights = {
         name: value.detach().cpu().contiguous() for name, value in checkpoint.model.state_dict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, metadata={"checkpoint": json.dumps(header, ensure_ascii=False)})
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        save_file(weights, partial, metadata={"checkpoint": json.dumps(header, ensure_ascii=False)})
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -27,7 +27,8 @@ from training.loop.fit import choose_device, fit, is_out_of_memory
 from training.loop.module import CtcModule, parameter_groups, warmup_cosine
 from training.loop.run_folder import RunFolder, append_metrics, open_run, read_metrics
 from training.loop.settings import TrainingSettings
-from training.recipes.quartznet_ctc.model import QuartzNet, quartznet
+from training.recipes.quartznet_ctc.architectures import quartznet
+from training.recipes.quartznet_ctc.model import QuartzNet
 from training.recipes.quartznet_ctc.network import QuartzNetCtc
 from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc
 from training.text import normaliser

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.training.networks import CONFIGS, random_network
-from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig, quartznet
+from training.recipes.quartznet_ctc.architectures import quartznet
+from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from training.data.manifest import Utterance, read_manifest
 from training.errors import EmptyManifestError, ManifestError
+from training.files import written_whole
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm", ".aac", ".wma"})
 
@@ -145,9 +146,9 @@ def _store(given: Mapping[str, Any] | str, out: Path, index: int) -> Path:
         if not source or not Path(source).is_file():
             raise ManifestError(f"row {index}: the dataset gives neither bytes nor a local file")
         return Path(source)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(data)
-    return partial.replace(target)
+    with written_whole(target) as partial:
+        partial.write_bytes(data)
+    return target
 
 
 def _column(table: Path, columns: Any, *names: str) -> str:
@@ -161,8 +162,3 @@ def _some(rows: list[Utterance], problem: str) -> list[Utterance]:
     if not rows:
         raise EmptyManifestError(problem)
     return rows
-
-
-def speakers(rows: list[Utterance]) -> Iterator[str]:
-    """Known speakers, each once."""
-    return iter(dict.fromkeys(row.speaker for row in rows if row.speaker))

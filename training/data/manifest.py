@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from training.errors import EmptyManifestError, ManifestError
+from training.files import written_whole
 
 Parsed = TypeVar("Parsed")
 
@@ -111,10 +112,8 @@ def spread(rows: Sequence[Parsed], limit: int) -> list[Parsed]:
 
 
 def write_manifest(path: Path, rows: Iterable[Utterance]) -> Path:
-    """Write `rows` atomically; an interrupted run leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as sink:
+    """Write `rows`, whole or not at all."""
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8") as sink:
         for row in rows:
             sink.write(json.dumps(row.to_row(path.parent), ensure_ascii=False) + "\n")
-    return partial.replace(path)
+    return path

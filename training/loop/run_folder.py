@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from training.errors import ConfigError
+from training.files import written_whole
 from training.provenance import git_commit, processor
 
 WEIGHTS = "weights.safetensors"
@@ -83,12 +84,10 @@ class RunFolder:
 
     def write_json(self, name: str, values: Any) -> Path:
         """Store plain values under `name`, atomically."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / f"{name}.partial"
-        partial.write_text(
-            json.dumps(values, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8"
-        )
-        return partial.replace(self.path / name)
+        text = json.dumps(values, ensure_ascii=False, indent=1, default=str) + "\n"
+        with written_whole(self.path / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+        return self.path / name
 
     def read_json(self, name: str) -> Any:
         """What write_json stored; None where there is nothing."""
@@ -147,13 +146,10 @@ COLUMNS = ("epoch", "step", "train_loss", "val_loss", "val_wer", "val_cer", "lea
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
     """Add one epoch; a repeated epoch (after a resume) replaces the old row and what came after it."""
     rows = [old for old in read_metrics(path) if int(old["epoch"]) < int(row["epoch"])]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as sink:
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as sink:
         writer = csv.DictWriter(sink, COLUMNS)
         writer.writeheader()
         writer.writerows([*rows, {name: row.get(name, "") for name in COLUMNS}])
-    partial.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from training.recipes.quartznet_ctc.architectures import quartznet
 from training.recipes.quartznet_ctc.dataset import VOCABULARY_SIZE
 from training.recipes.quartznet_ctc.examples import Batch
 from training.recipes.quartznet_ctc.kernels import load
 from training.recipes.quartznet_ctc.loss import ctc_loss, posterior_loss
-from training.recipes.quartznet_ctc.model import QuartzNet, quartznet
+from training.recipes.quartznet_ctc.model import QuartzNet
 from training.recipes.quartznet_ctc.pieces import PieceStudy, borders, relative_error
 from training.recipes.quartznet_ctc.student import QUARTZNET_5X5, Distiller, student_config
 

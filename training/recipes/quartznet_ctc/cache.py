@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from training.data.audio import decode_waveform
+from training.files import written_whole
 from training.frontend import LogMel
 from training.recipes.quartznet_ctc.dataset import Utterance, read_utterances
 
@@ -88,10 +89,9 @@ def write_pcm(rows: list[Utterance], folder: Path, out: Path) -> None:
 
 
 def write_index(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``out/index.json`` so that an interruption leaves the old one."""
-    partial = out / "index.partial"
-    partial.write_text(json.dumps(rows), encoding="utf-8")
-    partial.replace(out / "index.json")
+    """Write ``out/index.json``, whole or not at all."""
+    with written_whole(out / "index.json") as partial:
+        partial.write_text(json.dumps(rows), encoding="utf-8")
 
 
 def write_mel(out: Path) -> None:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 
+from training.evaluate import Utterance, error_rates
 from training.recipes.quartznet_ctc.batches import normalise_features, pad_features
 from training.recipes.quartznet_ctc.examples import Corpus
 from training.recipes.quartznet_ctc.fast import FastQuartzNet, PlainQuartzNet
 from training.recipes.quartznet_ctc.label import greedy, length_batches
-
-
-def edit_distance(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
-    """Levenshtein distance with unit costs."""
-    row = list(range(len(hypothesis) + 1))
-    for i, expected in enumerate(reference, start=1):
-        diagonal, row[0] = row[0], i
-        for j, heard in enumerate(hypothesis, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (expected != heard))
-    return row[-1]
 
 
 def transcribe_cached(
@@ -46,15 +38,11 @@ def word_error_rates(
     references: Sequence[str], hypotheses: Sequence[str], groups: Sequence[str]
 ) -> dict[str, float]:
     """Word error rate per group and under ``all``."""
-    errors: dict[str, list[int]] = {}
+    heard: defaultdict[str, list[Utterance]] = defaultdict(list)
     for reference, hypothesis, group in zip(references, hypotheses, groups, strict=True):
-        words = reference.split()
-        distance = edit_distance(words, hypothesis.split())
         for key in (group, "all"):
-            total = errors.setdefault(key, [0, 0])
-            total[0] += distance
-            total[1] += len(words)
-    return {key: wrong / max(1, count) for key, (wrong, count) in errors.items()}
+            heard[key].append(Utterance(reference, hypothesis))
+    return {key: error_rates(utterances).wer for key, utterances in heard.items()}
 
 
 def validate(network: FastQuartzNet | PlainQuartzNet, corpus: Corpus) -> dict[str, float]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.errors import CheckpointError
+from training.files import written_whole
 from training.nemo import read_nemo
 from training.recipes.quartznet_ctc.batches import normalise_features, pad_features
 from training.recipes.quartznet_ctc.dataset import ALPHABET, BLANK_ID, VOCABULARY_SIZE, decode_ids
@@ -148,9 +149,8 @@ def label(teacher: Path, cache: Path, budget_s: float) -> None:
             labels[str(utterance)] = greedy(log_probs[item, :count].numpy())
         progress.update()
         if position % SAVE_EVERY == 0 or position == len(open_batches):
-            partial = progress_path.with_suffix(".partial")
-            partial.write_text(json.dumps({"labels": labels}), encoding="utf-8")
-            partial.replace(progress_path)
+            with written_whole(progress_path) as partial:
+                partial.write_text(json.dumps({"labels": labels}), encoding="utf-8")
     progress.close()
     for array in (logits, hidden_out):
         array.flush()

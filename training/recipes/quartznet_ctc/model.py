@@ -80,44 +80,6 @@ class QuartzNetConfig:
         return replace(self, vocabulary_size=size)
 
 
-def quartznet(
-    vocabulary_size: int,
-    *,
-    groups: Sequence[tuple[int, int]] = ((256, 33), (256, 39), (512, 51), (512, 63), (512, 75)),
-    blocks_per_group: int = 3,
-    repeat: int = 5,
-    stem: tuple[int, int] = (256, 33),
-    stem_stride: int = 2,
-    tail: tuple[int, int] = (512, 87),
-    tail_dilation: int = 2,
-    last_filters: int = 1024,
-    dropout: float = 0.0,
-    squeeze_excitation: bool = False,
-    upsample: int = 1,
-    features: int = 64,
-) -> QuartzNetConfig:
-    """A QuartzNet BxR, B = len(groups) * blocks_per_group; the defaults are QuartzNet15x5.
-
-    `groups`, `stem` and `tail` are (filters, kernel width in frames).
-    """
-    body = tuple(
-        BlockConfig(
-            filters,
-            repeat,
-            kernel,
-            dropout=dropout,
-            residual=True,
-            squeeze_excitation=squeeze_excitation,
-        )
-        for filters, kernel in groups
-        for _ in range(blocks_per_group)
-    )
-    first = BlockConfig(stem[0], 1, stem[1], stride=stem_stride, dropout=dropout)
-    wide = BlockConfig(tail[0], 1, tail[1], dilation=tail_dilation, dropout=dropout)
-    last = BlockConfig(last_filters, 1, 1, dropout=dropout, separable=False)
-    return QuartzNetConfig(vocabulary_size, (first, *body, wide, last), features=features, upsample=upsample)
-
-
 def same_padding(kernel: int, dilation: int) -> int:
     """Zeros on each side that keep the length at stride 1 (kernel odd)."""
     return dilation * (kernel - 1) // 2

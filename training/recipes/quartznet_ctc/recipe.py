@@ -16,8 +16,8 @@ from training.export import export_graph
 from training.frontend import FrontendConfig
 from training.qdq import quantize_graph
 from training.quantize import RANGE_METHODS, calibrate, float_ends
-from training.recipes.quartznet_ctc.architectures import citrinet
-from training.recipes.quartznet_ctc.model import QuartzNet, QuartzNetConfig, quartznet
+from training.recipes.quartznet_ctc.architectures import citrinet, quartznet
+from training.recipes.quartznet_ctc.model import QuartzNet, QuartzNetConfig
 from training.recipes.quartznet_ctc.network import QuartzNetCtc, transferred
 from training.stages.recipe import Facts, Recipe, Waveforms
 from training.vocabulary import TokenCodec

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.recipes.quartznet_ctc.architectures import quartznet
 from training.recipes.quartznet_ctc.dataset import VOCABULARY_SIZE
 from training.recipes.quartznet_ctc.examples import Batch
 from training.recipes.quartznet_ctc.fast import channels_last, upsampled
 from training.recipes.quartznet_ctc.loss import activation_loss, ctc_loss, dense_loss, posterior_loss
-from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig, quartznet
+from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
 
 SIZES: dict[str, tuple[int, list[tuple[int, int, int]], int]] = {
     # name: stem filters, residual blocks (filters, repeat, kernel), filters of the last layer
