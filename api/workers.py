@@ -144,9 +144,6 @@ class WorkerPool:
             self.waiting += 1
             self.waiting_audio_s += entry.audio_s
             self._changed.notify()
-            dead = any(not thread.is_alive() for thread in self._threads)
-        if dead:
-            self._replace_dead()
 
     def withdraw(self, entry: Entry, *, expired: bool) -> bool:
         """Take an entry out that nobody waits for any more; False when a worker has it already."""
@@ -174,7 +171,6 @@ class WorkerPool:
 
     def stalled(self, after_s: float = STALL_AFTER_S) -> bool:
         """Whether there is work but no batch has finished for ``after_s`` seconds."""
-        self._replace_dead()
         with self._changed:
             pending = bool(self._running) or self.waiting > 0
             return pending and self._clock() - self._last_progress_s > after_s
@@ -203,20 +199,8 @@ class WorkerPool:
             self._threads.add(thread)
         thread.start()
 
-    def _replace_dead(self) -> None:
-        """For a thread that ended without its own ``finally`` (it always runs; belt and braces)."""
-        with self._changed:
-            dead = [thread for thread in self._threads if thread.ident is not None and not thread.is_alive()]
-            for thread in dead:
-                self._threads.discard(thread)
-            closing = self._closing
-        for _ in dead if not closing else ():
-            self.replaced += 1
-            self._spawn()
-
     def _work(self) -> None:
         thread = threading.current_thread()
-        orderly = False
         try:
             while True:
                 with self._changed:
@@ -235,15 +219,14 @@ class WorkerPool:
                     del self._running[thread]
                     now_s = self._last_progress_s = self._clock()
                     self.drain_rate.finished(audio_s, now_s, saturated=self.waiting > 0)
-            orderly = True
         except BaseException as error:
             log.critical("worker died", error=type(error).__name__, exc_info=True)
         finally:
             with self._changed:
                 lost = self._running.pop(thread, None)
                 self._threads.discard(thread)
-                replace = not orderly and not self._closing
-            if replace:
+                closing = self._closing
+            if not closing:
                 self.replaced += 1
                 self._spawn()
             if lost is not None:

@@ -461,6 +461,7 @@ async def test_draining_gives_up_after_its_time_and_closing_answers_the_rest() -
         h.engine.gate.set()
         assert float((await running).log_probs[0, 0]) == -1.0
         await closing
+        assert not h.pool._threads
         with pytest.raises(DrainingError):
             h.pool.put(h.batcher._queue, None)  # type: ignore[arg-type]  # refused before it is looked at
 
@@ -522,9 +523,9 @@ async def test_models_share_the_workers_and_take_turns() -> None:
             asyncio.create_task(second.submit(np.full(10, value, np.float32), deadline_s=deadline_s))
             for value in range(3)
         ]
-        mine = [h.submit(value) for value in range(3)]
+        mine = [h.submit(value) for value in range(4)]
         await asyncio.sleep(0)
-        assert h.pool.waiting == 6
+        assert h.pool.waiting == 7
         h.engine.gate.set()
         assert await asyncio.to_thread(other.entered.acquire, timeout=20)
         assert len(h.engine.batches) <= 2  # one worker: it is held in the other model's first batch
