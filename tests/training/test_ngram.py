@@ -14,7 +14,8 @@ from tests.api.test_beam import LETTERS, spoken
 from tests.tiny_bundle import make_bundle, sing, wav
 from training import ngram
 from training.errors import DataError
-from training.ngram import Fit, Trial, character_ngrams, fit, read_texts
+from training.kneser_ney import character_ngrams
+from training.ngram import Fit, Trial, fit, read_texts
 
 STEPS = ("nfc", "lowercase")
 

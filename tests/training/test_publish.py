@@ -24,7 +24,7 @@ from training.checkpoint import average_weights, load_checkpoint, save_checkpoin
 from training.errors import CheckpointError, ConfigError, DataError, EmptyManifestError, ManifestError
 from training.evaluate import Utterance, bundle_recogniser, error_rates, plainly
 from training.export import export_graph
-from training.ngram import character_ngrams
+from training.kneser_ney import character_ngrams
 from training.text import normaliser
 
 CARD = {
