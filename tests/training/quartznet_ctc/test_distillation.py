@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import tarfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +33,8 @@ from training.recipes.quartznet_ctc.dataset import (
 from training.recipes.quartznet_ctc.evaluate import validate
 from training.recipes.quartznet_ctc.examples import BatchMaker, Corpus
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
+from training.recipes.quartznet_ctc.student import LossWeights
+from training.recipes.quartznet_ctc.trainer import TrainConfig, Trainer, learning_rate
 from training.recipes.quartznet_ctc.weights import halved, student_of
 
 UTTERANCES = 12
@@ -77,10 +82,8 @@ def corpus(cache: Path) -> Corpus:
     return Corpus(cache, min_confidence=-100.0, validation_fraction=0.3)
 
 
-def trainer(corpus: Corpus, seed: int = 0) -> distill.Trainer:
-    return distill.Trainer(
-        distill.TrainConfig(size="tiny", workers=1, batch_s=4.0, warmup_steps=2, seed=seed), corpus
-    )
+def trainer(corpus: Corpus, seed: int = 0) -> Trainer:
+    return Trainer(TrainConfig(size="tiny", workers=1, batch_s=4.0, warmup_steps=2, seed=seed), corpus)
 
 
 def test_cached_features_are_those_of_the_front_end(cache: Path) -> None:
@@ -220,18 +223,18 @@ def test_texts_for_a_language_model_are_those_of_the_training_speakers(
     command = ["texts", "--cache", str(cache), "--out", str(tmp_path / "texts.txt")]
     monkeypatch.setattr("sys.argv", command)
     texts.main()
-    corpus = Corpus(cache, min_confidence=distill.TrainConfig.min_confidence)
+    corpus = Corpus(cache, min_confidence=TrainConfig.min_confidence)
     written = sum(bool(corpus.rows[index].text) for index in corpus.train)
     assert (tmp_path / "texts.txt").read_text(encoding="utf-8") == "hello there\n" * written
     assert written > 0
 
 
 def test_output_only_leaves_the_heads_of_training_alone(corpus: Corpus) -> None:
-    config = distill.TrainConfig(size="tiny", workers=1, batch_s=4.0, warmup_steps=2, output_only=True)
-    taught = distill.Trainer(config, corpus)
+    config = TrainConfig(size="tiny", workers=1, batch_s=4.0, warmup_steps=2, output_only=True)
+    taught = Trainer(config, corpus)
     batch = BatchMaker(corpus, 4.0, 0, None)(0)
     losses = taught.distiller.losses(batch, corpus.hidden_weights)
-    weights = distill.LossWeights(hidden=0.0, dense=0.0, posterior=0.7, ctc=0.3)
+    weights = LossWeights(hidden=0.0, dense=0.0, posterior=0.7, ctc=0.3)
     taught._total(losses, weights).backward()
     assert not taught.distiller.acoustic_head.weight.grad.any()
     assert taught.distiller.model.head.weight.grad.any()
@@ -310,6 +313,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(corpus: Corpus, tmp_path: Pat
     assert "wer_all" in (tmp_path / "whole" / "metrics.csv").read_text()
 
 
+def test_sigterm_leaves_a_state_to_go_on_from(corpus: Corpus, tmp_path: Path) -> None:
+    """At once: what ends the process does not wait for a validation."""
+    student, before = trainer(corpus), signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    distill.train(student, tmp_path, total_steps=10**9, deadline_s=None, validate_every_s=1e9)
+    timer.join()
+    stored = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert stored["counters"][0] == student.step > 0
+    assert not (tmp_path / "best.pt").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_published_weights_start_another_run(corpus: Corpus, tmp_path: Path) -> None:
     student = trainer(corpus)
     maker = BatchMaker(corpus, 4.0, 0, None)
@@ -350,7 +366,7 @@ def test_published_weights_of_another_size_are_refused(corpus: Corpus, tmp_path:
 
     path = tmp_path / "student.safetensors"
     save_checkpoint(path, student_of(trainer(corpus).state()))
-    bigger = distill.Trainer(distill.TrainConfig(size="s"), corpus)
+    bigger = Trainer(TrainConfig(size="s"), corpus)
     with pytest.raises(ValueError, match="another network"):
         bigger.initialise_from(path)
 
@@ -359,12 +375,12 @@ def test_a_run_of_another_size_is_not_gone_on_with(cache: Path, corpus: Corpus, 
     distill.save(trainer(corpus).state(), tmp_path / "last.pt")
     given = ["--cache", str(cache), "--run", str(tmp_path), "--size", "s", "--steps", "1"]
     with pytest.raises(SystemExit, match="a student of size tiny, asked for s"):
-        distill.run(distill.arguments_of("").parse_args(given), distill.Trainer)
+        distill.run(distill.arguments_of("").parse_args(given), Trainer)
 
 
 def test_learning_rate_warms_up_stays_and_falls() -> None:
-    config = distill.TrainConfig(learning_rate=1.0, warmup_steps=10, decay_share=0.5)
-    assert distill.learning_rate(config, 0, 0.0) == pytest.approx(0.1)
-    assert distill.learning_rate(config, 50, 0.3) == pytest.approx(1.0)
-    assert distill.learning_rate(config, 50, 0.75) == pytest.approx(0.51)
-    assert distill.learning_rate(config, 99, 1.0) == pytest.approx(0.02)
+    config = TrainConfig(learning_rate=1.0, warmup_steps=10, decay_share=0.5)
+    assert learning_rate(config, 0, 0.0) == pytest.approx(0.1)
+    assert learning_rate(config, 50, 0.3) == pytest.approx(1.0)
+    assert learning_rate(config, 50, 0.75) == pytest.approx(0.51)
+    assert learning_rate(config, 99, 1.0) == pytest.approx(0.02)

@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from training.nemo import read_nemo
-from training.recipes.quartznet_ctc.distill import TrainConfig, Trainer, arguments_of, run
+from training.recipes.quartznet_ctc.distill import arguments_of, run
 from training.recipes.quartznet_ctc.examples import Batch, BatchMaker, Corpus
 from training.recipes.quartznet_ctc.fast import FastQuartzNet, channels_last
 from training.recipes.quartznet_ctc.loss import ctc_loss, posterior_loss
 from training.recipes.quartznet_ctc.model import Block, QuartzNet, QuartzNetConfig
 from training.recipes.quartznet_ctc.student import LossWeights
+from training.recipes.quartznet_ctc.trainer import TrainConfig, Trainer
 
 
 def borders(student: QuartzNetConfig, teacher: QuartzNetConfig) -> list[int]:

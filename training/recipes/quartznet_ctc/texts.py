@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from training.recipes.quartznet_ctc.dataset import decode_ids
-from training.recipes.quartznet_ctc.distill import TrainConfig
 from training.recipes.quartznet_ctc.examples import Corpus
+from training.recipes.quartznet_ctc.trainer import TrainConfig
 
 
 def training_texts(corpus: Corpus) -> list[str]:
