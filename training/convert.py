@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from torch import Tensor, nn
+from torch import nn
 
 from api.bundle import Bundle, BundleError
 from api.manifest import Source
@@ -29,6 +29,7 @@ from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.bundle_writer import Card, Graphs, Measurements, check_card, write_bundle
 from training.errors import CheckpointError, QualityGateError, TrainingError
 from training.inference import Waveform, compare, cpu_session, run_graph
+from training.pretrained import fill
 from training.restricted_pickle import load_state_dict
 from training.torch_inference import run_torch
 
@@ -85,7 +86,7 @@ def from_wav2vec2(weights: Path) -> Converted:
     if "head.weight" not in state:
         raise CheckpointError(f"{weights.name}: has no lm_head; it was not fine-tuned for CTC")
     network = Wav2Vec2Ctc(config, len(state["head.weight"]))
-    _load_all(network, state, optional=("masked",))
+    fill(network, state, optional=("masked",))
     vocabulary = wav2vec2_vocabulary(weights.parent, len(state["head.weight"]), described)
     graph = export_graph(network.eval())
     return Converted(
@@ -130,18 +131,15 @@ def from_whisper(weights: Path, *, fixed: bool = True) -> Converted:
     from transformers import WhisperConfig
 
     from training.recipes.whisper_ctc.export import export_graph
-    from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc, head_shape
+    from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc, head_shape, read_published
     from training.tokenizer import ByteLevelCodec, load_tokenizer
 
-    state = load_state_dict(weights)
-    for name in ("ctc_head.0.weight", "ctc_head.3.weight"):
-        if name not in state:
-            raise CheckpointError(f"{weights.name}: {name} is missing; it has {sorted(state)[:3]} and more")
+    state = read_published(weights)
     hidden, outputs = head_shape(state)
     described = _read_json(weights.with_name("config.json"))
     encoder = EncoderConfig.from_transformers(WhisperConfig(**described))
     network = WhisperCtc(encoder, outputs, hidden=hidden, fixed=fixed)
-    _load_all(network, state)
+    fill(network, state)
     vocabulary = ByteLevelCodec(load_tokenizer(str(weights.parent)), outputs).vocabulary
     graph = export_graph(network.eval())
     return Converted(
@@ -173,20 +171,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name}: expected an object")
     return content
-
-
-def _load_all(network: nn.Module, state: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
-    """Every tensor of the network from the checkpoint. Raises CheckpointError, naming the first misfit."""
-    wanted = network.state_dict()
-    for name, place in wanted.items():
-        if name not in state:
-            if name in optional or name.startswith("frontend."):
-                continue
-            raise CheckpointError(f"{name} is missing in the checkpoint")
-        if state[name].shape != place.shape:
-            expected = tuple(place.shape)
-            raise CheckpointError(f"{name} has shape {tuple(state[name].shape)}, expected {expected}")
-    network.load_state_dict({name: state[name].float() for name in wanted if name in state}, strict=False)
 
 
 def _parameters(network: nn.Module) -> int:

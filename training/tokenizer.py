@@ -7,6 +7,7 @@ from typing import Any
 
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.errors import CheckpointError
+from training.pretrained import from_hub
 
 BYTE_SPACE = "\u0120"
 """What GPT-2's table writes for the space byte."""
@@ -16,10 +17,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """A tokenizer from a folder or the hub. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: no tokenizer there: {str(error).splitlines()[0]}") from error
+    return from_hub(AutoTokenizer, source, revision)
 
 
 class ByteLevelCodec:

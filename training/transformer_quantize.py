@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,11 @@ def candidates(
     yield "static QDQ MatMul per channel", static(graph, out / "static.onnx", calibration[:8])
 
 
-class _quiet:  # noqa: N801  used like a function
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Without onnxruntime's advice to run its shape inference first: the exporter writes plain graphs."""
-
-    def __enter__(self) -> None:
-        self.level = logging.root.level
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *_error: object) -> None:
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
         logging.disable(logging.NOTSET)

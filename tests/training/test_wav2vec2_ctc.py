@@ -13,10 +13,10 @@ from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Model
 
 from training.errors import CheckpointError
 from training.inference import compare, cpu_session, run_graph
+from training.pretrained import fill
 from training.recipes.rehearsal import tiny_wav2vec2
 from training.recipes.wav2vec2_ctc.export import export_graph
 from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc, from_published
-from training.recipes.wav2vec2_ctc.recipe import fill
 from training.transformer import EncoderLayer, key_bias
 from training.transformer_quantize import dynamic, static
 
@@ -39,7 +39,7 @@ def network(base: Path) -> Wav2Vec2Ctc:
     theirs = Wav2Vec2Model.from_pretrained(base)
     torch.manual_seed(1)
     made = Wav2Vec2Ctc(Wav2Vec2Config.from_transformers(theirs.config), 35, mask_share=0.3)
-    fill(made, from_published(theirs.state_dict()))
+    fill(made, from_published(theirs.state_dict()), new=("head.",), optional=("masked",))
     return made.eval()
 
 
@@ -74,6 +74,7 @@ def test_reads_a_fine_tuned_checkpoint(base: Path, network: Wav2Vec2Ctc) -> None
     state = from_published(theirs.state_dict())
     made = Wav2Vec2Ctc(network.config, 35)
     fill(made, state)
+    assert torch.equal(made.head.weight, theirs.lm_head.weight)
     feed_forward = theirs.wav2vec2.encoder.layers[0].feed_forward
     assert torch.equal(made.layers[0].fc1.weight, feed_forward.intermediate_dense.weight)
     assert "head.weight" in state
@@ -152,8 +153,10 @@ def test_published_shape() -> None:
 
 def test_missing_and_foreign_tensors_are_named(base: Path, network: Wav2Vec2Ctc) -> None:
     state = from_published(Wav2Vec2Model.from_pretrained(base).state_dict())
-    fresh = Wav2Vec2Ctc(network.config, 35)
+    fresh, new = Wav2Vec2Ctc(network.config, 35), ("head.",)
     with pytest.raises(CheckpointError, match=r"projection\.weight is missing"):
-        fill(fresh, {name: value for name, value in state.items() if name != "projection.weight"})
+        fill(fresh, {name: value for name, value in state.items() if name != "projection.weight"}, new=new)
     with pytest.raises(CheckpointError, match=r"projection\.weight has shape \(1,\)"):
-        fill(fresh, {**state, "projection.weight": torch.zeros(1)})
+        fill(fresh, {**state, "projection.weight": torch.zeros(1)}, new=new)
+    with pytest.raises(CheckpointError, match=r"layers\.2\.fc1\.bias: the network has no such tensor"):
+        fill(fresh, {**state, "layers.2.fc1.bias": torch.zeros(1)}, new=new)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import soundfile
 import torch
 from transformers import WhisperFeatureExtractor, WhisperModel, WhisperProcessor
 
+from training import convert
 from training.config import load_config
 from training.data.manifest import Utterance, write_manifest
 from training.errors import CheckpointError
@@ -247,3 +250,17 @@ def test_a_checkpoint_of_another_network_is_refused(
     config.write_text(CONFIG.format(manifest=corpus("vi"), base=base, checkpoint=checkpoint))
     assert main(WhisperCtcRecipe, ["convert", "--config", str(config), "--run", str(tmp_path / "run")]) == 2
     assert "ctc_head.0.weight is missing" in capsys.readouterr().err
+
+
+def test_a_configuration_of_a_smaller_network_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half an encoder would make a bundle that hears nothing, and PyTorch and ONNX would agree on it."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, "encoder_layers": 1}))
+    published(base, folder / "best.ckpt", None)
+    arguments = ["whisper", str(folder / "best.ckpt"), "--name", "half", "--language", "vi"]
+    assert convert.main([*arguments, "--models-dir", str(tmp_path / "models")]) == 2
+    assert "encoder.layers.1.self_attn.q_proj.weight: the network has no such" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()

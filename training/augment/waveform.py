@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import soxr
 from scipy.signal import oaconvolve
 
-from training.data.audio import load_waveform
+from training.data.audio import Samples, load_waveform
 from training.errors import ConfigError
-
-Samples = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import onnx
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from training.config import Section
-from training.errors import CheckpointError
+from training.pretrained import fill, from_hub
 from training.recipes.wav2vec2_ctc.export import export_graph
 from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc, from_published
 from training.stages.recipe import Facts, Recipe, Waveforms
@@ -55,19 +55,14 @@ class Wav2Vec2Recipe(Recipe):
         """The pre-trained network with a new head."""
         from transformers import Wav2Vec2Model
 
-        source, revision = self.settings.base, self.settings.revision or "main"
-        try:
-            model = Wav2Vec2Model.from_pretrained(source, revision=revision, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            problem = str(error).splitlines()[0]
-            raise CheckpointError(f"{source}: no wav2vec2 checkpoint there: {problem}") from error
+        model = from_hub(Wav2Vec2Model, self.settings.base, self.settings.revision, dtype=torch.float32)
         network = Wav2Vec2Ctc(
             Wav2Vec2Config.from_transformers(model.config),
             len(codec.vocabulary),
             dropout=self.settings.dropout,
             mask_share=self.settings.mask_share,
         )
-        fill(network, from_published(model.state_dict()))
+        fill(network, from_published(model.state_dict()), new=("head.",), optional=("masked",))
         if self.settings.frozen_features:
             network.features.requires_grad_(False)
         return network
@@ -81,19 +76,3 @@ class Wav2Vec2Recipe(Recipe):
     def quantized(self, graph: Path, out: Path, calibration: Waveforms) -> Iterator[tuple[str, Path]]:
         """Dynamic and static INT8 on the matrix products, the feature encoder's included."""
         yield from candidates(graph, out, calibration)
-
-
-def fill(network: Wav2Vec2Ctc, state: dict[str, Tensor]) -> None:
-    """Put pre-trained tensors into their places; the head stays new. Raises CheckpointError."""
-    wanted = network.state_dict()
-    for name, value in state.items():
-        if name not in wanted or (wanted[name].shape != value.shape and not name.startswith("head.")):
-            expected = tuple(wanted[name].shape) if name in wanted else None
-            raise CheckpointError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
-    missing = [
-        name for name in wanted if name not in state and not name.startswith("head.") and name != "masked"
-    ]
-    if missing:
-        raise CheckpointError(f"{missing[0]} is missing ({len(missing)} in all)")
-    body = {name: value for name, value in state.items() if not name.startswith("head.")}
-    network.load_state_dict(body, strict=False)

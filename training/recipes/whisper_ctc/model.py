@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
+from training.errors import CheckpointError
 from training.recipes.whisper_ctc.frontend import WhisperLogMel
+from training.restricted_pickle import load_state_dict
 from training.transformer import EncoderLayer, key_bias
 
 
@@ -125,6 +128,15 @@ class WhisperCtc(nn.Module):
         if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
             self.encoder.eval()
         return self
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """`encoder.*` and `ctc_head.*` of a Lightning checkpoint. Raises CheckpointError."""
+    state = load_state_dict(path)
+    for name in ("ctc_head.0.weight", "ctc_head.3.weight"):
+        if name not in state:
+            raise CheckpointError(f"{path.name}: {name} is missing; it has {sorted(state)[:3]} and more")
+    return {name: value for name, value in state.items() if name.startswith(("encoder.", "ctc_head."))}
 
 
 def head_shape(state: Mapping[str, Tensor]) -> tuple[int, int]:

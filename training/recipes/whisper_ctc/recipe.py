@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx
 import torch
@@ -12,10 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from training.config import Section
-from training.errors import CheckpointError
+from training.pretrained import fill, from_hub
 from training.recipes.whisper_ctc.export import export_graph
-from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc, head_shape
-from training.restricted_pickle import load_state_dict
+from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc, head_shape, read_published
 from training.stages.recipe import Facts, Recipe, Waveforms
 from training.tokenizer import ByteLevelCodec, load_tokenizer
 from training.transformer_quantize import candidates
@@ -52,13 +51,13 @@ class WhisperCtcRecipe(Recipe):
     settings: WhisperCtcSettings
 
     def _published(self) -> dict[str, Tensor] | None:
-        return load_state_dict(self.settings.checkpoint) if self.settings.checkpoint else None
+        return read_published(self.settings.checkpoint) if self.settings.checkpoint else None
 
     def codec(self) -> ByteLevelCodec:
         """The checkpoint's tokenizer; the blank is its pad token, the outputs are those of `ctc_head.3`."""
         tokenizer = load_tokenizer(self.settings.base, self.settings.revision)
         published = self._published()
-        return ByteLevelCodec(tokenizer, head_shape(_checked(published))[1] if published else None)
+        return ByteLevelCodec(tokenizer, head_shape(published)[1] if published else None)
 
     def facts(self) -> Facts:
         """20 ms per frame, 30 s of positions."""
@@ -70,7 +69,7 @@ class WhisperCtcRecipe(Recipe):
         published = self._published()
         hidden, outputs = self.settings.head_width, len(codec.vocabulary)
         if published is not None:
-            hidden, outputs = head_shape(_checked(published))
+            hidden, outputs = head_shape(published)
         network = WhisperCtc(
             config,
             outputs,
@@ -79,24 +78,20 @@ class WhisperCtcRecipe(Recipe):
             dropout=self.settings.dropout,
             augment=self.config.augment.features if self.config.augment else None,
         )
-        state = published if published is not None else {f"encoder.{name}": v for name, v in encoder.items()}
-        fill(network, state, partly=published is None)
+        if published is not None:
+            fill(network, published)
+        else:
+            fill(network.encoder, encoder)
         network.encoder.requires_grad_(not self.settings.frozen_encoder)
         return network
 
     def _base(self) -> tuple[EncoderConfig, dict[str, Tensor]]:
         from transformers import WhisperConfig, WhisperModel
 
-        source, revision = self.settings.base, self.settings.revision or "main"
-        try:
-            if self.settings.checkpoint is not None:
-                loaded: Any = WhisperConfig.from_pretrained(source, revision=revision)
-                return EncoderConfig.from_transformers(loaded), {}
-            model = WhisperModel.from_pretrained(source, revision=revision, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{source}: no Whisper checkpoint there: {str(error).splitlines()[0]}"
-            ) from error
+        source, revision = self.settings.base, self.settings.revision
+        if self.settings.checkpoint is not None:
+            return EncoderConfig.from_transformers(from_hub(WhisperConfig, source, revision)), {}
+        model = from_hub(WhisperModel, source, revision, dtype=torch.float32)
         return EncoderConfig.from_transformers(model.config), model.encoder.state_dict()
 
     def export(self, network: nn.Module) -> onnx.ModelProto:
@@ -108,27 +103,3 @@ class WhisperCtcRecipe(Recipe):
     def quantized(self, graph: Path, out: Path, calibration: Waveforms) -> Iterator[tuple[str, Path]]:
         """Dynamic and static INT8 on the matrix products."""
         yield from candidates(graph, out, calibration)
-
-
-def _checked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for name in ("ctc_head.0.weight", "ctc_head.2.weight", "ctc_head.3.weight", "encoder.conv1.weight"):
-        if name not in state:
-            raise CheckpointError(f"{name} is missing; the checkpoint has {sorted(state)[:3]} and more")
-    return state
-
-
-def fill(network: WhisperCtc, state: dict[str, Tensor], *, partly: bool) -> None:
-    """Put tensors into their places; `partly` allows the head to be missing. Raises CheckpointError."""
-    wanted = network.state_dict()
-    for name, value in state.items():
-        if name.startswith(("encoder.", "ctc_head.")) and name not in wanted:
-            raise CheckpointError(f"{name}: this network has no such tensor")
-        if name in wanted and wanted[name].shape != value.shape:
-            shapes = f"{tuple(value.shape)}, expected {tuple(wanted[name].shape)}"
-            raise CheckpointError(f"{name} has shape {shapes}")
-    missing = [name for name in wanted if name not in state and not (partly and name.startswith("ctc_head."))]
-    if missing:
-        raise CheckpointError(f"{missing[0]} is missing ({len(missing)} in all)")
-    network.load_state_dict(
-        {name: value.float() for name, value in state.items() if name in wanted}, strict=False
-    )

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.config import Section
-from training.errors import CheckpointError, ConfigError
+from training.errors import ConfigError
 from training.loop.dataset import Batch
 from training.loop.module import SpeechModule
 from training.loop.settings import TrainingSettings
+from training.pretrained import fill, from_hub
 from training.recipes.whisper_ctc.model import EncoderConfig
 from training.recipes.whisper_seq2seq.export import export_graph
 from training.recipes.whisper_seq2seq.model import DecoderConfig, Prompt, WhisperSeq2Seq
@@ -115,13 +116,7 @@ class WhisperSeq2SeqRecipe(Recipe):
         """Read once: `room` is asked for every recording, and the hub may be asked on every reading."""
         from transformers import WhisperConfig
 
-        try:
-            return WhisperConfig.from_pretrained(
-                self.settings.base, revision=self.settings.revision or "main"
-            )
-        except (OSError, ValueError) as error:
-            problem = str(error).splitlines()[0]
-            raise CheckpointError(f"{self.settings.base}: no Whisper checkpoint there: {problem}") from error
+        return from_hub(WhisperConfig, self.settings.base, self.settings.revision)
 
     def facts(self) -> Facts:
         """40 ms per frame, of which at most every second holds a token."""
@@ -135,18 +130,17 @@ class WhisperSeq2SeqRecipe(Recipe):
         """Half of the frames, and never more than the decoder's positions less prompt and end."""
         return min(super().room(samples) // 2, int(self._config.max_target_positions) - 5)
 
-    def network(self, codec: TokenCodec) -> WhisperSeq2Seq:
-        """The base with all its weights."""
+    def _published(self) -> Any:
         from transformers import WhisperForConditionalGeneration
 
-        source, revision = self.settings.base, self.settings.revision or "main"
-        try:
-            base = WhisperForConditionalGeneration.from_pretrained(
-                source, revision=revision, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            problem = str(error).splitlines()[0]
-            raise CheckpointError(f"{source}: no Whisper checkpoint there: {problem}") from error
+        settings = self.settings
+        return from_hub(
+            WhisperForConditionalGeneration, settings.base, settings.revision, dtype=torch.float32
+        )
+
+    def network(self, codec: TokenCodec) -> WhisperSeq2Seq:
+        """The base with all its weights."""
+        base = self._published()
         network = WhisperSeq2Seq(
             EncoderConfig.from_transformers(base.config),
             DecoderConfig.from_transformers(base.config),
@@ -156,7 +150,7 @@ class WhisperSeq2SeqRecipe(Recipe):
             augment=self.config.augment.features if self.config.augment else None,
         )
         state = {name.removeprefix("model."): value for name, value in base.state_dict().items()}
-        network.load_state_dict({name: value for name, value in state.items() if name != "proj_out.weight"})
+        fill(network, {name: value for name, value in state.items() if name != "proj_out.weight"})
         network.encoder.requires_grad_(not self.settings.frozen_encoder)
         return network
 
@@ -177,10 +171,9 @@ class WhisperSeq2SeqRecipe(Recipe):
 
     def save_model(self, network: nn.Module, folder: Path) -> Path:
         """The fine-tuned weights in `transformers`' form, with tokenizer and feature extractor."""
-        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+        from transformers import WhisperFeatureExtractor
 
-        source, revision = self.settings.base, self.settings.revision or "main"
-        base = WhisperForConditionalGeneration.from_pretrained(source, revision=revision, dtype=torch.float32)
+        base = self._published()
         state = {f"model.{name}": value for name, value in _checked(network).state_dict().items()}
         state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
         base.load_state_dict(state)

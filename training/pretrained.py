@@ -1,0 +1,48 @@
+"""Published checkpoints: read as `transformers` stores them, and put into our networks tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from training.errors import CheckpointError
+
+
+def from_hub(kind: Any, source: str, revision: str | None, **options: Any) -> Any:
+    """`kind.from_pretrained` of a folder or of a name on the hub. Raises CheckpointError."""
+    try:
+        return kind.from_pretrained(source, revision=revision or "main", **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: no {kind.__name__} there: {str(error).splitlines()[0]}") from error
+
+
+def fill(
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    new: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Put `state` into `network`, all of it into all of it.
+
+    Args:
+        network: what is filled; its tensors stay float32.
+        state: tensors under the network's own names.
+        new: beginnings of names that the network keeps as they are, whatever `state` has for them.
+        optional: names that `state` may lack.
+
+    Raises CheckpointError naming the first tensor that has no place, another shape, or is missing.
+    """
+    places = {name: place for name, place in network.state_dict().items() if not name.startswith(new)}
+    given = {name: value for name, value in state.items() if not name.startswith(new)}
+    for name, value in given.items():
+        if name not in places:
+            raise CheckpointError(f"{name}: the network has no such tensor; is it of this configuration?")
+        if value.shape != places[name].shape:
+            shapes = f"{tuple(value.shape)}, expected {tuple(places[name].shape)}"
+            raise CheckpointError(f"{name} has shape {shapes}")
+    if missing := [name for name in places if name not in given and name not in optional]:
+        raise CheckpointError(f"{missing[0]} is missing ({len(missing)} in all)")
+    network.load_state_dict({name: value.float() for name, value in given.items()}, strict=False)
