@@ -81,8 +81,6 @@ async def read_form(request: Request, limits: Limits) -> Form:
         raise InvalidRequestError(
             "Send the request as multipart/form-data with a part named file.", param="file"
         )
-    if len(boundary) > 256:
-        raise InvalidRequestError("The multipart boundary is longer than 256 bytes.")
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limits.body_bytes + _EXTRA_BODY_BYTES:
         raise UploadTooLargeError(min(limits.file_bytes, limits.body_bytes))

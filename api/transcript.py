@@ -57,7 +57,7 @@ class Segment:
     @property
     def confidence(self) -> float:
         """Geometric mean of the winning posteriors, in [0, 1]."""
-        return min(1.0, math.exp(self.avg_logprob))
+        return math.exp(self.avg_logprob)
 
     def is_like_noise(self, below_confidence: float) -> bool:
         """Whether this looks like what a CTC model makes of noise: doubtful letters, or words out of nowhere.
@@ -103,7 +103,7 @@ class Transcript:
         if not frames:
             return None
         total = sum(segment.avg_logprob * segment.token_frames for segment in self.segments)
-        return min(1.0, math.exp(total / frames))
+        return math.exp(total / frames)
 
     @property
     def real_time_factor(self) -> float:

@@ -116,6 +116,20 @@ def test_resampling_keeps_what_fits() -> None:
     assert level(decoded.samples, 6_000) == pytest.approx(0.5, rel=0.02)
 
 
+def test_a_file_that_changes_its_rate_is_heard_to_the_end() -> None:
+    """As recordings do that a program put together without looking."""
+    data = b""
+    for rate_hz in (48_000, RATE_HZ, 44_100):
+        file = io.BytesIO()
+        soundfile.write(file, tone(1000, rate_hz, 2.0), rate_hz, format="MP3")
+        data += file.getvalue()
+    decoded = decode(data, sample_rate_hz=RATE_HZ)
+    assert decoded.duration_s == pytest.approx(6.0, abs=0.4)
+    assert len(decoded.samples) == pytest.approx(decoded.duration_s * RATE_HZ, abs=10)
+    for third in np.array_split(decoded.samples, 3):
+        assert level(third, 1000) == pytest.approx(0.5, rel=0.05)
+
+
 def test_channels_are_averaged() -> None:
     left, right = tone(500, RATE_HZ), tone(1500, RATE_HZ)
     decoded = decode(wav(np.stack([left, right], axis=1), subtype="FLOAT"), sample_rate_hz=RATE_HZ)
@@ -183,6 +197,15 @@ def test_cap_is_counted_on_samples_not_on_the_header() -> None:
         decode(wav(tone(1000, RATE_HZ, 3.0)), sample_rate_hz=RATE_HZ, max_audio_s=1.0)
 
 
+def empty_wav_with_a_comment() -> bytes:
+    """No samples, and behind them a chunk that must not be taken for some."""
+    data = bytearray(
+        wav(np.zeros(0, np.float32)) + b"LIST" + struct.pack("<I", 4000) + bytes(range(250)) * 16
+    )
+    struct.pack_into("<I", data, 4, len(data) - 8)
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("data", "code"),
     [
@@ -191,6 +214,7 @@ def test_cap_is_counted_on_samples_not_on_the_header() -> None:
         (b"\x00" * 5000, "undecodable_audio"),
         (b"RIFF\x00\x00\x00\x00WAVE", "undecodable_audio"),
         (wav(np.zeros(0, np.float32)), "no_audio_samples"),
+        (empty_wav_with_a_comment(), "no_audio_samples"),
     ],
 )
 def test_what_is_no_audio_is_refused_with_a_reason(data: bytes, code: str) -> None:
@@ -216,8 +240,10 @@ def test_samples_that_are_no_numbers_are_refused(value: float) -> None:
     assert caught.value.code == "not_finite_samples"
 
 
-def test_samples_beyond_full_scale_are_clipped() -> None:
-    decoded = decode(wav(tone(1000, RATE_HZ) * 1e20, subtype="FLOAT"), sample_rate_hz=RATE_HZ)
+@pytest.mark.parametrize("factor", [1e20, -1e20])
+def test_samples_beyond_full_scale_are_clipped(factor: float) -> None:
+    samples = factor * np.maximum(tone(1000, RATE_HZ), 0)
+    decoded = decode(wav(samples, subtype="FLOAT"), sample_rate_hz=RATE_HZ)
     assert np.abs(decoded.samples).max() == 1.0
 
 

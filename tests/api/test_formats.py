@@ -144,6 +144,22 @@ class TestSegments:
             assert not segment.is_like_noise(0.0)
 
 
+def test_confidence_of_the_whole_counts_every_frame_once() -> None:
+    words = tuple(spoken(["no"]))
+    clear, doubtful = (
+        Segment(0, 1, "no", words, (), logprob, 0.0, 0.0, frames)
+        for logprob, frames in ((-0.1, 30), (-0.9, 10))
+    )
+    assert clear.confidence == pytest.approx(math.exp(-0.1))
+    assert make_transcript(clear, doubtful).confidence == pytest.approx(math.exp(-0.3))
+    assert make_transcript().confidence is None
+
+
+def test_real_time_factor() -> None:
+    assert make_transcript(duration_s=4.0).real_time_factor == 0.125
+    assert make_transcript(duration_s=0.0).real_time_factor == 0.0
+
+
 class TestOpenAIBodies:
     def test_json_has_text_and_usage_only(self) -> None:
         body = json_body(make_transcript(make_segment(*spoken(["hi"])), duration_s=1.25), logprobs=False)

@@ -248,6 +248,27 @@ class TestMultipart:
         with pytest.raises(error):
             await read(request_of(chunks), limits(tmp_path))
 
+    @pytest.mark.parametrize(
+        ("headers", "error"),
+        [
+            ({"content-length": "9000000"}, UploadTooLargeError),
+            ({"content-type": f"multipart/form-data; boundary={'X' * 257}"}, InvalidRequestError),
+            ({"content-type": "multipart/form-data"}, InvalidRequestError),
+            ({"content-type": "application/json; boundary=XX"}, InvalidRequestError),
+        ],
+    )
+    async def test_what_the_head_tells_is_refused_before_anything_is_read(
+        self, tmp_path: Path, headers: dict[str, str], error: type[AsrError]
+    ) -> None:
+        async def receive() -> dict[str, object]:
+            raise AssertionError("the body was read")
+
+        fields = {"content-type": "multipart/form-data; boundary=XX", **headers}
+        raw = [(name.encode(), value.encode()) for name, value in fields.items()]
+        request = Request({"type": "http", "method": "POST", "headers": raw, "path": "/"}, receive)
+        with pytest.raises(error):
+            await read(request, limits(tmp_path))
+
     async def test_reading_stops_at_the_limit(self, tmp_path: Path) -> None:
         seen = 0
 
