@@ -105,6 +105,7 @@ class TestSegments:
         assert segment.avg_logprob == pytest.approx(math.log(0.9), abs=1e-5)
         assert segment.confidence == pytest.approx(0.9, abs=1e-5)
         assert [token.text for token in segment.tokens] == ["a", "b", "▁", "c"]
+        assert [token.logprob for token in segment.tokens] == pytest.approx([math.log(0.9)] * 4, abs=1e-5)
         assert segment.window_start_s == 10.0
 
     def test_pauses_separate_segments_and_lose_nothing(self) -> None:
@@ -112,6 +113,13 @@ class TestSegments:
         assert [segment.text for segment in segments] == ["ab", "c a", "b"]
         assert sum(segment.token_frames for segment in segments) == 8
         assert "".join(token.text for segment in segments for token in segment.tokens) == "ab▁c▁a▁b"
+
+    def test_from_ten_seconds_on_a_shorter_pause_ends_a_segment(self) -> None:
+        pauses_of_420_ms = self.decode("a" + ("." + "_" * 20 + "a") * 25)
+        assert [len(segment.words) for segment in pauses_of_420_ms] == [24, 2]
+        assert pauses_of_420_ms[0].end_s == pytest.approx(23 * 0.44 + 0.02)
+        pauses_of_220_ms = self.decode("a" + ("." + "_" * 10 + "a") * 50)
+        assert [len(segment.words) for segment in pauses_of_220_ms] == [51]
 
     def test_no_speech_prob_is_the_product_of_the_blanks(self) -> None:
         (segment,) = self.decode("___a__")
