@@ -134,7 +134,7 @@ def side_by_side(
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """`Row.columns` of each as Markdown."""
-    lines = [COLUMNS, dict.fromkeys(COLUMNS, "---")]
+    lines = [{name: name for name in COLUMNS}, dict.fromkeys(COLUMNS, "---")]
     lines += [{name: form.format(row[name]) for name, form in COLUMNS.items()} for row in rows]
     return "\n".join(f"| {' | '.join(line[name] for name in COLUMNS)} |" for line in lines)
 
