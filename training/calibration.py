@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from training.data.audio import decode_waveform, load_waveform
 from training.data.manifest import read_rows, spread
+from training.data.shards import shard_members
 from training.errors import DataError, EmptyManifestError
 from training.inference import Waveform
 from training.text import normaliser
@@ -79,13 +79,9 @@ def _contents(
     """Rows with their encoded audio; several may be stretches of one member. Raises DataError."""
     for shard, members in sharded.items():
         missing = set(members)
-        with tarfile.open(folder / shard) as archive:
-            for member in archive:
-                if member.name in missing and (stream := archive.extractfile(member)) is not None:
-                    missing.discard(member.name)
-                    content = stream.read()
-                    for row in members[member.name]:
-                        yield row, io.BytesIO(content)
+        for name, content in shard_members(folder / shard, members):
+            missing.remove(name)
+            yield from ((row, io.BytesIO(content)) for row in members[name])
         if missing:
             raise DataError(f"{folder / shard}: has no {min(missing)} ({len(missing)} missing)")
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.masks import frame_mask
+
 
 @dataclass(frozen=True)
 class FrontendConfig:
@@ -100,7 +102,7 @@ class LogMel(nn.Module):
         hop = self.config.hop_samples
         batch, samples = waveform.shape
         frames = samples // hop + 1
-        own = torch.arange(samples, device=waveform.device)[None, :] < lengths[:, None]
+        own = frame_mask(lengths, samples)
         delayed = functional.pad(waveform[:, :-1], (1, 0))
         emphasised = (waveform - self.config.preemphasis * delayed) * own.to(waveform.dtype)
         blocks = functional.pad(emphasised, (hop, frames * hop - samples)).reshape(batch, frames + 1, hop)
@@ -121,8 +123,7 @@ class LogMel(nn.Module):
             (batch, features, frames) float32, zero beyond each item, and (batch,) int64 frames that count.
         """
         values, frame_lengths = self.log_mel(waveform, lengths)
-        own = torch.arange(values.shape[1], device=values.device)[None, :] < frame_lengths[:, None]
-        weight = own[:, :, None].to(values.dtype)
+        weight = frame_mask(frame_lengths, values.shape[1])[:, :, None].to(values.dtype)
         count = frame_lengths[:, None, None].to(values.dtype)
         centred = values
         for _ in range(2):  # twice: a constant feature (digital silence) must centre to zero, not to noise

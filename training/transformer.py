@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.masks import frame_mask
+
 
 class Attention(nn.Module):
     """Multi-head attention of (batch, frames, width) on itself or on another sequence."""
@@ -70,5 +72,4 @@ class EncoderLayer(nn.Module):
 
 def key_bias(lengths: Tensor, frames: int) -> Tensor:
     """(batch, 1, 1, frames) float32: 0 on an item's own frames, -1e9 beyond."""
-    own = torch.arange(frames, device=lengths.device)[None, :] < lengths[:, None]
-    return torch.where(own, 0.0, -1e9)[:, None, None, :]
+    return torch.where(frame_mask(lengths, frames), 0.0, -1e9)[:, None, None, :]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from training.masks import frame_mask
 from training.recipes.quartznet_ctc.fast import FastQuartzNet, PlainQuartzNet, channels_last, upsampled
 from training.recipes.quartznet_ctc.kernels import cpu_has_bfloat16, kernels, load
-from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig, frame_mask
+from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
 
 needs_kernels = pytest.mark.skipif(
     not cpu_has_bfloat16(), reason="the kernels want a CPU with AVX512-BF16, this one has not"

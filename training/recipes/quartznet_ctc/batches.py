@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from training.masks import frame_mask
+
 STD_GUARD = 1e-5
 """Added to the standard deviation, as in training/frontend.py."""
 
@@ -24,7 +26,7 @@ def pad_features(items: Sequence[npt.NDArray[np.floating]]) -> tuple[Tensor, Ten
 
 def normalise_features(values: Tensor, lengths: Tensor) -> Tensor:
     """Zero mean and unit deviation per feature over each item's own frames; zeros beyond (B,T,F)."""
-    own = torch.arange(values.shape[1])[None, :, None] < lengths[:, None, None]
+    own = frame_mask(lengths, values.shape[1])[:, :, None]
     count = lengths[:, None, None].to(values.dtype)
     mean = (values * own).sum(dim=1, keepdim=True) / count
     centred = (values - mean) * own

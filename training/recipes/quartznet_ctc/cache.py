@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -25,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from training.data.audio import decode_waveform
+from training.data.shards import shard_members
 from training.files import written_whole
 from training.frontend import LogMel
 from training.recipes.quartznet_ctc.dataset import Utterance, read_utterances
@@ -50,11 +50,8 @@ def iterate_encoded(rows: list[Utterance], folder: Path) -> Iterator[tuple[int, 
                 data = (folder / name).read_bytes()
                 yield from ((index, data) for index in indices)
             continue
-        with tarfile.open(folder / shard) as archive:
-            for member in archive:
-                if member.name in names and (handle := archive.extractfile(member)) is not None:
-                    data = handle.read()
-                    yield from ((index, data) for index in names[member.name])
+        for name, data in shard_members(folder / shard, names):
+            yield from ((index, data) for index in names[name])
 
 
 def write_pcm(rows: list[Utterance], folder: Path, out: Path) -> None:

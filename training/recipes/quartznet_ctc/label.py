@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +37,24 @@ SAVE_EVERY = 100
 """Batches between two states that an interrupted run can go on from."""
 
 
-def principal_components(samples: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (D,), projection (D, count) and standard deviations (count,) of samples (N, D), largest first."""
+class Components(NamedTuple):
+    """Principal components of a layer's activations, those of the largest variance first."""
+
+    mean: Tensor
+    """(D,)"""
+    basis: Tensor
+    """(D, components), the projection."""
+    std: Tensor
+    """(components,)"""
+
+
+def principal_components(samples: Tensor, count: int) -> Components:
+    """The ``count`` first of samples (N, D)."""
     mean = samples.mean(dim=0)
     covariance = torch.cov((samples - mean).t())
     values, vectors = torch.linalg.eigh(covariance)
     order = values.argsort(descending=True)[:count]
-    return mean, vectors[:, order], values[order].clamp(min=0).sqrt()
+    return Components(mean, vectors[:, order], values[order].clamp(min=0).sqrt())
 
 
 def greedy(log_probs: npt.NDArray[np.float32]) -> tuple[str, float]:
@@ -85,7 +97,7 @@ class Labeller:
             output = self.network(normalise_features(features, lengths), lengths, HIDDEN_BLOCKS)
         return output.log_probs, output.hidden, output.lengths
 
-    def fit_components(self, batches: list[list[int]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def fit_components(self, batches: list[list[int]]) -> list[Components]:
         """Principal components per layer from a seeded sample of batches."""
         kept: list[list[Tensor]] = [[] for _ in HIDDEN_BLOCKS]
         for position in np.random.default_rng(0).choice(len(batches), min(12, len(batches)), replace=False):
@@ -93,6 +105,25 @@ class Labeller:
             for layer, values in zip(kept, hidden, strict=True):
                 layer.extend(values[item, : int(lengths[item])].float() for item in range(len(lengths)))
         return [principal_components(torch.cat(layer), COMPONENTS) for layer in kept]
+
+
+def store_components(path: Path, components: Sequence[Components]) -> None:
+    """Write those of each layer (.npz)."""
+    arrays = {
+        f"{name}{layer}": value.numpy()
+        for layer, parts in enumerate(components)
+        for name, value in parts._asdict().items()
+    }
+    np.savez(path, **arrays)
+
+
+def stored_components(path: Path) -> list[Components]:
+    """The reverse of :func:`store_components`."""
+    with np.load(path) as stored:
+        return [
+            Components(*(torch.from_numpy(stored[f"{name}{layer}"]) for name in Components._fields))
+            for layer in range(len(HIDDEN_BLOCKS))
+        ]
 
 
 def label(teacher: Path, cache: Path, budget_s: float) -> None:
@@ -104,31 +135,18 @@ def label(teacher: Path, cache: Path, budget_s: float) -> None:
     batches = length_batches([row["mel_frames"] for row in index], int(budget_s * 100))
     order = np.random.default_rng(1).permutation(len(batches))
     components_path, progress_path = cache / "components.npz", cache / "labels.progress.json"
-    mode = "w+"
+    resumed = progress_path.exists() and components_path.exists()
     labels: dict[str, tuple[str, float]] = {}
-    if progress_path.exists() and components_path.exists():
-        state = json.loads(progress_path.read_text(encoding="utf-8"))
-        mode, labels = "r+", state["labels"]
-        stored = np.load(components_path)
-        components = [
-            tuple(torch.from_numpy(stored[f"{name}{layer}"]) for name in ("mean", "basis", "std"))
-            for layer in range(len(HIDDEN_BLOCKS))
-        ]
+    if resumed:
+        labels = json.loads(progress_path.read_text(encoding="utf-8"))["labels"]
     else:
-        components = list(labeller.fit_components(batches))
-        arrays = {
-            f"{name}{layer}": value.numpy()
-            for layer, parts in enumerate(components)
-            for name, value in zip(("mean", "basis", "std"), parts, strict=True)
-        }
-        np.savez(components_path, **arrays)  # type: ignore[arg-type]
-    width = COMPONENTS * len(HIDDEN_BLOCKS)
-    files = {"logits": VOCABULARY_SIZE, "hidden": width}
+        store_components(components_path, labeller.fit_components(batches))
+    components = stored_components(components_path)
     logits, hidden_out = (
         np.lib.format.open_memmap(
-            cache / f"{name}.npy", mode=mode, dtype=np.float16, shape=(int(starts[-1]), size)
+            cache / f"{name}.npy", mode="r+" if resumed else "w+", dtype=np.float16, shape=(sum(counts), size)
         )
-        for name, size in files.items()
+        for name, size in (("logits", VOCABULARY_SIZE), ("hidden", COMPONENTS * len(HIDDEN_BLOCKS)))
     )
     # What is labelled counts, not how many batches were: a resumed run may make batches of another length.
     open_batches = [left for place in order if (left := [i for i in batches[place] if str(i) not in labels])]
@@ -137,8 +155,8 @@ def label(teacher: Path, cache: Path, budget_s: float) -> None:
         log_probs, hidden, lengths = labeller.run(batch)
         projected = torch.cat(
             [
-                (values.float() - mean) @ basis
-                for values, (mean, basis, _) in zip(hidden, components, strict=True)
+                (values.float() - parts.mean) @ parts.basis
+                for values, parts in zip(hidden, components, strict=True)
             ],
             dim=-1,
         )
@@ -154,15 +172,10 @@ def label(teacher: Path, cache: Path, budget_s: float) -> None:
     progress.close()
     for array in (logits, hidden_out):
         array.flush()
-    rows = [
-        {
-            "label_start": int(starts[i]),
-            "label_frames": counts[i],
-            "text": labels[str(i)][0],
-            "confidence": labels[str(i)][1],
-        }
-        for i in range(len(index))
-    ]
+    rows = []
+    for utterance, (start, count) in enumerate(zip(starts.tolist(), counts, strict=False)):
+        text, confidence = labels[str(utterance)]
+        rows.append({"label_start": start, "label_frames": count, "text": text, "confidence": confidence})
     (cache / "labels.json").write_text(json.dumps(rows), encoding="utf-8")
 
 

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.masks import frame_mask
 from training.recipes.quartznet_ctc.dataset import BLANK_ID
-
-
-def valid_frames(lengths: Tensor, frames: int) -> Tensor:
-    """(batch, frames) float32, one on frames that count."""
-    return (torch.arange(frames)[None] < lengths[:, None]).float()
 
 
 def dense_labels(
@@ -49,7 +45,7 @@ def activation_loss(predicted: Tensor, target: Tensor, weights: Tensor, lengths:
     One means no better than predicting the mean.
     """
     error = ((predicted - target).square() * weights).sum(dim=-1) / weights.sum()
-    mask = valid_frames(lengths, error.shape[1])
+    mask = frame_mask(lengths, error.shape[1])
     return (error * mask).sum() / mask.sum()
 
 
@@ -60,14 +56,14 @@ def posterior_loss(log_probs: Tensor, teacher: Tensor, lengths: Tensor, blank_we
     drowning the few that carry characters.
     """
     divergence = (teacher * (teacher.clamp(min=1e-8).log() - log_probs)).sum(dim=-1)
-    weight = valid_frames(lengths, divergence.shape[1]) * (blank_weight + 1.0 - teacher[:, :, BLANK_ID])
+    weight = frame_mask(lengths, divergence.shape[1]) * (blank_weight + 1.0 - teacher[:, :, BLANK_ID])
     return (divergence * weight).sum() / weight.sum().clamp(min=1.0)
 
 
 def dense_loss(logits: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
     """Cross-entropy with dense labels (B,T) of a head used in training only; logits (B,T,V)."""
     loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    mask = valid_frames(lengths, labels.shape[1]).flatten()
+    mask = frame_mask(lengths, labels.shape[1]).flatten()
     return (loss * mask).sum() / mask.sum()
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.masks import frame_mask
+
 
 @dataclass(frozen=True)
 class BlockConfig:
@@ -89,11 +91,6 @@ def convolved_length(length: Tensor, kernel: int, stride: int, dilation: int) ->
     """Frames that a convolution with `same_padding` makes of `length` frames; int64, any shape."""
     grown = length + 2 * same_padding(kernel, dilation) - dilation * (kernel - 1) - 1
     return torch.div(grown, stride, rounding_mode="floor") + 1
-
-
-def frame_mask(lengths: Tensor, frames: int) -> Tensor:
-    """(batch, frames) bool, true on an item's own frames."""
-    return torch.arange(frames, device=lengths.device)[None, :] < lengths[:, None]
 
 
 def masked(values: Tensor, lengths: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.errors import CheckpointError
+from training.masks import frame_mask
 from training.transformer import EncoderLayer, key_bias
 
 
@@ -126,7 +127,7 @@ class Wav2Vec2Ctc(nn.Module):
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, samples), (batch,) -> log_probs (batch, frames, vocabulary), frame lengths (batch,)."""
-        own = (torch.arange(waveform.shape[1], device=lengths.device)[None, :] < lengths[:, None]).float()
+        own = frame_mask(lengths, waveform.shape[1])
         count = lengths[:, None].float()
         mean = (waveform * own).sum(dim=1, keepdim=True) / count
         centred = (waveform - mean) * own
@@ -140,8 +141,7 @@ class Wav2Vec2Ctc(nn.Module):
             hidden = torch.where(
                 self._masks(counts, frames)[:, :, None], self.masked.to(hidden.dtype), hidden
             )
-        inside = (torch.arange(frames, device=lengths.device)[None, :] < counts[:, None])[:, :, None]
-        hidden = hidden * inside.to(hidden.dtype)
+        hidden = hidden * frame_mask(counts, frames)[:, :, None]
         placed = self.positions(hidden.transpose(1, 2))[:, :, :frames]
         hidden = self.dropout(hidden + functional.gelu(placed).transpose(1, 2))
         bias = key_bias(counts, frames)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.frontend import FrontendConfig, mel_filters
+from training.masks import frame_mask
 
 HOP = 160
 FFT = 400
@@ -61,8 +62,7 @@ class WhisperLogMel(nn.Module):
             (batch, frames, bands) float32 and (batch,) int64, one frame per 10 ms that an item has begun. On
             true lengths the features are zero beyond an item; `fixed` gives 3000 frames of 30 padded seconds.
         """
-        own = torch.arange(waveform.shape[1], device=waveform.device)[None, :] < lengths[:, None]
-        signal = waveform * own.to(waveform.dtype)
+        signal = waveform * frame_mask(lengths, waveform.shape[1])
         if self.fixed:
             signal = functional.pad(signal, (0, WINDOW_SAMPLES))[:, :WINDOW_SAMPLES]
         samples = signal.shape[1]
@@ -76,10 +76,10 @@ class WhisperLogMel(nn.Module):
         log_mel = torch.log10(energies.clamp(min=FLOOR))
         counts = torch.div(lengths + HOP - 1, HOP, rounding_mode="floor").clamp(max=frames)
         if not self.fixed:
-            inside = (torch.arange(frames, device=waveform.device)[None, :] < counts[:, None])[:, :, None]
+            inside = frame_mask(counts, frames)[:, :, None]
             log_mel = torch.where(inside, log_mel, log_mel.new_tensor(np.log10(FLOOR)))
         loudest = log_mel.amax(dim=(1, 2), keepdim=True)
         features = (torch.maximum(log_mel, loudest - RANGE) + 4.0) / 4.0
         if not self.fixed:
-            features = features * inside.to(features.dtype)
+            features = features * inside
         return features, counts

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
 from training.errors import CheckpointError
+from training.masks import frame_mask
 from training.recipes.whisper_ctc.frontend import WhisperLogMel
 from training.restricted_pickle import load_state_dict
 from training.transformer import EncoderLayer, key_bias
@@ -74,8 +75,7 @@ class WhisperEncoder(nn.Module):
         """
         values = functional.gelu(self.conv1(features.transpose(1, 2)))
         if not fixed:
-            own = torch.arange(values.shape[-1], device=lengths.device)[None, :] < lengths[:, None]
-            values = values * own[:, None, :].to(values.dtype)
+            values = values * frame_mask(lengths, values.shape[-1])[:, None, :]
         values = functional.gelu(self.conv2(values)).transpose(1, 2)
         lengths = torch.div(lengths + 1, 2, rounding_mode="floor")
         frames = values.shape[1]

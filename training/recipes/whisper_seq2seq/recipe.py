@@ -18,6 +18,7 @@ from training.errors import ConfigError
 from training.loop.dataset import Batch
 from training.loop.module import SpeechModule
 from training.loop.settings import TrainingSettings
+from training.masks import frame_mask
 from training.pretrained import fill, from_hub
 from training.recipes.whisper_ctc.model import EncoderConfig
 from training.recipes.whisper_seq2seq.export import export_graph
@@ -80,8 +81,7 @@ def teacher_tokens(targets: Tensor, lengths: Tensor, prompt: Prompt) -> tuple[Te
     size = len(prompt.ids)
     whole = torch.full((batch, size + longest + 1), prompt.end, device=targets.device)
     whole[:, :size] = torch.tensor(prompt.ids, device=targets.device)
-    own = torch.arange(longest, device=targets.device)[None, :] < lengths[:, None]
-    whole[:, size : size + longest] = torch.where(own, targets, prompt.end)
+    whole[:, size : size + longest] = torch.where(frame_mask(lengths, longest), targets, prompt.end)
     position = torch.arange(size + longest, device=targets.device)[None, :]
     learned = (position >= size - 1) & (position < size + lengths[:, None])
     return whole[:, :-1], torch.where(learned, whole[:, 1:], IGNORED)
