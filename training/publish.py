@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,19 +89,9 @@ def publish(
     files: dict[GraphName, bytes | Path] = {"int8": outcome.chosen.graph.SerializeToString()}
     if keep_float:
         files["float32"] = graph.SerializeToString()
-    graphs = Graphs(
-        files=files,
-        default="int8",
-        opset=OPSET,
-        parameters=checkpoint.model.parameter_count(),
-        frame_stride_s=checkpoint.model.config.stride * checkpoint.frontend.hop_s,
-        max_window_s=max_window_s,
-        min_samples=MIN_SAMPLES,
-        sample_rate_hz=rate_hz,
-    )
     notes = {
         "Export": f"PyTorch against ONNX: {agreement.describe()}.",
-        **_quantization(outcome),
+        "Quantization": _quantization(outcome),
     }
     language_model = None
     if recordings.texts:
@@ -116,26 +106,32 @@ def publish(
         language_model = found.shipped()
         notes["Language model"] = found.note()
         print(found.markdown())
-    bundle = write_bundle(
-        models_dir,
-        name,
-        graphs,
-        checkpoint.vocabulary,
-        card,
-        Measurements(notes=notes),
-        language_model,
-    )
+    graphs = _graphs(checkpoint, files, max_window_s)
+    written = Measurements(notes=notes)
+    bundle = write_bundle(models_dir, name, graphs, checkpoint.vocabulary, card, written, language_model)
     measurements = Measurements(_evaluate(bundle, recordings.test), _speed(bundle), notes)
     return add_measurements(models_dir, name, card, measurements)
 
 
-def _quantization(outcome: Outcome) -> dict[str, str]:
-    text = (
+def _graphs(checkpoint: Checkpoint, files: Mapping[GraphName, bytes | Path], max_window_s: float) -> Graphs:
+    return Graphs(
+        files=files,
+        default="int8",
+        opset=OPSET,
+        parameters=checkpoint.model.parameter_count(),
+        frame_stride_s=checkpoint.model.config.stride * checkpoint.frontend.hop_s,
+        max_window_s=max_window_s,
+        min_samples=MIN_SAMPLES,
+        sample_rate_hz=checkpoint.frontend.sample_rate_hz,
+    )
+
+
+def _quantization(outcome: Outcome) -> str:
+    return (
         "Static, U8 activations, S8 weights per channel; front end, first block and head stay float. "
         f"Measured on {outcome.float_rates.utterances} validation utterances; speed on one thread, runs "
-        "taking turns.\n\n"
+        "taking turns.\n\n" + outcome.table()
     )
-    return {"Quantization": text + outcome.table()}
 
 
 def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:
