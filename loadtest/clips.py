@@ -22,7 +22,7 @@ SAMPLE_RATE_HZ = 16000
 
 def shared_dir() -> Path:
     """The folder of test speech: ASR_SHARED_DIR, or `shared` beside the checkout."""
-    return Path(os.environ.get("ASR_SHARED_DIR", ROOT.parent / "shared"))
+    return Path(os.environ.get("ASR_SHARED_DIR") or ROOT.parent / "shared")
 
 
 def speech(minimum_s: float, test_set: str = "libriother") -> tuple[NDArray[np.float32], str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import soundfile
 from playwright.sync_api import Browser, BrowserContext
 
+from loadtest.clips import shared_dir
 from loadtest.processes import ROOT, LiveServer
 from tests.browser.page_server import CHROMIUM, Visit, chromium, new_context, page_server, visit
 from tests.e2e.live import start
@@ -95,7 +95,7 @@ def speech_page(speech_service: LiveServer, folder: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def spoken(folder: Path) -> tuple[Path, str]:
     """A WAV file of speech and its text: real speech where the shared folder is, else the page's sample."""
-    shared = Path(os.environ.get("ASR_SHARED_DIR") or ROOT.parent / "shared") / "speech" / "test"
+    shared = shared_dir() / "speech" / "test"
     source = ROOT / "ui" / "samples" / "en.flac"
     text = "he has been in the band for a long time"
     if (shared / "manifest.jsonl").exists():

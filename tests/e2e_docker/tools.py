@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = Path(os.environ.get("ASR_SHARED_DIR", ROOT.parent / "shared"))
+SHARED = Path(os.environ.get("ASR_SHARED_DIR") or ROOT.parent / "shared")
 STAND_IN_BASE = "local/python:3.11-slim"
 ALERT_TEMPLATES = Path("/usr/share/prometheus/alertmanager")
 CACHE = Path(os.environ.get("ASR_E2E_CACHE", "/var/cache/asr-base"))

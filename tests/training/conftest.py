@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from training.calibration import shared_folder
 from training.data.importers import from_folder
 from training.data.manifest import write_manifest
 from training.data.synthetic import make_corpus
@@ -41,9 +41,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def teacher_archive() -> Path:
     """The English QuartzNet15x5, which lies outside the project."""
-    root = Path(__file__).resolve().parents[2]
-    shared = Path(os.environ.get("ASR_SHARED_DIR", root.parent / "shared"))
-    archive = shared / "models" / "quartznet15x5_en.nemo"
+    archive = shared_folder() / "models" / "quartznet15x5_en.nemo"
     if not archive.is_file():
         pytest.skip(f"{archive} is absent (set ASR_SHARED_DIR)")
     return archive

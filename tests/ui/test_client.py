@@ -158,20 +158,21 @@ async def test_a_proxys_html_error_still_has_its_status() -> None:
             await client.transcribe(FILE)
 
 
-async def test_nobody_listening_is_tried_three_times() -> None:
-    script = Script(httpx.ConnectError("refused"))
+@pytest.mark.parametrize(
+    ("failure", "kind", "attempts"),
+    [
+        (httpx.ConnectError("refused"), errors.ApiUnreachableError, 3),
+        (httpx.ReadTimeout("slow"), errors.ApiTimeoutError, 1),
+    ],
+)
+async def test_nobody_listening_is_asked_again_and_silence_is_not(
+    failure: httpx.TransportError, kind: type[errors.ApiError], attempts: int
+) -> None:
+    script = Script(failure)
     async with client_for(script) as client:
-        with pytest.raises(errors.ApiUnreachableError):
+        with pytest.raises(kind):
             await client.transcribe(FILE)
-    assert len(script.requests) == 3
-
-
-async def test_silence_of_the_service_is_a_timeout_and_is_not_repeated() -> None:
-    script = Script(httpx.ReadTimeout("slow"))
-    async with client_for(script) as client:
-        with pytest.raises(errors.ApiTimeoutError):
-            await client.transcribe(FILE)
-    assert len(script.requests) == 1
+    assert len(script.requests) == attempts
 
 
 @pytest.mark.parametrize(
