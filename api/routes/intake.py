@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
 
 from api.batcher import request_owner
-from api.errors import ClientDisconnected, InvalidRequestError
+from api.errors import ClientDisconnected, DrainingError, InvalidRequestError
 from api.multipart import Form, Limits, Upload, read_form
 from api.service import Service
 from api.telemetry import current_record
@@ -44,7 +45,7 @@ class Intake:
         )
         self._service.admit(self._owner)
         try:
-            with self._service.telemetry.stage("read"):
+            with self._service.telemetry.stage("read"), _answered_if_cut_short():
                 self._form = await read_form(self._request, limits)
         except BaseException:
             self.release()
@@ -79,11 +80,15 @@ def only_file(form: Form) -> Upload:
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, R]) -> R:
-    """Await ``work``; when the caller leaves, cancel it and raise ClientDisconnected."""
+    """Await ``work``; cancel it when the caller leaves, or when the service has no more time.
+
+    Raises ClientDisconnected or DrainingError then.
+    """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        with _answered_if_cut_short():
+            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnected
         return task.result()
@@ -92,6 +97,16 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, R]) ->
             if not pending.done():
                 pending.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
+
+
+@contextmanager
+def _answered_if_cut_short() -> Iterator[None]:
+    """The server cancels what is not finished at the end of the drain; without this that is a bare 500."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        message = "The service is shutting down and could not finish this request."
+        raise DrainingError(message) from None
 
 
 async def _disconnected(request: Request) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any, Protocol
 
 import structlog
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from api.errors import AsrError, ClientDisconnected, public
+from api.errors import AsrError, ClientDisconnected, DrainingError, public
 from api.multipart import Upload
 from api.openai_format import delta_event, done_event
 from api.routes.intake import Intake, request_id, unless_disconnected
@@ -29,6 +29,7 @@ _log = structlog.get_logger("api.sse")
 
 _WRITE_TIMEOUT_S = 60.0  # a caller that does not read is let go
 _PING_S = 15.0  # a comment line keeps proxies from closing a quiet stream
+_LAST_FRAME = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"x-accel-buffering", b"no"),
@@ -122,10 +123,12 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
             await unless_disconnected(self._request, self._write(send))
-        except ClientDisconnected as error:
+        except (ClientDisconnected, DrainingError) as error:
             record = current_record()
             if record is not None:
                 record.failed(error.code, error.status)
+            if isinstance(error, DrainingError):
+                await send({"type": "http.response.body", "body": _frame(error.to_body()) + _LAST_FRAME})
         finally:
             sessions.dec()
             await self._parts.aclose()
@@ -134,10 +137,10 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         lock = asyncio.Lock()
 
-        async def write(data: str, *, more: bool = True) -> None:
+        async def write(data: bytes, *, more: bool = True) -> None:
             try:
                 async with lock, asyncio.timeout(_WRITE_TIMEOUT_S):
-                    await send({"type": "http.response.body", "body": data.encode(), "more_body": more})
+                    await send({"type": "http.response.body", "body": data, "more_body": more})
             except TimeoutError:
                 raise ClientDisconnected("The client does not read its stream.") from None
 
@@ -147,7 +150,7 @@ class EventStream(Response):
             async for event in self._frames:
                 if record is not None:
                     record.first_result()
-                await write(f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
+                await write(_frame(event))
         except ClientDisconnected:
             raise
         except Exception as error:
@@ -156,14 +159,18 @@ class EventStream(Response):
                 _log.exception("unexpected error in a stream")
             if record is not None:
                 record.failed(shown.code, shown.status)
-            await write(f"data: {json.dumps(shown.to_body(), ensure_ascii=False)}\n\n")
+            await write(_frame(shown.to_body()))
         finally:
             ping.cancel()
             await asyncio.gather(ping, return_exceptions=True)
-        await write("data: [DONE]\n\n", more=False)
+        await write(_LAST_FRAME, more=False)
 
 
 async def _ping(write: Any) -> None:
     while True:
         await asyncio.sleep(_PING_S)
-        await write(": ping\n\n")
+        await write(b": ping\n\n")
+
+
+def _frame(event: Mapping[str, Any]) -> bytes:
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()

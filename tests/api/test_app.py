@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -70,6 +71,39 @@ async def test_an_unexpected_error_in_a_stream_ends_it_as_the_contract_says(
     assert "secret" not in answer.text
     assert all("delta" in frame for frame in frames[:-2])
     assert 'outcome="error"' in metrics
+
+
+async def test_a_stream_that_the_end_of_the_drain_cuts_short_says_so(app: FastAPI) -> None:
+    """uvicorn cancels what is not done when its time is over."""
+    sentences = wav(recite(["abc", "de", "fgh", "ab"] * 5, 1.0))
+    request = httpx.Request("POST", "http://x", files={"file": sentences}, data={"stream": "true"})
+    parts = [{"type": "http.request", "body": request.read(), "more_body": False}]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop() if parts else await asyncio.Future()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 2:  # the first text
+            exchange.cancel()
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/transcribe",
+        "query_string": b"",
+        "http_version": "1.1",
+    }
+    scope |= {"headers": [(name.lower(), value) for name, value in request.headers.raw]}
+    exchange = asyncio.create_task(app(scope, receive, send))
+    await exchange
+    assert b"transcript.text.delta" in sent[1]["body"]
+    frame, end, _ = sent[-1]["body"].split(b"\n\n")
+    assert json.loads(frame.removeprefix(b"data: "))["error"]["code"] == "draining"
+    assert end == b"data: [DONE]"
+    assert not sent[-1].get("more_body")
+    assert app.state.service.in_progress == 0
 
 
 async def test_the_image_says_which_version_it_is(

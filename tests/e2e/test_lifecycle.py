@@ -17,7 +17,7 @@ import pytest
 
 from loadtest.processes import ROOT, SERVE, LiveServer
 from tests.e2e.live import environment
-from tests.e2e.raw_http import body, head
+from tests.e2e.raw_http import body, head, read_answer
 from tests.tiny_bundle import make_bundle, recite, sing, wav
 
 Launch = Callable[..., LiveServer]
@@ -187,6 +187,21 @@ def test_drain_goes_on_while_an_upload_is_running(models_dir: Path, tmp_path: Pa
     assert answer.startswith(b"HTTP/1.1 200")
     assert b"connection: close" in answer.lower()
     assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["text"] == "head bad cafe"
+    assert live.process.wait(20) == 0
+
+
+def test_who_is_not_done_when_the_drain_ends_is_told_to_come_back(
+    models_dir: Path, tmp_path: Path, launch: Launch
+) -> None:
+    live = launch(models_dir, tmp_path / "log", drain_timeout_s=1)
+    form = body(AUDIO)
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(head(len(form)) + form[:1000])
+        time.sleep(0.3)
+        live.process.send_signal(signal.SIGTERM)
+        status, headers, answer = read_answer(connection, 20)
+    assert (status, json.loads(answer)["error"]["code"]) == (503, "draining")
+    assert int(headers["retry-after"]) > 0
     assert live.process.wait(20) == 0
 
 
