@@ -145,6 +145,12 @@ def test_a_hotword_turns_a_near_miss() -> None:
     assert best_text(heard, ["nguyenx", "uyen"]) == "call nguyan now"
 
 
+def test_a_hotword_gets_into_a_beam_that_others_fill() -> None:
+    log_probs = spoken("?", alternatives={0: {"a": 0.4, "c": 0.35, "b": 0.24}})
+    assert best_text(log_probs, [], beam=2) == "a"
+    assert best_text(log_probs, ["b"], boost=1.0, beam=2) == "b"
+
+
 def test_a_hotword_is_a_whole_word() -> None:
     heard = spoken("cats", alternatives={1: {"a": 0.55, "o": 0.43}})
     assert best_text(heard, ["cot"]) == "cats"
