@@ -235,6 +235,20 @@ def test_phowhisper_records_the_commit_it_found(hub: Hub, tmp_path: Path) -> Non
     assert pins == {head.repository: COMMIT}
 
 
+def test_a_recorded_commit_is_asked_for_whatever_the_hub_has_by_now(hub: Hub, tmp_path: Path) -> None:
+    name = "vi-phowhisper-tiny-ctc"
+    head = CATALOG[name].sources[0]
+    assert isinstance(head, HubFiles)
+    hub.commits[head.repository] = "f" * 40
+    (tmp_path / DOWNLOADS).mkdir()
+    (tmp_path / DOWNLOADS / "pins.json").write_text(json.dumps({head.repository: COMMIT}))
+    done = run_pull(name, tmp_path, hub.url)
+    assert "answered 404" in done.stderr
+    asked = [path for _, path, _ in hub.requests]
+    assert any(f"/{head.repository}/resolve/{COMMIT}/" in path for path in asked), asked
+    assert not any("f" * 40 in path for path in asked)
+
+
 def test_without_a_network_it_says_so_in_one_line(tmp_path: Path) -> None:
     done = run_pull("tr-wav2vec2-xls-r-300m", tmp_path / "models", "http://127.0.0.1:9")
     assert done.returncode == 1
