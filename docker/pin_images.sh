@@ -22,6 +22,6 @@ while read -r pinned; do
     changed=1
     [ "$check" = 1 ] || sed -i "s#$pinned#$name@$new#" "${files[@]}"
   fi
-done < <(grep -hoE '[a-z0-9./-]+:[A-Za-z0-9._-]+@sha256:[0-9a-f]{64}' "${files[@]}" | sort -u)
+done < <(grep -hoE '[a-z0-9][a-z0-9./-]*:[A-Za-z0-9._-]+@sha256:[0-9a-f]{64}' "${files[@]}" | sort -u)
 [ "$unreachable" = 0 ] || { echo "error: some images could not be asked for (needs docker buildx and a registry)" >&2; exit 2; }
 [ "$check" = 0 ] || exit "$changed"

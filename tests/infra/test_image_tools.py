@@ -106,3 +106,21 @@ def test_the_api_image_says_its_version_and_revision() -> None:
         assert f"ARG {name}=" in final
         assert f"ASR_{name}=${{{name}}}" in final
         assert f'"ASR_{name}"' in (ROOT / "api/main.py").read_text()
+
+
+def test_the_digests_of_all_pinned_images_are_asked_for(tmp_path: Path) -> None:
+    """By the image's name alone: in the Compose files it stands behind ``${VARIABLE:-``."""
+    asked = tmp_path / "asked"
+    docker = tmp_path / "docker"
+    docker.write_text(f'#!/bin/sh\necho "$4" >>{asked}\necho sha256:{"0" * 64}\n')
+    docker.chmod(0o755)
+    command = [str(ROOT / "docker/pin_images.sh"), "--check"]
+    done = subprocess.run(
+        command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr  # every digest differs
+    names = set(asked.read_text().split())
+    files = [ROOT / "docker" / f"compose.{part}.yml" for part in ("api", "monitoring")]
+    pins = "".join(path.read_text() for path in files)
+    assert set(re.findall(r":-([^@{}]+)@sha256", pins)) < names
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9./-]*:[\w.-]+", name) for name in names), names
