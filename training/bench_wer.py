@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from api.bundle import BundleError, list_bundles, load_bundle
+from api.bundle import list_bundles, load_bundle
 from training.calibration import manifest_rows, manifest_waveforms, shared_folder
-from training.errors import TrainingError
+from training.errors import in_one_line
 from training.evaluate import ErrorRates, Recogniser, Utterance, bundle_recogniser, error_rates
 from training.inference import Waveform
 
@@ -157,6 +157,7 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
+@in_one_line("bench-wer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -176,25 +177,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not manifest.is_file():
         print(f"bench-wer: {manifest}: no such manifest; set ASR_SHARED_DIR or --manifest", file=sys.stderr)
         return 2
-    try:
-        systems = find_systems(given.models_dir, given.models, given.systems)
-        rows = manifest_rows(manifest, with_text=True, language=given.language)
-        scores = []
-        for test_set in sorted({str(row["source"]) for row in rows}):
-            clips = manifest_waveforms(
-                manifest,
-                SAMPLE_RATE_HZ,
-                given.limit,
-                with_text=True,
-                language=given.language,
-                source=test_set,
-            )
-            for system in systems:
-                scores.append(score(system, test_set, clips, given.jobs))
-                print(f"{test_set}, {system.label}: {scores[-1].rates.wer:.1%}", file=sys.stderr)
-    except (TrainingError, BundleError) as error:
-        print(f"bench-wer: {error}", file=sys.stderr)
-        return 2
+    systems = find_systems(given.models_dir, given.models, given.systems)
+    rows = manifest_rows(manifest, with_text=True, language=given.language)
+    scores = []
+    for test_set in sorted({str(row["source"]) for row in rows}):
+        clips = manifest_waveforms(
+            manifest,
+            SAMPLE_RATE_HZ,
+            given.limit,
+            with_text=True,
+            language=given.language,
+            source=test_set,
+        )
+        for system in systems:
+            scores.append(score(system, test_set, clips, given.jobs))
+            print(f"{test_set}, {system.label}: {scores[-1].rates.wer:.1%}", file=sys.stderr)
     print(table(scores))
     print(json.dumps({"scores": [asdict(entry) for entry in scores]}))
     return 0

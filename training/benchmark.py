@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from api.bundle import Bundle, BundleError, load_bundle
+from api.bundle import Bundle, load_bundle
 from api.vocabulary import Vocabulary
 from training.calibration import manifest_waveforms
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.errors import TrainingError
+from training.errors import in_one_line
 from training.evaluate import ErrorRates, Network, greedy_rates
 from training.export import export_graph
 from training.frontend import LogMel
@@ -174,6 +173,7 @@ def benchmark(
     )
 
 
+@in_one_line("benchmark")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="PyTorch, ONNX and INT8 of one model side by side.")
@@ -185,21 +185,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args(arguments)
-    try:
-        nemo = given.weights.suffix == ".nemo"
-        checkpoint = as_checkpoint(read_nemo(given.weights)) if nemo else load_checkpoint(given.weights)
-        bundle = load_bundle(given.bundle.parent, given.bundle.name)
-        clips = manifest_waveforms(
-            given.manifest,
-            bundle.manifest.sample_rate_hz,
-            given.limit,
-            with_text=True,
-            language=given.language or bundle.manifest.languages[0],
-        )
-        rows = benchmark(checkpoint, bundle, clips, threads=given.threads, rounds=given.rounds)
-    except (TrainingError, BundleError, FileNotFoundError) as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2
+    nemo = given.weights.suffix == ".nemo"
+    checkpoint = as_checkpoint(read_nemo(given.weights)) if nemo else load_checkpoint(given.weights)
+    bundle = load_bundle(given.bundle.parent, given.bundle.name)
+    clips = manifest_waveforms(
+        given.manifest,
+        bundle.manifest.sample_rate_hz,
+        given.limit,
+        with_text=True,
+        language=given.language or bundle.manifest.languages[0],
+    )
+    rows = benchmark(checkpoint, bundle, clips, threads=given.threads, rounds=given.rounds)
     where = hardware()
     print(f"{bundle.name}, {len(clips)} utterances, {CLIP_S:g} s clip, {given.threads} thread(s), {where}\n")
     print(table([row.columns() for row in rows]))

@@ -23,11 +23,11 @@ import numpy as np
 import onnx
 from torch import nn
 
-from api.bundle import Bundle, BundleError
+from api.bundle import Bundle
 from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.bundle_writer import Card, Graphs, Measurements, check_card, write_bundle
-from training.errors import CheckpointError, QualityGateError, TrainingError
+from training.errors import CheckpointError, QualityGateError, in_one_line
 from training.inference import Waveform, compare, cpu_session, run_graph
 from training.pretrained import fill
 from training.restricted_pickle import load_state_dict
@@ -209,6 +209,7 @@ def convert(family: str, weights: Path, name: str, models_dir: Path, card: Card)
     return write_bundle(models_dir, name, graphs, made.vocabulary, card, Measurements(notes=notes))
 
 
+@in_one_line("convert", ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 with one message for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m training.convert", description=__doc__.splitlines()[0])
@@ -230,11 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         licence=given.licence,
         summary=f"Converted from a published checkpoint: {given.url or given.weights.name}.",
     )
-    try:
-        bundle = convert(given.family, given.weights, given.name, given.models_dir, card)
-    except (TrainingError, BundleError, FileNotFoundError, ValueError) as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 2
+    bundle = convert(given.family, given.weights, given.name, given.models_dir, card)
     print(f"{bundle.path}: verified")
     return 0
 

@@ -13,9 +13,18 @@ TrainingError
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+from api.errors import BundleError
+
+Arguments = ParamSpec("Arguments")
+
 
 class TrainingError(Exception):
-    """Base of all; the commands print the message without a traceback and exit with 2."""
+    """Base of all; the commands print the message without a traceback and exit with 2: see `in_one_line`."""
 
 
 class ConfigError(TrainingError):
@@ -48,3 +57,27 @@ class OutOfMemoryError(TrainingError):
 
 class QualityGateError(TrainingError):
     """A graph does not agree with the network it came from, or is worse than allowed."""
+
+
+def in_one_line(
+    program: str, *also: type[Exception]
+) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
+    """Let a command end with one line on standard error and status 2 for what its user can mend.
+
+    That is a TrainingError, a BundleError, a file that is not there, and `also`.
+    """
+
+    mendable: tuple[type[Exception], ...] = (TrainingError, BundleError, FileNotFoundError, *also)
+
+    def decorate(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
+        @functools.wraps(command)
+        def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+            try:
+                return command(*args, **kwargs)
+            except mendable as error:
+                print(f"{program}: {error}", file=sys.stderr)
+                return 2
+
+        return run
+
+    return decorate

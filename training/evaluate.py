@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from api.bundle import Bundle, BundleError, load_bundle
+from api.bundle import Bundle, load_bundle
 from api.ctc import greedy
 from api.decoding import decode
 from api.vocabulary import Vocabulary
-from training.errors import TrainingError
+from training.calibration import manifest_waveforms
+from training.errors import in_one_line
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
 from training.text import Normaliser, normaliser
 
@@ -147,10 +147,9 @@ def plainly(heard: Iterable[Utterance], plain: Normaliser) -> list[Utterance]:
     return [Utterance(plain(item.reference), plain(item.hypothesis)) for item in heard]
 
 
+@in_one_line("evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    from training.calibration import manifest_waveforms
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models_dir", type=Path)
     parser.add_argument("name")
@@ -159,15 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--beam", type=int, help="0 is greedy; default: the bundle's own way")
     parser.add_argument("--limit", type=int, help="at most this many utterances, spread over the manifest")
     given = parser.parse_args(arguments)
-    try:
-        bundle = load_bundle(given.models_dir, given.name)
-        recogniser = bundle_recogniser(bundle, given.graph, beam=given.beam)
-        clips = manifest_waveforms(
-            given.manifest, bundle.manifest.sample_rate_hz, given.limit, with_text=True
-        )
-    except (TrainingError, BundleError, FileNotFoundError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
+    bundle = load_bundle(given.models_dir, given.name)
+    recogniser = bundle_recogniser(bundle, given.graph, beam=given.beam)
+    clips = manifest_waveforms(given.manifest, bundle.manifest.sample_rate_hz, given.limit, with_text=True)
     heard = recognise_all(recogniser, clips, given.name)
     rates = error_rates(plainly(heard, normaliser(bundle.manifest.languages[0])))
     print(f"WER {rates.wer:.2%} [{rates.wer_low:.2%}, {rates.wer_high:.2%}]  CER {rates.cer:.2%}")

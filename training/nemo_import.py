@@ -7,17 +7,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from api.bundle import Bundle, BundleError, sha256_of
+from api.bundle import Bundle, sha256_of
 from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.bundle_writer import Card
 from training.calibration import shared_folder
 from training.checkpoint import Checkpoint
-from training.errors import TrainingError
+from training.errors import in_one_line
 from training.nemo import NemoModel, read_nemo
 from training.publish import Recordings, publish
 
@@ -56,6 +55,7 @@ def _pieces(tokens: Sequence[str]) -> tuple[str, ...]:
     return tuple(spelled(token) for token in tokens)
 
 
+@in_one_line("nemo import")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Import a NeMo CTC archive as a bundle, without NeMo.")
@@ -78,11 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--no-test", action="store_true", help="do not measure error rates on test sets")
     command.add_argument("--no-float", action="store_true", help="leave the float32 graph out")
     given = parser.parse_args(arguments)
-    try:
-        bundle = _import(given)
-    except (TrainingError, BundleError, FileNotFoundError) as error:
-        print(f"nemo import: {error}", file=sys.stderr)
-        return 2
+    bundle = _import(given)
     print(f"{bundle.path}: verified")
     return 0
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from api.beam import beam_search
-from api.bundle import BundleError, load_bundle
+from api.bundle import load_bundle
 from api.ngram import NgramModel, NgramTable, weigh
 from api.normalise import normalise
 from api.vocabulary import Vocabulary
 from training.bundle_writer import LanguageModel, add_language_model
 from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
-from training.errors import DataError, TrainingError
+from training.errors import DataError, in_one_line
 from training.evaluate import Utterance, error_rates, greedy_text
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
 from training.kneser_ney import ORDER, character_ngrams
@@ -186,6 +185,7 @@ def fit_texts(
     return fit(table, vocabulary, log_probs, references, beam, order)
 
 
+@in_one_line("ngram")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Does a language model of these texts help a bundle?")
@@ -198,24 +198,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--beam", type=int, default=BEAM)
     parser.add_argument("--write", action="store_true", help="into the bundle, where it earns its place")
     given = parser.parse_args(arguments)
-    try:
-        bundle = load_bundle(given.models_dir, given.name)
-        manifest = bundle.manifest
-        clips = manifest_waveforms(given.validation, manifest.sample_rate_hz, given.limit, with_text=True)
-        clips = with_plain_texts(clips, manifest.languages[0])
-        found = fit_texts(
-            given.texts,
-            bundle.vocabulary,
-            manifest.text_normalisation,
-            manifest.languages[0],
-            bundle.graph_path(),
-            clips,
-            given.order,
-            given.beam,
-        )
-    except (TrainingError, BundleError, FileNotFoundError) as error:
-        print(f"ngram: {error}", file=sys.stderr)
-        return 2
+    bundle = load_bundle(given.models_dir, given.name)
+    manifest = bundle.manifest
+    clips = manifest_waveforms(given.validation, manifest.sample_rate_hz, given.limit, with_text=True)
+    clips = with_plain_texts(clips, manifest.languages[0])
+    found = fit_texts(
+        given.texts,
+        bundle.vocabulary,
+        manifest.text_normalisation,
+        manifest.languages[0],
+        bundle.graph_path(),
+        clips,
+        given.order,
+        given.beam,
+    )
     table = found.table
     print(f"{len(table.fail)} contexts, {len(table.edge_state)} n-grams; {len(clips)} utterances\n")
     print(found.markdown())

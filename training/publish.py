@@ -10,7 +10,6 @@ limits. Nothing replaces an existing bundle before the new one has passed verifi
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from api.bundle import Bundle, BundleError
+from api.bundle import Bundle
 from api.decoding import in_words
 from api.manifest import Evaluation, GraphName, Speed
 from training.bundle_writer import (
@@ -31,7 +30,7 @@ from training.bundle_writer import (
 )
 from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.errors import ConfigError, TrainingError
+from training.errors import ConfigError, in_one_line
 from training.evaluate import bundle_recogniser, error_rates, plainly, recognise_all
 from training.export import MIN_SAMPLES, check_agreement, export_graph
 from training.graph import OPSET
@@ -192,6 +191,7 @@ def read_card(path: Path) -> Card:
         raise ConfigError(f"{path}: {where or 'card'}: {first['msg']}") from error
 
 
+@in_one_line("publish")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -217,20 +217,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="absolute, on the validation set",
     )
     given = parser.parse_args(arguments)
-    try:
-        bundle = publish(
-            load_checkpoint(given.checkpoint),
-            given.name,
-            given.models_dir,
-            read_card(given.card),
-            Recordings(given.calibration, given.validation, tuple(given.texts), given.test),
-            max_window_s=given.max_window_s,
-            keep_float=given.keep_float,
-            gate=Gate(given.min_speed, given.max_wer_increase),
-        )
-    except (TrainingError, BundleError, FileNotFoundError) as error:
-        print(f"publish: {error}", file=sys.stderr)
-        return 2
+    bundle = publish(
+        load_checkpoint(given.checkpoint),
+        given.name,
+        given.models_dir,
+        read_card(given.card),
+        Recordings(given.calibration, given.validation, tuple(given.texts), given.test),
+        max_window_s=given.max_window_s,
+        keep_float=given.keep_float,
+        gate=Gate(given.min_speed, given.max_wer_increase),
+    )
     print(f"{bundle.path}: verified")
     return 0
 

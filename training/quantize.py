@@ -11,7 +11,6 @@ the validation set, and the one with the lowest word error rate is kept if it pa
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from api.vocabulary import BLANK_TOKEN, Vocabulary
 from training.calibration import manifest_waveforms
-from training.errors import QualityGateError, TrainingError
+from training.errors import QualityGateError, in_one_line
 from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text
 from training.inference import Agreement, Waveform, compare, cpu_session, quiet_run_s, run_graph
 from training.qdq import Range, quantizable, quantize_graph
@@ -230,6 +229,7 @@ class _Reference:
         )
 
 
+@in_one_line("quantize", ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Quantize a float32 graph of this project behind its gate.")
@@ -243,19 +243,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample-rate-hz", type=int, default=16_000)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
-    try:
-        tokens = tuple(given.vocabulary.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
-        vocabulary = Vocabulary(tokens, tokens.index(BLANK_TOKEN))
-        rate_hz, (calibration_clips, validation_clips) = given.sample_rate_hz, given.clips
-        outcome = quantize(
-            onnx.load(given.graph),
-            vocabulary,
-            [clip for clip, _ in manifest_waveforms(given.calibration, rate_hz, calibration_clips)],
-            manifest_waveforms(given.validation, rate_hz, validation_clips, with_text=True),
-        )
-    except (TrainingError, FileNotFoundError, ValueError) as error:
-        print(f"quantize: {error}", file=sys.stderr)
-        return 2
+    tokens = tuple(given.vocabulary.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+    vocabulary = Vocabulary(tokens, tokens.index(BLANK_TOKEN))
+    rate_hz, (calibration_clips, validation_clips) = given.sample_rate_hz, given.clips
+    outcome = quantize(
+        onnx.load(given.graph),
+        vocabulary,
+        [clip for clip, _ in manifest_waveforms(given.calibration, rate_hz, calibration_clips)],
+        manifest_waveforms(given.validation, rate_hz, validation_clips, with_text=True),
+    )
     print(outcome.table())
     given.out.write_bytes(outcome.chosen.graph.SerializeToString())
     return 0

@@ -12,7 +12,7 @@ from training.data import importers
 from training.data.manifest import read_manifest, write_manifest
 from training.data.split import split_by_speaker
 from training.data.validate import Limits, validate
-from training.errors import TrainingError
+from training.errors import in_one_line
 from training.text import alphabet, normaliser
 from training.vocabulary import CharacterCodec
 
@@ -62,6 +62,7 @@ def _split(given: argparse.Namespace) -> None:
         print(f"{part}: {len(rows)} -> {write_manifest(given.out / f'{part}.jsonl', rows)}")
 
 
+@in_one_line("error")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m training.data", description=__doc__)
@@ -95,11 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cut.add_argument("--out", type=Path, required=True, help="folder")
     cut.set_defaults(do=_split)
     given = parser.parse_args(arguments)
-    try:
-        given.do(given)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    given.do(given)
     return 0
 
 

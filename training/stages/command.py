@@ -7,7 +7,6 @@ an interrupted training goes on from its last epoch.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 
 from training.config import load_config
 from training.data.manifest import Utterance
-from training.errors import TrainingError
+from training.errors import in_one_line
 from training.loop.run_folder import WEIGHTS, RunFolder, open_run
 from training.stages.benchmark import benchmark
 from training.stages.export import export
@@ -65,6 +64,7 @@ def run(
     return result
 
 
+@in_one_line("error")
 def main(recipe_type: type[Recipe], arguments: Sequence[str] | None = None) -> int:
     """The command; 0 when done, 2 with one message on standard error for what the user can mend."""
     parser = argparse.ArgumentParser(
@@ -81,11 +81,7 @@ def main(recipe_type: type[Recipe], arguments: Sequence[str] | None = None) -> i
         help="change one field of the file",
     )
     given = parser.parse_args(arguments)
-    try:
-        result = run(recipe_type, given.config, given.run, given.stage, given.set)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = run(recipe_type, given.config, given.run, given.stage, given.set)
     if isinstance(result, Path):
         print(result)
     return 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
 import signal
 import tarfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -243,11 +246,53 @@ def test_output_only_leaves_the_heads_of_training_alone(corpus: Corpus) -> None:
     assert torch.equal(taught.distiller.dense_head.bias, before)
 
 
-@pytest.mark.parametrize("share", ["0", "1.1", "-1"])
-def test_a_share_out_of_range_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        *(("--decay-share", share, "expected more than 0, at most 1") for share in ("0", "1.1", "-1")),
+        *(("--until", clock, f"{clock}: expected HH:MM") for clock in ("25:00", "soon")),
+    ],
+)
+def test_values_out_of_range_are_refused(
+    option: str, value: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        distill.arguments_of("").parse_args(["--cache", "c", "--run", "r", "--decay-share", share])
-    assert "expected more than 0, at most 1" in capsys.readouterr().err
+        distill.arguments_of("").parse_args(["--cache", "c", "--run", "r", option, value])
+    assert problem in capsys.readouterr().err
+
+
+def test_until_is_the_next_such_moment() -> None:
+    now = time.time()
+    before = datetime.fromtimestamp(now - 120, UTC)
+    given = ["--cache", "c", "--run", "r", "--until", f"{before:%H:%M}"]
+    moment = distill.deadline(distill.arguments_of("").parse_args(given).until, None)
+    assert moment == pytest.approx(now - 120 + 86_400, abs=61)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("cache", ["--manifest", "none.jsonl", "--out", "cache"]),
+        ("dataset", ["--manifest", "none.jsonl", "--validation", "validation.jsonl"]),
+        ("label", ["--teacher", "none.nemo", "--cache", "none"]),
+        ("distill", ["--cache", "none", "--run", "run", "--steps", "1"]),
+        ("texts", ["--cache", "none", "--out", "texts.txt"]),
+        ("weights", ["--run", "none", "--out", "student.safetensors"]),
+    ],
+)
+def test_what_is_not_there_is_one_line(
+    stage: str,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [stage, *options])
+    assert importlib.import_module(f"training.recipes.quartznet_ctc.{stage}").main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{stage}: ")
+    assert "none" in line
 
 
 def test_batches_are_a_function_of_seed_and_step(corpus: Corpus) -> None:
@@ -367,7 +412,7 @@ def test_published_weights_of_another_size_are_refused(corpus: Corpus, tmp_path:
     path = tmp_path / "student.safetensors"
     save_checkpoint(path, student_of(trainer(corpus).state()))
     bigger = Trainer(TrainConfig(size="s"), corpus)
-    with pytest.raises(ValueError, match="another network"):
+    with pytest.raises(CheckpointError, match="another network"):
         bigger.initialise_from(path)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from training.errors import ConfigError
 from training.recipes.quartznet_ctc.architectures import quartznet
 from training.recipes.quartznet_ctc.dataset import VOCABULARY_SIZE
 from training.recipes.quartznet_ctc.examples import Batch
@@ -32,7 +33,7 @@ def test_each_block_of_the_student_answers_one_stretch_of_the_teacher() -> None:
 
 
 def test_a_student_of_another_make_is_refused() -> None:
-    with pytest.raises(ValueError, match="choose size 5x5"):
+    with pytest.raises(ConfigError, match="choose size 5x5"):
         borders(student_config("m"), TEACHER)
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from training.data.audio import decode_waveform
 from training.data.shards import shard_members
+from training.errors import DataError, in_one_line
 from training.files import written_whole
 from training.frontend import LogMel
 from training.recipes.quartznet_ctc.dataset import Utterance, read_utterances
@@ -55,7 +56,7 @@ def iterate_encoded(rows: list[Utterance], folder: Path) -> Iterator[tuple[int, 
 
 
 def write_pcm(rows: list[Utterance], folder: Path, out: Path) -> None:
-    """Decode every row into ``out/pcm.i16`` and write ``out/index.json``."""
+    """Decode every row into ``out/pcm.i16`` and write ``out/index.json``. Raises DataError for lost audio."""
     starts = np.zeros(len(rows), np.int64)
     lengths = np.zeros(len(rows), np.int64)
     position = 0
@@ -76,7 +77,7 @@ def write_pcm(rows: list[Utterance], folder: Path, out: Path) -> None:
         progress.close()
     missing = [rows[index].id for index in np.flatnonzero(lengths == 0)]
     if missing:
-        raise ValueError(f"{len(missing)} utterances have no audio, first: {missing[:3]}")
+        raise DataError(f"{len(missing)} utterances have no audio, first: {missing[:3]}")
     partial.rename(out / "pcm.i16")
     index_rows = [
         asdict(row) | {"pcm_start": int(start), "pcm_samples": int(length)}
@@ -114,7 +115,9 @@ def write_mel(out: Path) -> None:
     partial.rename(out / "mel.npy")
 
 
-def main() -> None:
+@in_one_line("cache")
+def main() -> int:
+    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -128,7 +131,8 @@ def main() -> None:
     if not (arguments.out / "mel.npy").exists():
         with torch.inference_mode():
             write_mel(arguments.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from training.data.manifest import read_rows
+from training.errors import in_one_line
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz'"
 """Characters of the English alphabet in the order of their token ids; the blank is the last id (28)."""
@@ -120,7 +121,9 @@ def write_validation(manifest: Path, out: Path, fraction: float = VALIDATION_FRA
     return len(lines)
 
 
-def main() -> None:
+@in_one_line("dataset")
+def main() -> int:
+    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -128,7 +131,8 @@ def main() -> None:
     parser.add_argument("--validation", type=Path, required=True, help="manifest to write")
     arguments = parser.parse_args()
     print(f"{arguments.validation}: {write_validation(arguments.manifest, arguments.validation)} utterances")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from training.errors import in_one_line
 from training.files import written_whole
 from training.recipes.quartznet_ctc.augment import AugmentConfig
 from training.recipes.quartznet_ctc.evaluate import validate
@@ -143,12 +144,18 @@ def train(
         checkpoint(trainer, run, records, measured=bool(trainer.corpus.validation) and not stopped.is_set())
 
 
-def parse_deadline(until: str | None, max_minutes: float | None) -> float | None:
-    """``HH:MM`` UTC (the next one) or minutes from now, as a ``time.time()`` value."""
+def _clock(text: str) -> datetime:
+    try:
+        return datetime.strptime(text, "%H:%M")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: expected HH:MM") from None
+
+
+def deadline(until: datetime | None, max_minutes: float | None) -> float | None:
+    """The next moment of that hour and minute UTC, or minutes from now, as a ``time.time()`` value."""
     if until is not None:
         now = datetime.now(UTC)
-        hour, minute = (int(part) for part in until.split(":"))
-        target = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+        target = now.replace(hour=until.hour, minute=until.minute, second=0, microsecond=0)
         return (target if target > now else target + timedelta(days=1)).timestamp()
     return None if max_minutes is None else time.time() + 60.0 * max_minutes
 
@@ -170,7 +177,7 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=sorted(SIZE_NAMES), default=TrainConfig.size)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--max-minutes", type=float)
-    parser.add_argument("--until", help="HH:MM UTC")
+    parser.add_argument("--until", type=_clock, help="HH:MM UTC")
     parser.add_argument("--batch-s", type=float, default=TrainConfig.batch_s)
     parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
     parser.add_argument(
@@ -189,7 +196,7 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Corpus], Trainer]) -> None:
     """Train as the command line says, or go on with the run that is there. Raises SystemExit on misuse."""
-    deadline_s = parse_deadline(arguments.until, arguments.max_minutes)
+    deadline_s = deadline(arguments.until, arguments.max_minutes)
     if arguments.steps is None and deadline_s is None:
         raise SystemExit("say how long: --steps, --max-minutes or --until")
     torch.set_num_threads(1)
@@ -218,9 +225,12 @@ def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Cor
     train(trainer, arguments.run, arguments.steps, deadline_s, 60.0 * arguments.validate_every_minutes)
 
 
-def main() -> None:
+@in_one_line("distill")
+def main() -> int:
+    """Command line."""
     run(arguments_of(__doc__).parse_args(), Trainer)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

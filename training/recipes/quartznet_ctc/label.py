@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.errors import CheckpointError
+from training.errors import CheckpointError, in_one_line
 from training.files import written_whole
 from training.nemo import read_nemo
 from training.recipes.quartznet_ctc.batches import normalise_features, pad_features
@@ -179,7 +179,9 @@ def label(teacher: Path, cache: Path, budget_s: float) -> None:
     (cache / "labels.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
-def main() -> None:
+@in_one_line("label")
+def main() -> int:
+    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,7 +191,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.cache / "labels.json").exists():
         label(arguments.teacher, arguments.cache, arguments.batch_s)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.errors import ConfigError, in_one_line
 from training.nemo import read_nemo
 from training.recipes.quartznet_ctc.distill import arguments_of, run
 from training.recipes.quartznet_ctc.examples import Batch, BatchMaker, Corpus
@@ -38,7 +39,7 @@ from training.recipes.quartznet_ctc.trainer import TrainConfig, Trainer
 def borders(student: QuartzNetConfig, teacher: QuartzNetConfig) -> list[int]:
     """For each of the student's blocks the teacher's block whose output it answers.
 
-    Runs of residual blocks of one shape in the teacher become one block of the student. Raises ValueError
+    Runs of residual blocks of one shape in the teacher become one block of the student. Raises ConfigError
     where the two do not line up.
     """
     found: list[int] = []
@@ -49,7 +50,7 @@ def borders(student: QuartzNetConfig, teacher: QuartzNetConfig) -> list[int]:
             found.append(index)
     shapes = [(blocks[index].filters, blocks[index].stride) for index in found]
     if shapes != [(block.filters, block.stride) for block in student.blocks]:
-        raise ValueError("the student's blocks are not one per stretch of the teacher's: choose size 5x5")
+        raise ConfigError("the student's blocks are not one per stretch of the teacher's: choose size 5x5")
     return found
 
 
@@ -125,13 +126,16 @@ class PieceTrainer(Trainer):
         return total + weights.hidden * torch.stack(errors).sum()
 
 
-def main() -> None:
+@in_one_line("pieces")
+def main() -> int:
+    """Command line."""
     parser = arguments_of(__doc__)
     parser.add_argument("--teacher", type=Path, required=True, help=".nemo archive")
     parser.add_argument("--joined", action="store_true", help="each piece hears the one before it")
     arguments = parser.parse_args()
     run(arguments, lambda config, corpus: PieceTrainer(config, corpus, arguments.teacher, arguments.joined))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

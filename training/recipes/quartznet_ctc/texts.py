@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from training.errors import in_one_line
 from training.recipes.quartznet_ctc.dataset import decode_ids
 from training.recipes.quartznet_ctc.examples import Corpus
 from training.recipes.quartznet_ctc.trainer import TrainConfig
@@ -20,7 +21,9 @@ def training_texts(corpus: Corpus) -> list[str]:
     return [decode_ids(corpus.texts[index]) for index in corpus.train if corpus.texts[index]]
 
 
-def main() -> None:
+@in_one_line("texts")
+def main() -> int:
+    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,7 +33,8 @@ def main() -> None:
     texts = training_texts(Corpus(arguments.cache, TrainConfig.min_confidence))
     arguments.out.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     print(f"{arguments.out}: {len(texts)} texts, {sum(len(text.split()) for text in texts)} words")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import load_checkpoint
+from training.errors import CheckpointError
 from training.recipes.quartznet_ctc.examples import Batch, Corpus
 from training.recipes.quartznet_ctc.label import COMPONENTS
 from training.recipes.quartznet_ctc.muon import Muon
@@ -163,9 +164,9 @@ class Trainer:
         self.step, self.elapsed_s, self.audio_s, self.best_wer = state["counters"]
 
     def initialise_from(self, weights: Path) -> None:
-        """Start from a published student; the heads of training only stay random."""
+        """Start from a published student; the heads of training only stay random. Raises CheckpointError."""
         stored = load_checkpoint(weights).model
         if stored.config != self.distiller.model.config:
-            raise ValueError(f"{weights}: another network than size {self.config.size!r}")
+            raise CheckpointError(f"{weights}: another network than size {self.config.size!r}")
         for network in (self.distiller, self.average):
             network.model.load_state_dict(stored.state_dict())

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from training.checkpoint import Checkpoint, average_weights, save_checkpoint
+from training.errors import in_one_line
 from training.frontend import FrontendConfig
 from training.recipes.quartznet_ctc.dataset import ALPHABET
 from training.recipes.quartznet_ctc.label import COMPONENTS
@@ -50,7 +51,8 @@ def halved(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(model, checkpoint.frontend, checkpoint.vocabulary, checkpoint.meta)
 
 
-def main(given: Sequence[str] | None = None) -> None:
+@in_one_line("weights")
+def main(given: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -69,7 +71,8 @@ def main(given: Sequence[str] | None = None) -> None:
         meta = {**checkpoint.meta, "averaged_with": len(arguments.average_with)}
         save_checkpoint(arguments.out, halved(dataclasses.replace(checkpoint, meta=meta)))
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.1f} MB, {checkpoint.meta}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -28,7 +28,7 @@ import torch
 from training.benchmark import table
 from training.config import RunConfig, load_config
 from training.data.manifest import Utterance, spread
-from training.errors import TrainingError
+from training.errors import in_one_line
 from training.loop.fit import choose_device
 from training.loop.plots import plot_results
 from training.loop.run_folder import RunFolder, environment, open_run
@@ -270,6 +270,7 @@ def run_experiment(
     return out / "outputs" / "report.md"
 
 
+@in_one_line("error")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -280,11 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     given = parser.parse_args(arguments)
-    try:
-        print(run_experiment(given.mode, given.config, given.out, given.set))
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(run_experiment(given.mode, given.config, given.out, given.set))
     return 0
 
 
