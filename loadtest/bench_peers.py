@@ -17,8 +17,8 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from api.cgroup import cpu_limit_cores, usable_cores
 from api.engine import Engine
 from loadtest.bench import engine_row
 from loadtest.clips import cut_clips, shared_dir
-from loadtest.load import Answer, Form, closed_loop, make_form, open_loop, summarise
+from loadtest.load import Answer, Clip, Form, closed_loop, make_form, open_loop, summarise
 from loadtest.peers.graphs import EXPORTED, SHERPA_INT8, SHERPA_TOKENS
 from loadtest.processes import ROOT, LiveServer, Servers, hardware
 
@@ -39,6 +39,10 @@ OURS, AS_EXPORTED, SAME_INT8, SHERPA = (
     "naive, sherpa-onnx",
 )
 LEAST_AGREEMENT = 0.9  # of characters: the float32 graph and the INT8 graph differ in a few
+
+
+Load = Callable[[str], tuple[list[Answer], float]]
+"""Address -> answers, and the seconds until the last one came."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Measure:
 
 
 def measure(
-    name: str, running: LiveServer, load: str, run: Callable[[str], tuple[list[Answer], float]], cores: float
+    name: str, running: LiveServer, load: str, run: Load, cores: float
 ) -> tuple[Measure, list[Answer]]:
     """Run one load and account for the server's CPU during it."""
     before_s = running.cpu_s()
@@ -93,9 +97,10 @@ def median_of(measures: Sequence[Measure]) -> Measure:
 
 
 def agreement(ours: dict[str, str], theirs: dict[str, str]) -> float:
-    """Mean similarity of the texts, 0 to 1 (Ratcliff and Obershelp, difflib)."""
+    """Mean similarity of the texts of clips that both answered, 0 to 1 (Ratcliff and Obershelp, difflib)."""
     return statistics.fmean(
-        SequenceMatcher(None, ours[clip], theirs[clip], autojunk=False).ratio() for clip in ours
+        SequenceMatcher(None, ours[clip], theirs[clip], autojunk=False).ratio()
+        for clip in ours.keys() & theirs.keys()
     )
 
 
@@ -118,14 +123,12 @@ def start_all(servers: Servers, folder: Path, bundle: Path) -> dict[str, LiveSer
     return started
 
 
-def closed(
-    clients: int, forms: Sequence[Form], seconds: float
-) -> Callable[[str], tuple[list[Answer], float]]:
+def closed(clients: int, forms: Sequence[Form], seconds: float) -> Load:
     """A closed loop, bound to everything but the address."""
     return lambda url: asyncio.run(closed_loop(url, forms, clients, seconds))
 
 
-def opened(rate: float, forms: Sequence[Form], seconds: float) -> Callable[[str], tuple[list[Answer], float]]:
+def opened(rate: float, forms: Sequence[Form], seconds: float) -> Load:
     """An open loop, bound to everything but the address."""
     return lambda url: asyncio.run(open_loop(url, forms, rate, seconds))
 
@@ -166,6 +169,56 @@ def plot(rows: Sequence[Measure], engine_rate_per_core: float, path: Path) -> No
     figure.savefig(path, dpi=110)
 
 
+@dataclass
+class Results:
+    """All that the rounds gave, by server and load."""
+
+    cores: float
+    measures: dict[tuple[str, str], list[Measure]] = field(default_factory=dict)
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Server -> clip -> text."""
+    engine_audio_s_per_s: list[float] = field(default_factory=list)
+
+    def note(self, name: str, running: LiveServer, load: str, run: Load) -> None:
+        """Measure one server under one load."""
+        row, answers = measure(name, running, load, run, self.cores)
+        self.measures.setdefault((name, load), []).append(row)
+        self.texts.setdefault(name, {}).update({answer.clip.name: answer.text for answer in answers})
+
+    def capacity(self) -> float:
+        """Requests per second of this service at the load where it does most."""
+        return max(
+            statistics.median(row.requests_per_s for row in rows)
+            for (name, _), rows in self.measures.items()
+            if name == OURS
+        )
+
+
+def run_rounds(
+    results: Results,
+    servers: Mapping[str, LiveServer],
+    engine: Engine,
+    clips: Sequence[Clip],
+    given: argparse.Namespace,
+) -> None:
+    """Closed loops in turns, round by round; then open loops at shares of this service's capacity."""
+    forms, workers = [make_form(clip) for clip in clips], usable_cores(results.cores)
+    engine.warm_up(workers)
+    for running in servers.values():
+        closed(2, forms, 2.0)(f"{running.url}/transcribe")
+    for _ in range(given.rounds):
+        results.engine_audio_s_per_s.append(engine_row(engine, clips, workers, given.seconds).audio_s_per_s)
+        for clients in (int(part) for part in given.clients.split(",")):
+            for name, running in servers.items():
+                results.note(name, running, f"{clients} clients", closed(clients, forms, given.seconds))
+    capacity = results.capacity()
+    for share in (float(part) for part in given.open_rates.split(",") if part):
+        for name, running in servers.items():
+            if name != AS_EXPORTED:  # it cannot keep up with any of these rates: the queue only grows
+                run = opened(share * capacity, forms, 2 * given.seconds)
+                results.note(name, running, f"open {share:.0%}", run)
+
+
 def main() -> None:
     """Build the peers' graphs, run the rounds, print the table, end with one JSON line."""
     parser = argparse.ArgumentParser(
@@ -190,51 +243,20 @@ def main() -> None:
     subprocess.run([str(part) for part in command], check=True, cwd=ROOT)
 
     clips, source = cut_clips(CLIP_LENGTHS_S)
-    forms = [make_form(clip) for clip in clips]
     cores = cpu_limit_cores()
-    engine = Engine(load_bundle(arguments.bundle.parent, arguments.bundle.name))
-    engine.warm_up(usable_cores(cores))
-    measures: dict[tuple[str, str], list[Measure]] = {}
-    texts: dict[str, dict[str, str]] = {}
-    engine_rates: list[float] = []
-
-    def note(
-        name: str, running: LiveServer, load: str, run: Callable[[str], tuple[list[Answer], float]]
-    ) -> None:
-        row, answers = measure(name, running, load, run, cores)
-        measures.setdefault((name, load), []).append(row)
-        texts.setdefault(name, {}).update({answer.clip.name: answer.text for answer in answers})
-
+    results = Results(cores)
     with Servers() as started:
         servers = start_all(started, folder, arguments.bundle)
-        for running in servers.values():
-            closed(2, forms, 2.0)(f"{running.url}/transcribe")
-        for _ in range(arguments.rounds):
-            engine_rates.append(
-                engine_row(engine, clips, usable_cores(cores), arguments.seconds).audio_s_per_s
-            )
-            for clients in (int(part) for part in arguments.clients.split(",")):
-                for name, running in servers.items():
-                    note(name, running, f"{clients} clients", closed(clients, forms, arguments.seconds))
-        capacity = max(
-            statistics.median(row.requests_per_s for row in rows)
-            for (name, _), rows in measures.items()
-            if name == OURS
-        )
-        for share in (float(part) for part in arguments.open_rates.split(",") if part):
-            for name, running in servers.items():
-                if name != AS_EXPORTED:  # it cannot keep up with any of these rates: the queue only grows
-                    run = opened(share * capacity, forms, 2 * arguments.seconds)
-                    note(name, running, f"open {share:.0%}", run)
-
-    rows = [median_of(each) for each in measures.values()]
-    engine_rate = statistics.median(engine_rates)
+        engine = Engine(load_bundle(arguments.bundle.parent, arguments.bundle.name))
+        run_rounds(results, servers, engine, clips, arguments)
+    rows = [median_of(each) for each in results.measures.values()]
+    engine_rate = statistics.median(results.engine_audio_s_per_s)
     print(f"QuartzNet15x5, {len(clips)} clips of 2 to 15 s from {source}; {hardware()}")
     print(table(sorted(rows, key=lambda row: row.load.rjust(12))))
     print(f"engine in process: {engine_rate / cores:.1f} audio s/s/core")
     if arguments.image:
         plot(rows, engine_rate / cores, arguments.image)
-    same = {name: agreement(texts[OURS], said) for name, said in texts.items()}
+    same = {name: agreement(results.texts[OURS], said) for name, said in results.texts.items()}
     print("agreement of texts with this service: " + ", ".join(f"{n} {v:.3f}" for n, v in same.items()))
     too_different = [name for name, value in same.items() if value < LEAST_AGREEMENT]
     print(
