@@ -90,7 +90,7 @@ for number in range(start, 4):
 )
 def test_a_child_that_dies_costs_one_file_and_is_named(act: str, problem: str, answered: int) -> None:
     script = CHILD.replace("ACT", act).replace("CPU", "0.001").replace("MEMORY", "1.0")
-    tally = fuzz_watch.watch([sys.executable, "-c", script], 4, timeout_s=20)
+    tally = fuzz_watch.watch([sys.executable, "-c", script], 4, timeout_s=8)
     assert [finding.number for finding in tally.findings] == [1]
     assert problem in tally.findings[0].problem
     assert tally.outcomes["wav"].total() == answered
