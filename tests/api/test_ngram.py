@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -205,6 +206,15 @@ def test_a_table_that_lies_is_refused_by_name(tmp_path: Path, name: str) -> None
     np.savez(tmp_path / "ngram.npz", **_broken(character_ngrams(TEXTS, 4, 1), name))
     with pytest.raises(ValueError, match=name):
         load_table(tmp_path / "ngram.npz")
+
+
+@pytest.mark.parametrize(("name", "value"), [("fail", -1), ("edge_log_prob", 0.5), ("backoff", 101.0)])
+def test_one_wrong_value_is_enough(name: str, value: float) -> None:
+    table = character_ngrams(TEXTS, 4, 1)
+    values = getattr(table, name).copy()
+    values[1] = value
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(table, **{name: values})
 
 
 def test_a_missing_array_and_a_foreign_file_are_named(tmp_path: Path) -> None:

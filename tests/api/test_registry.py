@@ -117,5 +117,6 @@ async def test_closing_finishes_what_was_accepted(tmp_path: Path) -> None:
     await asyncio.sleep(0)
     await registry.close(20.0)
     assert await asyncio.gather(*accepted) == ["abc"] * 20
+    assert not registry.pool._threads
     with pytest.raises(DrainingError):
         registry.admission.enter("next")

@@ -153,6 +153,11 @@ class TestServerVad:
         assert len(cut(floor, window_s=9, vad=VadOptions(threshold=0.5))) == 1
         assert cut(floor, window_s=9, vad=VadOptions(threshold=0.97)) == []
 
+    @pytest.mark.parametrize(("duration_s", "windows"), [(0.02, 0), (0.05, 1)])
+    def test_a_click_is_no_speech(self, duration_s: float, windows: int) -> None:
+        samples = np.concatenate([noise(1.0, 0.001), noise(duration_s, 0.2), noise(1.0, 0.001)])
+        assert len(cut(samples, vad=VadOptions())) == windows
+
     def test_speech_from_the_first_sample_is_heard(self) -> None:
         windows = cut(bursts([1.0]), vad=VadOptions())
         assert windows[0].start_sample == 0
