@@ -267,7 +267,7 @@ async def test_the_line_of_the_refused_is_forgotten_when_the_queue_runs_low() ->
             assert last.value.retry_after_s > 5.0
             h.engine.gate.set()
             await asyncio.gather(running, *waiting)
-            h.engine.gate.clear()
+            h.engine.gate, h.engine.entered = threading.Event(), threading.Semaphore(0)
 
 
 async def test_an_empty_queue_takes_even_what_is_longer_than_its_limit() -> None:
