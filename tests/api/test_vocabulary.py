@@ -72,8 +72,8 @@ def test_bytes_give_back_any_text(text: str) -> None:
 
 
 def test_text_is_composed() -> None:
-    vocabulary = Vocabulary((BLANK_TOKEN, "e", "\u0301"), 0)
-    assert vocabulary.decode([1, 2]) == "\u00e9"
+    vocabulary = Vocabulary((BLANK_TOKEN, "e", "\u0301", "\u2581"), 0)
+    assert vocabulary.decode([1, 2, 3, 1, 2]) == "\u00e9 \u00e9"
 
 
 @pytest.mark.parametrize(
