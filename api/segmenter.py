@@ -13,7 +13,7 @@ from them. Music passes this gate; the model's own blank decides there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,57 +40,84 @@ class Window:
     samples: FloatArray
 
 
+class Stretch:
+    """Contiguous samples that grow; what exceeds the model's window is cut off at the quietest place."""
+
+    def __init__(self, *, sample_rate_hz: int, max_window_s: float) -> None:
+        self.sample_rate_hz = sample_rate_hz
+        self.start_sample = 0
+        self._max_window = int(max_window_s * sample_rate_hz)
+        self._parts: list[FloatArray] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, start_sample: int, samples: FloatArray) -> Iterator[Window]:
+        """Windows that float32 (n,) ``samples`` fill; an empty stretch begins at ``start_sample``."""
+        if not self._length:
+            self.start_sample = start_sample
+        self._parts.append(samples)
+        self._length += len(samples)
+        if self._length <= self._max_window:
+            return
+        buffered = np.concatenate(self._parts)
+        while len(buffered) > self._max_window:
+            cut = quietest_cut(buffered[: self._max_window], self.sample_rate_hz)
+            yield Window(self.start_sample, buffered[:cut])
+            buffered = buffered[cut:]
+            self.start_sample += cut
+        self._parts, self._length = [buffered.copy()], len(buffered)
+
+    def window(self) -> Window | None:
+        """What has been gathered since the last cut; None where that is nothing."""
+        if not self._length:
+            return None
+        if len(self._parts) > 1:
+            self._parts = [np.concatenate(self._parts)]
+        return Window(self.start_sample, self._parts[0])
+
+    def take(self) -> Window | None:
+        """The same, and the stretch is empty afterwards."""
+        window = self.window()
+        self._parts, self._length = [], 0
+        return window
+
+
 class Segmenter:
     """Push blocks in, take windows out; holds at most one window and one block."""
 
     def __init__(self, *, sample_rate_hz: int, max_window_s: float, vad: VadOptions | None = None) -> None:
         self.sample_rate_hz = sample_rate_hz
-        self.max_window = int(max_window_s * sample_rate_hz)
         self._activity = VoiceActivity(sample_rate_hz, vad) if vad is not None else None
-        self._parts: list[FloatArray] = []
-        self._length = 0
-        self._start_sample = 0
+        self._stretch = Stretch(sample_rate_hz=sample_rate_hz, max_window_s=max_window_s)
 
     def push(self, block: FloatArray) -> Iterator[Window]:
         """Windows that ``block`` (float32 (n,)) completes, in order."""
         if self._activity is not None:
-            for start_sample, samples, is_last in self._activity.push(block):
-                yield from self._append(start_sample, samples, is_last)
+            yield from self._append(self._activity.push(block))
         else:
-            yield from self._append(self._start_sample + self._length, block, is_last=False)
+            after = self._stretch.start_sample + len(self._stretch)
+            yield from self._append([(after, block, False)])
 
     def finish(self) -> Iterator[Window]:
         """The rest, when the file has ended."""
         if self._activity is not None:
-            for start_sample, samples, is_last in self._activity.finish():
-                yield from self._append(start_sample, samples, is_last)
-        yield from self._emit_all()
+            yield from self._append(self._activity.finish())
+        yield from self._rest()
 
-    def _append(self, start_sample: int, samples: FloatArray, is_last: bool) -> Iterator[Window]:
-        """Add contiguous samples to the current stretch; ``is_last`` ends the stretch after them."""
-        if not self._length:
-            self._start_sample = start_sample
-        self._parts.append(samples)
-        self._length += len(samples)
-        if self._length > self.max_window:
-            buffered = np.concatenate(self._parts)
-            while len(buffered) > self.max_window:
-                cut = quietest_cut(buffered[: self.max_window], self.sample_rate_hz)
-                yield from self._emit(buffered[:cut])
-                buffered = buffered[cut:]
-                self._start_sample += cut
-            self._parts, self._length = [buffered.copy()], len(buffered)
-        if is_last:
-            yield from self._emit_all()
+    def _append(self, pieces: Iterable[tuple[int, FloatArray, bool]]) -> Iterator[Window]:
+        for start_sample, samples, is_last in pieces:
+            for window in self._stretch.append(start_sample, samples):
+                if may_be_speech(window.samples, self.sample_rate_hz):
+                    yield window
+            if is_last:
+                yield from self._rest()
 
-    def _emit_all(self) -> Iterator[Window]:
-        if self._length:
-            yield from self._emit(self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts))
-        self._parts, self._length = [], 0
-
-    def _emit(self, samples: FloatArray) -> Iterator[Window]:
-        if may_be_speech(samples, self.sample_rate_hz):
-            yield Window(self._start_sample, samples)
+    def _rest(self) -> Iterator[Window]:
+        window = self._stretch.take()
+        if window is not None and may_be_speech(window.samples, self.sample_rate_hz):
+            yield window
 
 
 def quietest_cut(samples: FloatArray, sample_rate_hz: int) -> int:
