@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import AsrError, AuthenticationError, RateLimitedError, to_response
+from api.errors import AsrError, AuthenticationError, PermissionDeniedError, RateLimitedError, to_response
 from api.keys import ApiKey, find_key
 from api.telemetry import TRANSCRIPTION_ROUTES, current_record, is_transcription
 
 # Open without a key: probes, and what has a switch of its own.
 _OPEN_PATHS = frozenset({"/", "/metrics", "/docs", "/openapi.json"})
 _MAX_BUCKETS = 10_000
+_KEY_SUBPROTOCOL = "openai-insecure-api-key."
 
 _SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -102,6 +103,9 @@ class Access:
     ``check_room`` is asked before a transcription: it raises 429 while the queue is full, 503 before the
     models are loaded and after the drain. Behind the router a refusal costs half as much again, which counts
     when most callers are refused.
+
+    WebSockets take a key and a token as requests do. Browsers let any page open one to any address, without
+    what CORS does for requests, so an ``Origin`` must be one of `origins`.
     """
 
     def __init__(
@@ -110,23 +114,30 @@ class Access:
         keys: Sequence[ApiKey],
         rate_limit_per_minute: int,
         check_room: Callable[[], None],
+        origins: Sequence[str] = (),
     ) -> None:
         self.app = app
+        self._origins = frozenset(origins)
         self._check_room = check_room
         self._keys = tuple(keys)
         self._limiter = RateLimiter(rate_limit_per_minute) if rate_limit_per_minute else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_open(scope["path"]) or scope["method"] == "OPTIONS":
+        is_socket = scope["type"] == "websocket"
+        if not is_socket and (
+            scope["type"] != "http" or _is_open(scope["path"]) or scope["method"] == "OPTIONS"
+        ):
             await self.app(scope, receive, send)
             return
         try:
+            if is_socket:
+                self._check_origin(scope)
             caller = self._authenticate(scope)
             if self._keys:
                 scope.setdefault("state", {})["key_name"] = caller
-            if self._limiter is not None and scope["path"] in TRANSCRIPTION_ROUTES:
+            if self._limiter is not None and (is_socket or scope["path"] in TRANSCRIPTION_ROUTES):
                 self._limiter.take(caller, time.monotonic())
-            if is_transcription(scope):
+            if not is_socket and is_transcription(scope):
                 self._check_room()
         except AsrError as error:
             record = current_record()
@@ -135,6 +146,13 @@ class Access:
             await to_response(error)(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    def _check_origin(self, scope: Scope) -> None:
+        for name, value in scope["headers"]:
+            if name == b"origin" and not self._origins & {"*", bytes(value).decode("latin-1")}:
+                raise PermissionDeniedError(
+                    "Pages of this origin may not open live sessions; ASR_CORS_ORIGINS lists those that may."
+                )
 
     def _authenticate(self, scope: Scope) -> str:
         """Name of the key, or the caller's address where no keys are configured."""
@@ -163,4 +181,8 @@ def _bearer(scope: Scope) -> str | None:
             return secret.strip() if scheme.lower() == "bearer" else None
         if name == b"x-api-key":
             return bytes(value).decode("utf-8", "surrogateescape").strip()
+    # The only place where a browser can put it when it opens a WebSocket; OpenAI's clients do.
+    for offered in scope.get("subprotocols", ()):
+        if offered.startswith(_KEY_SUBPROTOCOL):
+            return str(offered).removeprefix(_KEY_SUBPROTOCOL)
     return None

@@ -82,7 +82,7 @@ class AudioReader:
                     block.sample_rate_hz, self.sample_rate_hz, 1, dtype="float32", quality="HQ"
                 )
         if self._resampler is not None:
-            mono = _within_full_scale(self._resampler.resample_chunk(mono))
+            mono = within_full_scale(self._resampler.resample_chunk(mono))
         if len(mono):
             yield mono
 
@@ -92,7 +92,7 @@ class AudioReader:
             tail = self._resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
             self._resampler = None
             if len(tail):
-                yield _within_full_scale(tail)
+                yield within_full_scale(tail)
 
     def close(self) -> None:
         """Release the decoder."""
@@ -107,7 +107,7 @@ class AudioReader:
         self.close()
 
 
-def _within_full_scale(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+def within_full_scale(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Clipped to [-1, 1]: the resampler overshoots where loud sound jumps, up to twice full scale."""
     return np.clip(samples, -1.0, 1.0, out=samples)
 

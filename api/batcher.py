@@ -193,6 +193,11 @@ class Batcher:
         self._telemetry = telemetry
         self._clock = clock
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing waits for a worker, of any model."""
+        return not self._pool.waiting
+
     async def submit(
         self,
         waveform: NDArray[np.float32],

@@ -10,12 +10,14 @@
     │   │   └── ModelNotFoundError   404     model_not_found         no model of that name is loaded
     │   ├── MethodNotAllowedError    405     method_not_allowed
     │   ├── UploadTimeoutError       408     upload_timeout          the body stopped arriving
+    │   ├── StreamTimeoutError       408     stream_timeout          a live session is silent, or too long
     │   ├── UploadTooLargeError      413     upload_too_large        more bytes than ASR_MAX_UPLOAD_BYTES
     │   ├── InvalidValueError        422     invalid_value           well formed, but out of range
     │   └── AudioTooLongError        422     audio_too_long          more seconds than ASR_MAX_AUDIO_S
     ├── RetryLaterError              (always carries Retry-After)
     │   ├── QueueFullError           429     queue_full              the queue's audio-seconds are used up
     │   ├── RateLimitedError         429     rate_limit_exceeded     this key sends too much
+    │   ├── StreamsFullError         429     too_many_streams        ASR_MAX_STREAMS live sessions are open
     │   ├── NotReadyError            503     not_ready               models are still loading
     │   ├── DrainingError            503     draining                shutting down
     │   └── OutOfResourcesError      503     out_of_resources        disk or memory is full
@@ -162,6 +164,14 @@ class UploadTimeoutError(ClientError):
     should_retry = False
 
 
+class StreamTimeoutError(ClientError):
+    """Nothing came over a live session for too long, or it has lasted too long."""
+
+    status = 408
+    default_code = "stream_timeout"
+    should_retry = False
+
+
 class UploadTooLargeError(ClientError):
     """The body is over the byte limit; reading stopped there."""
 
@@ -219,6 +229,15 @@ class RateLimitedError(RetryLaterError):
     status = 429
     type = "rate_limit_error"
     default_code = "rate_limit_exceeded"
+
+
+class StreamsFullError(RetryLaterError):
+    """As many live sessions are open as may be."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "too_many_streams"
+    default_retry_after_s = 10.0
 
 
 class NotReadyError(RetryLaterError):

@@ -85,7 +85,9 @@ class TranscribeForm(_Fields):
 
     def options(self, settings: Settings) -> Options:
         """What the transcriber takes. Raises InvalidValueError where a limit of the settings is passed."""
-        return _options(settings, self.language, self.beam, self.hotwords, None, hotwords_field="hotwords")
+        return check_options(
+            settings, self.language, self.beam, self.hotwords, None, hotwords_field="hotwords"
+        )
 
 
 class OpenAIForm(_Fields):
@@ -116,7 +118,7 @@ class OpenAIForm(_Fields):
         if isinstance(self.chunking_strategy, ServerVad):
             strategy = self.chunking_strategy
             vad = VadOptions(strategy.threshold, strategy.prefix_padding_ms, strategy.silence_duration_ms)
-        return _options(settings, self.language, None, self.keywords, vad, hotwords_field="keywords")
+        return check_options(settings, self.language, None, self.keywords, vad, hotwords_field="keywords")
 
 
 _LISTS = frozenset({"hotwords", "keywords", "timestamp_granularities", "include"})
@@ -185,7 +187,7 @@ def _maybe_object(name: str, value: str) -> object:
     return value
 
 
-def _options(
+def check_options(
     settings: Settings,
     language: str | None,
     beam: int | None,
@@ -194,6 +196,7 @@ def _options(
     *,
     hotwords_field: str,
 ) -> Options:
+    """What the transcriber takes. Raises InvalidValueError where a limit of the settings is passed."""
     if beam is not None and beam > settings.max_beam:
         raise InvalidValueError(f"beam: {beam} is too wide, at most {settings.max_beam}.", param="beam")
     if len(hotwords) > settings.max_hotwords:

@@ -23,7 +23,7 @@ from api.access import Access, SecurityHeaders
 from api.cgroup import usable_cores
 from api.errors import AsrError, BundleError, from_validation, to_response
 from api.registry import open_registry
-from api.routes import docs, health, models, openai, root, transcribe
+from api.routes import docs, health, live, models, openai, root, transcribe
 from api.schemas import ErrorBody
 from api.service import Service
 from api.settings import Settings
@@ -60,7 +60,7 @@ def create_app(
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.state.service = service
-    for module in (root, health, models, transcribe, openai):
+    for module in (root, health, models, transcribe, openai, live):
         app.include_router(module.router)
     if settings.docs_enabled:
         app.include_router(docs.router)
@@ -72,6 +72,7 @@ def create_app(
         keys=keys,
         rate_limit_per_minute=settings.rate_limit_per_minute,
         check_room=service.check_room,
+        origins=settings.cors_origins,
     )
     if settings.cors_origins:
         app.add_middleware(

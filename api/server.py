@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import logging
 import math
 import os
 import signal
@@ -30,6 +31,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from api.errors import AsrError, InvalidRequestError, RetryLaterError
 from api.service import Service
@@ -43,6 +45,7 @@ _LAST_REQUEST_S = 0.5  # what a connection that was let in has to send its reque
 _LAST_HANDSHAKES_S = 0.1  # for handshakes under way, and for taking what they leave to accept
 _SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>; the socket module does not name it
 _BACKLOG = 2048
+_MAX_MESSAGE_BYTES = 4 * 2**20  # of a WebSocket: a minute of 24 kHz in base64
 START_FAILED = 3
 
 
@@ -225,6 +228,15 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
+class QuietWebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's, without a line of log that repeats the address with its query, where a key may stand."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.logger = logging.getLogger("uvicorn.websocket")
+        self.logger.setLevel(logging.WARNING)
+
+
 class _AnswerTransport:
     """What uvicorn writes the answers of one connection to: closing waits for the rest of a refused body."""
 
@@ -278,6 +290,8 @@ class Server(uvicorn.Server):
             for listener in server.sockets:
                 _drop_new_connections(listener.fileno())
         await asyncio.sleep(_LAST_HANDSHAKES_S)
+        # uvicorn would cut them off; told by ``refuse_new``, they transcribe what they heard and close.
+        await self._service.wait_for_streams(self._service.settings.drain_timeout_s)
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
@@ -331,6 +345,9 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
         host=settings.host,
         port=settings.port,
         http=protocol,
+        ws=QuietWebSocket,
+        ws_max_size=_MAX_MESSAGE_BYTES,
+        ws_per_message_deflate=False,  # sound hardly shrinks, and a small message could unpack to a large one
         loop="uvloop",
         lifespan="on",
         log_config=None,

@@ -15,10 +15,10 @@ from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from fastapi import Request
+from starlette.requests import HTTPConnection
 
 from api.batcher import Admission
-from api.errors import DrainingError, ModelNotFoundError, NotReadyError
+from api.errors import DrainingError, ModelNotFoundError, NotReadyError, StreamsFullError
 from api.registry import LoadedModel, Registry
 from api.settings import Settings
 from api.telemetry import Telemetry
@@ -44,6 +44,11 @@ class Service:
         self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self.closing = asyncio.Event()
+        """Set when live sessions have to come to their end."""
+        self._streams: set[Hashable] = set()
+        self._no_streams = asyncio.Event()
+        self._no_streams.set()
 
     # -- phases
 
@@ -86,6 +91,7 @@ class Service:
     def refuse_new(self) -> None:
         """New work is refused from here on; what was accepted goes on."""
         self.phase = "closing"
+        self.closing.set()
 
     async def close(self) -> None:
         """Refuse new work, finish what was accepted, stop the workers."""
@@ -102,6 +108,31 @@ class Service:
         except TimeoutError:
             return False
         return True
+
+    async def wait_for_streams(self, timeout_s: float) -> bool:
+        """Wait for live sessions to tell what they heard and end; False when some are left."""
+        try:
+            await asyncio.wait_for(self._no_streams.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    # -- live sessions
+
+    def enter_stream(self, owner: Hashable) -> None:
+        """Take a place, to be given back. Raises NotReadyError, DrainingError or StreamsFullError."""
+        self._admission()
+        if len(self._streams) >= self.settings.max_streams:
+            self.telemetry.metrics.reject(StreamsFullError.default_code)
+            raise StreamsFullError(f"{self.settings.max_streams} live sessions are open, as many as may be.")
+        self._streams.add(owner)
+        self._no_streams.clear()
+
+    def leave_stream(self, owner: Hashable) -> None:
+        """Give the place back."""
+        self._streams.discard(owner)
+        if not self._streams:
+            self._no_streams.set()
 
     # -- requests
 
@@ -158,13 +189,14 @@ class Service:
             "status": self.phase,
             "models": list(self._transcribers),
             "requests_in_progress": self._in_progress,
+            "live_sessions": len(self._streams),
         }
         if self._registry is not None:
             body["queue"] = self._registry.queue_summary()
         return body
 
 
-def service_of(request: Request) -> Service:
+def service_of(request: HTTPConnection) -> Service:
     """The service of the application that got the request."""
     service = request.app.state.service
     if not isinstance(service, Service):

@@ -189,6 +189,19 @@ class Settings(BaseSettings):
     )
     max_hotwords: int = Field(1000, ge=0, le=10000, description="Hotwords one request may send.")
 
+    # --- live sessions (WebSockets)
+    max_streams: int = Field(
+        64,
+        ge=0,
+        le=65536,
+        description="Live sessions (WebSockets) at once; above it 429. `make bench-live` says how many a "
+        "machine carries: about 30 per core with the model in the box.",
+    )
+    stream_idle_timeout_s: float = Field(
+        300.0, gt=0, le=86400, description="Seconds without a message before a live session ends."
+    )
+    stream_max_s: float = Field(3600.0, gt=0, le=86400, description="Seconds that a live session may last.")
+
     # --- stopping
     drain_grace_s: float = Field(
         0.0,

@@ -117,8 +117,7 @@ class Transcriber:
         Close the generator (``aclosing``) when leaving early: windows in the queue are dropped then.
         """
         self.language_of(options.language)
-        # A long list takes a fifth of a second, in which the event loop would answer nobody.
-        hotwords = await self._in_pool(self._hotwords, options) if options.hotwords else None
+        hotwords = await self.hotwords(options)
         progress.unspellable = hotwords.unknown if hotwords is not None else ()
         deadline_s = time.monotonic() + self._settings.request_timeout_s
         reader = self._open(file, options, progress)
@@ -128,7 +127,7 @@ class Transcriber:
                 for window in await self._pull(reader):
                     if len(in_flight) >= self._settings.max_segments_in_flight:
                         yield await in_flight.popleft()
-                    work = self._window(window, options, hotwords, deadline_s, wait=wait)
+                    work = self.hear(window, options, hotwords, deadline_s, wait=wait)
                     in_flight.append(asyncio.create_task(work))
                     wait = True  # the first window was let in, the others only wait for room
                 while in_flight and in_flight[0].done():
@@ -165,7 +164,7 @@ class Transcriber:
             await asyncio.gather(pulling, return_exceptions=True)
             raise
 
-    async def _window(
+    async def hear(
         self,
         window: Window,
         options: Options,
@@ -174,6 +173,10 @@ class Transcriber:
         *,
         wait: bool,
     ) -> list[Segment]:
+        """Segments of one window: queue, inference, decoding. ``hotwords`` as ``hotwords`` gave them.
+
+        Raises what ``Batcher.submit`` does.
+        """
         result = await self.model.batcher.submit(window.samples, deadline_s=deadline_s, wait=wait)
         self._telemetry.record_stage("queue", result.queue_s, ended_ago_s=result.inference_s)
         self._telemetry.record_stage("inference", result.inference_s, links=[result.batch_span])
@@ -220,7 +223,12 @@ class Transcriber:
             )
         return language
 
-    def _hotwords(self, options: Options) -> HotwordAutomaton | None:
+    async def hotwords(self, options: Options) -> HotwordAutomaton | None:
+        """Those of ``options``, ready for the search. Raises InvalidValueError for an unknown language."""
+        # A long list takes a fifth of a second, in which the event loop would answer nobody.
+        return await self._in_pool(self._build_hotwords, options) if options.hotwords else None
+
+    def _build_hotwords(self, options: Options) -> HotwordAutomaton | None:
         bundle, language = self.model.bundle, self.language_of(options.language)
         steps = bundle.manifest.text_normalisation
         words = [normalise(word, steps, language) for word in options.hotwords]

@@ -52,6 +52,7 @@ REJECTION_REASONS = (
     "upload_too_large",
     "audio_too_long",
     "too_many_connections",
+    "too_many_streams",
 )
 
 # What became of segments that are in no transcript. `abandoned`: the caller left while it waited; `expired`:
@@ -181,7 +182,9 @@ class Metrics:
             _REQUEST_BUCKETS,
             "transport",
         )
-        self.stream_sessions = gauge("asr_stream_sessions", "Open streaming answers.", "protocol")
+        self.stream_sessions = gauge(
+            "asr_stream_sessions", "Open streaming answers and live sessions.", "protocol"
+        )
 
         # Audio and models
         self.audio_duration = histogram(
@@ -271,7 +274,7 @@ class Metrics:
         for reason in DROP_REASONS:
             self.segments_dropped.labels(reason)
         self.stages = {stage: self.stage_duration.labels(stage) for stage in STAGES}
-        for protocol in PROTOCOLS[:1]:
+        for protocol in PROTOCOLS:
             self.stream_sessions.labels(protocol)
         for result in ("exported", "failed", "dropped"):
             self.trace_spans.labels(result)

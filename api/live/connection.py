@@ -1,0 +1,158 @@
+"""One WebSocket: its place among the others, its limits, and its end when the service stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import structlog
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from api.errors import AsrError, ClientDisconnected, DrainingError, StreamTimeoutError, public
+from api.service import Service
+
+_log = structlog.get_logger("api.live")
+
+NORMAL, POLICY, FAILED, RESTART = 1000, 1008, 1011, 1012
+"""Close codes of RFC 6455, section 7.4.1, and of its registry at IANA."""
+
+_WRITE_TIMEOUT_S = 60.0  # a caller that does not read is let go
+
+
+class Connection:
+    """``async with Connection(...) as connection``: accepted, counted, and closed at the end.
+
+    Entering raises what ``Service.enter_stream`` does, before the WebSocket is accepted. Leaving swallows
+    every error: the caller is told by a last message, which ``error_message`` makes, and by the closing code.
+    """
+
+    def __init__(
+        self,
+        websocket: WebSocket,
+        service: Service,
+        protocol: str,
+        error_message: Callable[[AsrError], dict[str, Any]],
+        subprotocols: Sequence[str] = (),
+    ) -> None:
+        self.id = f"sess_{uuid.uuid4().hex}"
+        self.audio_s = 0.0
+        self.utterances = 0
+        self._websocket = websocket
+        self._service = service
+        self._protocol = protocol
+        self._error_message = error_message
+        self._subprotocols = subprotocols
+        self._sending = asyncio.Lock()
+        self._start_s = time.monotonic()
+        self._closing: asyncio.Task[Any] | None = None
+        self._end = "closed"
+
+    async def __aenter__(self) -> Self:
+        self._service.enter_stream(self)
+        try:
+            offered = self._websocket.scope.get("subprotocols", [])
+            chosen = next((name for name in self._subprotocols if name in offered), None)
+            await self._websocket.accept(subprotocol=chosen)
+        except BaseException:
+            self._service.leave_stream(self)
+            raise
+        self._closing = asyncio.create_task(self._service.closing.wait())
+        self._service.telemetry.metrics.stream_sessions.labels(self._protocol).inc()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        code = NORMAL
+        if isinstance(error, Exception):
+            if not isinstance(error, AsrError):
+                _log.error("unhandled_exception", exc_info=error)
+            shown = public(error, self.id)
+            self._end = shown.code
+            code = _CLOSE_CODES.get(type(shown), POLICY if shown.status < 500 else FAILED)
+            with contextlib.suppress(ClientDisconnected):
+                await self.send(self._error_message(shown))
+        try:
+            await self._close(code)
+        finally:
+            if self._closing is not None:
+                self._closing.cancel()
+            self._service.telemetry.metrics.stream_sessions.labels(self._protocol).dec()
+            self._service.leave_stream(self)
+            self._log()
+        return isinstance(error, Exception)
+
+    async def messages(self) -> AsyncIterator[str | bytes]:
+        """What the caller sends, until it leaves.
+
+        Raises StreamTimeoutError where nothing comes for too long, or the session lasts too long, and
+        DrainingError when the service stops.
+        """
+        settings = self._service.settings
+        until_s = self._start_s + settings.stream_max_s
+        while True:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                raise StreamTimeoutError(f"The session has lasted {settings.stream_max_s:g} seconds.")
+            message = await self._receive(min(left_s, settings.stream_idle_timeout_s))
+            if message is None:
+                if time.monotonic() >= until_s:
+                    continue
+                raise StreamTimeoutError(f"Nothing came for {settings.stream_idle_timeout_s:g} seconds.")
+            if message["type"] == "websocket.disconnect":
+                return
+            data = message.get("bytes")
+            yield data if data is not None else message.get("text", "")
+
+    async def _receive(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next ASGI message, None after ``timeout_s``. Raises DrainingError when the service stops."""
+        if self._closing is None:
+            raise RuntimeError("not entered")
+        if not self._closing.done():
+            receiving = asyncio.ensure_future(self._websocket.receive())
+            await asyncio.wait(
+                {receiving, self._closing}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if receiving.done():
+                return dict(receiving.result())
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
+        if self._closing.done():
+            raise DrainingError("The service is shutting down; connect again.")
+        return None
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """One JSON text message. Raises ClientDisconnected where nobody reads it."""
+        try:
+            async with self._sending, asyncio.timeout(_WRITE_TIMEOUT_S):
+                await self._websocket.send_text(json.dumps(message, ensure_ascii=False))
+        except (WebSocketDisconnect, RuntimeError, TimeoutError) as error:
+            raise ClientDisconnected("The client does not read its stream.") from error
+
+    async def _close(self, code: int) -> None:
+        # Where that fails it was closed from the other side.
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
+            async with asyncio.timeout(_WRITE_TIMEOUT_S):
+                await self._websocket.close(code)
+
+    def _log(self) -> None:
+        fields: dict[str, Any] = {"protocol": self._protocol, "session_id": self.id, "end": self._end}
+        caller = self._websocket.scope.get("state", {}).get("key_name")
+        if caller is not None:
+            fields["caller"] = caller
+        _log.info(
+            "stream",
+            duration_s=round(time.monotonic() - self._start_s, 2),
+            audio_s=round(self.audio_s, 2),
+            utterances=self.utterances,
+            **fields,
+        )
+
+
+_CLOSE_CODES = {DrainingError: RESTART, StreamTimeoutError: POLICY}

@@ -1,0 +1,110 @@
+"""Raw audio in, what happens in it out; and who recognises it. What both protocols share."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Self
+
+from api.live.pcm import Encoding, PcmInput
+from api.live.recogniser import Recogniser
+from api.live.utterances import Happening, Utterances
+from api.segmenter import Window
+from api.service import Service
+from api.transcriber import Options
+from api.vad import VadOptions
+
+_LONG_S = 1.0  # finding speech in more than this is left to a thread
+
+
+@dataclass(frozen=True, slots=True)
+class AudioForm:
+    """What a caller sends: mono, 16-bit little-endian or G.711, samples per second."""
+
+    encoding: Encoding
+    rate_hz: int
+
+
+class Listener:
+    """One recording through one model; made by ``open``."""
+
+    def __init__(
+        self, service: Service, pcm: PcmInput, utterances: Utterances, recogniser: Recogniser
+    ) -> None:
+        self._service = service
+        self._pcm = pcm
+        self._utterances = utterances
+        self._recogniser = recogniser
+
+    @classmethod
+    async def open(
+        cls,
+        service: Service,
+        model: str,
+        options: Options,
+        form: AudioForm,
+        vad: VadOptions | None,
+        *,
+        from_s: float = 0.0,
+    ) -> Self:
+        """`from_s` seconds were heard before. Raises ModelNotFoundError, InvalidValueError (language)."""
+        transcriber = service.transcriber(model)
+        transcriber.language_of(options.language)
+        recogniser = Recogniser(
+            transcriber,
+            options,
+            await transcriber.hotwords(options),
+            service.telemetry,
+            service.settings.request_timeout_s,
+        )
+        manifest = transcriber.model.bundle.manifest
+        rate_hz = manifest.sample_rate_hz
+        utterances = Utterances(
+            sample_rate_hz=rate_hz,
+            max_window_s=manifest.max_window_s,
+            vad=vad,
+            samples_heard=round(from_s * rate_hz),
+        )
+        return cls(service, PcmInput(form.encoding, form.rate_hz, rate_hz), utterances, recogniser)
+
+    async def feed(self, data: bytes) -> list[Happening]:
+        """What `data` brings, in order."""
+        samples = self._pcm.feed(data)
+        if len(samples) <= _LONG_S * self._utterances.sample_rate_hz:
+            return list(self._utterances.push(samples))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._service.pool, lambda: list(self._utterances.push(samples)))
+
+    def commit(self) -> list[Happening]:
+        """The open utterance ends here."""
+        if not self._utterances.is_open:
+            return []
+        return [*self._utterances.push(self._pcm.flush()), *self._utterances.commit()]
+
+    def clear(self) -> None:
+        """Forget the open utterance."""
+        self._pcm.flush()
+        self._utterances.clear()
+
+    def recogniser(self) -> Recogniser:
+        """For one more utterance."""
+        return self._recogniser.another()
+
+    def look(self, recogniser: Recogniser) -> Window | None:
+        """What `recogniser` should look at now, if anything."""
+        heard_s = self._utterances.open_samples / self._utterances.sample_rate_hz
+        return self._utterances.so_far() if recogniser.wants_look(heard_s) else None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an utterance has begun and not ended."""
+        return self._utterances.is_open
+
+    @property
+    def heard_s(self) -> float:
+        """Seconds heard, with those before."""
+        return self.seconds(self._utterances.samples_heard)
+
+    def seconds(self, samples: int) -> float:
+        """At the model's sample rate."""
+        return samples / self._utterances.sample_rate_hz

@@ -1,0 +1,140 @@
+"""What ``session.update`` may say, checked, and the session as the server describes it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from api.errors import InvalidRequestError, from_validation
+from api.forms import Hotword, check_options
+from api.live.listener import AudioForm
+from api.live.pcm import Encoding
+from api.settings import Settings
+from api.transcriber import Options
+from api.vad import VadOptions
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AudioFormat(_Shape):
+    """``audio/pcm`` is 16-bit little-endian at ``rate`` Hz; the two G.711 forms have 8,000."""
+
+    type: Encoding = "audio/pcm"
+    rate: int | None = Field(default=None, ge=8000, le=48000)
+
+    @property
+    def rate_hz(self) -> int:
+        """Samples per second of what comes."""
+        return (self.rate or 24000) if self.type == "audio/pcm" else 8000
+
+
+class Transcription(_Shape):
+    """``prompt`` and ``delay`` are accepted and have no effect on a CTC model."""
+
+    model: str = Field(default="", max_length=100)
+    language: str | None = Field(default=None, pattern="^[a-zA-Z]{2,3}$")
+    keywords: tuple[Hotword, ...] = ()
+    prompt: str | None = Field(default=None, max_length=10000)
+    delay: Literal["minimal", "low", "medium", "high", "xhigh"] | None = None
+
+
+class TurnDetection(_Shape):
+    """When an utterance begins and ends. What concerns answers of a model that talks has no effect."""
+
+    type: Literal["server_vad"] = "server_vad"
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    prefix_padding_ms: int = Field(default=300, ge=0, le=5000)
+    silence_duration_ms: int = Field(default=500, ge=50, le=10000)
+    create_response: bool | None = None
+    interrupt_response: bool | None = None
+    idle_timeout_ms: None = None
+
+
+class AudioInput(_Shape):
+    """``noise_reduction`` is not offered, so it must be null."""
+
+    format: AudioFormat = AudioFormat()
+    transcription: Transcription = Transcription()
+    turn_detection: TurnDetection | None = TurnDetection()
+    noise_reduction: None = None
+
+
+class Audio(_Shape):
+    """Only input: nothing here talks back."""
+
+    input: AudioInput = AudioInput()
+
+
+class Session(_Shape):
+    """One session's choices; the defaults are OpenAI's."""
+
+    type: Literal["transcription"] = "transcription"
+    audio: Audio = Audio()
+    include: tuple[Literal["item.input_audio_transcription.logprobs"], ...] | None = None
+
+    @classmethod
+    def of_model(cls, model: str) -> Self:
+        """The defaults, with a model named in the address."""
+        return cls.model_validate({"audio": {"input": {"transcription": {"model": model}}}})
+
+    @property
+    def audio_form(self) -> AudioForm:
+        """Of what the caller sends."""
+        chosen = self.audio.input.format
+        return AudioForm(chosen.type, chosen.rate_hz)
+
+    @property
+    def transcription(self) -> Transcription:
+        """Model, language, hotwords."""
+        return self.audio.input.transcription
+
+    @property
+    def vad(self) -> VadOptions | None:
+        """None where the caller commits by itself."""
+        found = self.audio.input.turn_detection
+        if found is None:
+            return None
+        return VadOptions(found.threshold, found.prefix_padding_ms, found.silence_duration_ms)
+
+    def options(self, settings: Settings) -> Options:
+        """What the transcriber takes. Raises InvalidValueError where a limit of the settings is passed."""
+        chosen = self.transcription
+        return check_options(
+            settings, chosen.language, None, chosen.keywords, None, hotwords_field="keywords"
+        )
+
+    def described(self, model: str) -> dict[str, Any]:
+        """As it goes into ``session.created`` and ``session.updated``; `model` is the one that answers."""
+        body = self.model_dump(mode="json")
+        audio_input = body["audio"]["input"]
+        audio_input["format"]["rate"] = self.audio_form.rate_hz
+        audio_input["transcription"]["model"] = model
+        return body
+
+
+def updated(session: Session, changes: object) -> Session:
+    """`session` with what `changes` names; the rest stays, as with OpenAI.
+
+    Raises InvalidRequestError (no object, unknown field, wrong type) or InvalidValueError (out of range).
+    """
+    if not isinstance(changes, dict):
+        raise InvalidRequestError("session.update needs session, an object.", param="session")
+    try:
+        return Session.model_validate(_merged(session.model_dump(exclude_unset=True), changes))
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        raise from_validation([{**one, "loc": ("session", *one["loc"])} for one in found]) from None
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` over `old`, object by object; null is a value."""
+    merged = dict(old)
+    for name, value in new.items():
+        before = merged.get(name)
+        merged[name] = (
+            _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+        )
+    return merged

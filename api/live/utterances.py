@@ -1,0 +1,114 @@
+"""A live recording, cut into utterances while it goes on.
+
+With server_vad an utterance is a stretch of speech with its padding; without, it begins with the first sample
+and lasts until ``commit``. Samples are counted from the start of the recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from api.segmenter import Stretch, Window
+from api.vad import VadOptions, VoiceActivity
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """An utterance begins here, padding included."""
+
+    at_sample: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Audio of the utterance that will not change: all of it, or as much as the model takes at once."""
+
+    window: Window
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The utterance ends here; its last piece came before."""
+
+    at_sample: int
+
+
+Happening = Began | Piece | Ended
+
+
+class Utterances:
+    """Push samples in, take out what happens; holds at most one window of the model."""
+
+    def __init__(
+        self, *, sample_rate_hz: int, max_window_s: float, vad: VadOptions | None, samples_heard: int = 0
+    ) -> None:
+        self.sample_rate_hz = sample_rate_hz
+        self.samples_heard = samples_heard
+        self._vad = vad
+        self._stretch = Stretch(sample_rate_hz=sample_rate_hz, max_window_s=max_window_s)
+        self._begin_anew()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an utterance has begun and not ended."""
+        return self._is_open
+
+    @property
+    def open_samples(self) -> int:
+        """How many of the open utterance are not in a piece yet."""
+        return len(self._stretch)
+
+    def push(self, samples: NDArray[np.float32]) -> Iterator[Happening]:
+        """What float32 (n,) ``samples`` bring, in order."""
+        start_sample = self.samples_heard
+        self.samples_heard += len(samples)
+        if self._activity is None:
+            if len(samples):
+                yield from self._append(start_sample, samples)
+            return
+        for at_sample, spoken, is_last in self._activity.push(samples):
+            yield from self._append(self._origin + at_sample, spoken)
+            if is_last:
+                yield from self._end()
+
+    def commit(self) -> Iterator[Happening]:
+        """End the open utterance here, if there is one, whoever still speaks."""
+        if self._activity is not None:
+            for at_sample, spoken, _ in self._activity.finish():
+                yield from self._append(self._origin + at_sample, spoken)
+        if self._is_open:
+            yield from self._end()
+        self._begin_anew()
+
+    def clear(self) -> None:
+        """Forget the open utterance."""
+        self._stretch.take()
+        self._begin_anew()
+
+    def so_far(self) -> Window | None:
+        """What is heard of the open utterance since its last piece."""
+        return self._stretch.window() if self._is_open else None
+
+    def _begin_anew(self) -> None:
+        self._is_open = False
+        self._origin = self.samples_heard
+        self._activity = VoiceActivity(self.sample_rate_hz, self._vad) if self._vad is not None else None
+
+    def _append(self, start_sample: int, samples: NDArray[np.float32]) -> Iterator[Happening]:
+        if not self._is_open:
+            self._is_open = True
+            yield Began(start_sample)
+        for window in self._stretch.append(start_sample, samples):
+            yield Piece(window)
+
+    def _end(self) -> Iterator[Happening]:
+        window = self._stretch.take()
+        if window is None:
+            return
+        self._is_open = False
+        yield Piece(window)
+        yield Ended(window.start_sample + len(window.samples))

@@ -1,0 +1,156 @@
+"""Vosk's protocol: every message of audio gets one answer, a partial text or the text of an utterance.
+
+``{"config": ...}`` first (no answer), then 16-bit little-endian mono. ``{"eof": 1}`` gives the rest and ends
+the session, ``{"reset": 1}`` gives the rest and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from api.errors import AsrError, DrainingError, InvalidRequestError, InvalidValueError
+from api.forms import check_options
+from api.live.connection import Connection
+from api.live.listener import AudioForm, Listener
+from api.live.pcm import check_rate
+from api.live.recogniser import Recogniser
+from api.live.utterances import Began, Happening, Piece
+from api.service import Service
+from api.transcript import Transcript
+from api.vad import VadOptions
+
+_DEFAULT_RATE_HZ = 8000  # as Vosk's own server
+
+
+class Vosk:
+    """One session."""
+
+    def __init__(self, connection: Connection, service: Service) -> None:
+        self._connection = connection
+        self._service = service
+        self._shows_words = True
+        self._listener: Listener | None = None
+        self._recogniser: Recogniser | None = None
+        self._start_sample = 0
+        self._partial = ""
+
+    @staticmethod
+    def error_message(error: AsrError) -> dict[str, Any]:
+        """The last message of a session that ends with `error`; Vosk has none, so this is ours."""
+        return error.to_body()
+
+    async def run(self) -> None:
+        """Until ``eof``, or the caller leaves. Raises what ``Connection.messages`` does, and AsrError."""
+        try:
+            async for message in self._connection.messages():
+                if isinstance(message, bytes):
+                    await self._connection.send(await self._hear(message))
+                elif await self._command(message):
+                    return
+        except DrainingError:
+            await self._connection.send(await self._rest())
+            raise
+
+    async def _command(self, message: str) -> bool:
+        """Obey; True when that was the last."""
+        command = _parsed(message)
+        if "config" in command:
+            if self._listener is not None:
+                raise InvalidRequestError("config comes before the audio, once.", param="config")
+            self._listener = await self._open(command["config"])
+        elif command.get("eof"):
+            await self._connection.send(await self._rest())
+            return True
+        elif command.get("reset"):
+            await self._connection.send(await self._rest())
+        else:
+            raise InvalidRequestError("A text message is {'config': {...}}, {'eof': 1} or {'reset': 1}.")
+        return False
+
+    async def _open(self, config: object) -> Listener:
+        if not isinstance(config, dict):
+            raise InvalidRequestError("config is not an object.", param="config")
+        phrases = config.get("phrase_list", [])
+        if not (isinstance(phrases, list) and all(isinstance(each, str) for each in phrases)):
+            raise InvalidRequestError("phrase_list is not a list of texts.", param="phrase_list")
+        hotwords = tuple(each for each in phrases if each.strip() and each != "[unk]")
+        options = check_options(
+            self._service.settings, None, None, hotwords, None, hotwords_field="phrase_list"
+        )
+        rate = config.get("sample_rate", _DEFAULT_RATE_HZ)
+        if isinstance(rate, bool) or not isinstance(rate, int | float):
+            raise InvalidValueError("sample_rate is not a number.", param="sample_rate")
+        form = AudioForm("audio/pcm", check_rate(rate, "sample_rate"))
+        model = config.get("model", "")
+        if not isinstance(model, str):
+            raise InvalidRequestError("model is not text.", param="model")
+        self._shows_words = bool(config.get("words", True))
+        return await Listener.open(self._service, model, options, form, VadOptions())
+
+    async def _hear(self, data: bytes) -> dict[str, Any]:
+        """The answer to a message of audio."""
+        if self._listener is None:
+            self._listener = await self._open({})
+        before_s = self._listener.heard_s
+        happenings = await self._listener.feed(data)
+        self._connection.audio_s += self._listener.heard_s - before_s
+        if ended := await self._follow(self._listener, happenings):
+            return self._result(ended)
+        if self._recogniser is not None and (window := self._listener.look(self._recogniser)):
+            self._partial = await self._recogniser.look(window)
+            if self._partial:
+                self._recogniser.told()
+        return {"partial": self._partial}
+
+    async def _rest(self) -> dict[str, Any]:
+        """What is left, as an utterance."""
+        if self._listener is None:
+            return self._result([])
+        return self._result(await self._follow(self._listener, self._listener.commit()))
+
+    async def _follow(self, listener: Listener, happenings: list[Happening]) -> list[Transcript]:
+        """The utterances that end in `happenings`."""
+        ended = []
+        for happening in happenings:
+            if isinstance(happening, Began):
+                self._recogniser = listener.recogniser()
+                self._start_sample = happening.at_sample
+            elif self._recogniser is None:
+                raise RuntimeError("an utterance went on that never began")
+            elif isinstance(happening, Piece):
+                await self._recogniser.add(happening.window)
+            else:
+                audio_s = listener.seconds(happening.at_sample - self._start_sample)
+                transcript = self._recogniser.finish(audio_s)
+                if transcript.text:
+                    self._recogniser.told()
+                ended.append(transcript)
+                self._recogniser, self._partial = None, ""
+                self._connection.utterances += 1
+        return ended
+
+    def _result(self, transcripts: list[Transcript]) -> dict[str, Any]:
+        words = [word for transcript in transcripts for word in transcript.words]
+        body: dict[str, Any] = {"text": " ".join(each.text for each in transcripts if each.text)}
+        if self._shows_words and words:
+            body["result"] = [
+                {
+                    "conf": round(word.confidence, 6),
+                    "end": round(word.end_s, 3),
+                    "start": round(word.start_s, 3),
+                    "word": word.text,
+                }
+                for word in words
+            ]
+        return body
+
+
+def _parsed(message: str) -> dict[str, Any]:
+    try:
+        command = json.loads(message)
+    except (ValueError, RecursionError):
+        raise InvalidRequestError("The message is neither audio nor valid JSON.") from None
+    if not isinstance(command, dict):
+        raise InvalidRequestError("The message is not a JSON object.")
+    return command

@@ -1,0 +1,243 @@
+"""What a live session is made of, without a connection: samples, utterances, told words, its fields."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import soxr
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from api.errors import ClientError, InvalidRequestError, InvalidValueError
+from api.live.pcm import PcmInput, check_rate
+from api.live.realtime_session import Session, updated
+from api.live.recogniser import StableWords
+from api.live.utterances import Began, Ended, Happening, Piece, Utterances
+from api.vad import VadOptions
+
+RATE_HZ = 16_000
+FloatArray = NDArray[np.float32]
+
+
+def noise(seconds: float, level: float = 0.1, seed: int = 1) -> FloatArray:
+    chance = np.random.default_rng(seed)
+    return (level * chance.standard_normal(round(seconds * RATE_HZ))).astype(np.float32)
+
+
+def pcm16(samples: FloatArray) -> bytes:
+    return (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+
+
+# -- pcm
+
+
+@given(cuts=st.lists(st.integers(0, 400), max_size=6), seed=st.integers(0, 5))
+def test_pieces_may_end_anywhere_also_within_a_sample(cuts: list[int], seed: int) -> None:
+    data = pcm16(noise(0.0125, seed=seed))
+    whole = PcmInput("audio/pcm", RATE_HZ, RATE_HZ).feed(data)
+    stream = PcmInput("audio/pcm", RATE_HZ, RATE_HZ)
+    bounds = [0, *sorted(cuts), len(data)]
+    pieces = [stream.feed(data[a:b]) for a, b in pairwise(bounds)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    assert len(whole) == len(data) // 2
+
+
+def test_resampling_in_pieces_is_resampling_at_once() -> None:
+    sound = np.sin(2 * np.pi * 440 * np.arange(24_000) / 24_000).astype(np.float32) * 0.5
+    stream = PcmInput("audio/pcm", 24_000, RATE_HZ)
+    data = pcm16(sound)
+    heard = np.concatenate(
+        [*(stream.feed(data[at : at + 777]) for at in range(0, len(data), 777)), stream.flush()]
+    )
+    expected = soxr.resample((sound * 32767).astype("<i2").astype(np.float32) / 32768, 24_000, RATE_HZ, "HQ")
+    assert abs(len(heard) - RATE_HZ) <= 1
+    assert np.abs(heard[: len(expected)] - expected[: len(heard)]).max() < 1e-4
+
+
+def g711_by_the_book(code: int, law: str) -> int:
+    """One byte of G.711 to a 16-bit sample, bit by bit."""
+    if law == "audio/pcmu":
+        code = ~code & 0xFF
+        value = ((((code & 0x0F) << 3) + 0x84) << ((code & 0x70) >> 4)) - 0x84
+        return -value if code & 0x80 else value
+    code ^= 0x55
+    value, segment = (code & 0x0F) << 4, (code & 0x70) >> 4
+    value = value + 8 if segment == 0 else (value + 0x108) << (segment - 1)
+    return value if code & 0x80 else -value
+
+
+@pytest.mark.parametrize("law", ["audio/pcmu", "audio/pcma"])
+def test_g711_by_the_book(law: str) -> None:
+    heard = PcmInput(law, 8000, 8000).feed(bytes(range(256)))  # type: ignore[arg-type]
+    assert (heard * 32768).tolist() == [g711_by_the_book(code, law) for code in range(256)]
+    assert np.abs(heard).max() > 0.97
+
+
+@pytest.mark.parametrize("rate", [7999, 48001, 16000.5])
+def test_a_sample_rate_out_of_range_is_refused_by_name(rate: float) -> None:
+    with pytest.raises(InvalidValueError, match="from 8000 to 48000 Hz") as caught:
+        check_rate(rate, "sample_rate")
+    assert caught.value.param == "sample_rate"
+
+
+# -- utterances
+
+
+def utterances(vad: VadOptions | None, **more: int) -> Utterances:
+    return Utterances(sample_rate_hz=RATE_HZ, max_window_s=4.0, vad=vad, **more)
+
+
+def spoken(happenings: list[Happening]) -> list[tuple[int, int]]:
+    """(start, end) of each utterance, after checking that all comes in order and nothing twice."""
+    found, begun, after = [], None, 0
+    for happening in happenings:
+        if isinstance(happening, Began):
+            assert begun is None
+            begun = after = happening.at_sample
+        elif isinstance(happening, Piece):
+            assert begun is not None
+            assert happening.window.start_sample == after
+            after += len(happening.window.samples)
+        else:
+            assert isinstance(happening, Ended)
+            assert begun is not None
+            assert happening.at_sample == after
+            found.append((begun, after))
+            begun = None
+    return found
+
+
+@given(blocks=st.lists(st.integers(1, 30_000), min_size=1, max_size=12))
+def test_utterances_do_not_depend_on_how_the_sound_came(blocks: list[int]) -> None:
+    sound = np.concatenate(
+        [np.zeros(RATE_HZ, np.float32), noise(1.5), np.zeros(RATE_HZ, np.float32), noise(6.0)]
+    )
+    for vad in (VadOptions(), None):
+        at_once, in_blocks = utterances(vad), utterances(vad)
+        expected = spoken([*at_once.push(sound), *at_once.commit()])
+        happened: list[Happening] = []
+        at = 0
+        for length in [*blocks, len(sound)]:
+            happened += in_blocks.push(sound[at : at + length])
+            at += length
+        assert spoken([*happened, *in_blocks.commit()]) == expected
+        assert expected == [(0, len(sound))] if vad is None else len(expected) == 2
+
+
+def test_a_pause_ends_an_utterance_and_its_padding_is_kept() -> None:
+    ears = utterances(VadOptions(prefix_padding_ms=300, silence_duration_ms=500))
+    quiet = np.zeros(RATE_HZ, np.float32)
+    found = spoken(list(ears.push(np.concatenate([quiet, noise(1.0), quiet, quiet]))))
+    ((start, end),) = found
+    assert start / RATE_HZ == pytest.approx(0.7, abs=0.03)
+    assert 2.0 <= end / RATE_HZ <= 2.5
+    assert not ears.is_open
+
+
+def test_commit_ends_what_is_open_and_only_that() -> None:
+    ears = utterances(VadOptions())
+    quiet = np.zeros(RATE_HZ, np.float32)
+    happened = list(ears.push(np.concatenate([quiet, noise(1.0)])))
+    assert ears.is_open
+    assert len(spoken([*happened, *ears.commit()])) == 1
+    assert not ears.is_open
+    assert list(ears.commit()) == []
+    # What comes later is counted from the start of the recording.
+    ((start, _),) = spoken([*ears.push(np.concatenate([quiet, noise(1.0, seed=2)])), *ears.commit()])
+    assert start / RATE_HZ == pytest.approx(2.7, abs=0.03)
+
+
+def test_clear_forgets() -> None:
+    ears = utterances(None)
+    list(ears.push(noise(1.0)))
+    assert ears.so_far() is not None
+    ears.clear()
+    assert (ears.so_far(), ears.is_open, list(ears.commit())) == (None, False, [])
+    assert spoken([*ears.push(noise(0.5)), *ears.commit()]) == [(RATE_HZ, RATE_HZ + RATE_HZ // 2)]
+
+
+def test_no_more_than_a_window_is_held() -> None:
+    ears = utterances(None)
+    pieces = [each for each in ears.push(noise(20.0)) if isinstance(each, Piece)]
+    assert all(len(piece.window.samples) <= 4 * RATE_HZ for piece in pieces)
+    so_far = ears.so_far()
+    assert so_far is not None
+    assert sum(len(piece.window.samples) for piece in pieces) + len(so_far.samples) == 20 * RATE_HZ
+    assert ears.open_samples == len(so_far.samples) <= 4 * RATE_HZ
+
+
+# -- told words
+
+WORDS = st.lists(st.sampled_from(["a", "b", "c"]), max_size=5).map(" ".join)
+
+
+@given(looks=st.lists(WORDS, max_size=6), last=WORDS)
+def test_what_was_told_only_grows_and_two_looks_agreed_on_it(looks: list[str], last: str) -> None:
+    words, told = StableWords(), ""
+    for before, text in pairwise(["", *looks]):
+        delta = words.look(text)
+        told += delta
+        if delta:
+            count = len(told.split())
+            assert told.split() == text.split()[:count] == before.split()[:count]
+    begins_alike = last.split()[: len(told.split())] == told.split()
+    rest = words.finish(last)
+    assert told + rest == last if begins_alike else rest == ""
+
+
+def test_a_word_is_told_once_two_looks_agree_on_it() -> None:
+    words = StableWords()
+    assert [words.look(text) for text in ("he", "he has", "he has been", "he is")] == ["", "he", " has", ""]
+    assert words.finish("he has been there") == " been there"
+    assert words.finish("she") == ""
+
+
+# -- the session
+
+
+def test_an_update_changes_what_it_names() -> None:
+    session = Session.of_model("small")
+    assert session.audio_form.rate_hz == 24_000
+    assert session.vad == VadOptions()
+    session = updated(
+        session, {"audio": {"input": {"transcription": {"language": "en"}, "turn_detection": None}}}
+    )
+    assert (session.transcription.model, session.transcription.language, session.vad) == ("small", "en", None)
+    session = updated(session, {"audio": {"input": {"format": {"type": "audio/pcmu"}}}})
+    assert (session.audio_form.rate_hz, session.vad, session.transcription.language) == (8000, None, "en")
+    session = updated(
+        session, {"audio": {"input": {"turn_detection": {"type": "server_vad", "silence_duration_ms": 300}}}}
+    )
+    assert session.vad == VadOptions(silence_duration_ms=300)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "field"),
+    [
+        (None, InvalidRequestError, "session"),
+        ({"voice": "alloy"}, InvalidRequestError, "session.voice"),
+        ({"type": "realtime"}, InvalidValueError, "session.type"),
+        (
+            {"audio": {"input": {"format": {"rate": 4000}}}},
+            InvalidValueError,
+            "session.audio.input.format.rate",
+        ),
+        (
+            {"audio": {"input": {"turn_detection": {"threshold": 1}}}},
+            InvalidValueError,
+            "session.audio.input.turn_detection.threshold",
+        ),
+        (
+            {"audio": {"input": {"noise_reduction": {"type": "near_field"}}}},
+            InvalidRequestError,
+            "session.audio.input.noise_reduction",
+        ),
+    ],
+)
+def test_a_wrong_update_names_the_field(changes: object, kind: type[ClientError], field: str) -> None:
+    with pytest.raises(kind) as caught:
+        updated(Session(), changes)
+    assert caught.value.param == field

@@ -1,0 +1,448 @@
+"""Live sessions on a real service: OpenAI's with the official client, Vosk's with a plain WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import soxr
+from numpy.typing import NDArray
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from loadtest.processes import LiveServer
+from tests.e2e.live import start
+from tests.tiny_bundle import SAMPLE_RATE_HZ, sing
+
+Launch = Callable[..., LiveServer]
+
+WORDS = ("head bad", "cafe", "dead bee")
+SECRET = "alice-secret-0123456789"
+TRANSCRIPTION = "conversation.item.input_audio_transcription"
+
+
+def pcm(*parts: NDArray[np.float32] | float) -> bytes:
+    """Sound, and seconds of silence, as 16-bit samples at the model's rate."""
+    sound = [
+        np.zeros(round(part * SAMPLE_RATE_HZ), np.float32) if isinstance(part, int | float) else part
+        for part in parts
+    ]
+    return (np.concatenate(sound) * 32767).astype("<i2").tobytes()
+
+
+SPEECH = pcm(1.0, sing(WORDS[0]), 1.0, sing(WORDS[1]), 1.0, sing(WORDS[2]), 1.0)
+
+
+def socket_url(server: LiveServer, path: str) -> str:
+    return f"ws://{server.address}{path}"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One realtime session by hand, where the official client is too polite."""
+
+    socket: ClientConnection
+
+    def send(self, kind: str, **fields: Any) -> None:
+        self.socket.send(json.dumps({"type": kind, **fields}))
+
+    def append(self, data: bytes) -> None:
+        self.send("input_audio_buffer.append", audio=base64.b64encode(data).decode())
+
+    def listen(self, **audio_input: Any) -> None:
+        """Take 16 kHz from here on, and what `audio_input` says."""
+        chosen = {"format": {"type": "audio/pcm", "rate": SAMPLE_RATE_HZ}, **audio_input}
+        self.send("session.update", session={"audio": {"input": chosen}})
+        assert self.receive()["type"] == "session.updated"
+
+    def receive(self) -> dict[str, Any]:
+        event: dict[str, Any] = json.loads(self.socket.recv(timeout=60))
+        return event
+
+    def until(self, kind: str) -> dict[str, Any]:
+        """The next event of this kind; those before it are dropped."""
+        while (event := self.receive())["type"] != kind:
+            pass
+        return event
+
+    def transcript(self) -> str:
+        text: str = self.until(f"{TRANSCRIPTION}.completed")["transcript"]
+        return text
+
+
+@contextlib.contextmanager
+def realtime(server: LiveServer, path: str = "/v1/realtime", **options: Any) -> Iterator[Session]:
+    with connect(socket_url(server, path), proxy=None, **options) as socket:
+        session = Session(socket)
+        assert session.receive()["type"] == "session.created"
+        yield session
+
+
+def sessions(client: httpx.Client) -> int:
+    return int(client.get("/health").json()["live_sessions"])
+
+
+def wait_for_sessions(client: httpx.Client, count: int) -> None:
+    until_s = time.monotonic() + 30
+    while sessions(client) != count:
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+
+
+# -- OpenAI
+
+
+def test_the_official_client_transcribes_three_utterances(server: LiveServer) -> None:
+    events = asyncio.run(official_session(server))
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["session.created", "session.updated"]
+    completed = [event for event in events if event["type"] == f"{TRANSCRIPTION}.completed"]
+    assert [event["transcript"] for event in completed] == list(WORDS)
+    committed = [event for event in events if event["type"] == "input_audio_buffer.committed"]
+    ids = [event["item_id"] for event in committed]
+    assert [event.get("previous_item_id") for event in committed] == [None, *ids[:2]]
+    assert [event["item_id"] for event in completed] == ids
+    for index, (item_id, event) in enumerate(zip(ids, completed, strict=True)):
+        of_item = [each for each in events if each.get("item_id") == item_id]
+        assert "".join(e["delta"] for e in of_item if e["type"] == f"{TRANSCRIPTION}.delta") == WORDS[index]
+        start_ms = next(e["audio_start_ms"] for e in of_item if e["type"].endswith("speech_started"))
+        end_ms = next(e["audio_end_ms"] for e in of_item if e["type"].endswith("speech_stopped"))
+        assert event["usage"]["type"] == "duration"
+        assert event["usage"]["seconds"] == pytest.approx((end_ms - start_ms) / 1000, abs=0.002)
+    first_start_ms = next(e["audio_start_ms"] for e in events if e["type"].endswith("speech_started"))
+    assert first_start_ms == pytest.approx(800, abs=40)
+
+
+async def official_session(server: LiveServer) -> list[dict[str, Any]]:
+    client = openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1")
+    events: list[dict[str, Any]] = []
+    async with client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
+        await connection.session.update(
+            session={"type": "transcription", "audio": {"input": {"transcription": {"model": "whisper-1"}}}}
+        )
+        at_16_khz = np.frombuffer(SPEECH, "<i2").astype(np.float32) / 32768
+        at_24_khz = pcm(soxr.resample(at_16_khz, SAMPLE_RATE_HZ, 24_000))  # what its types allow
+        for at in range(0, len(at_24_khz), 3_001):
+            piece = base64.b64encode(at_24_khz[at : at + 3_001]).decode()
+            await connection.input_audio_buffer.append(audio=piece)
+        async for event in connection:
+            events.append(event.to_dict())
+            if sum(each["type"] == f"{TRANSCRIPTION}.completed" for each in events) == len(WORDS):
+                return events
+    raise AssertionError("the session ended early")
+
+
+def test_without_turn_detection_the_caller_commits(server: LiveServer) -> None:
+    with realtime(server) as session:
+        session.listen(turn_detection=None)
+        session.append(pcm(sing("bad "), 1.0, sing("cafe")))
+        session.send("input_audio_buffer.commit", event_id="mine")
+        assert session.receive()["type"] == "input_audio_buffer.committed"
+        assert session.transcript() == "bad cafe"
+        session.send("input_audio_buffer.commit", event_id="mine")
+        error = session.until("error")["error"]
+        assert (error["code"], error["event_id"]) == ("input_audio_buffer_commit_empty", "mine")
+
+
+def test_an_utterance_longer_than_the_model_takes_at_once(server: LiveServer) -> None:
+    """The tone model takes four seconds; the text is whole all the same."""
+    words = ["head", "bad", "cafe", "dead"] * 5
+    with realtime(server) as session:
+        session.listen(turn_detection=None)
+        session.append(pcm(*(part for word in words for part in (sing(word + " "), 0.2))))
+        session.send("input_audio_buffer.commit")
+        assert session.transcript().split() == words
+
+
+def test_logprobs_and_another_model_when_asked_for(server: LiveServer) -> None:
+    with realtime(server, "/v1/realtime?model=tiny") as session:
+        session.send("session.update", session={"include": ["item.input_audio_transcription.logprobs"]})
+        assert session.receive()["session"]["audio"]["input"]["transcription"]["model"] == "tiny"
+        session.listen(transcription={"model": "other", "language": "vi", "keywords": ["cafe"]})
+        session.append(pcm(1.0, sing("cafe"), 1.0))
+        done = session.until(f"{TRANSCRIPTION}.completed")
+        assert "".join(token["token"] for token in done["logprobs"]).strip() == done["transcript"] == "cafe"
+        assert all(token["logprob"] <= 0 for token in done["logprobs"])
+
+
+def test_g711_as_telephones_send_it(server: LiveServer) -> None:
+    """Silence, and that nothing else is heard in it, in both forms."""
+    for law, silence in (("audio/pcmu", b"\xff"), ("audio/pcma", b"\xd5")):
+        with realtime(server) as session:
+            session.listen(format={"type": law}, turn_detection=None)
+            session.append(silence * 8000)
+            session.send("input_audio_buffer.commit")
+            assert session.until(f"{TRANSCRIPTION}.completed")["usage"]["seconds"] == pytest.approx(
+                1, abs=0.01
+            )
+
+
+def test_clear_forgets_what_was_not_committed(server: LiveServer) -> None:
+    with realtime(server) as session:
+        session.listen(turn_detection=None)
+        session.append(pcm(sing("bad")))
+        session.send("input_audio_buffer.clear")
+        assert session.receive()["type"] == "input_audio_buffer.cleared"
+        session.append(pcm(sing("cafe")))
+        session.send("input_audio_buffer.commit")
+        assert session.transcript() == "cafe"
+
+
+def test_a_change_of_the_session_loses_nothing_that_was_heard(server: LiveServer) -> None:
+    with realtime(server) as session:
+        session.listen(turn_detection=None)
+        session.append(pcm(sing("bad")))
+        session.send("session.update", session={"audio": {"input": {"transcription": {"model": "other"}}}})
+        session.append(pcm(sing("cafe")))
+        session.send("input_audio_buffer.commit")
+        assert [session.transcript(), session.transcript()] == ["bad", "cafe"]
+
+
+def transcribing_with(**fields: str) -> str:
+    return json.dumps({"type": "session.update", "session": {"audio": {"input": {"transcription": fields}}}})
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "param"),
+    [
+        ("{", "invalid_request", None),
+        ("[]", "invalid_request", None),
+        (b"\x00\x01", "invalid_request", None),
+        ('{"type": "response.create"}', "invalid_request", "type"),
+        ('{"type": ["x"]}', "invalid_request", "type"),
+        ('{"type": "input_audio_buffer.append"}', "invalid_request", "audio"),
+        ('{"type": "input_audio_buffer.append", "audio": "%%"}', "invalid_request", "audio"),
+        ('{"type": "session.update"}', "invalid_request", "session"),
+        (transcribing_with(model="no"), "model_not_found", "model"),
+        (transcribing_with(language="de"), "unsupported_language", "language"),
+    ],
+)
+def test_a_wrong_event_is_answered_and_the_session_goes_on(
+    server: LiveServer, message: str | bytes, code: str, param: str | None
+) -> None:
+    with realtime(server) as session:
+        session.listen()
+        session.socket.send(message)
+        error = session.until("error")["error"]
+        assert (error["code"], error["param"]) == (code, param)
+        session.append(pcm(1.0, sing("cafe"), 1.0))
+        assert session.transcript() == "cafe"
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "code"),
+    [("model=no", 404, "model_not_found"), ("intent=conversation", 422, "invalid_value")],
+)
+def test_what_cannot_be_is_refused_before_the_socket_opens(
+    server: LiveServer, query: str, status: int, code: str
+) -> None:
+    with pytest.raises(InvalidStatus) as caught:
+        connect(socket_url(server, f"/v1/realtime?{query}"), proxy=None)
+    response = caught.value.response
+    assert response.status_code == status
+    assert json.loads(response.body or b"")["error"]["code"] == code
+
+
+# -- Vosk
+
+
+def vosk(server: LiveServer, data: bytes, config: dict[str, Any] | None, step: int = 4000) -> list[Any]:
+    """What one session answers, message by message."""
+    answers = []
+    with connect(socket_url(server, "/vosk"), proxy=None) as socket:
+        if config is not None:
+            socket.send(json.dumps({"config": config}))
+        for at in range(0, len(data), step):
+            socket.send(data[at : at + step])
+            answers.append(json.loads(socket.recv(timeout=60)))
+        socket.send('{"eof" : 1}')
+        answers.append(json.loads(socket.recv(timeout=60)))
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=60)
+    return answers
+
+
+def test_vosk_answers_each_message_with_a_partial_or_a_text(server: LiveServer) -> None:
+    answers = vosk(server, SPEECH, {"sample_rate": SAMPLE_RATE_HZ, "phrase_list": ["cafe", "[unk]"]})
+    assert len(answers) == -(-len(SPEECH) // 4000) + 1
+    texts = [answer for answer in answers if answer.get("text")]
+    assert [answer["text"] for answer in texts] == list(WORDS)
+    assert all(set(answer) in ({"partial"}, {"text"}, {"text", "result"}) for answer in answers)
+    words = [word for answer in texts for word in answer["result"]]
+    assert [word["word"] for word in words] == " ".join(WORDS).split()
+    assert all(0 < word["conf"] <= 1 for word in words)
+    # Times count from the start of the recording, where the first word begins after 1.1 seconds.
+    assert words[0]["start"] == pytest.approx(1.1, abs=0.1)
+    starts = [word["start"] for word in words]
+    assert starts == sorted(starts)
+    assert starts[-1] > 3.0
+    partials = [answer["partial"] for answer in answers if answer.get("partial")]
+    assert all(any(text.startswith(partial[:1]) for text in WORDS) for partial in partials)
+
+
+def test_vosk_tells_at_the_end_what_no_pause_ended(server: LiveServer) -> None:
+    config = {"sample_rate": SAMPLE_RATE_HZ, "words": False}
+    answers = vosk(server, pcm(0.5, sing("bad cafe")), config)
+    assert answers[-1] == {"text": "bad cafe"}
+    assert vosk(server, b"", config) == [{"text": ""}]
+
+
+def test_vosk_reset_tells_the_rest_and_goes_on(server: LiveServer) -> None:
+    with connect(socket_url(server, "/vosk"), proxy=None) as socket:
+        socket.send(json.dumps({"config": {"sample_rate": SAMPLE_RATE_HZ, "words": 0}}))
+        for word in ("bad", "cafe"):
+            socket.send(pcm(0.5, sing(word)))
+            assert "partial" in json.loads(socket.recv(timeout=60))
+            socket.send('{"reset": 1}')
+            assert json.loads(socket.recv(timeout=60)) == {"text": word}
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ("nonsense", "invalid_request"),
+        ('{"what": 1}', "invalid_request"),
+        ('{"config": 1}', "invalid_request"),
+        ('{"config": {"sample_rate": 1}}', "invalid_value"),
+        ('{"config": {"sample_rate": true}}', "invalid_value"),
+        ('{"config": {"model": "../tiny"}}', "model_not_found"),
+        ('{"config": {"phrase_list": "cafe"}}', "invalid_request"),
+    ],
+)
+def test_vosk_says_what_is_wrong_and_closes(server: LiveServer, message: str, code: str) -> None:
+    with connect(socket_url(server, "/vosk"), proxy=None) as socket:
+        socket.send(message)
+        assert json.loads(socket.recv(timeout=60))["error"]["code"] == code
+        with pytest.raises(ConnectionClosed) as caught:
+            socket.recv(timeout=60)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1008
+
+
+# -- the door and the limits
+
+
+@pytest.fixture(scope="module")
+def guarded(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    live = start(
+        models_dir,
+        tmp_path_factory.mktemp("guarded") / "log",
+        api_keys=f"alice:{SECRET}",
+        cors_origins="https://app.example",
+        max_streams=1,
+        stream_idle_timeout_s=1,
+        stream_max_s=4,
+    )
+    yield live
+    live.kill()
+
+
+def refusal(server: LiveServer, **options: Any) -> tuple[int, str]:
+    with pytest.raises(InvalidStatus) as caught:
+        connect(socket_url(server, "/v1/realtime"), proxy=None, **options)
+    response = caught.value.response
+    return response.status_code, json.loads(response.body or b"")["error"]["code"]
+
+
+def test_a_key_is_needed_and_a_browser_may_send_it_its_own_way(guarded: LiveServer) -> None:
+    assert refusal(guarded) == (401, "missing_api_key")
+    assert refusal(guarded, additional_headers={"authorization": "Bearer wrong"}) == (401, "invalid_api_key")
+    header = {"authorization": f"Bearer {SECRET}"}
+    offered = ["realtime", f"openai-insecure-api-key.{SECRET}"]
+    for options in ({"additional_headers": header}, {"subprotocols": offered}):
+        with guarded.client(headers=header) as http:
+            wait_for_sessions(http, 0)
+        with realtime(guarded, **options) as session:
+            assert session.socket.subprotocol == ("realtime" if "subprotocols" in options else None)
+    assert SECRET not in guarded.log
+
+
+def test_pages_of_other_origins_are_kept_out(guarded: LiveServer) -> None:
+    header = {"authorization": f"Bearer {SECRET}"}
+    found = refusal(guarded, additional_headers=header, origin="https://elsewhere.example")
+    assert found == (403, "permission_denied")
+    with guarded.client(headers=header) as http:
+        wait_for_sessions(http, 0)
+    with realtime(guarded, additional_headers=header, origin="https://app.example"):
+        pass
+
+
+def test_no_more_sessions_than_allowed_and_each_place_comes_back(guarded: LiveServer) -> None:
+    header = {"authorization": f"Bearer {SECRET}"}
+    with guarded.client(headers=header) as http:
+        wait_for_sessions(http, 0)
+        with realtime(guarded, additional_headers=header):
+            assert refusal(guarded, additional_headers=header) == (429, "too_many_streams")
+            assert 'asr_stream_sessions{protocol="realtime"} 1.0' in http.get("/metrics").text
+        wait_for_sessions(http, 0)
+        metrics = http.get("/metrics").text
+    assert 'asr_rejections_total{reason="too_many_streams"} 1.0' in metrics
+    assert 'asr_stream_sessions{protocol="realtime"} 0.0' in metrics
+
+
+def test_a_silent_session_and_one_without_end_are_closed(guarded: LiveServer) -> None:
+    header = {"authorization": f"Bearer {SECRET}"}
+    for talks in (False, True):
+        with guarded.client(headers=header) as http:
+            wait_for_sessions(http, 0)
+        with realtime(guarded, additional_headers=header) as session:
+            while True:
+                if talks:
+                    session.append(bytes(1600))
+                try:
+                    event = json.loads(session.socket.recv(timeout=0.2 if talks else 60))
+                except TimeoutError:
+                    continue
+                if event["type"] == "error":
+                    break
+            assert event["error"]["code"] == "stream_timeout"
+            assert ("4 seconds" if talks else "1 seconds") in event["error"]["message"]
+
+
+def test_who_leaves_in_the_middle_leaves_nothing_behind(server: LiveServer) -> None:
+    with server.client() as http:
+        wait_for_sessions(http, 0)
+        for _ in range(5):
+            with realtime(server) as session:
+                session.listen()
+                session.append(pcm(0.5, sing("head bad cafe")))
+                session.socket.socket.close()  # no goodbye
+        wait_for_sessions(http, 0)
+        assert http.post("/transcribe", files={"file": b""}).status_code == 400  # still there
+    assert "unhandled_exception" not in server.log
+
+
+def test_what_was_heard_is_told_when_the_service_stops(
+    models_dir: Path, tmp_path: Path, launch: Launch
+) -> None:
+    live = launch(models_dir, tmp_path / "log")
+    with realtime(live) as session, connect(socket_url(live, "/vosk"), proxy=None) as other:
+        session.listen()
+        session.append(pcm(0.5, sing("head bad")))
+        session.until("input_audio_buffer.speech_started")
+        other.send(json.dumps({"config": {"sample_rate": SAMPLE_RATE_HZ}}))
+        other.send(pcm(0.5, sing("cafe")))
+        assert "partial" in json.loads(other.recv(timeout=60))
+        live.process.send_signal(signal.SIGTERM)
+        assert session.transcript() == "head bad"
+        assert session.until("error")["error"]["code"] == "draining"
+        assert json.loads(other.recv(timeout=60))["text"] == "cafe"
+        assert json.loads(other.recv(timeout=60))["error"]["code"] == "draining"
+        for socket in (session.socket, other):
+            with pytest.raises(ConnectionClosed) as caught:
+                socket.recv(timeout=60)
+            assert caught.value.rcvd is not None
+            assert caught.value.rcvd.code == 1012
+    assert live.process.wait(60) == 0
