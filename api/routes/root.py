@@ -39,6 +39,8 @@ async def root(request: Request) -> dict[str, Any]:
             "max_batch_files": settings.max_batch_files,
             "max_beam": settings.max_beam,
             "max_hotwords": settings.max_hotwords,
+            "max_streams": settings.max_streams,
         },
         "links": links,
+        "websockets": {"openai_realtime": "/v1/realtime", "vosk": "/vosk"},
     }

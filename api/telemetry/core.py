@@ -211,6 +211,16 @@ class Telemetry:
             self.set_attributes(outcome=outcome, request_id=record.request_id, **_final_attributes(record))
         return outcome
 
+    def utterance_ended(
+        self, route: str, model: str, *, elapsed_s: float, status: int = 200, code: str | None = None
+    ) -> None:
+        """Count an utterance of a live session, told `elapsed_s` after its end, or failed with `status`."""
+        metrics, model, outcome = self.metrics, self.metrics.model_label(model), outcome_of(status, code)
+        metrics.requests.labels(route, model, outcome).inc()
+        self.scrapes.changed()
+        if outcome in TIMED_OUTCOMES:
+            metrics.request_duration.labels(route, model).record(elapsed_s, self.sampled_parent())
+
     def refused(self, status: int, code: str) -> None:
         """Count a request that was refused before the application saw it, with `status` and error `code`.
 

@@ -70,6 +70,10 @@ def is_transcription(scope: Mapping[str, Any]) -> bool:
     return scope["method"] == "POST" and scope["path"] in TRANSCRIPTION_ROUTES
 
 
+# Live sessions: each utterance counts as a request, whose duration is what the caller waits for the transcript
+# after its end. A session that is refused counts as one, too.
+LIVE_ROUTES = ("/v1/realtime", "/vosk")
+
 # Where no route was found, or the request was refused before anybody looked for one.
 UNMATCHED_ROUTE = "unmatched"
 # How a request ends that is refused before the application sees it: malformed or too large a head, all
@@ -289,7 +293,7 @@ class Metrics:
 
     def _start_at_zero(self, model: str) -> None:
         """A rate sees the first event of a series only if the series was there before it."""
-        for route in TRANSCRIPTION_ROUTES:
+        for route in (*TRANSCRIPTION_ROUTES, *LIVE_ROUTES):
             self.request_duration.labels(route, model)
             for outcome in OUTCOMES:
                 self.requests.labels(route, model, outcome)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import numpy as np
 import pytest
+from websockets.sync.client import connect
 
 from loadtest.processes import LiveServer
 from tests.api.test_audio import KINDS, file_of
@@ -194,6 +195,9 @@ def test_information_routes(client: httpx.Client) -> None:
     assert root["status"] == "ready"
     for link in root["links"].values():
         assert client.get(link).status_code in (200, 405), link
+    for path in root["websockets"].values():
+        with connect(f"ws://{client.base_url.netloc.decode()}{path}", proxy=None):
+            pass
     models = client.get("/models").json()
     assert [model["name"] for model in models["models"]] == ["tiny", "other"]
     assert models["aliases"] == {"whisper-1": "tiny"}
