@@ -70,8 +70,8 @@ def is_transcription(scope: Mapping[str, Any]) -> bool:
     return scope["method"] == "POST" and scope["path"] in TRANSCRIPTION_ROUTES
 
 
-# Live sessions: each utterance counts as a request, whose duration is what the caller waits for the transcript
-# after its end. A session that is refused counts as one, too.
+# Live sessions: each utterance counts as a request, whose duration is the wait for its transcript after its
+# end. A session that is refused counts as one, too.
 LIVE_ROUTES = ("/v1/realtime", "/vosk")
 
 # Where no route was found, or the request was refused before anybody looked for one.

@@ -19,6 +19,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import soundfile
+from websockets.sync.client import connect
+
 from tests.e2e_docker.load import Clip, Load, Tally, learn
 from tests.e2e_docker.tools import (
     ROOT,
@@ -249,6 +252,20 @@ def prometheus_value(stack: Stack, expression: str) -> float | None:
     return float(result[0]["value"][1]) if result else None
 
 
+def spoken(url: str, file: Path) -> str:
+    """The text of `file`, said to ``/vosk``."""
+    samples, rate_hz = soundfile.read(file, dtype="int16", always_2d=True)
+    data, texts = samples[:, 0].tobytes(), []
+    with connect(f"ws{url.removeprefix('http')}/vosk", proxy=None) as socket:
+        socket.send(json.dumps({"config": {"sample_rate": rate_hz}}))
+        for at in range(0, len(data), 8000):
+            socket.send(data[at : at + 8000])
+            texts.append(json.loads(socket.recv(timeout=60)).get("text", ""))
+        socket.send('{"eof": 1}')
+        texts.append(json.loads(socket.recv(timeout=60))["text"])
+    return " ".join(text for text in texts if text)
+
+
 def gateway_log(since: float) -> str:
     """What nginx wrote since a time (Unix seconds)."""
     return "".join(
@@ -330,6 +347,7 @@ def exercise(report: Report, stack: Stack, files: list[Path], first: str) -> Non
     ui = f"http://127.0.0.1:{stack.env['ASR_UI_PORT']}/_stcore/health"
     wait_for("the page", lambda: succeeds("curl", "--fail", "--silent", ui), 90)
     report.check(True, "page: healthy behind its own port")
+    report.check(bool(spoken(stack.url, files[0])), "live session: text through the gateway's WebSocket")
     clips = asyncio.run(learn(stack.url, files, {}))
 
     if stack.prometheus:
