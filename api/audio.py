@@ -21,6 +21,7 @@ from api.errors import AudioTooLongError, UndecodableAudioError
 
 MIN_SAMPLE_RATE_HZ = 1_000
 MAX_SAMPLE_RATE_HZ = 768_000
+_CANCELLED = 0.1  # level of the mean over that of the loudest channel, -20 dB
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,9 @@ def within_full_scale(samples: NDArray[np.float32]) -> NDArray[np.float32]:
 def mix_down(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """float32 (n, channels) -> float32 (n,): the mean of the channels, clipped to [-1, 1].
 
+    Where channels cancel each other (one wire of a stereo cable swapped, some telephone recorders), the mean
+    is silence; the loudest channel is taken instead.
+
     Raises UndecodableAudioError on samples that are not numbers: text made from them would be invented.
     """
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
@@ -123,6 +127,11 @@ def mix_down(samples: NDArray[np.float32]) -> NDArray[np.float32]:
         raise UndecodableAudioError(
             "The audio holds samples that are not numbers (NaN or infinity).", code="not_finite_samples"
         )
+    if samples.shape[1] > 1:
+        levels = np.abs(samples).mean(axis=0)
+        if np.abs(mono).mean() < _CANCELLED * levels.max():
+            mono = samples[:, levels.argmax()]
+            low, high = float(mono.min()), float(mono.max())
     if low < -1.0 or high > 1.0:
         mono = np.clip(mono, -1.0, 1.0)
     return np.ascontiguousarray(mono, dtype=np.float32)

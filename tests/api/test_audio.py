@@ -136,6 +136,17 @@ def test_channels_are_averaged() -> None:
     np.testing.assert_allclose(decoded.samples, (left + right) / 2, atol=1e-6)
 
 
+def test_channels_that_cancel_each_other_are_heard() -> None:
+    """One wire of a stereo cable swapped: the mean of the channels is silence."""
+    left = tone(500, RATE_HZ)
+    for right in (-left, -0.9 * left):
+        decoded = decode(wav(np.stack([left, right], axis=1), subtype="FLOAT"), sample_rate_hz=RATE_HZ)
+        np.testing.assert_allclose(decoded.samples, left, atol=1e-6)
+    for right in (np.zeros_like(left), -0.7 * left):
+        decoded = decode(wav(np.stack([left, right], axis=1), subtype="FLOAT"), sample_rate_hz=RATE_HZ)
+        np.testing.assert_allclose(decoded.samples, (left + right) / 2, atol=1e-6)
+
+
 def test_eight_channels_at_192_khz_in_float() -> None:
     samples = np.repeat(tone(1000, 192_000)[:, None], 8, axis=1)
     decoded = decode(wav(samples, 192_000, "FLOAT"), sample_rate_hz=RATE_HZ)
