@@ -69,17 +69,11 @@ class Connection:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        code = NORMAL
-        if isinstance(error, Exception):
-            if not isinstance(error, AsrError):
-                _log.error("unhandled_exception", exc_info=error)
-            shown = public(error, self.id)
-            self._end = shown.code
-            code = _CLOSE_CODES.get(type(shown), POLICY if shown.status < 500 else FAILED)
-            with contextlib.suppress(ClientDisconnected):
-                await self.send(self._error_message(shown))
         try:
-            await self._close(code)
+            if error is None:
+                await self._close(NORMAL)
+            elif isinstance(error, Exception):
+                await self._fail(error)
         finally:
             if self._closing is not None:
                 self._closing.cancel()
@@ -87,6 +81,16 @@ class Connection:
             self._service.leave_stream(self)
             self._log()
         return isinstance(error, Exception)
+
+    async def _fail(self, error: Exception) -> None:
+        if not isinstance(error, AsrError):
+            _log.error("unhandled_exception", exc_info=error)
+        shown = public(error, self.id)
+        self._end = shown.code
+        with contextlib.suppress(ClientDisconnected):
+            if not isinstance(error, ClientDisconnected):  # otherwise nobody reads: the server closes
+                await self.send(self._error_message(shown))
+                await self._close(_CLOSE_CODES.get(type(shown), POLICY if shown.status < 500 else FAILED))
 
     async def messages(self) -> AsyncIterator[str | bytes]:
         """What the caller sends, until it leaves.
@@ -97,14 +101,12 @@ class Connection:
         settings = self._service.settings
         until_s = self._start_s + settings.stream_max_s
         while True:
-            left_s = until_s - time.monotonic()
-            if left_s <= 0:
+            left_s, idle_s = until_s - time.monotonic(), settings.stream_idle_timeout_s
+            message = await self._receive(min(left_s, idle_s)) if left_s > 0 else None
+            if message is None and left_s <= idle_s:
                 raise StreamTimeoutError(f"The session has lasted {settings.stream_max_s:g} seconds.")
-            message = await self._receive(min(left_s, settings.stream_idle_timeout_s))
             if message is None:
-                if time.monotonic() >= until_s:
-                    continue
-                raise StreamTimeoutError(f"Nothing came for {settings.stream_idle_timeout_s:g} seconds.")
+                raise StreamTimeoutError(f"Nothing came for {idle_s:g} seconds.")
             if message["type"] == "websocket.disconnect":
                 return
             data = message.get("bytes")
@@ -131,7 +133,8 @@ class Connection:
         """One JSON text message. Raises ClientDisconnected where nobody reads it."""
         try:
             async with self._sending, asyncio.timeout(_WRITE_TIMEOUT_S):
-                await self._websocket.send_text(json.dumps(message, ensure_ascii=False))
+                # Escaped: a caller's half of a surrogate pair, given back in an error, has no form in UTF-8.
+                await self._websocket.send_text(json.dumps(message))
         except (WebSocketDisconnect, RuntimeError, TimeoutError) as error:
             raise ClientDisconnected("The client does not read its stream.") from error
 

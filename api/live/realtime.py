@@ -24,6 +24,7 @@ from api.errors import (
     DrainingError,
     InvalidRequestError,
     InvalidValueError,
+    StreamTimeoutError,
     public,
 )
 from api.live.connection import Connection
@@ -50,6 +51,7 @@ class Item:
     told: StableWords = field(default_factory=StableWords)
     id: str = field(default_factory=lambda: f"item_{uuid.uuid4().hex[:24]}")
     dropped: bool = False
+    failure: AsrError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class Realtime:
         self._last_item_id: str | None = None
         self._work: asyncio.Queue[_Work | None] = asyncio.Queue(_WAITING)
         self._looking = False
-        self._nobody_listens = False
+        self._failure: Exception | None = None
         self._handlers: dict[
             str, Callable[[Listener, dict[str, Any]], Coroutine[Any, Any, Listener | None]]
         ] = {
@@ -104,9 +106,9 @@ class Realtime:
         try:
             async for message in self._connection.messages():
                 listener = await self._handle(listener, message) or listener
-                if self._nobody_listens:
-                    raise ClientDisconnected
-        except DrainingError:
+                if self._failure is not None:
+                    raise self._failure
+        except (DrainingError, StreamTimeoutError):
             await self._happened(listener, listener.commit())
             await self._work.put(None)
             await telling
@@ -221,36 +223,39 @@ class Realtime:
     # -- recognising and telling
 
     async def _tell(self) -> None:
-        """Does what waits, in order; goes on taking it, and does nothing, when nobody listens any more."""
+        """Do what waits, in order. After a failure only take it, so that nobody waits for room."""
         while (work := await self._work.get()) is not None:
             try:
-                if not (work.item.dropped or self._nobody_listens):
+                if not (work.item.dropped or self._failure):
                     await self._do(work)
-            except ClientDisconnected:
-                self._nobody_listens = True
+            except Exception as error:  # nobody listens any more, or worse
+                self._failure = error
             finally:
                 if work.is_look:
                     self._looking = False
 
     async def _do(self, work: _Work) -> None:
         item, window = work.item, work.window
-        try:
-            if window is None:
-                await self._complete(item, work.audio_s)
-            elif work.is_look:
-                await self._send_delta(item, item.told.look(await item.recogniser.look(window)))
-            else:
-                await item.recogniser.add(window)
-        except ClientDisconnected:
-            raise
-        except Exception as error:
-            if not isinstance(error, AsrError):
-                _log.error("unhandled_exception", exc_info=error)
-            item.dropped = True
-            body = public(error, self._connection.id).to_body()["error"]
-            await self._send(f"{_TRANSCRIPTION}.failed", item_id=item.id, content_index=0, error=body)
+        if window is None:
+            await self._complete(item, work.audio_s)
+        elif item.failure is None:
+            try:
+                if work.is_look:
+                    await self._send_delta(item, item.told.look(await item.recogniser.look(window)))
+                else:
+                    await item.recogniser.add(window)
+            except ClientDisconnected:
+                raise
+            except Exception as error:
+                if not isinstance(error, AsrError):
+                    _log.error("unhandled_exception", exc_info=error)
+                item.failure = public(error, self._connection.id)  # told when the utterance has ended
 
     async def _complete(self, item: Item, audio_s: float) -> None:
+        if item.failure is not None:
+            error = item.failure.to_body()["error"]
+            await self._send(f"{_TRANSCRIPTION}.failed", item_id=item.id, content_index=0, error=error)
+            return
         transcript = item.recogniser.finish(audio_s)
         await self._send_delta(item, item.told.finish(transcript.text))
         fields: dict[str, Any] = {"transcript": transcript.text, "usage": usage(audio_s)}

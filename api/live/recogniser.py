@@ -10,6 +10,7 @@ import time
 from itertools import takewhile
 from typing import Self
 
+from api.errors import AsrError
 from api.hotwords import HotwordAutomaton
 from api.segmenter import Window, may_be_speech
 from api.telemetry import Telemetry
@@ -54,12 +55,12 @@ class Recogniser:
         return heard_s >= due_s and self._transcriber.model.batcher.is_quiet
 
     async def look(self, window: Window) -> str:
-        """The text so far, as it seems: the last words may still change.
-
-        Raises what ``Transcriber.hear`` does.
-        """
+        """The text so far, as it seems: the last words may still change. Where that fails, the pieces'."""
         self._looked_at_s = len(window.samples) / self._sample_rate_hz
-        segments = await self._hear(window)
+        try:
+            segments = await self._hear(window)
+        except AsrError:  # the transcript does not need it
+            segments = []
         return join_text([*self._segments, *segments])
 
     async def add(self, window: Window) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from api.errors import AsrError, DrainingError, InvalidRequestError, InvalidValueError
+from api.errors import AsrError, DrainingError, InvalidRequestError, InvalidValueError, StreamTimeoutError
 from api.forms import check_options
 from api.live.connection import Connection
 from api.live.listener import AudioForm, Listener
@@ -48,7 +48,7 @@ class Vosk:
                     await self._connection.send(await self._hear(message))
                 elif await self._command(message):
                     return
-        except DrainingError:
+        except (DrainingError, StreamTimeoutError):
             await self._connection.send(await self._rest())
             raise
 
