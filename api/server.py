@@ -32,6 +32,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import CloseCode, Frame
 
 from api.errors import AsrError, InvalidRequestError, RetryLaterError
 from api.service import Service
@@ -46,6 +47,8 @@ _LAST_HANDSHAKES_S = 0.1  # for handshakes under way, and for taking what they l
 _SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>; the socket module does not name it
 _BACKLOG = 2048
 _MAX_MESSAGE_BYTES = 4 * 2**20  # of a WebSocket: a minute of 24 kHz in base64
+_MAX_EXTRA_FRAMES = 5000  # pings, pongs and fragments between two pings of ours, 20 seconds apart
+_FED_BYTES = 4096  # to a WebSocket's parser at a time: up to 700 frames, which take 15 ms
 START_FAILED = 3
 
 
@@ -228,13 +231,54 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-class QuietWebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's, without a line of log that repeats the address with its query, where a key may stand."""
+class GuardedWebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's, with what it lacks.
+
+    - A flood of pings or of tiny fragments is cut off. uvicorn reads on while they come, answers every ping,
+      and keeps every fragment: one caller could stop the loop for seconds and fill the memory.
+    - When the application is done, so is the connection, also where the caller does not read its end.
+    - No line of log repeats the address with its query, where a key may stand.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.logger = logging.getLogger("uvicorn.websocket")
         self.logger.setLevel(logging.WARNING)
+        self._extra_frames = 0
+
+    def data_received(self, data: bytes) -> None:
+        for at in range(0, len(data), _FED_BYTES):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[at : at + _FED_BYTES])
+
+    def handle_cont(self, event: Frame) -> None:
+        if self._is_fair():
+            super().handle_cont(event)
+
+    def handle_ping(self) -> None:
+        if self._is_fair():
+            super().handle_ping()
+
+    def handle_pong(self, event: Frame) -> None:
+        if self._is_fair():
+            super().handle_pong(event)
+
+    def send_keepalive_ping(self) -> None:
+        self._extra_frames = 0
+        super().send_keepalive_ping()
+
+    async def run_asgi(self) -> None:
+        await super().run_asgi()
+        self.loop.call_later(self.close_timeout + _LINGER_S, self.transport.abort)
+
+    def _is_fair(self) -> bool:
+        """Whether this frame, which brings no message, is one of as many as may come between our pings."""
+        self._extra_frames += 1
+        if self._extra_frames > _MAX_EXTRA_FRAMES and not self.transport.is_closing():
+            self.conn.fail(CloseCode.POLICY_VIOLATION, "too many pings or fragments")
+            self.handle_parser_exception()
+        return not self.transport.is_closing()
 
 
 class _AnswerTransport:
@@ -291,7 +335,13 @@ class Server(uvicorn.Server):
                 _drop_new_connections(listener.fileno())
         await asyncio.sleep(_LAST_HANDSHAKES_S)
         # uvicorn would cut them off; told by ``refuse_new``, they transcribe what they heard and close.
-        await self._service.wait_for_streams(self._service.settings.drain_timeout_s)
+        until_s = time.monotonic() + self._service.settings.drain_timeout_s
+        while self._service.has_streams and not self.force_exit:
+            await asyncio.sleep(0.05)
+            if time.monotonic() >= until_s:
+                break
+        left_s = max(1.0, until_s - time.monotonic())  # of the same time, and enough for the last requests
+        self.config.timeout_graceful_shutdown = math.ceil(left_s)
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
@@ -345,7 +395,7 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
         host=settings.host,
         port=settings.port,
         http=protocol,
-        ws=QuietWebSocket,
+        ws=GuardedWebSocket,
         ws_max_size=_MAX_MESSAGE_BYTES,
         ws_per_message_deflate=False,  # sound hardly shrinks, and a small message could unpack to a large one
         loop="uvloop",

@@ -47,8 +47,6 @@ class Service:
         self.closing = asyncio.Event()
         """Set when live sessions have to come to their end."""
         self._streams: set[Hashable] = set()
-        self._no_streams = asyncio.Event()
-        self._no_streams.set()
 
     # -- phases
 
@@ -109,14 +107,6 @@ class Service:
             return False
         return True
 
-    async def wait_for_streams(self, timeout_s: float) -> bool:
-        """Wait for live sessions to tell what they heard and end; False when some are left."""
-        try:
-            await asyncio.wait_for(self._no_streams.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
-
     # -- live sessions
 
     def enter_stream(self, owner: Hashable) -> None:
@@ -126,13 +116,15 @@ class Service:
             self.telemetry.metrics.reject(StreamsFullError.default_code)
             raise StreamsFullError(f"{self.settings.max_streams} live sessions are open, as many as may be.")
         self._streams.add(owner)
-        self._no_streams.clear()
 
     def leave_stream(self, owner: Hashable) -> None:
         """Give the place back."""
         self._streams.discard(owner)
-        if not self._streams:
-            self._no_streams.set()
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether a live session is open."""
+        return bool(self._streams)
 
     # -- requests
 

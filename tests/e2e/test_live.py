@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -220,6 +221,7 @@ def transcribing_with(**fields: str) -> str:
         ("{", "invalid_request", None),
         ("[]", "invalid_request", None),
         (b"\x00\x01", "invalid_request", None),
+        ('{"type": "x", "event_id": "\\ud800"}', "invalid_request", "type"),
         ('{"type": "response.create"}', "invalid_request", "type"),
         ('{"type": ["x"]}', "invalid_request", "type"),
         ('{"type": "input_audio_buffer.append"}', "invalid_request", "audio"),
@@ -331,6 +333,49 @@ def test_vosk_says_what_is_wrong_and_closes(server: LiveServer, message: str, co
         assert caught.value.rcvd.code == 1008
 
 
+# -- what goes wrong
+
+
+def test_an_utterance_that_fails_does_so_once_after_its_end(models_dir: Path, tmp_path: Path) -> None:
+    """Nothing is done before this deadline; the looks that fail too are nobody's business."""
+    live = start(models_dir, tmp_path / "log", request_timeout_s=1e-6)
+    try:
+        with realtime(live) as session:
+            session.listen()
+            for part in (1.0, sing("head"), sing("bad"), 1.0):
+                session.append(pcm(part))
+            event = session.receive()
+            kinds = [event["type"]]
+            while event["type"] != f"{TRANSCRIPTION}.failed":
+                event = session.receive()
+                kinds.append(event["type"])
+            assert kinds == [
+                "input_audio_buffer.speech_started",
+                "input_audio_buffer.speech_stopped",
+                "input_audio_buffer.committed",
+                f"{TRANSCRIPTION}.failed",
+            ]
+            assert event["error"]["code"] == "deadline_exceeded"
+    finally:
+        live.kill()
+
+
+@pytest.mark.parametrize(
+    ("first", "flood"), [(b"", b"\x89\x80\0\0\0\0"), (b"\x01\x80\0\0\0\0", b"\0\x80\0\0\0\0")]
+)
+def test_a_flood_of_pings_or_of_empty_fragments_is_cut_off(
+    server: LiveServer, first: bytes, flood: bytes
+) -> None:
+    with realtime(server) as session:
+        session.socket.socket.sendall(first + flood * 20_000)
+        with pytest.raises(ConnectionClosed) as caught:
+            session.socket.recv(timeout=30)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1008
+    with server.client() as http:
+        wait_for_sessions(http, 0)
+
+
 # -- the door and the limits
 
 
@@ -411,6 +456,28 @@ def test_a_silent_session_and_one_without_end_are_closed(guarded: LiveServer) ->
             assert ("4 seconds" if talks else "1 seconds") in event["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/realtime", "/vosk"])
+def test_a_session_that_has_lasted_too_long_tells_what_it_heard(guarded: LiveServer, path: str) -> None:
+    header = {"authorization": f"Bearer {SECRET}"}
+    with guarded.client(headers=header) as http:
+        wait_for_sessions(http, 0)
+    told = []
+    with connect(socket_url(guarded, path), proxy=None, additional_headers=header) as socket:
+        if path == "/vosk":
+            socket.send(json.dumps({"config": {"sample_rate": SAMPLE_RATE_HZ, "words": False}}))
+            socket.send(pcm(0.5, sing("cafe")))
+        else:
+            session = Session(socket)
+            assert session.receive()["type"] == "session.created"
+            session.listen()
+            session.append(pcm(0.5, sing("cafe")))
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                told.append(json.loads(socket.recv(timeout=60)))
+    assert told[-1]["error"]["code"] == "stream_timeout"
+    assert "cafe" in (told[-2].get("text"), told[-2].get("transcript"))
+
+
 def test_who_leaves_in_the_middle_leaves_nothing_behind(server: LiveServer) -> None:
     with server.client() as http:
         wait_for_sessions(http, 0)
@@ -446,3 +513,19 @@ def test_what_was_heard_is_told_when_the_service_stops(
             assert caught.value.rcvd is not None
             assert caught.value.rcvd.code == 1012
     assert live.process.wait(60) == 0
+
+
+def test_a_second_signal_does_not_wait_for_who_does_not_read(
+    models_dir: Path, tmp_path: Path, launch: Launch
+) -> None:
+    live = launch(models_dir, tmp_path / "log", drain_timeout_s=600)
+    with realtime(live, max_queue=1, max_size=None) as session, live.client() as http:
+        session.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        for _ in range(5):
+            session.send("x", event_id="y" * 4_000_000)
+        time.sleep(1)  # until the answers that nobody takes fill every buffer
+        assert sessions(http) == 1
+        live.process.send_signal(signal.SIGTERM)
+        time.sleep(1)  # the stop has begun
+        live.process.send_signal(signal.SIGTERM)
+        assert live.process.wait(60) == 0
