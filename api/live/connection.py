@@ -16,12 +16,14 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from api.errors import AsrError, ClientDisconnected, DrainingError, StreamTimeoutError, public
 from api.service import Service
+from api.telemetry import UNKNOWN
 
 _log = structlog.get_logger("api.live")
 
 NORMAL, POLICY, FAILED, RESTART = 1000, 1008, 1011, 1012
 """Close codes of RFC 6455, section 7.4.1, and of its registry at IANA."""
 
+_ROUTES = {"realtime": "/v1/realtime", "vosk": "/vosk"}  # as telemetry labels them
 _WRITE_TIMEOUT_S = 60.0  # a caller that does not read is let go
 
 
@@ -42,7 +44,7 @@ class Connection:
     ) -> None:
         self.id = f"sess_{uuid.uuid4().hex}"
         self.audio_s = 0.0
-        self.utterances = 0
+        self._utterances = 0
         self._websocket = websocket
         self._service = service
         self._protocol = protocol
@@ -54,7 +56,11 @@ class Connection:
         self._end = "closed"
 
     async def __aenter__(self) -> Self:
-        self._service.enter_stream(self)
+        try:
+            self._service.enter_stream(self)
+        except AsrError as error:
+            self._count(UNKNOWN, 0.0, error)
+            raise
         try:
             offered = self._websocket.scope.get("subprotocols", [])
             chosen = next((name for name in self._subprotocols if name in offered), None)
@@ -81,6 +87,17 @@ class Connection:
             self._service.leave_stream(self)
             self._log()
         return isinstance(error, Exception)
+
+    def utterance_ended(self, model: str, ended_s: float, error: AsrError | None = None) -> None:
+        """Count one that is about to be told, or has failed; ``ended_s`` is of ``time.perf_counter``."""
+        self._utterances += 1
+        self._count(model, time.perf_counter() - ended_s, error)
+
+    def _count(self, model: str, elapsed_s: float, error: AsrError | None) -> None:
+        status, code = (200, None) if error is None else (error.status, error.code)
+        self._service.telemetry.utterance_ended(
+            _ROUTES[self._protocol], model, elapsed_s=elapsed_s, status=status, code=code
+        )
 
     async def _fail(self, error: Exception) -> None:
         if not isinstance(error, AsrError):
@@ -153,7 +170,7 @@ class Connection:
             "stream",
             duration_s=round(time.monotonic() - self._start_s, 2),
             audio_s=round(self.audio_s, 2),
-            utterances=self.utterances,
+            utterances=self._utterances,
             **fields,
         )
 

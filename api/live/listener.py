@@ -14,7 +14,7 @@ from api.service import Service
 from api.transcriber import Options
 from api.vad import VadOptions
 
-_LONG_S = 1.0  # finding speech in more than this is left to a thread
+_LONG_BYTES = 32_000  # resampling and finding speech in more than this is left to a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,12 @@ class Listener:
 
     async def feed(self, data: bytes) -> list[Happening]:
         """What `data` brings, in order."""
-        samples = self._pcm.feed(data)
-        if len(samples) <= _LONG_S * self._utterances.sample_rate_hz:
-            return list(self._utterances.push(samples))
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._service.pool, lambda: list(self._utterances.push(samples)))
+        if len(data) <= _LONG_BYTES:
+            return self._hear(data)
+        return await asyncio.get_running_loop().run_in_executor(self._service.pool, self._hear, data)
+
+    def _hear(self, data: bytes) -> list[Happening]:
+        return list(self._utterances.push(self._pcm.feed(data)))
 
     def commit(self) -> list[Happening]:
         """The open utterance ends here."""

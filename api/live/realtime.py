@@ -11,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import json
+import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Item:
     id: str = field(default_factory=lambda: f"item_{uuid.uuid4().hex[:24]}")
     dropped: bool = False
     failure: AsrError | None = None
+    ended_s: float = 0.0  # of time.perf_counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,7 @@ class Realtime:
         await self._send_speech("stopped", "audio_end_ms", listener, ended.at_sample)
         await self._send("input_audio_buffer.committed", item_id=item.id, previous_item_id=self._last_item_id)
         self._last_item_id, self._item = item.id, None
-        self._connection.utterances += 1
+        item.ended_s = time.perf_counter()
         await self._work.put(_Work(item, audio_s=listener.seconds(ended.at_sample - item.start_sample)))
 
     async def _send_speech(self, what: str, when: str, listener: Listener, at_sample: int) -> None:
@@ -252,6 +254,7 @@ class Realtime:
                 item.failure = public(error, self._connection.id)  # told when the utterance has ended
 
     async def _complete(self, item: Item, audio_s: float) -> None:
+        self._connection.utterance_ended(item.recogniser.model_name, item.ended_s, item.failure)
         if item.failure is not None:
             error = item.failure.to_body()["error"]
             await self._send(f"{_TRANSCRIPTION}.failed", item_id=item.id, content_index=0, error=error)

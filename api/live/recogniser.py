@@ -45,6 +45,11 @@ class Recogniser:
         self._looked_at_s = 0.0
         self._has_told = False
 
+    @property
+    def model_name(self) -> str:
+        """Of the model that hears."""
+        return self._transcriber.model.name
+
     def another(self) -> Self:
         """For the next utterance of the same recording."""
         return type(self)(self._transcriber, self._options, self._hotwords, self._telemetry, self._timeout_s)

@@ -7,6 +7,7 @@ the session, ``{"reset": 1}`` gives the rest and goes on.
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from api.errors import AsrError, DrainingError, InvalidRequestError, InvalidValueError, StreamTimeoutError
@@ -112,6 +113,7 @@ class Vosk:
     async def _follow(self, listener: Listener, happenings: list[Happening]) -> list[Transcript]:
         """The utterances that end in `happenings`."""
         ended = []
+        heard_s = time.perf_counter()
         for happening in happenings:
             if isinstance(happening, Began):
                 self._recogniser = listener.recogniser()
@@ -119,15 +121,19 @@ class Vosk:
             elif self._recogniser is None:
                 raise RuntimeError("an utterance went on that never began")
             elif isinstance(happening, Piece):
-                await self._recogniser.add(happening.window)
+                try:
+                    await self._recogniser.add(happening.window)
+                except AsrError as error:
+                    self._connection.utterance_ended(self._recogniser.model_name, heard_s, error)
+                    raise
             else:
                 audio_s = listener.seconds(happening.at_sample - self._start_sample)
                 transcript = self._recogniser.finish(audio_s)
                 if transcript.text:
                     self._recogniser.told()
                 ended.append(transcript)
+                self._connection.utterance_ended(self._recogniser.model_name, heard_s)
                 self._recogniser, self._partial = None, ""
-                self._connection.utterances += 1
         return ended
 
     def _result(self, transcripts: list[Transcript]) -> dict[str, Any]:

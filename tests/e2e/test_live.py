@@ -376,6 +376,30 @@ def test_a_flood_of_pings_or_of_empty_fragments_is_cut_off(
         wait_for_sessions(http, 0)
 
 
+# -- what operators see
+
+
+def test_each_utterance_counts_as_a_request(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
+    live = launch(models_dir, tmp_path / "log")
+    with realtime(live) as session:
+        session.listen()
+        session.append(SPEECH)
+        assert [session.transcript() for _ in WORDS] == list(WORDS)
+    vosk(live, SPEECH, {"sample_rate": SAMPLE_RATE_HZ})
+    with live.client() as http:
+        wait_for_sessions(http, 0)
+        metrics = http.get("/metrics").text
+    for route in ("/v1/realtime", "/vosk"):
+        assert f'asr_requests_total{{model="tiny",outcome="ok",route="{route}"}} 3.0' in metrics
+        assert f'asr_request_duration_seconds_count{{model="tiny",route="{route}"}} 3.0' in metrics
+    lines = [line for line in live.log_lines() if line["event"] == "stream"]
+    assert [(line["protocol"], line["utterances"], line["end"]) for line in lines] == [
+        ("realtime", 3, "closed"),
+        ("vosk", 3, "closed"),
+    ]
+    assert all(word not in live.log for word in WORDS)
+
+
 # -- the door and the limits
 
 
@@ -434,6 +458,7 @@ def test_no_more_sessions_than_allowed_and_each_place_comes_back(guarded: LiveSe
         wait_for_sessions(http, 0)
         metrics = http.get("/metrics").text
     assert 'asr_rejections_total{reason="too_many_streams"} 1.0' in metrics
+    assert 'asr_requests_total{model="unknown",outcome="rejected",route="/v1/realtime"} 1.0' in metrics
     assert 'asr_stream_sessions{protocol="realtime"} 0.0' in metrics
 
 
