@@ -17,6 +17,7 @@ import structlog
 
 from api.errors import NotReadyError
 from api.main import create_app
+from api.redaction import plain_keys
 from api.service import Service
 from api.settings import Settings, load_settings
 from api.telemetry import configure_logging
@@ -90,7 +91,7 @@ def open_function() -> Function:
         log_format=settings.log_format,
         level=settings.log_level,
         log_text=settings.log_text,
-        secrets=[entry.partition(":")[2] for entry in os.environ.get("ASR_API_KEYS", "").split(",") if entry],
+        secrets=plain_keys(settings),
         environment=settings.env,
     )
     return Function(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -13,6 +12,7 @@ from dotenv import dotenv_values
 
 from api.errors import SettingsError
 from api.main import create_app
+from api.redaction import plain_keys
 from api.server import START_FAILED, Server, make_server
 from api.settings import ENV_FILE, Settings, is_loopback
 from api.telemetry import configure_logging
@@ -25,7 +25,7 @@ def run(settings: Settings) -> int:
         log_format=settings.log_format,
         level=settings.log_level,
         log_text=settings.log_text,
-        secrets=_secrets(settings),
+        secrets=plain_keys(settings),
         environment=settings.env,
     )
     listener = _listen(settings)
@@ -61,18 +61,6 @@ def _listen(settings: Settings) -> socket.socket:
         raise SettingsError(f"ASR_HOST={settings.host}, ASR_PORT={settings.port}: {error.strerror}") from None
     listener.setblocking(False)
     return listener
-
-
-def _secrets(settings: Settings) -> list[str]:
-    """Plain keys from wherever the settings read them, for the log's filter; digests need no hiding."""
-    variables = {**dotenv_values(ENV_FILE), **os.environ}
-    # In whatever case: the settings do not mind.
-    given = {name.upper(): value for name, value in variables.items()}.get("ASR_API_KEYS") or ""
-    entries = given.split(",")
-    with contextlib.suppress(OSError, UnicodeError):  # refused with a message in a moment
-        entries += settings.key_file_entries()
-    secrets = [entry.partition(":")[2].strip() for entry in entries]
-    return [secret for secret in secrets if secret and not secret.startswith("sha256=")]
 
 
 def _read_tracing_variables() -> None:

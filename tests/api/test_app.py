@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from api import transcriber
 from api.commands import serve
 from api.main import create_app
+from api.redaction import plain_keys
 from api.settings import Settings
 from tests.tiny_bundle import make_bundle, recite, wav
 
@@ -122,18 +123,18 @@ def test_the_log_knows_the_keys_of_every_source(tmp_path: Path, monkeypatch: pyt
     keys_file = tmp_path / "keys"
     keys_file.write_text(f"file:{KEY}-file\nhashed:sha256={'0' * 64}\n")
     settings = Settings(api_keys_file=keys_file)
-    assert serve._secrets(settings) == [f"{KEY}-file"]
+    assert plain_keys(settings) == [f"{KEY}-file"]
     (tmp_path / ".env").write_text(f"ASR_API_KEYS=a:{KEY}-dotenv,b:sha256={'1' * 64}\n")
-    assert serve._secrets(settings) == [f"{KEY}-dotenv", f"{KEY}-file"]
+    assert plain_keys(settings) == [f"{KEY}-dotenv", f"{KEY}-file"]
     monkeypatch.setenv("ASR_API_KEYS", f"c:{KEY}-environment")
-    assert serve._secrets(settings) == [f"{KEY}-environment", f"{KEY}-file"]
+    assert plain_keys(settings) == [f"{KEY}-environment", f"{KEY}-file"]
 
 
 def test_the_log_knows_keys_of_a_variable_in_lower_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("asr_api_keys", f"a:{KEY}-lower")
     settings = Settings()
     assert [key.name for key in settings.api_keys] == ["a"]
-    assert serve._secrets(settings) == [f"{KEY}-lower"]
+    assert plain_keys(settings) == [f"{KEY}-lower"]
 
 
 def test_tracing_variables_may_stand_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
