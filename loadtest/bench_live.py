@@ -6,8 +6,8 @@ Each session of ``/v1/realtime`` speaks clips of 3 to 8 seconds with pauses of 1
 faster than a microphone. They begin at different times. Measured from the moment that the sound was sent:
 
 - *first words*: from the beginning of an utterance (its padding included) to the first text told of it;
-- *transcript*: from where it is cut, 200 ms after the last speech, to its transcript. 300 ms of it are the rest
-  of the pause that ends an utterance;
+- *transcript*: from where it is cut, 200 ms after the last speech, to its transcript. 300 ms of it are the
+  rest of the pause that ends an utterance;
 - *after the pause*: from ``speech_stopped`` to the transcript, which is what the service needs for it.
 
 The transcripts of all sessions must be the same, whatever the load. The service shares the cores with the
