@@ -35,6 +35,21 @@ class Waveform:
     warnings: tuple[str, ...] = field(default=())
 
 
+class Resampler:
+    """A stream of float32 (n,) mono samples at another rate, clipped to full scale."""
+
+    def __init__(self, from_hz: int, to_hz: int) -> None:
+        self._stream = soxr.ResampleStream(from_hz, to_hz, 1, dtype="float32", quality="HQ")
+
+    def feed(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What ``samples`` bring; the last milliseconds come with the next."""
+        return _within_full_scale(self._stream.resample_chunk(samples))
+
+    def finish(self) -> NDArray[np.float32]:
+        """The last samples; nothing can be fed after them."""
+        return _within_full_scale(self._stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+
+
 class AudioReader:
     """One file as an iterator over float32 (n,) mono blocks at ``sample_rate_hz``; read once, by one thread.
 
@@ -47,7 +62,7 @@ class AudioReader:
         self.max_audio_s = max_audio_s
         self.duration_s = 0.0
         self._source = open_source(file)
-        self._resampler: soxr.ResampleStream | None = None
+        self._resampler: Resampler | None = None
         self._resampler_rate_hz = 0
 
     @property
@@ -79,21 +94,19 @@ class AudioReader:
             yield from self._flush()
             self._resampler_rate_hz = block.sample_rate_hz
             if block.sample_rate_hz != self.sample_rate_hz:
-                self._resampler = soxr.ResampleStream(
-                    block.sample_rate_hz, self.sample_rate_hz, 1, dtype="float32", quality="HQ"
-                )
+                self._resampler = Resampler(block.sample_rate_hz, self.sample_rate_hz)
         if self._resampler is not None:
-            mono = within_full_scale(self._resampler.resample_chunk(mono))
+            mono = self._resampler.feed(mono)
         if len(mono):
             yield mono
 
     def _flush(self) -> Iterator[NDArray[np.float32]]:
         """The resampler's last samples, when the file ends or changes its rate."""
         if self._resampler is not None:
-            tail = self._resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+            tail = self._resampler.finish()
             self._resampler = None
             if len(tail):
-                yield within_full_scale(tail)
+                yield tail
 
     def close(self) -> None:
         """Release the decoder."""
@@ -108,7 +121,7 @@ class AudioReader:
         self.close()
 
 
-def within_full_scale(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+def _within_full_scale(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Clipped to [-1, 1]: the resampler overshoots where loud sound jumps, up to twice full scale."""
     return np.clip(samples, -1.0, 1.0, out=samples)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-import soxr
 from numpy.typing import NDArray
 
-from api.audio import within_full_scale
+from api.audio import Resampler
 from api.errors import InvalidValueError
 
 FloatArray = NDArray[np.float32]
@@ -58,22 +57,20 @@ class PcmInput:
             samples = np.frombuffer(data[:whole], "<i2").astype(np.float32) / np.float32(32768)
         if self._resampler is None or not len(samples):
             return samples
-        return within_full_scale(self._resampler.resample_chunk(samples))
+        return self._resampler.feed(samples)
 
     def flush(self) -> FloatArray:
         """The resampler's last samples; what comes next begins anew. Half a sample is dropped."""
         self._odd = b""
         if self._resampler is None:
             return np.zeros(0, np.float32)
-        tail = self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        tail = self._resampler.finish()
         self._resampler = self._new_resampler()
-        return within_full_scale(tail)
+        return tail
 
-    def _new_resampler(self) -> soxr.ResampleStream | None:
+    def _new_resampler(self) -> Resampler | None:
         input_rate_hz, sample_rate_hz = self._rates_hz
-        if input_rate_hz == sample_rate_hz:
-            return None
-        return soxr.ResampleStream(input_rate_hz, sample_rate_hz, 1, dtype="float32", quality="HQ")
+        return None if input_rate_hz == sample_rate_hz else Resampler(input_rate_hz, sample_rate_hz)
 
 
 def check_rate(rate_hz: float, param: str) -> int:
