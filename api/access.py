@@ -124,9 +124,7 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_socket = scope["type"] == "websocket"
-        if not is_socket and (
-            scope["type"] != "http" or _is_open(scope["path"]) or scope["method"] == "OPTIONS"
-        ):
+        if not is_socket and (scope["type"] != "http" or _is_open(scope)):
             await self.app(scope, receive, send)
             return
         try:
@@ -137,7 +135,7 @@ class Access:
                 scope.setdefault("state", {})["key_name"] = caller
             if self._limiter is not None and (is_socket or scope["path"] in TRANSCRIPTION_ROUTES):
                 self._limiter.take(caller, time.monotonic())
-            if not is_socket and is_transcription(scope):
+            if is_transcription(scope):
                 self._check_room()
         except AsrError as error:
             record = current_record()
@@ -170,8 +168,14 @@ class Access:
         return key.name
 
 
-def _is_open(path: str) -> bool:
-    return path in _OPEN_PATHS or path == "/health" or path.startswith("/health/")
+def _is_open(scope: Scope) -> bool:
+    path = scope["path"]
+    return (
+        path in _OPEN_PATHS
+        or path == "/health"
+        or path.startswith("/health/")
+        or scope["method"] == "OPTIONS"
+    )
 
 
 def _bearer(scope: Scope) -> str | None:

@@ -48,10 +48,14 @@ class ServerVad(BaseModel):
 
     type: Literal["server_vad"] = "server_vad"
     threshold: float = Field(
-        0.5, gt=0, lt=1, description="Probability of speech from which a frame is speech."
+        default=0.5, gt=0, lt=1, description="Probability of speech from which a frame is speech."
     )
-    prefix_padding_ms: int = Field(300, ge=0, le=5000, description="Audio kept before speech begins.")
-    silence_duration_ms: int = Field(500, ge=50, le=10000, description="Pause that ends a piece.")
+    prefix_padding_ms: int = Field(default=300, ge=0, le=5000, description="Audio kept before speech begins.")
+    silence_duration_ms: int = Field(default=500, ge=50, le=10000, description="Pause that ends a piece.")
+
+    def options(self) -> VadOptions:
+        """What the segmenter takes."""
+        return VadOptions(self.threshold, self.prefix_padding_ms, self.silence_duration_ms)
 
 
 def _kind_of_strategy(value: object) -> str:
@@ -114,10 +118,8 @@ class OpenAIForm(_Fields):
 
     def options(self, settings: Settings) -> Options:
         """What the transcriber takes. Raises InvalidValueError where a limit of the settings is passed."""
-        vad = None
-        if isinstance(self.chunking_strategy, ServerVad):
-            strategy = self.chunking_strategy
-            vad = VadOptions(strategy.threshold, strategy.prefix_padding_ms, strategy.silence_duration_ms)
+        strategy = self.chunking_strategy
+        vad = strategy.options() if isinstance(strategy, ServerVad) else None
         return check_options(settings, self.language, None, self.keywords, vad, hotwords_field="keywords")
 
 

@@ -113,7 +113,6 @@ class Service:
         """Take a place, to be given back. Raises NotReadyError, DrainingError or StreamsFullError."""
         self._admission()
         if len(self._streams) >= self.settings.max_streams:
-            self.telemetry.metrics.reject(StreamsFullError.default_code)
             raise StreamsFullError(f"{self.settings.max_streams} live sessions are open, as many as may be.")
         self._streams.add(owner)
 

@@ -14,7 +14,14 @@ from typing import Any, Self
 import structlog
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from api.errors import AsrError, ClientDisconnected, DrainingError, StreamTimeoutError, public
+from api.errors import (
+    AsrError,
+    ClientDisconnected,
+    DrainingError,
+    InvalidRequestError,
+    StreamTimeoutError,
+    public,
+)
 from api.service import Service
 from api.telemetry import UNKNOWN
 
@@ -23,7 +30,6 @@ _log = structlog.get_logger("api.live")
 NORMAL, POLICY, FAILED, RESTART = 1000, 1008, 1011, 1012
 """Close codes of RFC 6455, section 7.4.1, and of its registry at IANA."""
 
-_ROUTES = {"realtime": "/v1/realtime", "vosk": "/vosk"}  # as telemetry labels them
 _WRITE_TIMEOUT_S = 60.0  # a caller that does not read is let go
 
 
@@ -96,7 +102,7 @@ class Connection:
     def _count(self, model: str, elapsed_s: float, error: AsrError | None) -> None:
         status, code = (200, None) if error is None else (error.status, error.code)
         self._service.telemetry.utterance_ended(
-            _ROUTES[self._protocol], model, elapsed_s=elapsed_s, status=status, code=code
+            self._protocol, model, elapsed_s=elapsed_s, status=status, code=code
         )
 
     async def _fail(self, error: Exception) -> None:
@@ -173,6 +179,17 @@ class Connection:
             utterances=self._utterances,
             **fields,
         )
+
+
+def json_object(text: str, problem: str) -> dict[str, Any]:
+    """The object that `text` is. Raises InvalidRequestError, with `problem` where it is not JSON."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidRequestError(problem) from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError("The message is not a JSON object.")
+    return value
 
 
 _CLOSE_CODES = {DrainingError: RESTART, StreamTimeoutError: POLICY}

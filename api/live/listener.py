@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from api.live.pcm import Encoding, PcmInput
@@ -29,12 +31,16 @@ class Listener:
     """One recording through one model; made by ``open``."""
 
     def __init__(
-        self, service: Service, pcm: PcmInput, utterances: Utterances, recogniser: Recogniser
+        self,
+        service: Service,
+        pcm: PcmInput,
+        utterances: Utterances,
+        new_recogniser: Callable[[], Recogniser],
     ) -> None:
         self._service = service
         self._pcm = pcm
         self._utterances = utterances
-        self._recogniser = recogniser
+        self.new_recogniser = new_recogniser  # for one more utterance
 
     @classmethod
     async def open(
@@ -50,7 +56,8 @@ class Listener:
         """`from_s` seconds were heard before. Raises ModelNotFoundError, InvalidValueError (language)."""
         transcriber = service.transcriber(model)
         transcriber.language_of(options.language)
-        recogniser = Recogniser(
+        new_recogniser = partial(
+            Recogniser,
             transcriber,
             options,
             await transcriber.hotwords(options),
@@ -65,7 +72,7 @@ class Listener:
             vad=vad,
             samples_heard=round(from_s * rate_hz),
         )
-        return cls(service, PcmInput(form.encoding, form.rate_hz, rate_hz), utterances, recogniser)
+        return cls(service, PcmInput(form.encoding, form.rate_hz, rate_hz), utterances, new_recogniser)
 
     async def feed(self, data: bytes) -> list[Happening]:
         """What `data` brings, in order."""
@@ -86,10 +93,6 @@ class Listener:
         """Forget the open utterance."""
         self._pcm.flush()
         self._utterances.clear()
-
-    def recogniser(self) -> Recogniser:
-        """For one more utterance."""
-        return self._recogniser.another()
 
     def look(self, recogniser: Recogniser) -> Window | None:
         """What `recogniser` should look at now, if anything."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable
@@ -28,7 +27,7 @@ from api.errors import (
     StreamTimeoutError,
     public,
 )
-from api.live.connection import Connection
+from api.live.connection import Connection, json_object
 from api.live.listener import Listener
 from api.live.realtime_session import Session, updated
 from api.live.recogniser import Recogniser, StableWords
@@ -48,7 +47,6 @@ class Item:
     """One utterance on its way."""
 
     recogniser: Recogniser
-    start_sample: int
     told: StableWords = field(default_factory=StableWords)
     id: str = field(default_factory=lambda: f"item_{uuid.uuid4().hex[:24]}")
     dropped: bool = False
@@ -125,7 +123,11 @@ class Realtime:
         """Obey; the listener from here on where that is another."""
         event_id = None
         try:
-            event = _parsed(message)
+            if isinstance(message, bytes):
+                raise InvalidRequestError(
+                    "Events are JSON in text messages; audio goes into input_audio_buffer.append."
+                )
+            event = json_object(message, "The event is not valid JSON.")
             event_id = event.get("event_id") if isinstance(event.get("event_id"), str) else None
             kind = event.get("type")
             handler = self._handlers.get(kind) if isinstance(kind, str) else None
@@ -157,9 +159,8 @@ class Realtime:
             data = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError):
             raise InvalidRequestError("audio is not base64.", param="audio") from None
-        before_s = listener.heard_s
         happenings = await listener.feed(data)
-        self._connection.audio_s += listener.heard_s - before_s
+        self._connection.audio_s = listener.heard_s
         await self._happened(listener, happenings)
         await self._look(listener)
 
@@ -193,7 +194,7 @@ class Realtime:
     async def _happened(self, listener: Listener, happenings: Iterable[Happening]) -> None:
         for happening in happenings:
             if isinstance(happening, Began):
-                self._item = Item(listener.recogniser(), happening.at_sample)
+                self._item = Item(listener.new_recogniser())
                 await self._send_speech("started", "audio_start_ms", listener, happening.at_sample)
             elif self._item is None:
                 raise RuntimeError("an utterance went on that never began")
@@ -207,7 +208,7 @@ class Realtime:
         await self._send("input_audio_buffer.committed", item_id=item.id, previous_item_id=self._last_item_id)
         self._last_item_id, self._item = item.id, None
         item.ended_s = time.perf_counter()
-        await self._work.put(_Work(item, audio_s=listener.seconds(ended.at_sample - item.start_sample)))
+        await self._work.put(_Work(item, audio_s=listener.seconds(ended.samples)))
 
     async def _send_speech(self, what: str, when: str, listener: Listener, at_sample: int) -> None:
         if self._session.vad is not None and self._item is not None:
@@ -285,18 +286,3 @@ class Realtime:
 
 def _event(kind: str, **fields: Any) -> dict[str, Any]:
     return {"type": kind, "event_id": f"event_{uuid.uuid4().hex[:24]}", **fields}
-
-
-def _parsed(message: str | bytes) -> dict[str, Any]:
-    """The client event. Raises InvalidRequestError where it is not a JSON object in a text message."""
-    if isinstance(message, bytes):
-        raise InvalidRequestError(
-            "Events are JSON in text messages; audio goes into input_audio_buffer.append."
-        )
-    try:
-        event = json.loads(message)
-    except (ValueError, RecursionError):
-        raise InvalidRequestError("The event is not valid JSON.") from None
-    if not isinstance(event, dict):
-        raise InvalidRequestError("The event is not a JSON object.")
-    return event

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from api.errors import InvalidRequestError, from_validation
-from api.forms import Hotword, check_options
+from api.forms import Hotword, ServerVad, check_options
 from api.live.listener import AudioForm
 from api.live.pcm import Encoding
 from api.settings import Settings
@@ -41,13 +41,9 @@ class Transcription(_Shape):
     delay: Literal["minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
-class TurnDetection(_Shape):
+class TurnDetection(ServerVad):
     """When an utterance begins and ends. What concerns answers of a model that talks has no effect."""
 
-    type: Literal["server_vad"] = "server_vad"
-    threshold: float = Field(default=0.5, gt=0, lt=1)
-    prefix_padding_ms: int = Field(default=300, ge=0, le=5000)
-    silence_duration_ms: int = Field(default=500, ge=50, le=10000)
     create_response: bool | None = None
     interrupt_response: bool | None = None
     idle_timeout_ms: None = None
@@ -95,9 +91,7 @@ class Session(_Shape):
     def vad(self) -> VadOptions | None:
         """None where the caller commits by itself."""
         found = self.audio.input.turn_detection
-        if found is None:
-            return None
-        return VadOptions(found.threshold, found.prefix_padding_ms, found.silence_duration_ms)
+        return None if found is None else found.options()
 
     def options(self, settings: Settings) -> Options:
         """What the transcriber takes. Raises InvalidValueError where a limit of the settings is passed."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from itertools import takewhile
-from typing import Self
 
 from api.errors import AsrError
 from api.hotwords import HotwordAutomaton
@@ -49,10 +48,6 @@ class Recogniser:
     def model_name(self) -> str:
         """Of the model that hears."""
         return self._transcriber.model.name
-
-    def another(self) -> Self:
-        """For the next utterance of the same recording."""
-        return type(self)(self._transcriber, self._options, self._hotwords, self._telemetry, self._timeout_s)
 
     def wants_look(self, heard_s: float) -> bool:
         """Whether ``heard_s`` seconds since the last piece make another look worth it, and nobody waits."""

@@ -32,9 +32,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The utterance ends here; its last piece came before."""
+    """The utterance ends here, after so many ``samples``; its last piece came before."""
 
     at_sample: int
+    samples: int
 
 
 Happening = Began | Piece | Ended
@@ -49,13 +50,14 @@ class Utterances:
         self.sample_rate_hz = sample_rate_hz
         self.samples_heard = samples_heard
         self._vad = vad
+        self._began_at = 0
         self._stretch = Stretch(sample_rate_hz=sample_rate_hz, max_window_s=max_window_s)
         self._begin_anew()
 
     @property
     def is_open(self) -> bool:
         """Whether an utterance has begun and not ended."""
-        return self._is_open
+        return len(self._stretch) > 0
 
     @property
     def open_samples(self) -> int:
@@ -80,7 +82,7 @@ class Utterances:
         if self._activity is not None:
             for at_sample, spoken, _ in self._activity.finish():
                 yield from self._append(self._origin + at_sample, spoken)
-        if self._is_open:
+        if self.is_open:
             yield from self._end()
         self._begin_anew()
 
@@ -91,16 +93,15 @@ class Utterances:
 
     def so_far(self) -> Window | None:
         """What is heard of the open utterance since its last piece."""
-        return self._stretch.window() if self._is_open else None
+        return self._stretch.window()
 
     def _begin_anew(self) -> None:
-        self._is_open = False
         self._origin = self.samples_heard
         self._activity = VoiceActivity(self.sample_rate_hz, self._vad) if self._vad is not None else None
 
     def _append(self, start_sample: int, samples: NDArray[np.float32]) -> Iterator[Happening]:
-        if not self._is_open:
-            self._is_open = True
+        if not self.is_open:
+            self._began_at = start_sample
             yield Began(start_sample)
         for window in self._stretch.append(start_sample, samples):
             yield Piece(window)
@@ -109,6 +110,6 @@ class Utterances:
         window = self._stretch.take()
         if window is None:
             return
-        self._is_open = False
         yield Piece(window)
-        yield Ended(window.start_sample + len(window.samples))
+        at_sample = window.start_sample + len(window.samples)
+        yield Ended(at_sample, at_sample - self._began_at)

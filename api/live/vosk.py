@@ -6,13 +6,12 @@ the session, ``{"reset": 1}`` gives the rest and goes on.
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
 from api.errors import AsrError, DrainingError, InvalidRequestError, InvalidValueError, StreamTimeoutError
 from api.forms import check_options
-from api.live.connection import Connection
+from api.live.connection import Connection, json_object
 from api.live.listener import AudioForm, Listener
 from api.live.pcm import check_rate
 from api.live.recogniser import Recogniser
@@ -33,7 +32,6 @@ class Vosk:
         self._shows_words = True
         self._listener: Listener | None = None
         self._recogniser: Recogniser | None = None
-        self._start_sample = 0
         self._partial = ""
 
     @staticmethod
@@ -55,7 +53,7 @@ class Vosk:
 
     async def _command(self, message: str) -> bool:
         """Obey; True when that was the last."""
-        command = _parsed(message)
+        command = json_object(message, "The message is neither audio nor valid JSON.")
         if "config" in command:
             if self._listener is not None:
                 raise InvalidRequestError("config comes before the audio, once.", param="config")
@@ -93,9 +91,8 @@ class Vosk:
         """The answer to a message of audio."""
         if self._listener is None:
             self._listener = await self._open({})
-        before_s = self._listener.heard_s
         happenings = await self._listener.feed(data)
-        self._connection.audio_s += self._listener.heard_s - before_s
+        self._connection.audio_s = self._listener.heard_s
         if ended := await self._follow(self._listener, happenings):
             return self._result(ended)
         if self._recogniser is not None and (window := self._listener.look(self._recogniser)):
@@ -116,8 +113,7 @@ class Vosk:
         heard_s = time.perf_counter()
         for happening in happenings:
             if isinstance(happening, Began):
-                self._recogniser = listener.recogniser()
-                self._start_sample = happening.at_sample
+                self._recogniser = listener.new_recogniser()
             elif self._recogniser is None:
                 raise RuntimeError("an utterance went on that never began")
             elif isinstance(happening, Piece):
@@ -127,7 +123,7 @@ class Vosk:
                     self._connection.utterance_ended(self._recogniser.model_name, heard_s, error)
                     raise
             else:
-                audio_s = listener.seconds(happening.at_sample - self._start_sample)
+                audio_s = listener.seconds(happening.samples)
                 transcript = self._recogniser.finish(audio_s)
                 if transcript.text:
                     self._recogniser.told()
@@ -150,13 +146,3 @@ class Vosk:
                 for word in words
             ]
         return body
-
-
-def _parsed(message: str) -> dict[str, Any]:
-    try:
-        command = json.loads(message)
-    except (ValueError, RecursionError):
-        raise InvalidRequestError("The message is neither audio nor valid JSON.") from None
-    if not isinstance(command, dict):
-        raise InvalidRequestError("The message is not a JSON object.")
-    return command

@@ -9,7 +9,14 @@ from opentelemetry import trace
 from opentelemetry.trace import Link, SpanContext
 
 from api.telemetry.busy import BusyWindow
-from api.telemetry.metrics import REJECTION_REASONS, TIMED_OUTCOMES, UNKNOWN, UNMATCHED_ROUTE, Metrics
+from api.telemetry.metrics import (
+    LIVE_ROUTES,
+    REJECTION_REASONS,
+    TIMED_OUTCOMES,
+    UNKNOWN,
+    UNMATCHED_ROUTE,
+    Metrics,
+)
 from api.telemetry.record import RequestRecord, current_record, outcome_of
 from api.telemetry.scrape import ScrapeWatch
 from api.telemetry.spans import AttributeValue, child_context, named
@@ -197,10 +204,7 @@ class Telemetry:
         status = record.error_status or status
         outcome = "cancelled" if cancelled else outcome_of(status, record.error_code)
         model = metrics.model_label(record.model)
-        metrics.requests.labels(record.route, model, outcome).inc()
-        self.scrapes.changed()
-        if record.error_code in REJECTION_REASONS:
-            metrics.rejections.labels(record.error_code).inc()
+        self._count(record.route, model, outcome, record.error_code)
         kept = self.sampled_parent()
         if outcome in TIMED_OUTCOMES:
             metrics.request_duration.labels(record.route, model).record(elapsed_s, kept)
@@ -212,21 +216,30 @@ class Telemetry:
         return outcome
 
     def utterance_ended(
-        self, route: str, model: str, *, elapsed_s: float, status: int = 200, code: str | None = None
+        self, protocol: str, model: str, *, elapsed_s: float, status: int = 200, code: str | None = None
     ) -> None:
-        """Count an utterance of a live session, told `elapsed_s` after its end, or failed with `status`."""
-        metrics, model, outcome = self.metrics, self.metrics.model_label(model), outcome_of(status, code)
-        metrics.requests.labels(route, model, outcome).inc()
-        self.scrapes.changed()
+        """Count an utterance of a live session, told `elapsed_s` after its end, or failed with `status`.
+
+        `protocol` is one of ``metrics.LIVE_ROUTES``. A session that is refused counts as an utterance, too.
+        """
+        route, model, outcome = (
+            LIVE_ROUTES[protocol],
+            self.metrics.model_label(model),
+            outcome_of(status, code),
+        )
+        self._count(route, model, outcome, code)
         if outcome in TIMED_OUTCOMES:
-            metrics.request_duration.labels(route, model).record(elapsed_s, self.sampled_parent())
+            self.metrics.request_duration.labels(route, model).record(elapsed_s, self.sampled_parent())
 
     def refused(self, status: int, code: str) -> None:
         """Count a request that was refused before the application saw it, with `status` and error `code`.
 
         Nobody read whether it was meant for a transcription route, so it is counted as if it was.
         """
-        self.metrics.requests.labels(UNMATCHED_ROUTE, UNKNOWN, outcome_of(status, code)).inc()
+        self._count(UNMATCHED_ROUTE, UNKNOWN, outcome_of(status, code), code)
+
+    def _count(self, route: str, model: str, outcome: str, code: str | None) -> None:
+        self.metrics.requests.labels(route, model, outcome).inc()
         self.scrapes.changed()
         if code in REJECTION_REASONS:
             self.metrics.rejections.labels(code).inc()

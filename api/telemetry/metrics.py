@@ -66,13 +66,13 @@ TRANSCRIPTION_ROUTES = ("/transcribe", "/transcribe/batch", "/v1/audio/transcrip
 
 
 def is_transcription(scope: Mapping[str, Any]) -> bool:
-    """Whether this ASGI HTTP scope asks for a transcription."""
-    return scope["method"] == "POST" and scope["path"] in TRANSCRIPTION_ROUTES
+    """Whether this ASGI scope is an HTTP request for a transcription."""
+    return scope.get("method") == "POST" and scope["path"] in TRANSCRIPTION_ROUTES
 
 
 # Live sessions: each utterance counts as a request, whose duration is the wait for its transcript after its
 # end. A session that is refused counts as one, too.
-LIVE_ROUTES = ("/v1/realtime", "/vosk")
+LIVE_ROUTES = {"realtime": "/v1/realtime", "vosk": "/vosk"}
 
 # Where no route was found, or the request was refused before anybody looked for one.
 UNMATCHED_ROUTE = "unmatched"
@@ -81,7 +81,7 @@ UNMATCHED_ROUTE = "unmatched"
 REFUSED_OUTCOMES = ("invalid", "rejected", "cancelled")
 
 TRANSPORTS = ("http", "sse", "websocket")
-PROTOCOLS = ("sse", "realtime", "vosk")
+PROTOCOLS = ("sse", *LIVE_ROUTES)
 
 _REQUEST_BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -293,7 +293,7 @@ class Metrics:
 
     def _start_at_zero(self, model: str) -> None:
         """A rate sees the first event of a series only if the series was there before it."""
-        for route in (*TRANSCRIPTION_ROUTES, *LIVE_ROUTES):
+        for route in (*TRANSCRIPTION_ROUTES, *LIVE_ROUTES.values()):
             self.request_duration.labels(route, model)
             for outcome in OUTCOMES:
                 self.requests.labels(route, model, outcome)
