@@ -16,6 +16,7 @@ from starlette.responses import StreamingResponse
 
 from api.errors import AsrError, DeadlineExceededError, QueueFullError, RateLimitedError, to_response
 from api.telemetry import Telemetry, configure_logging, current_record, instrument, metrics_response
+from api.telemetry.metrics import LIVE_ROUTES
 
 OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0"}
 
@@ -88,6 +89,25 @@ async def test_a_success_is_counted_timed_and_logged_once() -> None:
     (line,) = [line for line in app.log_lines() if line["event"] == "request"]
     assert line["request_id"] == answer.headers["x-request-id"]
     assert (line["status"], line["outcome"], line["model"]) == (200, "ok", "m")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "error", "outcome", "timed"),
+    [
+        ("vosk", DeadlineExceededError("late"), "timeout", 1),
+        ("realtime", QueueFullError("full"), "rejected", 0),
+    ],
+)
+def test_an_utterance_that_fails_is_counted_like_a_request(
+    protocol: str, error: AsrError, outcome: str, timed: int
+) -> None:
+    telemetry = Telemetry()
+    telemetry.utterance_ended(protocol, "none", elapsed_s=1.0, status=error.status, code=error.code)
+    labels = {"route": LIVE_ROUTES[protocol], "model": "unknown"}
+    value = telemetry.metrics.registry.get_sample_value
+    assert value("asr_requests_total", {**labels, "outcome": outcome}) == 1
+    assert value("asr_request_duration_seconds_count", labels) == timed
+    assert value("asr_rejections_total", {"reason": error.code}) == 1
 
 
 @pytest.mark.parametrize(
