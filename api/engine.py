@@ -8,6 +8,8 @@ nothing else is to be done; calibration keeps it only where it is faster.
 Lengths are padded up to buckets, so that shapes repeat: ONNX Runtime's memory patterns stay few and every
 one of them is warm before the first request. Thread pools do not spin: spinning threads take the core that
 another worker, or another container, is about to use.
+
+On CPUs the depthwise convolutions of INT8 graphs run on our own kernels where those work (``api.kernels``).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from api.batching import BatchLimits, bucket_of
 from api.bundle import Bundle, check_outputs, check_session
 from api.errors import BundleError, InferenceError, SettingsError
+from api.kernels import Kernels, open_session
 
 log = structlog.get_logger("api.engine")
 
@@ -84,9 +87,11 @@ class Engine:
         wide_threads: int = 0,
         max_batch: int = 1,
         max_batch_audio_s: float = 60.0,
+        kernels: bool = True,
     ) -> None:
         """Open the sessions and check the graph against the manifest.
 
+        ``kernels``: our own where they work; else ONNX Runtime's for everything.
         ``max_batch_audio_s``: padded audio-seconds of a batch, but never less than the model's window.
         ``threads``: inside one inference. ``wide_threads``: of the second session, 0 for none. Raises
         BundleError for a graph that is not what the manifest says, SettingsError for a provider that is
@@ -96,11 +101,12 @@ class Engine:
         self.graph = bundle.choose_graph(graph)
         self.threads = threads
         path = bundle.graph_path(graph)
-        self.provider, self._session = _open(bundle, str(path), provider, threads)
+        opened = _open(bundle, str(path), provider, threads, kernels=kernels)
+        self.provider, self.kernels, self._session = opened.provider, opened.kernels, opened.session
         check_session(bundle, self.graph, self._session)
         self._wide: ort.InferenceSession | None = None
         if wide_threads > 1 and self.provider == "cpu" and path.stat().st_size <= WIDE_MAX_BYTES:
-            self._wide = _open(bundle, str(path), "cpu", wide_threads)[1]
+            self._wide = _open(bundle, str(path), "cpu", wide_threads, kernels=kernels).session
         manifest = bundle.manifest
         self._least = manifest.input.min_samples
         self._most = int(manifest.max_window_s * manifest.sample_rate_hz)
@@ -246,6 +252,7 @@ class Engine:
         return {
             "graph": self.graph,
             "provider": self.provider,
+            "kernels": self.kernels,
             "threads_per_worker": self.threads,
             "max_batch": self._max_batch,
             "latency_mode": self.has_wide,
@@ -260,24 +267,48 @@ def available_providers() -> list[str]:
     return [name for name, full in PROVIDERS.items() if full in offered]
 
 
-def _open(bundle: Bundle, path: str, wanted: str, threads: int) -> tuple[str, ort.InferenceSession]:
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    provider: str
+    kernels: Kernels
+    session: ort.InferenceSession
+
+
+def _open(bundle: Bundle, path: str, wanted: str, threads: int, *, kernels: bool) -> _Opened:
     """A session on the wanted provider, verified: ONNX Runtime falls back to the CPU without a word."""
     offered = available_providers()
     if wanted == "auto":
         if "cuda" in offered:
             try:
-                return "cuda", _session(bundle, path, "cuda", threads)
+                return _session(bundle, path, "cuda", threads, kernels=False)
             except SettingsError as error:
                 log.warning("provider_fallback", wanted="cuda", chosen="cpu", problem=str(error))
-        return "cpu", _session(bundle, path, "cpu", threads)
+        return _session(bundle, path, "cpu", threads, kernels=kernels)
     if wanted not in offered:
         raise SettingsError(
             f"ASR_PROVIDER={wanted}: this build of ONNX Runtime has only {', '.join(offered)}"
         )
-    return wanted, _session(bundle, path, wanted, threads)
+    return _session(bundle, path, wanted, threads, kernels=kernels and wanted == "cpu")
 
 
-def _session(bundle: Bundle, path: str, provider: str, threads: int) -> ort.InferenceSession:
+def _session(bundle: Bundle, path: str, provider: str, threads: int, *, kernels: bool) -> _Opened:
+    def make_options() -> ort.SessionOptions:
+        return _session_options(threads)
+
+    try:
+        if kernels:
+            session, found = open_session(path, make_options, least_samples=bundle.manifest.input.min_samples)
+        else:
+            session, found = _plain_session(path, make_options(), provider, threads), "onnxruntime"
+    except Exception as error:
+        if provider != "cpu":
+            raise SettingsError(f"ASR_PROVIDER={provider}: {error}") from error
+        raise BundleError(bundle.name, "graphs", path.rsplit("/", 1)[-1], f"ONNX Runtime: {error}") from error
+    verify_provider(session, provider)
+    return _Opened(provider, found, session)
+
+
+def _session_options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -286,17 +317,18 @@ def _session(bundle: Bundle, path: str, provider: str, threads: int) -> ort.Infe
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    full = PROVIDERS[provider]
-    try:
-        session = ort.InferenceSession(
-            path, options, providers=[full], provider_options=[_provider_options(provider, threads)]
-        )
-    except Exception as error:
-        if provider != "cpu":
-            raise SettingsError(f"ASR_PROVIDER={provider}: {error}") from error
-        raise BundleError(bundle.name, "graphs", path.rsplit("/", 1)[-1], f"ONNX Runtime: {error}") from error
-    verify_provider(session, provider)
-    return session
+    return options
+
+
+def _plain_session(
+    path: str, options: ort.SessionOptions, provider: str, threads: int
+) -> ort.InferenceSession:
+    return ort.InferenceSession(
+        path,
+        options,
+        providers=[PROVIDERS[provider]],
+        provider_options=[_provider_options(provider, threads)],
+    )
 
 
 def _provider_options(provider: str, threads: int) -> dict[str, str]:

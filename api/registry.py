@@ -180,6 +180,7 @@ def _warm_engine(settings: Settings, bundle: Bundle, cores: int, workers: int) -
         bundle,
         graph=settings.graph,
         provider=settings.provider,
+        kernels=settings.kernels == "auto",
         threads=threads,
         wide_threads=cores if settings.calibrate and not settings.threads_per_worker else 0,
         max_batch=settings.max_batch or 1,

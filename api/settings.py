@@ -95,6 +95,10 @@ class Settings(BaseSettings):
         "auto",
         description="ONNX Runtime execution provider; auto takes CUDA where it really works, else the CPU.",
     )
+    kernels: Literal["auto", "off"] = Field(
+        "auto",
+        description="Our own INT8 kernels on CPUs with AVX2 or VNNI; off leaves everything to ONNX Runtime.",
+    )
 
     # --- engine; 0 lets calibration at start choose from the cgroup's CPU limit
     workers: int = Field(

@@ -1,0 +1,88 @@
+"""Compile ``depthwise.c``: ``python api/kernels/build.py``, with nothing but the standard library.
+
+Takes ``--compiler``, else ``CC``, else the first of cc, gcc and clang, else the package ``ziglang``. Without
+any the service runs all the same, on ONNX Runtime's own operators: that is a line to read, not a failure.
+The library holds the instructions of all processors and chooses when it is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ("depthwise.c", "onnxruntime_abi.h")
+LIBRARY = "asr_kernels.so"
+FLAGS = (
+    *("-std=gnu11", "-O2", "-g0", "-s", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra", "-fstack-protector-strong", "-Wl,-z,relro,-z,now"),
+)
+# zig compiles for the machine it runs on unless told otherwise; an image runs elsewhere.
+ZIG_FLAGS = ("-target", "x86_64-linux-gnu.2.28", "-mcpu=x86_64")
+
+
+def find_compiler(wanted: str | None = None) -> list[str] | None:
+    """Command line of a C compiler; None if there is none."""
+    if wanted := wanted or os.environ.get("CC"):
+        return shlex.split(wanted)
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    return [sys.executable, "-m", "ziglang", "cc"] if importlib.util.find_spec("ziglang") else None
+
+
+def compile_library(compiler: list[str], target: Path) -> str:
+    """Write the library; what the compiler says against it, empty if all is well."""
+    fresh = target.with_suffix(".new")
+    zig = ZIG_FLAGS if "ziglang" in compiler or Path(compiler[0]).name == "zig" else ()
+    command = [*compiler, *zig, *FLAGS, "-o", str(fresh), str(HERE / SOURCES[0])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{compiler[0]}: {error.strerror}"
+    if done.returncode != 0 or not fresh.is_file():
+        return done.stderr.strip() or f"{shlex.join(command)}: exit status {done.returncode}"
+    fresh.replace(target)  # whole or not at all: a service may be loading the old one
+    return ""
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compiler", help="command line of a C compiler")
+    parser.add_argument("--required", action="store_true", help="fail where the kernels cannot be compiled")
+    arguments = parser.parse_args()
+    problem = _build(arguments.compiler)
+    if not problem:
+        return 0
+    print(f"No INT8 kernels of our own ({problem}); ONNX Runtime's are used, about a quarter slower.")
+    return 1 if arguments.required else 0
+
+
+def _build(wanted: str | None) -> str:
+    """Why there is no library; empty if there is one."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return f"they are for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+    target = HERE / LIBRARY
+    changed = max((HERE / name).stat().st_mtime for name in (*SOURCES, Path(__file__).name))
+    if target.is_file() and target.stat().st_mtime >= changed:
+        return ""
+    compiler = find_compiler(wanted)
+    if compiler is None:
+        return "no C compiler: install gcc, or the Python package ziglang, and run make again"
+    problem = compile_library(compiler, target)
+    if problem:
+        return problem
+    print(f"Compiled {target.name} with {compiler[0]}")
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
