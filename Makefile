@@ -85,12 +85,15 @@ demo-incident: $(VENV)/.dev ## overload on loopback: alerts fire in Prometheus a
 bench-telemetry: $(VENV)/.bench ## what traces, metrics and logs cost, in pairs; MODEL=name, ARGS=...
 	$(BIN)/python -m loadtest.bench_telemetry --model "$(MODEL)" $(ARGS)
 
-.PHONY: bench-decoder bench-engine bench-live bench-overload
+.PHONY: bench-decoder bench-engine bench-kernels bench-live bench-overload
 bench-decoder: $(VENV)/.bench ## greedy and beam search with 0 to 1,000 hotwords; MODEL=name
 	$(BIN)/python -m loadtest.bench_decoder --model "$(MODEL)" $(ARGS)
 
 bench-engine: $(VENV)/.bench ## engine in process: workers, threads, batch; MODEL=name
 	$(BIN)/python -m loadtest.bench_engine --model "$(MODEL)" $(ARGS)
+
+bench-kernels: $(VENV)/.bench ## our INT8 kernels against ONNX Runtime's own, and time by operator; MODEL=name
+	$(BIN)/python -m loadtest.bench_kernels --model "$(MODEL)" $(ARGS)
 
 bench-live: $(VENV)/.bench ## how soon live sessions have their text, and how many a machine carries; MODEL=name, ARGS="--sessions 1,16"
 	$(BIN)/python -m loadtest.bench_live --model "$(MODEL)" $(ARGS)

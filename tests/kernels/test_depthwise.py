@@ -44,7 +44,7 @@ def test_same_bits(kernels: str, layer: Layer, batch: int, frames: int, masked: 
     (expected,) = open_graph(model, ours=False).run(None, given_)
     (found,) = open_graph(rewritten, ours=True).run(None, given_)
     np.testing.assert_array_equal(found, expected)
-    assert frames < 50 or len(np.unique(expected)) > 1
+    assert masked or frames < 50 or len(np.unique(expected)) > 1, "a case that shows nothing"
 
 
 @pytest.mark.parametrize("frames", [1, 15, 16, 17, 63, 255, 256, 257, 512, 513])

@@ -1,0 +1,141 @@
+"""Our INT8 kernels against ONNX Runtime's own: one thread, clips of several lengths, and time by operator.
+
+    python -m loadtest.bench_kernels [--model en-quartznet-small] [--rounds 40]
+
+The same graph with each set of instructions that this processor has; sessions take turns clip by clip, the
+time is of the thread, the figure is the lower quartile. All must give the same bits. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from api.bundle import Bundle, load_bundle
+from api.kernels.sessions import instructions, library, open_session
+from loadtest.clips import speech
+from loadtest.command import bundle_parser
+from loadtest.processes import hardware
+
+CLIPS_S = (1.0, 2.0, 5.0, 10.0, 15.0)
+PROFILED_S = 5.0
+OPERATORS = 6  # rows of the profile; the rest in one
+PLAIN = "ONNX Runtime"
+
+
+def options(profile: str = "") -> ort.SessionOptions:
+    """As the engine sets them, for one thread; ``profile``: prefix of the files of a profile."""
+    chosen = ort.SessionOptions()
+    chosen.intra_op_num_threads = 1
+    chosen.log_severity_level = 3
+    chosen.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if profile:
+        chosen.enable_profiling = True
+        chosen.profile_file_prefix = profile
+    return chosen
+
+
+def open_all(bundle: Bundle, make: Callable[[], ort.SessionOptions]) -> dict[str, ort.InferenceSession]:
+    """A session for each way that works here."""
+    path = str(bundle.graph_path("auto"))
+    sessions = {PLAIN: ort.InferenceSession(path, make(), providers=["CPUExecutionProvider"])}
+    loaded = library()
+    if loaded is None:
+        raise SystemExit("the kernels were not compiled: python api/kernels/build.py says why")
+    for avx2_only in (1, 0):
+        loaded.asr_avx2_only(avx2_only)
+        session, found = open_session(path, make, least_samples=bundle.manifest.input.min_samples)
+        if found == instructions() != "onnxruntime":
+            sessions[found] = session
+    if len(sessions) == 1:
+        raise SystemExit(f"{bundle.name} has no convolution that our kernels take, or they were refused")
+    return sessions
+
+
+def feeds(clip: NDArray[np.float32]) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
+    """One clip as the graph takes it."""
+    return {"waveform": clip[None], "lengths": np.array([len(clip)], np.int64)}
+
+
+def milliseconds(
+    sessions: dict[str, ort.InferenceSession], clip: NDArray[np.float32], rounds: int
+) -> dict[str, float]:
+    """Lower quartile of the thread's time for one clip; ends the program where bits differ."""
+    expected = sessions[PLAIN].run(None, feeds(clip))
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(rounds):
+        for name, session in sessions.items():
+            start_s = time.thread_time()
+            outputs = session.run(None, feeds(clip))
+            times[name].append(time.thread_time() - start_s)
+            if not all(map(np.array_equal, outputs, expected)):
+                raise SystemExit(f"{name}: other bits than {PLAIN}")
+    return {name: 1e3 * float(np.quantile(taken, 0.25)) for name, taken in times.items()}
+
+
+def by_operator(session: ort.InferenceSession, clip: NDArray[np.float32], rounds: int) -> Counter[str]:
+    """Milliseconds per clip and operator, from ONNX Runtime's profile."""
+    for _ in range(rounds):
+        session.run(None, feeds(clip))
+    profile = Path(session.end_profiling())
+    found: Counter[str] = Counter()
+    for event in json.loads(profile.read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["args"]["op_name"]
+            if name == "QLinearConv":
+                name += ", depthwise" if "depthwise" in event["name"] else ", pointwise"
+            found[name] += event["dur"] / 1e3 / rounds
+    return found
+
+
+def print_profile(name: str, found: Counter[str]) -> None:
+    """The costliest operators and their share."""
+    total = sum(found.values())
+    largest = found.most_common(OPERATORS)
+    rest = total - sum(taken for _, taken in largest)
+    parts = [f"{operator} {taken:.2f}" for operator, taken in [*largest, ("rest", rest)]]
+    print(f"{name}: {total:.1f} ms: {', '.join(parts)}")
+
+
+def main() -> None:
+    """The command."""
+    parser = bundle_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    given = parser.parse_args()
+    bundle = load_bundle(given.models_dir, given.model)
+    rate_hz = bundle.manifest.sample_rate_hz
+    longest = speech(CLIPS_S[-1])[0]
+    sessions = open_all(bundle, options)
+    print(f"{given.model} ({bundle.choose_graph('auto')}), one thread, {hardware()}\n")
+    print(
+        "| clip | "
+        + " | ".join(f"{name}, ms | against it" for name in sessions).replace(" | against it", "", 1)
+        + " |"
+    )
+    print("|--:" * (2 * len(sessions)) + "|")
+    rows = []
+    for clip_s in CLIPS_S:
+        taken = milliseconds(sessions, longest[: int(clip_s * rate_hz)], given.rounds)
+        cells = [f"{taken[PLAIN]:.2f}"]
+        for name in list(sessions)[1:]:
+            cells += [f"{taken[name]:.2f}", f"{taken[PLAIN] / taken[name]:.2f}x"]
+        print(f"| {clip_s:g} s | " + " | ".join(cells) + " |")
+        rows.append({"clip_s": clip_s} | taken)
+    print(f"\nBy operator, ms of a clip of {PROFILED_S:g} s (profiling adds a little):\n")
+    with tempfile.TemporaryDirectory() as folder:
+        profiled = open_all(bundle, lambda: options(f"{folder}/profile"))
+        for name, session in profiled.items():
+            print_profile(name, by_operator(session, longest[: int(PROFILED_S * rate_hz)], given.rounds))
+    print(json.dumps({"model": given.model, "hardware": hardware(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
