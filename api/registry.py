@@ -223,6 +223,7 @@ def _announce(model: LoadedModel, telemetry: Telemetry) -> None:
         revision=manifest.version,
         quantization=model.graph,
         provider=model.provider,
+        kernels=model.engine.kernels,
         load_s=model.load_s,
     )
     log.info("model_loaded", model=model.name, **model.describe())

@@ -153,13 +153,14 @@ class Telemetry:
         revision: str,
         quantization: str,
         provider: str,
+        kernels: str,
         load_s: float,
     ) -> None:
         """A bundle is loaded and warm: from now on `name` and its languages are labels of their own."""
         self.metrics.add_model(name, languages)
         self.metrics.model_loaded.labels(name).set(1)
         self.metrics.model_load_seconds.labels(name).set(load_s)
-        self.metrics.model_info.labels(name, revision, quantization, provider).set(1)
+        self.metrics.model_info.labels(name, revision, quantization, provider, kernels).set(1)
 
     def model_not_loaded(self, name: str) -> None:
         """A configured bundle is not loaded: not yet (say so before loading), or no longer."""

@@ -228,6 +228,7 @@ class Metrics:
             "revision",
             "quantization",
             "provider",
+            "kernels",
         )
 
         # Queue and workers

@@ -27,7 +27,13 @@ class App:
     def __init__(self, answer: Callable[[Request], Awaitable[Any]]) -> None:
         self.telemetry = Telemetry()
         self.telemetry.model_loaded(
-            "m", languages=["en"], revision="1", quantization="int8", provider="cpu", load_s=0.1
+            "m",
+            languages=["en"],
+            revision="1",
+            quantization="int8",
+            provider="cpu",
+            kernels="vnni",
+            load_s=0.1,
         )
         self.app = FastAPI()
         self.log = io.StringIO()

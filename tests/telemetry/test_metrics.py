@@ -41,7 +41,7 @@ DOCUMENTED = {
     "asr_confidence": {"model", "language"},
     "asr_model_loaded": {"model"},
     "asr_model_load_seconds": {"model"},
-    "asr_model_info": {"model", "revision", "quantization", "provider"},
+    "asr_model_info": {"model", "revision", "quantization", "provider", "kernels"},
     "asr_build_info": {"version", "commit"},
 }
 
@@ -49,7 +49,7 @@ DOCUMENTED = {
 def used_telemetry() -> Telemetry:
     telemetry = Telemetry(version="1.2.3", commit="abc")
     telemetry.model_loaded(
-        "m", languages=["en"], revision="1", quantization="int8", provider="cpu", load_s=0.5
+        "m", languages=["en"], revision="1", quantization="int8", provider="cpu", kernels="vnni", load_s=0.5
     )
     telemetry.engine_configured(workers=2, threads_per_worker=1, max_batch=2, cpu_limit_cores=2.0)
     with telemetry.batch(model="m", lengths_s=[1.0, 3.0]):

@@ -35,7 +35,7 @@ CLOSED_PORT = "http://127.0.0.1:9"  # the discard port: nothing listens there
 def make_app(telemetry: Telemetry) -> FastAPI:
     app = FastAPI()
     telemetry.model_loaded(
-        "m", languages=["en"], revision="1", quantization="int8", provider="cpu", load_s=0.1
+        "m", languages=["en"], revision="1", quantization="int8", provider="cpu", kernels="vnni", load_s=0.1
     )
 
     @app.post("/transcribe")
