@@ -21,7 +21,9 @@ help: ## this list
 $(VENV)/bin/python:
 	@scripts/make_venv.sh "$(PYTHON)" "$(VENV)"
 
-$(VENV)/.run: requirements/api.txt requirements/ui.txt pyproject.toml | $(VENV)/bin/python
+KERNELS := $(wildcard api/kernels/*.c api/kernels/*.h) api/kernels/build.py
+
+$(VENV)/.run: requirements/api.txt requirements/ui.txt pyproject.toml $(KERNELS) | $(VENV)/bin/python
 	@scripts/install.sh "$(VENV)" api ui
 	@touch $@
 

@@ -13,6 +13,23 @@ RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
     && /opt/venv/bin/pip install --require-hashes --no-deps --only-binary=:all: -r /build/requirements.txt \
     && sh /build/prune.sh /opt/venv
 
+# --- kernels: compiled on x86-64, by a locked wheel that stays in this stage --------------------------
+FROM ${BASE_IMAGE} AS kernels
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1 CC="/opt/compiler/bin/python3 -m ziglang cc"
+COPY requirements/kernels.txt /build/requirements.txt
+RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
+    --mount=type=secret,id=pip-conf,target=/etc/pip.conf \
+    if [ "$(uname -m)" = x86_64 ]; then \
+      python3 -m venv /opt/compiler \
+      && /opt/compiler/bin/pip install --require-hashes --no-deps --only-binary=:all: -r /build/requirements.txt; \
+    fi
+COPY api/kernels /build/kernels
+RUN mkdir /build/library \
+    && if [ "$(uname -m)" = x86_64 ]; then \
+      python3 /build/kernels/build.py --required \
+      && mv /build/kernels/asr_kernels.so /build/library/; \
+    fi
+
 # --- the application, its model, and what is compiled at first use ------------------------------------
 FROM dependencies AS application
 ARG MODEL=en-quartznet-small
@@ -20,6 +37,8 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app
 WORKDIR /app
 COPY docker/asr /opt/venv/bin/asr
 COPY api /app/api
+# A folder, because on another processor there is nothing in it. Before the warm-up, which then runs on it.
+COPY --from=kernels /build/library/ /app/api/kernels/
 COPY models/${MODEL} /app/models/${MODEL}
 # numba keys its cache on each source file's time and on the processor's name. Layers keep whole seconds
 # only, so the time is set to one; the processor is the generic one, so that the cache holds on every node.

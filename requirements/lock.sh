@@ -18,4 +18,6 @@ for group in ui training bench serverless dev; do
   compile pyproject.toml --extra "$group" --generate-hashes -c "$all" "${skip[@]}" -o "requirements/$group.txt"
 done
 compile <(echo 'setuptools>=77') --generate-hashes -o requirements/build.txt
+# The images' C compiler, as a wheel: pinned like everything else in them, which apt's would not be.
+compile <(echo 'ziglang>=0.15') --generate-hashes -o requirements/kernels.txt
 compile requirements/infra.in --generate-hashes -o requirements/infra.txt

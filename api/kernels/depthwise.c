@@ -10,6 +10,7 @@
  * for 16 channels and a tile of frames. Each output is then a chain of loads that are multiplied and added,
  * and frames four apart share their woven rows.
  */
+#include <cpuid.h>
 #include <immintrin.h>
 #include <stdlib.h>
 #include <string.h>
@@ -285,9 +286,22 @@ static OrtStatus *constant(const OrtApi *api, const OrtKernelInfo *info, size_t 
 
 static int avx2_only = 0;
 
+/* By hand, because __builtin_cpu_supports always says no in what zig links (compiler_rt of zig 0.17). */
+static int has(unsigned saved, unsigned wanted_ebx, unsigned wanted_ecx) {
+  unsigned eax, ebx, ecx, edx;
+  /* XCR0: the registers that the operating system saves, without which the instructions must not be used. */
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE)) return 0;
+  __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  if ((eax & saved) != saved || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
+  return (ebx & wanted_ebx) == wanted_ebx && (ecx & wanted_ecx) == wanted_ecx;
+}
+
+enum { SAVES_YMM = 0x06, SAVES_ZMM = 0xe6 };
+
+static int is_avx2(void) { return has(SAVES_YMM, bit_AVX2, 0); }
+
 static int is_vnni(void) {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  return has(SAVES_ZMM, bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL, bit_AVX512VNNI);
 }
 
 static int allocate(Kernel *kernel) {
@@ -420,7 +434,7 @@ static const OrtCustomOp depthwise = {
 /* What the operator runs on: "vnni", "avx2", or "" on processors where it would not run. */
 EXPORTED const char *asr_instructions(void) {
   if (is_vnni() && !avx2_only) return "vnni";
-  return __builtin_cpu_supports("avx2") ? "avx2" : "";
+  return is_avx2() ? "avx2" : "";
 }
 
 /* For tests and benchmarks: sessions that open from now on do not use VNNI. */

@@ -90,7 +90,7 @@ def fetch(url: str) -> dict[str, object]:
 
 
 def check_image(report: Report, image: str, model: str) -> None:
-    """What the API image promises: size, rights, no compiler, start time, warm numba cache, SIGTERM."""
+    """What the API image promises: size, rights, no compiler, start time, numba cache, kernels, SIGTERM."""
     size_bytes = int(run("docker", "image", "inspect", "--format", "{{.Size}}", image))
     report.check(
         size_bytes < MAX_IMAGE_BYTES, f"image size: {size_bytes / 1e6:.0f} MB of at most 800", size_bytes
@@ -112,15 +112,16 @@ def check_image(report: Report, image: str, model: str) -> None:
         "sh",
         image,
         "-c",
-        "command -v gcc cc g++ clang ld as make || true",
+        "command -v gcc cc g++ clang zig ld as make || true",
     )
-    report.check(compilers.strip() == "", "no compiler in the image: none of gcc cc g++ clang ld as make")
+    report.check(compilers.strip() == "", "no compiler in the image: none of gcc cc g++ clang zig ld as make")
     listing = run(
         "docker", "run", "--rm", "--network=none", f"--volume={ROOT}/docker/sbom.py:/sbom.py:ro",
         "--entrypoint=python3", image, "/sbom.py", "asr-api", "e2e",
     )  # fmt: skip
     names = {component["name"] for component in json.loads(listing)["components"]}
     report.check({"onnxruntime", "libc6", model} <= names, f"bill of materials: {len(names)} components")
+    report.check("ziglang" not in names, "compiler of the kernels: stayed in its stage")
 
     container = run(
         "docker", "run", "--detach", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges",
@@ -154,6 +155,14 @@ def check_image(report: Report, image: str, model: str) -> None:
         configured = next(json.loads(line) for line in log.splitlines() if '"engine_configured"' in line)
         threads = configured["workers"] * configured["threads_per_worker"]
         report.check(threads == 1, f"threads follow the CPU limit: {threads} for 1 CPU")
+        ask = "from api.kernels import instructions; print(instructions())"
+        kernels = run("docker", "exec", container, "python3", "-c", ask).strip()
+        has_avx2 = "avx2" in run("docker", "exec", container, "cat", "/proc/cpuinfo").split()
+        report.check(
+            (kernels != "onnxruntime") == has_avx2 and '"kernels_refused"' not in log,
+            f"INT8 kernels: {kernels} on a processor {'with' if has_avx2 else 'without'} AVX2",
+            kernels,
+        )
         run("docker", "stop", "--time=20", container)
         report.check(
             inspect(container, "{{.State.ExitCode}}") == "0",

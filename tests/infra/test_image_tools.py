@@ -100,6 +100,30 @@ def test_what_an_image_sets_is_what_the_code_reads(dockerfile: str) -> None:
     assert names <= known
 
 
+def stages(dockerfile: str) -> dict[str, str]:
+    """Instructions of each stage by its name."""
+    text = re.sub(r"^#.*\n", "", (ROOT / dockerfile).read_text(), flags=re.MULTILINE)
+    return dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM |\Z)", text, flags=re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("dockerfile", ["docker/api.Dockerfile", "serverless/Dockerfile"])
+def test_kernels_are_compiled_for_the_image_and_their_compiler_stays_behind(dockerfile: str) -> None:
+    found = stages(dockerfile)
+    assert found["kernels"] == stages("docker/api.Dockerfile")["kernels"], "one way to compile them"
+    assert "build.py --required" in found["kernels"]
+    copies = [line for stage in found.values() for line in stage.splitlines() if "--from=kernels" in line]
+    # A folder: where there is nothing to compile it is empty, and a file that is not there ends the build.
+    assert copies == ["COPY --from=kernels /build/library/ /app/api/kernels/"]
+    application = found["application"]
+    assert application.index("COPY api ") < application.index(copies[0]) < application.index("warm_up.py")
+
+
+def test_what_was_compiled_here_stays_out_of_the_build_context() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    after = lines[lines.index("!api/**") :]  # of the lines that match a file, the last one counts
+    assert {"**/*.so", "**/*.new"} <= set(after)
+
+
 def test_the_api_image_says_its_version_and_revision() -> None:
     final = (ROOT / "docker/api.Dockerfile").read_text().split(" AS final")[1]
     for name in ("VERSION", "REVISION"):

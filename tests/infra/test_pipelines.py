@@ -195,7 +195,7 @@ def test_ci_installs_what_it_can_where_a_package_is_unknown(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "could not install: chromium" in done.stderr
     calls = (tmp_path / "calls").read_text()
-    for package in ("python3-venv", "prometheus", "prometheus-alertmanager", "espeak-ng", "ffmpeg"):
+    for package in ("python3-venv", "prometheus", "prometheus-alertmanager", "espeak-ng", "ffmpeg", "gcc"):
         assert f" {package}\n" in calls
 
 

@@ -62,7 +62,7 @@ static int check(int avx2) {
 }
 
 int main(int count, char **arguments) {
-  if (!__builtin_cpu_supports("avx2")) return puts("no AVX2"), 1;
+  if (!is_avx2()) return puts("no AVX2"), 1;
   const time_t end = time(NULL) + (count > 1 ? atoi(arguments[1]) : 5);
   int rounds = 0;
   for (; time(NULL) < end; rounds++)
