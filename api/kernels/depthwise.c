@@ -19,13 +19,12 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-#define LANES 16                           /* channels that are worked on together, a block */
-#define GROUP 4                            /* blocks per task: one cache line of every frame */
+#define LANES 16                   /* channels that are worked on together, a block */
+#define GROUP 4                    /* blocks per task: one cache line of every frame */
 #define LINE (GROUP * LANES)
-#define TILE 256                           /* frames that are woven at once: the rows stay in the first cache */
+#define TILE 256                   /* frames that are woven at once: the rows stay in the first cache */
 #define MAX_TAPS 128
-#define ROWS (TILE + MAX_TAPS + 4)         /* what a tile reads, and a last load beyond */
-#define BLOCK_BYTES (MAX_TAPS * LANES * 2) /* weights of a block */
+#define ROWS (TILE + MAX_TAPS + 4) /* what a tile reads, and a last load beyond */
 
 /* Each step loads what the one before has loaded one place further. GCC would keep it all in registers, for
  * which there are not enough; so it must not know. */
@@ -48,7 +47,8 @@ struct Kernel {
   int32_t x_zero, y_zero;
   size_t inputs;
   int has_bias;
-  uint8_t *weights; /* of each block, woven as `tile` wants them */
+  uint8_t *weights; /* of each block, woven as `tile` wants them: 64 bytes per QUAD or PAIR of taps */
+  int64_t block_bytes;
   int32_t *bias;    /* (blocks, LANES), the input's zero point taken in */
   float *scale;     /* (blocks, LANES) */
 };
@@ -66,7 +66,7 @@ enum { QUAD = 4, WIDE = 16, NARROW = 4 };
 /* `width` outputs, four frames apart, from their woven rows. `width` is a constant wherever this is inlined. */
 VNNI INLINE void run_vnni(const Kernel *kernel, int64_t block, const __m512i *woven, int width, uint8_t *out) {
   const int64_t quads = (kernel->taps + QUAD - 1) / QUAD;
-  const __m512i *weights = (const __m512i *)(kernel->weights + block * BLOCK_BYTES);
+  const __m512i *weights = (const __m512i *)(kernel->weights + block * kernel->block_bytes);
   const __m512i bias = _mm512_loadu_si512(kernel->bias + block * LANES);
   __m512i sums[WIDE];
   UNROLL for (int i = 0; i < width; i++) sums[i] = bias;
@@ -116,7 +116,7 @@ enum { PAIR = 2, HALF = 8, SHORT = 8 };
 /* SHORT outputs, two frames apart, of half a block. */
 AVX2 INLINE void run_avx2(const Kernel *kernel, int64_t block, int half, const __m256i *woven, uint8_t *out) {
   const int64_t pairs = (kernel->taps + PAIR - 1) / PAIR;
-  const __m256i *weights = (const __m256i *)(kernel->weights + block * BLOCK_BYTES) + half;
+  const __m256i *weights = (const __m256i *)(kernel->weights + block * kernel->block_bytes) + half;
   const __m256i bias = _mm256_loadu_si256((const __m256i *)(kernel->bias + block * LANES + half * HALF));
   __m256i sums[SHORT];
   UNROLL for (int i = 0; i < SHORT; i++) sums[i] = bias;
@@ -306,7 +306,9 @@ static int is_vnni(void) {
 
 static int allocate(Kernel *kernel) {
   const size_t lanes = (size_t)kernel->blocks * LANES;
-  kernel->weights = calloc((size_t)kernel->blocks, BLOCK_BYTES);
+  const int64_t together = kernel->tile == tile_vnni ? QUAD : PAIR;
+  kernel->block_bytes = (kernel->taps + together - 1) / together * 64;
+  kernel->weights = calloc((size_t)kernel->blocks, (size_t)kernel->block_bytes);
   kernel->bias = calloc(lanes, sizeof *kernel->bias);
   kernel->scale = calloc(lanes, sizeof *kernel->scale);
   return kernel->weights != NULL && kernel->bias != NULL && kernel->scale != NULL;
@@ -316,7 +318,7 @@ static int allocate(Kernel *kernel) {
 static void pack(Kernel *kernel, const int8_t *w, const int32_t *bias) {
   const size_t taps = (size_t)kernel->taps;
   for (size_t channel = 0; channel < (size_t)kernel->channels; channel++) {
-    uint8_t *block = kernel->weights + channel / LANES * BLOCK_BYTES;
+    uint8_t *block = kernel->weights + channel / LANES * (size_t)kernel->block_bytes;
     const size_t lane = channel % LANES;
     int32_t sum = 0;
     for (size_t tap = 0; tap < taps; tap++) {

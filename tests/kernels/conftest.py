@@ -62,13 +62,15 @@ class Layer:
 
     def weights(self) -> list[onnx.TensorProto]:
         random = np.random.default_rng(self.seed)
+        x_scale, w_scale = random.uniform(0.001, 0.1), random.uniform(0.001, 0.02, self.channels)
+        spread = x_scale * float(w_scale.mean()) * 128 * 74 * self.taps**0.5  # of a sum of random products
         arrays = {
-            "x_scale": np.float32(random.uniform(0.001, 0.1)),
+            "x_scale": np.float32(x_scale),
             "x_zero": np.uint8(self.x_zero),
             "w": random.integers(-128, 128, (self.channels, 1, 1, self.taps)).astype(np.int8),
-            "w_scale": random.uniform(0.001, 0.02, self.channels).astype(np.float32),
+            "w_scale": w_scale.astype(np.float32),
             "w_zero": np.full(self.channels, self.w_zero, np.int8),
-            "y_scale": np.float32(random.uniform(0.01, 1.0)),
+            "y_scale": np.float32(spread / random.uniform(10, 100)),
             "y_zero": np.uint8(self.y_zero),
             "bias": random.integers(-20_000, 20_000, self.channels).astype(np.int32),
         }

@@ -44,7 +44,6 @@ def test_same_bits(kernels: str, layer: Layer, batch: int, frames: int, masked: 
     (expected,) = open_graph(model, ours=False).run(None, given_)
     (found,) = open_graph(rewritten, ours=True).run(None, given_)
     np.testing.assert_array_equal(found, expected)
-    assert masked or frames < 50 or len(np.unique(expected)) > 1, "a case that shows nothing"
 
 
 @pytest.mark.parametrize("frames", [1, 15, 16, 17, 63, 255, 256, 257, 512, 513])
@@ -53,6 +52,9 @@ def test_edges_of_tiles(kernels: str, frames: int) -> None:
     model = layer.model()
     given_ = feeds(layer, 2, frames)
     (expected,) = open_graph(model, ours=False).run(None, given_)
+    assert len(np.unique(expected)) > min(50, expected.size // 8), (
+        "mostly at the ends of the scale: shows little"
+    )
     (found,) = open_graph(hand_over(model)[0], ours=True).run(None, given_)
     np.testing.assert_array_equal(found, expected)
 
