@@ -4,6 +4,9 @@
 
 The same graph with each set of instructions that this processor has; sessions take turns clip by clip, the
 time is of the thread, the figure is the lower quartile. All must give the same bits. The last line is JSON.
+
+The floor is what the graph would take at the rate of a large INT8 matrix product, measured in the same run:
+in a convolutional network each parameter is used once per frame, two operations each time.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from api.bundle import Bundle, load_bundle
 from api.kernels.sessions import instructions, library, open_session
@@ -81,6 +85,45 @@ def milliseconds(
     return {name: 1e3 * float(np.quantile(taken, 0.25)) for name, taken in times.items()}
 
 
+def matrix_rate() -> float:
+    """Operations per second of ONNX Runtime: uint8 ``(252, 1024)`` times int8 ``(1024, 1024)``, one thread."""
+    rows, width = 252, 1024
+    random = np.random.default_rng(0)
+    parameters = {
+        "a_scale": np.float32(0.02),
+        "a_zero": np.uint8(0),
+        "b": random.integers(-127, 128, (width, width)).astype(np.int8),
+        "b_scale": np.full(width, 0.01, np.float32),
+        "b_zero": np.zeros(width, np.int8),
+        "y_scale": np.float32(0.5),
+        "y_zero": np.uint8(0),
+    }
+    node = helper.make_node(
+        "QLinearMatMul",
+        [
+            "a",
+            *parameters,
+        ],
+        ["y"],
+    )
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("a", TensorProto.UINT8, [rows, width])],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, [rows, width])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in parameters.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = ort.InferenceSession(model.SerializeToString(), options(), providers=["CPUExecutionProvider"])
+    a = {"a": random.integers(0, 256, (rows, width)).astype(np.uint8)}
+    times = []
+    for _ in range(300):
+        start_s = time.thread_time()
+        session.run(None, a)
+        times.append(time.thread_time() - start_s)
+    return 2 * rows * width * width / float(np.quantile(times, 0.25))
+
+
 def by_operator(session: ort.InferenceSession, clip: NDArray[np.float32], rounds: int) -> Counter[str]:
     """Milliseconds per clip and operator, from ONNX Runtime's profile."""
     for _ in range(rounds):
@@ -121,14 +164,21 @@ def main() -> None:
         + " |"
     )
     print("|--:" * (2 * len(sessions)) + "|")
+    operations = 2 * bundle.manifest.parameters / bundle.manifest.frame_stride_s  # per second of audio
     rows = []
     for clip_s in CLIPS_S:
+        rate = matrix_rate()
         taken = milliseconds(sessions, longest[: int(clip_s * rate_hz)], given.rounds)
-        cells = [f"{taken[PLAIN]:.2f}"]
+        floor_ms = 1e3 * clip_s * operations / rate
+        cells = [f"{floor_ms:.2f}", f"{taken[PLAIN]:.2f}", f"{floor_ms / taken[PLAIN]:.0%}"]
         for name in list(sessions)[1:]:
-            cells += [f"{taken[name]:.2f}", f"{taken[PLAIN] / taken[name]:.2f}x"]
+            cells += [
+                f"{taken[name]:.2f}",
+                f"{floor_ms / taken[name]:.0%}",
+                f"{taken[PLAIN] / taken[name]:.2f}x",
+            ]
         print(f"| {clip_s:g} s | " + " | ".join(cells) + " |")
-        rows.append({"clip_s": clip_s} | taken)
+        rows.append({"clip_s": clip_s, "matrix_gop_per_s": rate / 1e9, "floor": floor_ms} | taken)
     print(f"\nBy operator, ms of a clip of {PROFILED_S:g} s (profiling adds a little):\n")
     with tempfile.TemporaryDirectory() as folder:
         profiled = open_all(bundle, lambda: options(f"{folder}/profile"))
