@@ -86,42 +86,42 @@ def milliseconds(
 
 
 def matrix_rate() -> float:
-    """Operations per second of ONNX Runtime: uint8 ``(252, 1024)`` times int8 ``(1024, 1024)``, one thread."""
+    """Operations per second of one thread at best: uint8 ``(252, 1024)`` times int8 ``(1024, 1024)``.
+
+    As a pointwise convolution, which is the fastest that ONNX Runtime has for it.
+    """
     rows, width = 252, 1024
     random = np.random.default_rng(0)
     parameters = {
-        "a_scale": np.float32(0.02),
-        "a_zero": np.uint8(0),
-        "b": random.integers(-127, 128, (width, width)).astype(np.int8),
-        "b_scale": np.full(width, 0.01, np.float32),
-        "b_zero": np.zeros(width, np.int8),
+        "x_scale": np.float32(0.02),
+        "x_zero": np.uint8(0),
+        "w": random.integers(-127, 128, (width, width, 1, 1)).astype(np.int8),
+        "w_scale": np.full(width, 0.01, np.float32),
+        "w_zero": np.zeros(width, np.int8),
         "y_scale": np.float32(0.5),
         "y_zero": np.uint8(0),
     }
     node = helper.make_node(
-        "QLinearMatMul",
-        [
-            "a",
-            *parameters,
-        ],
-        ["y"],
+        "QLinearConv", ["x", *parameters], ["y"], domain="com.microsoft", channels_last=1, kernel_shape=[1, 1]
     )
+    shape = [1, 1, rows, width]
     graph = helper.make_graph(
         [node],
         "product",
-        [helper.make_tensor_value_info("a", TensorProto.UINT8, [rows, width])],
-        [helper.make_tensor_value_info("y", TensorProto.UINT8, [rows, width])],
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, shape)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in parameters.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    session = ort.InferenceSession(model.SerializeToString(), options(), providers=["CPUExecutionProvider"])
-    a = {"a": random.integers(0, 256, (rows, width)).astype(np.uint8)}
-    times = []
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    session = ort.InferenceSession(model, options(), providers=["CPUExecutionProvider"])
+    x = random.integers(0, 256, shape).astype(np.uint8)
+    best_s = float("inf")
     for _ in range(300):
         start_s = time.thread_time()
-        session.run(None, a)
-        times.append(time.thread_time() - start_s)
-    return 2 * rows * width * width / float(np.quantile(times, 0.25))
+        session.run(None, {"x": x})
+        best_s = min(best_s, time.thread_time() - start_s)
+    return 2 * rows * width * width / best_s
 
 
 def by_operator(session: ort.InferenceSession, clip: NDArray[np.float32], rounds: int) -> Counter[str]:
@@ -158,12 +158,10 @@ def main() -> None:
     longest = speech(CLIPS_S[-1])[0]
     sessions = open_all(bundle, options)
     print(f"{given.model} ({bundle.choose_graph('auto')}), one thread, {hardware()}\n")
-    print(
-        "| clip | "
-        + " | ".join(f"{name}, ms | against it" for name in sessions).replace(" | against it", "", 1)
-        + " |"
-    )
-    print("|--:" * (2 * len(sessions)) + "|")
+    heads = ["clip", "floor, ms", f"{PLAIN}, ms", "of the floor"]
+    for name in list(sessions)[1:]:
+        heads += [f"{name}, ms", "of the floor", "times as fast"]
+    print(f"| {' | '.join(heads)} |\n{'|--:' * len(heads)}|")
     operations = 2 * bundle.manifest.parameters / bundle.manifest.frame_stride_s  # per second of audio
     rows = []
     for clip_s in CLIPS_S:
@@ -172,12 +170,9 @@ def main() -> None:
         floor_ms = 1e3 * clip_s * operations / rate
         cells = [f"{floor_ms:.2f}", f"{taken[PLAIN]:.2f}", f"{floor_ms / taken[PLAIN]:.0%}"]
         for name in list(sessions)[1:]:
-            cells += [
-                f"{taken[name]:.2f}",
-                f"{floor_ms / taken[name]:.0%}",
-                f"{taken[PLAIN] / taken[name]:.2f}x",
-            ]
-        print(f"| {clip_s:g} s | " + " | ".join(cells) + " |")
+            ours = taken[name]
+            cells += [f"{ours:.2f}", f"{floor_ms / ours:.0%}", f"{taken[PLAIN] / ours:.2f}"]
+        print(f"| {clip_s:g} s | {' | '.join(cells)} |")
         rows.append({"clip_s": clip_s, "matrix_gop_per_s": rate / 1e9, "floor": floor_ms} | taken)
     print(f"\nBy operator, ms of a clip of {PROFILED_S:g} s (profiling adds a little):\n")
     with tempfile.TemporaryDirectory() as folder:
