@@ -29,7 +29,7 @@ def list_models(settings: Settings) -> int:
         print(f"no bundles in {settings.models_dir}")
     print("\nin the catalogue (asr models pull NAME):")
     for entry in CATALOG.values():
-        print(f"{entry.name:<24} {','.join(entry.languages):<12} {entry.licence:<16} {entry.title}")
+        print(f"{entry.name:<24} {','.join(entry.languages):<12} {entry.title:<48} {entry.licence}")
     return 0
 
 

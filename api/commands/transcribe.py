@@ -43,6 +43,11 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
             f"--output {arguments.output}: {files} of the files are named {name!r}, and each would overwrite "
             "the transcript of the one before; give each folder an --output of its own"
         )
+    if arguments.output is None and len(arguments.files) > 1 and arguments.format in ("srt", "vtt"):
+        raise SettingsError(
+            f"--format {arguments.format}: {len(arguments.files)} files would run together into one; "
+            "give a folder for them with --output"
+        )
     warnings_only()
     return asyncio.run(_run(settings, arguments))
 

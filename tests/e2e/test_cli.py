@@ -52,6 +52,15 @@ def test_srt_and_json(models_dir: Path, files: dict[str, Path]) -> None:
     assert len(body["words"]) == 15
 
 
+@pytest.mark.parametrize("output_format", ["srt", "vtt"])
+def test_subtitles_of_many_files_are_not_run_together(
+    models_dir: Path, files: dict[str, Path], output_format: str
+) -> None:
+    result = asr(models_dir, "transcribe", files["one.wav"], files["long.wav"], "--format", output_format)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"--format {output_format}: 2 files would run together" in result.stderr
+
+
 def test_many_files_keep_their_order_and_one_failure_is_status_one(
     models_dir: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
