@@ -101,6 +101,7 @@ class Engine:
         self.graph = bundle.choose_graph(graph)
         self.threads = threads
         path = bundle.graph_path(graph)
+        kernels = kernels and self.graph == "int8"
         opened = _open(bundle, str(path), provider, threads, kernels=kernels)
         self.provider, self.kernels, self._session = opened.provider, opened.kernels, opened.session
         check_session(bundle, self.graph, self._session)

@@ -22,5 +22,4 @@ else
 fi
 "$venv/bin/pip" install -qq --require-hashes -r requirements/build.txt || fail
 "$venv/bin/pip" install -qq --no-deps --no-build-isolation -e . || fail
-"$venv/bin/python" api/kernels/build.py
 echo "Installed in $((SECONDS - started)) s"

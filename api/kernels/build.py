@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -40,16 +41,15 @@ def find_compiler(wanted: str | None = None) -> list[str] | None:
 
 def compile_library(compiler: list[str], target: Path) -> str:
     """Write the library; what the compiler says against it, empty if all is well."""
-    fresh = target.with_suffix(".new")
     zig = ZIG_FLAGS if "ziglang" in compiler or Path(compiler[0]).name == "zig" else ()
-    command = [*compiler, *zig, *FLAGS, "-o", str(fresh), str(HERE / SOURCES[0])]
-    try:
+    # Whole or not at all, also beside another build: a service may be loading the old one.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernels-") as folder:
+        fresh = Path(folder) / target.name
+        command = [*compiler, *zig, *FLAGS, "-o", str(fresh), str(HERE / SOURCES[0])]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        return f"{compiler[0]}: {error.strerror}"
-    if done.returncode != 0 or not fresh.is_file():
-        return done.stderr.strip() or f"{shlex.join(command)}: exit status {done.returncode}"
-    fresh.replace(target)  # whole or not at all: a service may be loading the old one
+        if done.returncode != 0 or not fresh.is_file():
+            return done.stderr.strip() or f"{shlex.join(command)}: exit status {done.returncode}"
+        fresh.replace(target)
     return ""
 
 
@@ -59,7 +59,10 @@ def main() -> int:
     parser.add_argument("--compiler", help="command line of a C compiler")
     parser.add_argument("--required", action="store_true", help="fail where the kernels cannot be compiled")
     arguments = parser.parse_args()
-    problem = _build(arguments.compiler)
+    try:
+        problem = _build(arguments.compiler)
+    except (OSError, ValueError) as error:  # a compiler that is not there, a command line that is none
+        problem = str(error)
     if not problem:
         return 0
     print(f"No INT8 kernels of our own ({problem}); ONNX Runtime's are used, about a quarter slower.")

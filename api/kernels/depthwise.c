@@ -329,29 +329,37 @@ static void pack(Kernel *kernel, const int8_t *w, const int32_t *bias) {
       else
         ((int16_t *)block)[(tap / 2 * LANES + lane) * 2 + tap % 2] = weight;
     }
-    kernel->bias[channel] = (bias == NULL ? 0 : bias[channel]) - sum * kernel->x_zero;
+    /* Unsigned, because it may wrap around where the sums of all products would. */
+    const uint32_t own = bias == NULL ? 0 : (uint32_t)bias[channel];
+    kernel->bias[channel] = (int32_t)(own - (uint32_t)(sum * kernel->x_zero));
   }
+}
+
+/* An attribute of exactly `count` whole numbers. */
+static OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const char *name, int64_t *out, size_t count) {
+  size_t found = count;
+  TRY(ORT_CALL(api, info_int64s)(info, name, out, &found));
+  return found == count ? NULL : ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: an attribute is too short");
 }
 
 static OrtStatus *prepare(Kernel *kernel, const OrtKernelInfo *info) {
   const OrtApi *api = kernel->api;
   int64_t pads[4], taps[2], strides[2], dilations[2];
-  size_t count = 4;
-  TRY(ORT_CALL(api, info_int64s)(info, "pads", pads, &count));
-  count = 2;
-  TRY(ORT_CALL(api, info_int64s)(info, "kernel_shape", taps, &count));
-  TRY(ORT_CALL(api, info_int64s)(info, "strides", strides, &count));
-  TRY(ORT_CALL(api, info_int64s)(info, "dilations", dilations, &count));
+  TRY(numbers(api, info, "pads", pads, 4));
+  TRY(numbers(api, info, "kernel_shape", taps, 2));
+  TRY(numbers(api, info, "strides", strides, 2));
+  TRY(numbers(api, info, "dilations", dilations, 2));
   kernel->taps = taps[1];
   kernel->pad = pads[1];
   kernel->dilation = dilations[1];
   if (taps[0] != 1 || taps[1] < 1 || taps[1] > MAX_TAPS || strides[0] != 1 || strides[1] != 1 ||
-      dilations[1] < 1 || pads[0] != 0 || pads[2] != 0 || pads[1] < 0 ||
-      pads[1] + pads[3] != (taps[1] - 1) * dilations[1])
+      dilations[1] < 1 || dilations[1] > INT32_MAX || pads[0] != 0 || pads[2] != 0 || pads[1] < 0 ||
+      pads[3] < 0 || pads[1] + pads[3] != (taps[1] - 1) * dilations[1])
     return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: kernel, strides or pads are not supported");
   const OrtValue *weights;
   int is_constant = 0;
   int64_t shape[4];
+  size_t count;
   TRY(ORT_CALL(api, info_constant)(info, W, &is_constant, &weights));
   if (!is_constant) return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: w is not constant");
   TRY(shape_of(api, weights, shape, &count));

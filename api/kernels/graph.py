@@ -20,10 +20,13 @@ BIAS, MASK = 8, 9  # places of the optional inputs; QLinearConv has the first ni
 # Of onnx.proto (ONNX IR): message -> (field, number, type, repeated).
 _Field = descriptor_pb2.FieldDescriptorProto
 _FIELDS: dict[str, list[tuple[str, int, Any, bool]]] = {
+    "Tensor": [("dims", 1, _Field.TYPE_INT64, True), ("name", 8, _Field.TYPE_STRING, False)],
     "Attribute": [
         ("name", 1, _Field.TYPE_STRING, False),
         ("i", 3, _Field.TYPE_INT64, False),
+        ("g", 6, "Graph", False),
         ("ints", 8, _Field.TYPE_INT64, True),
+        ("graphs", 11, "Graph", True),
     ],
     "Node": [
         ("input", 1, _Field.TYPE_STRING, True),
@@ -33,7 +36,7 @@ _FIELDS: dict[str, list[tuple[str, int, Any, bool]]] = {
         ("domain", 7, _Field.TYPE_STRING, False),
     ],
     "Value": [("name", 1, _Field.TYPE_STRING, False)],
-    "Graph": [("node", 1, "Node", True), ("output", 12, "Value", True)],
+    "Graph": [("node", 1, "Node", True), ("initializer", 5, "Tensor", True), ("output", 12, "Value", True)],
     "OperatorSet": [("domain", 1, _Field.TYPE_STRING, False), ("version", 2, _Field.TYPE_INT64, False)],
     "Model": [("graph", 7, "Graph", False), ("opset_import", 8, "OperatorSet", True)],
 }
@@ -64,17 +67,17 @@ def hand_over(model: bytes) -> tuple[bytes, int]:
     parsed = _model_class().FromString(model)
     graph = parsed.graph
     made_by = {name: node for node in graph.node for name in node.output}
-    readers = Counter(name for node in graph.node for name in node.input)
-    readers.update(value.name for value in graph.output)
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    readers = _readers(graph)
     gone = set()
     taken = 0
     for node in graph.node:
-        if not _is_ours(node):
+        if not _is_ours(node, shapes):
             continue
         node.op_type, node.domain = OPERATOR, DOMAIN
         taken += 1
         mask = made_by.get(node.input[0])
-        if mask is not None and _is_mask(mask) and readers[node.input[0]] == 1:
+        if mask is not None and _is_mask(mask, shapes) and readers[node.input[0]] == 1:
             node.input[0] = mask.input[0]
             node.input.extend([""] * (MASK - len(node.input)))
             node.input.append(mask.input[1])
@@ -88,18 +91,39 @@ def hand_over(model: bytes) -> tuple[bytes, int]:
     return parsed.SerializeToString(), taken
 
 
-def _is_ours(node: Any) -> bool:
+def _readers(graph: Any) -> Counter[str]:
+    """How often each value is read, also by the graphs inside of nodes and as an output."""
+    found = Counter(name for node in graph.node for name in node.input)
+    found.update(value.name for value in graph.output)
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                found.update(_readers(inner))
+    return found
+
+
+def _is_ours(node: Any, shapes: dict[str, list[int]]) -> bool:
+    """Whether the kernel can do it: one channel per group, a scale per channel, as wide as its input."""
     if (node.domain, node.op_type) != ("com.microsoft", "QLinearConv"):
         return False
     number: dict[str, int] = {item.name: item.i for item in node.attribute}
     numbers: dict[str, list[int]] = {item.name: list(item.ints) for item in node.attribute}
-    if number.get("channels_last") != 1 or number.get("group", 1) == 1:
+    channels = number.get("group", 1)
+    if number.get("channels_last") != 1 or channels == 1:
         return False
     match numbers.get("kernel_shape"), numbers.get("strides"), numbers.get("dilations"), numbers.get("pads"):
         case [1, taps], [1, 1], [1, dilation], [0, before, 0, after]:
-            return taps <= MAX_TAPS and before + after == (taps - 1) * dilation
+            weights, scales, zeros = (shapes.get(name) for name in node.input[3:6])
+            return (
+                1 <= taps <= MAX_TAPS
+                and 1 <= dilation < 2**31
+                and before >= 0 <= after
+                and before + after == (taps - 1) * dilation
+                and (weights, scales, zeros) == ([channels, 1, 1, taps], [channels], [channels])
+            )
     return False
 
 
-def _is_mask(node: Any) -> bool:
-    return (node.domain, node.op_type) == ("", "Min") and len(node.input) == 2
+def _is_mask(node: Any, shapes: dict[str, list[int]]) -> bool:
+    """The exporter's: the minimum of a value and a mask that the graph computes."""
+    return (node.domain, node.op_type) == ("", "Min") and len(node.input) == 2 and node.input[1] not in shapes

@@ -21,6 +21,7 @@ log = structlog.get_logger("api.kernels")
 
 LIBRARY = Path(__file__).with_name("asr_kernels.so")
 MAX_GRAPH_BYTES = 64 * 2**20  # the graph is in memory three times while it is rewritten
+NOISE_SAMPLES = 96_000  # 6 s: more frames than the kernel works on at once, so that its seams are looked at
 
 Kernels = Literal["vnni", "avx2", "onnxruntime"]
 
@@ -59,23 +60,32 @@ def open_session(
     found = instructions()
     if found == "onnxruntime" or os.stat(path).st_size > MAX_GRAPH_BYTES:
         return _open(path, make_options()), "onnxruntime"
+    try:
+        ours = _with_kernels(path, make_options, max(NOISE_SAMPLES, least_samples))
+    except Exception as error:  # ONNX Runtime has no common type for what it raises
+        log.warning("kernels_refused", graph=path, problem=str(error))
+        ours = None
+    if ours is not None:
+        return ours, found
+    return _open(path, make_options()), "onnxruntime"
+
+
+def _with_kernels(
+    path: str, make_options: Callable[[], ort.SessionOptions], samples: int
+) -> ort.InferenceSession | None:
+    """A session whose bits were compared; None where there is nothing for our operators to do."""
     with _memory_file() as optimised:
         options = make_options()
         options.optimized_model_filepath = optimised
+        # Not to be kept: a session that was told to save its graph holds the weights twice.
         plain = _open(path, options)
         graph, nodes = hand_over(Path(optimised).read_bytes())
     if not nodes:
-        return plain, "onnxruntime"
-    try:
-        ours = _open_rewritten(graph, make_options())
-        same = _same_bits(plain, ours, max(16_000, least_samples))
-    except Exception as error:  # ONNX Runtime has no common type for what it raises
-        log.warning("kernels_refused", graph=path, problem=str(error))
-        return plain, "onnxruntime"
-    if not same:
-        log.warning("kernels_refused", graph=path, problem="other log-probabilities than ONNX Runtime's own")
-        return plain, "onnxruntime"
-    return ours, found
+        return None
+    ours = _open_rewritten(graph, make_options())
+    if not _same_bits(plain, ours, samples):
+        raise ValueError("other log-probabilities than ONNX Runtime's own")
+    return ours
 
 
 def _open(path: str, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -85,6 +95,7 @@ def _open(path: str, options: ort.SessionOptions) -> ort.InferenceSession:
 def _open_rewritten(graph: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been optimised
     options.register_custom_ops_library(str(LIBRARY))
+    options.log_severity_level = 4  # what it refuses is told in our log
     # From a file, because a session keeps the bytes that it was given.
     with _memory_file() as path:
         Path(path).write_bytes(graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import shutil
 import subprocess
@@ -69,3 +70,30 @@ def test_a_compiler_that_is_not_there(copy: Path) -> None:
     done = run(copy, CC="no-such-compiler -v")
     assert (done.returncode, done.stderr) == (0, "")
     assert "no-such-compiler" in done.stdout
+
+
+def test_a_changed_source_is_compiled_again(copy: Path) -> None:
+    if build.find_compiler() is None:
+        pytest.skip("no C compiler here")
+    run(copy, "--required")
+    later = (copy / build.LIBRARY).stat().st_mtime + 10
+    os.utime(copy / "onnxruntime_abi.h", (later, later))
+    assert run(copy).stdout.startswith("Compiled")
+
+
+def test_half_a_library_never_takes_the_place_of_a_whole_one(copy: Path) -> None:
+    whole = copy / build.LIBRARY
+    whole.write_bytes(b"the old library")
+    os.utime(whole, (0, 0))
+    compiler = copy / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho half > "$2"\nexit 1\n')
+    compiler.chmod(0o755)
+    assert run(copy, "--required", CC=str(compiler)).returncode == 1
+    assert whole.read_bytes() == b"the old library"
+    assert {path.name for path in copy.iterdir()} == {"build.py", *build.SOURCES, build.LIBRARY, "compiler"}
+
+
+def test_a_command_line_that_is_none(copy: Path) -> None:
+    done = run(copy, CC="gcc '")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "quotation" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -113,7 +114,8 @@ def test_no_byte_outside_of_the_buffers(tmp_path: Path) -> None:
     if built.returncode != 0 and "san" in built.stderr:
         pytest.skip(f"{compiler} has no sanitizers here")
     assert built.returncode == 0, built.stderr
-    done = subprocess.run([program, "5"], capture_output=True, text=True, timeout=120)
+    seed = str(random.randrange(2**31))  # printed with a failure
+    done = subprocess.run([program, "5", seed], capture_output=True, text=True, timeout=120)
     if "no AVX2" in done.stdout:
         pytest.skip("this processor has no AVX2")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -128,6 +128,61 @@ def test_what_onnx_runtime_refuses_is_told(compiled: None, monkeypatch: pytest.M
     assert session.run(None, clips())
 
 
+@pytest.mark.parametrize("problem", [PermissionError(1, "memfd_create"), AttributeError("memfd_create")])
+def test_without_files_in_memory(compiled: None, monkeypatch: pytest.MonkeyPatch, problem: Exception) -> None:
+    def refuse(name: str) -> int:
+        raise problem
+
+    monkeypatch.setattr(sessions.os, "memfd_create", refuse)
+    with capture_logs() as logs:
+        session, found = open_session(str(SHIPPED), make_options, least_samples=400)
+    assert found == "onnxruntime"
+    assert [line["event"] for line in logs] == ["kernels_refused"]
+    assert session.run(None, clips())
+
+
+def test_what_is_wrong_with_the_graph_itself_is_raised(compiled: None, tmp_path: Path) -> None:
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(b"no graph")
+    with pytest.raises(Exception, match=r"model\.onnx"):
+        open_session(str(broken), make_options, least_samples=400)
+
+
+class Fake:
+    """A session that gives these outputs, and keeps what it was asked."""
+
+    def __init__(self, log_probs: np.ndarray, frames: np.ndarray) -> None:
+        self.outputs = [log_probs, frames]
+        self.asked: dict[str, np.ndarray] = {}
+
+    def run(self, names: None, asked: dict[str, np.ndarray]) -> list[np.ndarray]:
+        self.asked = asked
+        return self.outputs
+
+
+def test_every_output_of_both_clips_is_compared() -> None:
+    def outputs() -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((2, 300, 5), np.float32), np.array([300, 200])
+
+    same, expected = Fake(*outputs()), Fake(*outputs())
+    assert sessions._same_bits(expected, same, 96_000)
+    lengths = same.asked["lengths"]
+    assert lengths[0] == 96_000 > lengths[1] > 0
+    assert np.abs(same.asked["waveform"][0]).max() > 0.1
+    assert not same.asked["waveform"][1, lengths[1] :].any()
+    for output, place in ((0, (0, 299, 4)), (0, (1, 0, 0)), (1, (1,))):
+        other = Fake(*outputs())
+        other.outputs[output][place] += 1
+        assert not sessions._same_bits(expected, other, 96_000)
+
+
+def test_the_comparison_reaches_beyond_one_tile(compiled: None) -> None:
+    frames = Engine(load_bundle(MODELS, "en-quartznet-small")).infer(
+        np.zeros((1, sessions.NOISE_SAMPLES), np.float32), np.array([sessions.NOISE_SAMPLES])
+    )
+    assert frames.frame_lengths[0] > 256, "TILE of depthwise.c"
+
+
 def test_large_graphs_are_left_alone(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "MAX_GRAPH_BYTES", SHIPPED.stat().st_size - 1)
     monkeypatch.setattr(sessions, "hand_over", None)
