@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -281,7 +282,7 @@ def _open(bundle: Bundle, path: str, wanted: str, threads: int, *, kernels: bool
     if wanted == "auto":
         if "cuda" in offered:
             try:
-                return _session(bundle, path, "cuda", threads, kernels=False)
+                return _session(bundle, path, "cuda", threads, kernels=kernels)
             except SettingsError as error:
                 log.warning("provider_fallback", wanted="cuda", chosen="cpu", problem=str(error))
         return _session(bundle, path, "cpu", threads, kernels=kernels)
@@ -289,18 +290,23 @@ def _open(bundle: Bundle, path: str, wanted: str, threads: int, *, kernels: bool
         raise SettingsError(
             f"ASR_PROVIDER={wanted}: this build of ONNX Runtime has only {', '.join(offered)}"
         )
-    return _session(bundle, path, wanted, threads, kernels=kernels and wanted == "cpu")
+    return _session(bundle, path, wanted, threads, kernels=kernels)
 
 
 def _session(bundle: Bundle, path: str, provider: str, threads: int, *, kernels: bool) -> _Opened:
-    def make_options() -> ort.SessionOptions:
-        return _session_options(threads)
-
+    """``kernels``: ours, which are for the CPU only."""
+    found: Kernels = "onnxruntime"
     try:
-        if kernels:
+        if kernels and provider == "cpu":
+            make_options = partial(session_options, threads)
             session, found = open_session(path, make_options, least_samples=bundle.manifest.input.min_samples)
         else:
-            session, found = _plain_session(path, make_options(), provider, threads), "onnxruntime"
+            session = ort.InferenceSession(
+                path,
+                session_options(threads),
+                providers=[PROVIDERS[provider]],
+                provider_options=[_provider_options(provider, threads)],
+            )
     except Exception as error:
         if provider != "cpu":
             raise SettingsError(f"ASR_PROVIDER={provider}: {error}") from error
@@ -309,7 +315,8 @@ def _session(bundle: Bundle, path: str, provider: str, threads: int, *, kernels:
     return _Opened(provider, found, session)
 
 
-def _session_options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int) -> ort.SessionOptions:
+    """Fresh options as every session of the service has them; ``threads`` inside one inference."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -319,17 +326,6 @@ def _session_options(threads: int) -> ort.SessionOptions:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return options
-
-
-def _plain_session(
-    path: str, options: ort.SessionOptions, provider: str, threads: int
-) -> ort.InferenceSession:
-    return ort.InferenceSession(
-        path,
-        options,
-        providers=[PROVIDERS[provider]],
-        provider_options=[_provider_options(provider, threads)],
-    )
 
 
 def _provider_options(provider: str, threads: int) -> dict[str, str]:

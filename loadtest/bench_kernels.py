@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from api.bundle import Bundle, load_bundle
+from api.engine import session_options
 from api.kernels.sessions import instructions, library, open_session
 from loadtest.clips import speech
 from loadtest.command import bundle_parser
@@ -36,11 +37,8 @@ PLAIN = "ONNX Runtime"
 
 
 def options(profile: str = "") -> ort.SessionOptions:
-    """As the engine sets them, for one thread; ``profile``: prefix of the files of a profile."""
-    chosen = ort.SessionOptions()
-    chosen.intra_op_num_threads = 1
-    chosen.log_severity_level = 3
-    chosen.add_session_config_entry("session.set_denormal_as_zero", "1")
+    """The engine's, for one thread; ``profile``: prefix of the files of a profile."""
+    chosen = session_options(1)
     if profile:
         chosen.enable_profiling = True
         chosen.profile_file_prefix = profile

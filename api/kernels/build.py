@@ -1,7 +1,7 @@
 """Compile ``depthwise.c``: ``python api/kernels/build.py``, with nothing but the standard library.
 
-Takes ``--compiler``, else ``CC``, else the first of cc, gcc and clang, else the package ``ziglang``. Without
-any the service runs all the same, on ONNX Runtime's own operators: that is a line to read, not a failure.
+Takes ``CC``, else the first of cc, gcc and clang, else the package ``ziglang``. Without any the service runs
+all the same, on ONNX Runtime's own operators: that is a line to read, not a failure.
 The library holds the instructions of all processors and chooses when it is loaded.
 """
 
@@ -29,9 +29,9 @@ FLAGS = (
 ZIG_FLAGS = ("-target", "x86_64-linux-gnu.2.28", "-mcpu=x86_64")
 
 
-def find_compiler(wanted: str | None = None) -> list[str] | None:
+def find_compiler() -> list[str] | None:
     """Command line of a C compiler; None if there is none."""
-    if wanted := wanted or os.environ.get("CC"):
+    if wanted := os.environ.get("CC"):
         return shlex.split(wanted)
     for name in ("cc", "gcc", "clang"):
         if shutil.which(name):
@@ -56,11 +56,10 @@ def compile_library(compiler: list[str], target: Path) -> str:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compiler", help="command line of a C compiler")
     parser.add_argument("--required", action="store_true", help="fail where the kernels cannot be compiled")
     arguments = parser.parse_args()
     try:
-        problem = _build(arguments.compiler)
+        problem = _build()
     except (OSError, ValueError) as error:  # a compiler that is not there, a command line that is none
         problem = str(error)
     if not problem:
@@ -69,7 +68,7 @@ def main() -> int:
     return 1 if arguments.required else 0
 
 
-def _build(wanted: str | None) -> str:
+def _build() -> str:
     """Why there is no library; empty if there is one."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return f"they are for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
@@ -77,7 +76,7 @@ def _build(wanted: str | None) -> str:
     changed = max((HERE / name).stat().st_mtime for name in (*SOURCES, Path(__file__).name))
     if target.is_file() and target.stat().st_mtime >= changed:
         return ""
-    compiler = find_compiler(wanted)
+    compiler = find_compiler()
     if compiler is None:
         return "no C compiler: install gcc, or the Python package ziglang, and run make again"
     problem = compile_library(compiler, target)

@@ -216,6 +216,10 @@ static void run_group(void *data, size_t index) {
     if (status != NULL) return status;     \
   } while (0)
 
+static OrtStatus *refuse(const OrtApi *api, const char *problem) {
+  return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, problem);
+}
+
 static OrtStatus *shape_of(const OrtApi *api, const OrtValue *value, int64_t shape[4], size_t *count) {
   OrtShape *info;
   TRY(ORT_CALL(api, tensor_shape)(value, &info));
@@ -236,18 +240,18 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   TRY(ORT_CALL(api, context_input)(context, X, &x));
   TRY(shape_of(api, x, shape, &count));
   if (count != 4 || shape[1] != 1 || shape[3] != kernel->channels)
-    return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: x is not (batch, 1, frames, channels)");
+    return refuse(api, "depthwise: x is not (batch, 1, frames, channels)");
   call.frames = shape[2];
   const OrtValue *bias = NULL, *mask = NULL;
   if (kernel->inputs > BIAS) TRY(ORT_CALL(api, context_input)(context, BIAS, &bias));
   if (kernel->inputs > MASK) TRY(ORT_CALL(api, context_input)(context, MASK, &mask));
   if (bias != NULL && !kernel->has_bias)
-    return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: the bias is not constant");
+    return refuse(api, "depthwise: the bias is not constant");
   if (mask != NULL) {
     int64_t masked[4];
     TRY(shape_of(api, mask, masked, &count));
     if (count != 4 || masked[0] != shape[0] || masked[1] != 1 || masked[2] != shape[2] || masked[3] != 1)
-      return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: the mask is not (batch, 1, frames, 1)");
+      return refuse(api, "depthwise: the mask is not (batch, 1, frames, 1)");
     TRY(ORT_CALL(api, tensor_data)((OrtValue *)mask, (void **)&call.mask));
   }
   TRY(ORT_CALL(api, context_output)(context, 0, shape, 4, &y));
@@ -276,11 +280,11 @@ static OrtStatus *constant(const OrtApi *api, const OrtKernelInfo *info, size_t 
   int64_t shape[4];
   size_t count, elements = 1;
   TRY(ORT_CALL(api, info_constant)(info, index, &is_constant, &value));
-  if (!is_constant) return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: a parameter is not constant");
+  if (!is_constant) return refuse(api, "depthwise: a parameter is not constant");
   TRY(shape_of(api, value, shape, &count));
   for (size_t i = 0; i < count && count <= 4; i++) elements *= (size_t)shape[i];
   if (count > 4 || elements != expected)
-    return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: a parameter has not one value per channel");
+    return refuse(api, "depthwise: a parameter has not one value per channel");
   return ORT_CALL(api, tensor_data)((OrtValue *)value, data);
 }
 
@@ -339,7 +343,7 @@ static void pack(Kernel *kernel, const int8_t *w, const int32_t *bias) {
 static OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const char *name, int64_t *out, size_t count) {
   size_t found = count;
   TRY(ORT_CALL(api, info_int64s)(info, name, out, &found));
-  return found == count ? NULL : ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: an attribute is too short");
+  return found == count ? NULL : refuse(api, "depthwise: an attribute is too short");
 }
 
 static OrtStatus *prepare(Kernel *kernel, const OrtKernelInfo *info) {
@@ -355,16 +359,16 @@ static OrtStatus *prepare(Kernel *kernel, const OrtKernelInfo *info) {
   if (taps[0] != 1 || taps[1] < 1 || taps[1] > MAX_TAPS || strides[0] != 1 || strides[1] != 1 ||
       dilations[1] < 1 || dilations[1] > INT32_MAX || pads[0] != 0 || pads[2] != 0 || pads[1] < 0 ||
       pads[3] < 0 || pads[1] + pads[3] != (taps[1] - 1) * dilations[1])
-    return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: kernel, strides or pads are not supported");
+    return refuse(api, "depthwise: kernel, strides or pads are not supported");
   const OrtValue *weights;
   int is_constant = 0;
   int64_t shape[4];
   size_t count;
   TRY(ORT_CALL(api, info_constant)(info, W, &is_constant, &weights));
-  if (!is_constant) return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: w is not constant");
+  if (!is_constant) return refuse(api, "depthwise: w is not constant");
   TRY(shape_of(api, weights, shape, &count));
   if (count != 4 || shape[1] != 1 || shape[2] != 1 || shape[3] != kernel->taps)
-    return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: w is not (channels, 1, 1, taps)");
+    return refuse(api, "depthwise: w is not (channels, 1, 1, taps)");
   kernel->channels = shape[0];
   kernel->blocks = (kernel->channels + LANES - 1) / LANES;
   const size_t channels = (size_t)kernel->channels;
@@ -374,7 +378,7 @@ static OrtStatus *prepare(Kernel *kernel, const OrtKernelInfo *info) {
   int32_t *bias = NULL;
   TRY(constant(api, info, X_SCALE, 1, (void **)&x_scale));
   TRY(constant(api, info, X_ZERO, 1, (void **)&x_zero));
-  TRY(constant(api, info, W, channels * (size_t)kernel->taps, (void **)&w));
+  TRY(ORT_CALL(api, tensor_data)((OrtValue *)weights, (void **)&w));
   TRY(constant(api, info, W_SCALE, channels, (void **)&w_scale));
   TRY(constant(api, info, W_ZERO, channels, (void **)&w_zero));
   TRY(constant(api, info, Y_SCALE, 1, (void **)&y_scale));
@@ -390,7 +394,7 @@ static OrtStatus *prepare(Kernel *kernel, const OrtKernelInfo *info) {
   if (!allocate(kernel)) return ORT_CALL(api, create_status)(ORT_FAIL, "depthwise: out of memory");
   for (size_t channel = 0; channel < channels; channel++) {
     if (w_zero[channel] != 0)
-      return ORT_CALL(api, create_status)(ORT_INVALID_ARGUMENT, "depthwise: weights with a zero point");
+      return refuse(api, "depthwise: weights with a zero point");
     kernel->scale[channel] = *x_scale * w_scale[channel] / *y_scale;
   }
   pack(kernel, w, bias);
