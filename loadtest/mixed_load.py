@@ -7,12 +7,14 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from websockets.exceptions import WebSocketException
 
+from loadtest import mixed_live
 from loadtest.clips import SAMPLE_RATE_HZ, cut_clips, speech, wav_clip
 from loadtest.fuzz_mutations import mutant
 from loadtest.fuzz_seeds import make_seeds
@@ -90,7 +92,11 @@ class Callers:
             Kind("leaves while waiting", self.leaves, frozenset({LEFT, "200"}), 5),
             Kind("leaves in the upload", self.half_upload, frozenset({LEFT}), 5),
             Kind("scrape and health", self.scrape, frozenset({"200"}), 5),
+            Kind("live, Vosk", self.vosk, frozenset({"200"}), 5),
+            Kind("live, realtime", self.realtime, frozenset({"200"}), 5),
+            Kind("live, leaves", self.leaves_live, frozenset({LEFT}), 5),
         ]
+        self.microphone = mixed_live.Microphone(self.clips[1:4])
 
     async def clip(self, http: httpx.AsyncClient, rng: random.Random) -> str:
         return said(await http.post("/transcribe", files=_file(rng.choice(self.clips))))
@@ -177,27 +183,53 @@ class Callers:
                 return said(response)
         return "200"
 
+    async def vosk(self, http: httpx.AsyncClient, rng: random.Random) -> str:
+        return await mixed_live.vosk(_address(http), rng.choice(self.clips), rng)
+
+    async def realtime(self, http: httpx.AsyncClient, rng: random.Random) -> str:
+        return await mixed_live.realtime(_address(http), rng.choice(self.clips), rng)
+
+    async def leaves_live(self, http: httpx.AsyncClient, rng: random.Random) -> str:
+        await mixed_live.leave(_address(http), rng.choice(self.clips), rng)
+        return LEFT
+
+
+def _address(http: httpx.AsyncClient) -> str:
+    return http.base_url.netloc.decode()
+
 
 def _file(clip: Clip) -> dict[str, tuple[str, bytes]]:
     return {"file": (clip.name, clip.content)}
 
 
-async def drive(base_url: str, callers: Callers, clients: int, duration_s: float, seed: int) -> Tally:
-    """`clients` callers, each with one request at a time and a connection of its own, for `duration_s`."""
+async def drive(
+    base_url: str, callers: Callers, clients: int, duration_s: float, seed: int, microphones: int = 1
+) -> Tally:
+    """`clients` callers, each with one request at a time and a connection of its own, for `duration_s`.
+
+    Beside them `microphones`, which speak live all the time.
+    """
     tally = Tally()
     until_s = time.monotonic() + duration_s
-    weights = [kind.weight for kind in callers.kinds]
 
-    async def caller(number: int) -> None:
+    async def speak(http: httpx.AsyncClient, rng: random.Random) -> str:
+        return await callers.microphone.session(_address(http), until_s - time.monotonic())
+
+    async def caller(number: int, kinds: Sequence[Kind]) -> None:
         rng = random.Random(f"{seed} {number}")
+        weights = [kind.weight for kind in kinds]
         async with httpx.AsyncClient(base_url=base_url, timeout=120.0, trust_env=False) as http:
             while time.monotonic() < until_s:
-                (kind,) = rng.choices(callers.kinds, weights)
+                (kind,) = rng.choices(kinds, weights)
                 try:
                     answer = await kind.ask(http, rng)
-                except httpx.HTTPError as error:
+                except (httpx.HTTPError, OSError, WebSocketException) as error:
                     answer = f"connection: {type(error).__name__}"
                 tally.note(kind, answer)
 
-    await asyncio.gather(*(caller(number) for number in range(clients)))
+    microphone = Kind("live, microphone", speak, frozenset({"200"}), 1)
+    await asyncio.gather(
+        *(caller(number, callers.kinds) for number in range(clients)),
+        *(caller(number, [microphone]) for number in range(clients, clients + microphones)),
+    )
     return tally

@@ -4,7 +4,8 @@
 
 Callers send what real ones send, each time something else: clips of 2 to 15 s in forty formats, long files as
 streams, batches with a bad file in them, OpenAI's form with times, damaged files, wrong fields, clients that
-leave in the middle of an upload or while they wait, and a scraper. Each kind says what it may be answered.
+leave in the middle of an upload or while they wait, live sessions, and a scraper. Each kind says what it may
+be answered. Somebody speaks live all the time, in real time, and must be understood the same way throughout.
 
 The process is read every few seconds. It passes when (1) every answer was one that its kind allows, (2)
 memory does not grow, (3) idle after the load, it holds no more descriptors, threads and spooled files than

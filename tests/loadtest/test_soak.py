@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
+from loadtest.clips import wav_clip
+from loadtest.mixed_live import Microphone, changed
 from loadtest.mixed_load import Callers, Kind, Tally
 from loadtest.processes import LiveServer, api_server
 from loadtest.soak import Growth, Reader, Sample, findings, growth
@@ -87,6 +90,15 @@ def test_an_unlinked_spool_file_is_seen(tmp_path: Path) -> None:
     assert during.descriptors == before.descriptors + 2
 
 
+def test_speech_that_is_understood_in_another_way_is_a_finding() -> None:
+    same = ["one", "two"]
+    assert changed([["o"], same, same, same, ["one"]]) == ""
+    assert changed([["o"], same, same, ["two"], []]) == (
+        "round 4 was understood as ['two'], the second one as ['one', 'two']"
+    )
+    assert changed([same]) == ""
+
+
 def test_every_kind_of_request_gets_an_answer_that_it_allows(tmp_path: Path) -> None:
     make_bundle(tmp_path / "models", "tiny")
     (tmp_path / "spool").mkdir()
@@ -107,5 +119,7 @@ def test_every_kind_of_request_gets_an_answer_that_it_allows(tmp_path: Path) -> 
         asyncio.run(ask_all(running.url))
         assert not wrong
         assert len({name for name, _ in got}) == len(callers.kinds)
+        spoken = Microphone([wav_clip("short", np.zeros(4800, np.float32))]).session(running.address, 5.0)
+        assert asyncio.run(spoken) == "200"
         reader = Reader(running, tmp_path / "spool", 1.0, None)
         assert reader.read().threads > 1
