@@ -21,8 +21,11 @@ help: ## this list
 $(VENV)/bin/python:
 	@scripts/make_venv.sh "$(PYTHON)" "$(VENV)"
 
-$(VENV)/.run: requirements/api.txt requirements/ui.txt pyproject.toml | $(VENV)/bin/python kernels
+$(VENV)/.packages: requirements/api.txt requirements/ui.txt pyproject.toml | $(VENV)/bin/python
 	@scripts/install.sh "$(VENV)" api ui
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.packages | kernels
 	@touch $@
 
 $(VENV)/.training: $(VENV)/.run requirements/training.txt
@@ -39,8 +42,9 @@ $(VENV)/.bench: $(VENV)/.run requirements/bench.txt
 
 # Whatever needs the service asks for them each time: a compiler may have come since.
 .PHONY: kernels
-kernels: | $(VENV)/bin/python ## compile the INT8 kernels where there is a C compiler and they are not of today's source
+kernels: | $(VENV)/.packages ## compile INT8 kernels and decoders where there is a C compiler and they are not of today's source
 	@$(BIN)/python api/kernels/build.py
+	@$(BIN)/python -m api.compiled.build
 
 .PHONY: setup lock
 setup: $(VENV)/.dev ## the environment with every group

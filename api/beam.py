@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from api.ctc import Decoded, FloatArray, align
-from api.hotwords import DEAD, HotwordAutomaton, Symbols, build_hotwords
+from api.hotwords import HotwordAutomaton, build_hotwords
 from api.ngram import NgramModel
-from api.prefix_search import search, trace
+from api.prefix_search import search
 from api.vocabulary import Vocabulary
 
 MAX_BEAM = 1024
@@ -51,11 +51,6 @@ EXACT = Pruning(
     guard_silence=False,
 )
 
-_NO_SYMBOLS = Symbols(np.zeros(1, np.int32), np.zeros(1, np.int32), {})
-_NO_HOTWORDS = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32))
-_ONE, _NONE = np.ones(1, np.float64), np.zeros(1, np.int32)
-_NO_NGRAM = (np.int32(0), 1.0, np.zeros((2, 2), np.int64), _NONE, _ONE, _NONE, _ONE)
-
 
 def beam_search(
     log_probs: FloatArray,
@@ -81,37 +76,17 @@ def beam_search(
     log_probs = np.ascontiguousarray(log_probs, dtype=np.float32)
     max_tokens = min(cut.max_tokens, log_probs.shape[1])
     cuts = (cut.token_floor, cut.blank_skip, math.exp(-cut.beam_floor), math.exp(-cut.hotword_floor))
-    options = (blank_id, beam, max_tokens, *cuts)
     extras = hotwords is not None or guide is not None
     if cut.guard_silence and extras and bool((log_probs.argmax(axis=1) == blank_id).all()):
         hotwords = guide = None
-    symbols, trie, boost, ngram = _NO_SYMBOLS, _NO_HOTWORDS, 0.0, _NO_NGRAM
-    if hotwords is not None:
-        symbols, trie, boost = hotwords.symbols, (hotwords.edges, hotwords.states), hotwords.boost
-    if guide is not None:
-        symbols = guide.symbols
-        tables = (guide.slots, guide.following, guide.factors, guide.fail, guide.backoff)
-        ngram = (np.int32(guide.start), guide.most, *tables)
-    leaves, scores, parents, tokens = search(
-        log_probs,
-        options,
-        (symbols.flat, symbols.offsets),
-        symbols.count,
-        hotwords is not None,
-        boost,
-        trie,
-        guide is not None,
-        ngram,
-    )
+    found = search(log_probs, blank_id, beam, max_tokens, cuts, hotwords, guide)
+    scores = found.scores
     best = [entry for entry in np.argsort(-scores, kind="stable")[:n_best] if scores[entry] > -math.inf]
-    return [
-        align(log_probs, trace(leaves[entry], parents, tokens), blank_id, float(scores[entry]))
-        for entry in best
-    ]
+    return [align(log_probs, found.spell(entry), blank_id, float(scores[entry])) for entry in best]
 
 
 def warm_up(vocabulary: Vocabulary) -> None:
-    """Compile the search with and without hotwords for this vocabulary, or load it from the cache."""
+    """Have all that a search with hotwords needs compiled, or loaded from numba's cache."""
     log_probs = np.full((4, len(vocabulary)), -math.log(len(vocabulary)), np.float32)
     beam_search(log_probs, vocabulary.blank_id, beam=4)
     words = (vocabulary.decode([token]) for token in range(len(vocabulary)))

@@ -1,7 +1,7 @@
 """CTC decoding of log-probabilities: greedy collapse and forced alignment, both with times and confidence.
 
 Source: Graves et al., "Connectionist Temporal Classification" (ICML 2006). ``beam.py`` holds the prefix beam
-search, ``words.py`` turns tokens into words. All heavy loops are numba functions that release the GIL.
+search, ``words.py`` turns tokens into words. All heavy loops are compiled (``api.compiled``).
 
 What the numbers mean, the same for greedy and beam:
 
@@ -11,8 +11,6 @@ What the numbers mean, the same for greedy and beam:
   frame's blank. ``avg_logprob`` is its natural logarithm.
 - ``no_speech_prob`` is the probability the model gives to the empty text: the product of the blank's
   posterior over all frames (only one CTC path spells the empty text).
-
-Numba keeps the machine code beside this file (or in ``NUMBA_CACHE_DIR``), so only the first start compiles.
 """
 
 from __future__ import annotations
@@ -21,8 +19,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from api.compiled import compiled
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
@@ -85,12 +84,16 @@ def greedy(log_probs: FloatArray, frame_lengths: NDArray[np.int64], blank_id: in
     _check(log_probs, frame_lengths, blank_id)
     lengths = np.ascontiguousarray(frame_lengths, dtype=np.int64)
     log_probs = np.ascontiguousarray(log_probs, dtype=np.float32)
-    if log_probs.shape[2] <= FUSED_ARGMAX_MAX_VOCABULARY:
-        runs = _greedy_fused(log_probs, lengths, blank_id)
+    batch, frames, vocabulary = log_probs.shape
+    if vocabulary <= FUSED_ARGMAX_MAX_VOCABULARY:
+        winners = np.empty((batch, frames), np.int32)
+        _argmax(log_probs, lengths, winners)
     else:
         winners = log_probs.argmax(axis=2).astype(np.int32)
-        runs = _collapse(log_probs, winners, lengths, blank_id)
-    counts, tokens, starts, ends, sums, empty, path = runs
+    counts, totals = np.empty(batch, np.int64), np.empty((batch, 2), np.float64)
+    tokens, starts, ends = (np.empty((batch, frames), np.int32) for _ in range(3))
+    sums = np.empty((batch, frames), np.float32)
+    _collapse(log_probs, winners, lengths, blank_id, counts, tokens, starts, ends, sums, totals)
     return [
         Decoded(
             token_ids=tokens[item, :count].copy(),
@@ -98,8 +101,8 @@ def greedy(log_probs: FloatArray, frame_lengths: NDArray[np.int64], blank_id: in
             end_frames=ends[item, :count].copy(),
             token_log_probs=sums[item, :count].copy(),
             frames=int(lengths[item]),
-            empty_log_prob=float(empty[item]),
-            score=float(path[item]),
+            empty_log_prob=float(totals[item, 0]),
+            score=float(totals[item, 1]),
         )
         for item, count in enumerate(counts.tolist())
     ]
@@ -118,9 +121,14 @@ def align(log_probs: FloatArray, token_ids: IntArray, blank_id: int, score: floa
     repeats = int(np.count_nonzero(tokens[1:] == tokens[:-1])) if len(tokens) else 0
     if len(tokens) + repeats > len(log_probs):
         raise ValueError(f"{len(tokens)} tokens do not fit into {len(log_probs)} frames")
-    starts, ends, sums, path, empty = _viterbi(log_probs, tokens, blank_id)
+    states = 2 * len(tokens) + 1
+    starts, ends = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.int32)
+    sums = np.zeros(len(tokens), np.float32)
+    path_scores, steps = np.full(states, -np.inf), np.zeros((len(log_probs), states), np.uint8)
+    path = _viterbi(log_probs, tokens, blank_id, path_scores, steps, starts, ends, sums)
     if path == -math.inf:
         raise ValueError("the tokens are impossible under these log-probabilities")
+    empty = float(log_probs[:, blank_id].sum(dtype=np.float64))
     return Decoded(tokens, starts, ends, sums, len(log_probs), empty, path if score is None else score)
 
 
@@ -133,44 +141,42 @@ def _check(log_probs: FloatArray, frame_lengths: NDArray[np.int64], blank_id: in
         raise ValueError(f"blank id {blank_id} is outside the vocabulary of {log_probs.shape[2]}")
 
 
-@njit(cache=True, nogil=True)
-def _greedy_fused(log_probs, lengths, blank):  # type: ignore[no-untyped-def]
-    """Argmax over the vocabulary, then ``_collapse``; one pass over the log-probabilities."""
-    batch, frames, vocabulary = log_probs.shape
-    winners = np.empty((batch, frames), np.int32)
-    for item in range(batch):
+@compiled("int64(float32[:,:,::1], int64[::1], int32[:,::1])")
+def _argmax(log_probs, lengths, winners):  # type: ignore[no-untyped-def]
+    """The most probable token of every frame; ties go to the lower id."""
+    for item in range(len(lengths)):
         for frame in range(lengths[item]):
             best = 0
             best_value = log_probs[item, frame, 0]
-            for token in range(1, vocabulary):
+            for token in range(1, log_probs.shape[2]):
                 value = log_probs[item, frame, token]
                 if value > best_value:
                     best_value = value
                     best = token
             winners[item, frame] = best
-    return _collapse(log_probs, winners, lengths, blank)
+    return 0
 
 
-@njit(cache=True, nogil=True)
-def _collapse(log_probs, winners, lengths, blank):  # type: ignore[no-untyped-def]
-    """Runs of equal non-blank winners: ids, first and last frame, sum of log-posteriors."""
-    batch, frames = winners.shape
-    counts = np.zeros(batch, np.int64)
-    tokens = np.empty((batch, frames), np.int32)
-    starts = np.empty((batch, frames), np.int32)
-    ends = np.empty((batch, frames), np.int32)
-    sums = np.empty((batch, frames), np.float32)
-    empty = np.zeros(batch, np.float64)
-    path = np.zeros(batch, np.float64)
-    for item in range(batch):
+@compiled(
+    "int64(float32[:,:,::1], int32[:,::1], int64[::1], int64, int64[::1], int32[:,::1], int32[:,::1], "
+    "int32[:,::1], float32[:,::1], float64[:,::1])"
+)
+def _collapse(log_probs, winners, lengths, blank, counts, tokens, starts, ends, sums, totals):  # type: ignore[no-untyped-def]
+    """Runs of equal non-blank winners: ids, first and last frame, sum of log-posteriors.
+
+    ``totals``: log-probability of the empty text and of the best path.
+    """
+    for item in range(len(lengths)):
         count = 0
         previous = blank
         run = 0.0
+        empty = 0.0
+        path = 0.0
         for frame in range(lengths[item]):
-            token = winners[item, frame]
+            token = np.int64(winners[item, frame])
             value = log_probs[item, frame, token]
-            empty[item] += log_probs[item, frame, blank]
-            path[item] += value
+            empty += log_probs[item, frame, blank]
+            path += value
             if token == blank:
                 previous = blank
                 continue
@@ -180,28 +186,30 @@ def _collapse(log_probs, winners, lengths, blank):  # type: ignore[no-untyped-de
                 tokens[item, count] = token
                 starts[item, count] = frame
                 count += 1
-                run = value
+                run = np.float64(value)
             ends[item, count - 1] = frame + 1
             sums[item, count - 1] = run
             previous = token
         counts[item] = count
-    return counts, tokens, starts, ends, sums, empty, path
+        totals[item, 0] = empty
+        totals[item, 1] = path
+    return 0
 
 
-@njit(cache=True, nogil=True)
-def _viterbi(log_probs, tokens, blank):  # type: ignore[no-untyped-def]
+@compiled(
+    "float64(float32[:,::1], int32[::1], int64, float64[::1], uint8[:,::1], "
+    "int32[::1], int32[::1], float32[::1])"
+)
+def _viterbi(log_probs, tokens, blank, score, step, starts, ends, sums):  # type: ignore[no-untyped-def]
     """Viterbi over the 2n+1 states blank, t0, blank, t1, ...; only states that can still reach the end.
 
     Forward in place (states from high to low); ``step`` remembers how far back each state came from (0 to 2).
+    ``score`` comes filled with minus infinity, ``step``, ``ends`` and ``sums`` with zeros. The path's
+    log-probability.
     """
     frames = log_probs.shape[0]
     count = len(tokens)
     states = 2 * count + 1
-    score = np.full(states, -np.inf, np.float64)
-    step = np.zeros((frames, states), np.uint8)
-    empty = 0.0
-    for frame in range(frames):
-        empty += log_probs[frame, blank]
     if frames > 0:
         score[0] = log_probs[0, blank]
         if count > 0:
@@ -225,9 +233,6 @@ def _viterbi(log_probs, tokens, blank):  # type: ignore[no-untyped-def]
             else:
                 score[state] = best + blank_value
             step[frame, state] = back
-    starts = np.zeros(count, np.int32)
-    ends = np.zeros(count, np.int32)
-    sums = np.zeros(count, np.float32)
     path = 0.0
     if frames > 0:
         state = states - 1
@@ -242,11 +247,11 @@ def _viterbi(log_probs, tokens, blank):  # type: ignore[no-untyped-def]
                 starts[index] = frame
                 sums[index] += log_probs[frame, tokens[index]]
             state -= step[frame, state]
-    return starts, ends, sums, path, empty
+    return path
 
 
 def warm_up(vocabulary: int, blank_id: int) -> None:
-    """Compile, or load from the cache, what decoding a model of this vocabulary needs."""
+    """Have what decoding a model of this vocabulary needs compiled, or loaded from numba's cache."""
     log_probs = np.zeros((1, 4, vocabulary), np.float32)
     log_probs[0, 1, (blank_id + 1) % vocabulary] = 1.0
     decoded = greedy(log_probs, np.array([4], np.int64), blank_id)[0]

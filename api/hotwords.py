@@ -11,8 +11,8 @@ than the best other reading, and is preferred as a whole word only.
 
 Cost per step is independent of the number of hotwords: one hash look-up, and suffix links at word boundaries.
 
-``prefix_search.py`` compiles ``step`` and ``finish`` into itself, and numba's cache does not notice when they
-change here: delete ``api/__pycache__/*.nb?`` then.
+``prefix_search.py`` compiles ``step`` and ``finish`` into itself. Where numba compiles at the first call, its
+cache does not notice when they change here: delete ``api/__pycache__/*.nb?`` then.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from api.compiled import compiled, inner
 from api.vocabulary import Vocabulary
 
 ROOT = 0
@@ -61,7 +61,7 @@ class Symbols:
 
 @dataclass(frozen=True, slots=True)
 class HotwordAutomaton:
-    """Two arrays for numba, and what belongs to them.
+    """Two arrays for the compiled loops, and what belongs to them.
 
     ``edges`` int64 ``(slots, 2)``: open-addressed hash table of key and child.
     ``states`` int32 ``(states, 4)``: columns ``DEPTH``, ``TERMINAL``, ``FAIL`` and ``KEPT`` (see ``step``).
@@ -125,6 +125,22 @@ def _build_cached(hotwords: tuple[str, ...], vocabulary: Vocabulary, boost: floa
     return HotwordAutomaton(symbols, edges, states, boost, tuple(unknown))
 
 
+def _build(
+    flat: IntArray, offsets: NDArray[np.int64], count: int, slots: int
+) -> tuple[NDArray[np.int64], IntArray]:
+    """Trie in a hash table, then suffix links in order of depth."""
+    most = len(flat) + 1
+    edges = np.zeros((slots, 2), np.int64)
+    states = np.zeros((most, 4), np.int32)
+    states[ROOT, FAIL] = DEAD
+    parents = np.full(most, DEAD, np.int32)
+    read = np.zeros(most, np.int32)
+    size = _grow(flat, offsets, count, edges, states, parents, read)
+    order = np.argsort(states[:size, DEPTH], kind="stable")
+    _link(order, count, edges, states, parents, read, np.zeros((2, size), np.int32))
+    return edges, states[:size].copy()
+
+
 def _spell(text: str, symbols: Symbols) -> list[int] | None:
     """Symbols of a text in the composed or, failing that, the decomposed form; None if one is missing."""
     for form in ("NFC", "NFD"):
@@ -136,7 +152,7 @@ def _spell(text: str, symbols: Symbols) -> list[int] | None:
     return None
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner(inline=True)
 def edge_slot(node, symbol, count, edges):  # type: ignore[no-untyped-def]
     """Key of an edge, and its place in the hash table or the free place for it (Fibonacci hashing)."""
     key = np.int64(node) * count + symbol + 1
@@ -147,7 +163,7 @@ def edge_slot(node, symbol, count, edges):  # type: ignore[no-untyped-def]
     return key, index
 
 
-@njit(cache=True, nogil=True)
+@inner()
 def step(state, symbol, count, edges, states):  # type: ignore[no-untyped-def]
     """Next state and change of credits for one more symbol.
 
@@ -177,7 +193,7 @@ def step(state, symbol, count, edges, states):  # type: ignore[no-untyped-def]
     return np.int32(ROOT if symbol == SPACE else DEAD), gain
 
 
-@njit(cache=True, nogil=True)
+@inner()
 def finish(state, states):  # type: ignore[no-untyped-def]
     """Change of credits when the text ends in ``state``: what is not complete is taken back."""
     gain = 0
@@ -189,7 +205,7 @@ def finish(state, states):  # type: ignore[no-untyped-def]
     return gain
 
 
-@njit(cache=True, nogil=True)
+@compiled("int64(int32[::1], int64, int64[:,::1], int32[:,::1])")
 def _credits(symbols, count, edges, states):  # type: ignore[no-untyped-def]
     state = np.int32(ROOT)
     total = 0
@@ -199,18 +215,9 @@ def _credits(symbols, count, edges, states):  # type: ignore[no-untyped-def]
     return total + finish(state, states)
 
 
-@njit(cache=True, nogil=True)
-def _build(flat, offsets, count, slots):  # type: ignore[no-untyped-def]
-    """Trie in a hash table, then suffix links in order of depth.
-
-    ``done``: credits of the longest hotword completed on the way to a state. ``carry``: credits that the
-    state's suffixes completed meanwhile. They overlap in the text, so only the larger one is kept.
-    """
-    edges = np.zeros((slots, 2), np.int64)
-    states = np.zeros((len(flat) + 1, 4), np.int32)
-    states[ROOT, FAIL] = DEAD
-    parent = np.full(len(flat) + 1, DEAD, np.int32)
-    symbol_of = np.zeros(len(flat) + 1, np.int32)
+@compiled("int64(int32[::1], int64[::1], int64, int64[:,::1], int32[:,::1], int32[::1], int32[::1])")
+def _grow(flat, offsets, count, edges, states, parents, read):  # type: ignore[no-untyped-def]
+    """The trie's edges and states; how many states. ``read``: the symbol that leads to each."""
     size = 1
     for word in range(len(offsets) - 1):
         node = np.int64(ROOT)
@@ -221,23 +228,32 @@ def _build(flat, offsets, count, slots):  # type: ignore[no-untyped-def]
                 edges[index, 0] = key
                 edges[index, 1] = size
                 states[size, DEPTH] = states[node, DEPTH] + 1
-                parent[size] = node
-                symbol_of[size] = symbol
+                parents[size] = node
+                read[size] = symbol
                 size += 1
             node = edges[index, 1]
         states[node, TERMINAL] = 1
-    done = np.zeros(size, np.int32)
-    carry = np.zeros(size, np.int32)
-    for node in np.argsort(states[:size, DEPTH], kind="mergesort")[1:]:
-        above = parent[node]
-        symbol = symbol_of[node]
+    return size
+
+
+@compiled("int64(int64[::1], int64, int64[:,::1], int32[:,::1], int32[::1], int32[::1], int32[:,::1])")
+def _link(order, count, edges, states, parents, read, credits):  # type: ignore[no-untyped-def]
+    """Suffix links, of short prefixes before long ones (``order``).
+
+    Rows of ``credits``: those of the longest hotword completed on the way to a state, and those that the
+    state's suffixes completed meanwhile. They overlap in the text, so only the larger one is kept.
+    """
+    for position in range(1, len(order)):
+        node = order[position]
+        above = parents[node]
+        symbol = read[node]
         completed = symbol == SPACE and states[above, TERMINAL] != 0
-        done[node] = states[above, DEPTH] if completed else done[above]
+        credits[0, node] = states[above, DEPTH] if completed else credits[0, above]
         start = states[above, FAIL]
         suffix, gain = step(start, symbol, count, edges, states)
         before = states[start, DEPTH] if start != DEAD else 0
         after = states[suffix, DEPTH] if suffix != DEAD else 0
-        carry[node] = carry[above] + gain - (after - before)
+        credits[1, node] = credits[1, above] + gain - (after - before)
         states[node, FAIL] = suffix
-        states[node, KEPT] = max(done[node], carry[node])
-    return edges, states[:size].copy()
+        states[node, KEPT] = max(credits[0, node], credits[1, node])
+    return 0

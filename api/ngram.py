@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from api.compiled import compiled, inner
 from api.hotwords import SPACE, Symbols, edge_slot, symbols_of
 from api.vocabulary import Vocabulary
 
@@ -128,7 +128,7 @@ class NgramModel:
     def score(self, symbols: NDArray[np.int32]) -> float:
         """Weighted log-probability with bonuses of a text's symbols (numbered as in ``symbols_of``)."""
         arrays = (self.slots, self.following, self.factors, self.fail, self.backoff)
-        return float(_score(symbols, np.int32(self.start), self.symbols.count, *arrays))
+        return float(_score(symbols, self.start, self.symbols.count, *arrays))
 
 
 def weigh(table: NgramTable, vocabulary: Vocabulary, weight: float, bonus: float) -> NgramModel:
@@ -154,7 +154,8 @@ def weigh(table: NgramTable, vocabulary: Vocabulary, weight: float, bonus: float
     after = np.concatenate([after, np.zeros_like(unknown)])
     log_prob = np.concatenate([log_prob, np.full(len(unknown), rarest, np.float32)])
     factors = np.exp(weight * log_prob.astype(np.float64) + bonus)
-    slots = _hash(state, symbol, symbols.count, 1 << max(4, int(2 * len(state)).bit_length()))
+    slots = np.zeros((1 << max(4, int(2 * len(state)).bit_length()), 2), np.int64)
+    _hash(state, symbol, symbols.count, slots)
     (start,) = after[(state == EMPTY) & (symbol == SPACE)]
     return NgramModel(
         symbols,
@@ -168,17 +169,16 @@ def weigh(table: NgramTable, vocabulary: Vocabulary, weight: float, bonus: float
     )
 
 
-@njit(cache=True, nogil=True)
-def _hash(state, symbol, count, size):  # type: ignore[no-untyped-def]
-    slots = np.zeros((size, 2), np.int64)
+@compiled("int64(int32[::1], int32[::1], int64, int64[:,::1])")
+def _hash(state, symbol, count, slots):  # type: ignore[no-untyped-def]
     for edge in range(len(state)):
         key, index = edge_slot(state[edge], symbol[edge], count, slots)
         slots[index, 0] = key
         slots[index, 1] = edge
-    return slots
+    return 0
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner(inline=True)
 def advance(state, symbol, count, slots, following, factors, fail, backoff):  # type: ignore[no-untyped-def]
     """State after one more symbol, and the factor that it costs."""
     factor = 1.0
@@ -191,7 +191,9 @@ def advance(state, symbol, count, slots, following, factors, fail, backoff):  # 
         state = fail[state]
 
 
-@njit(cache=True, nogil=True)
+@compiled(
+    "float64(int32[::1], int64, int64, int64[:,::1], int32[::1], float64[::1], int32[::1], float64[::1])"
+)
 def _score(symbols, state, count, slots, following, factors, fail, backoff):  # type: ignore[no-untyped-def]
     total = 0.0
     for symbol in symbols:

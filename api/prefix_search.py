@@ -13,33 +13,96 @@ weight; either costs nothing while there is none.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
+from numpy.typing import NDArray
 
-from api.hotwords import DEAD, ROOT, SPACE, finish, step
-from api.ngram import advance
+from api.compiled import compiled, inner
+from api.hotwords import DEAD, ROOT, SPACE, HotwordAutomaton, Symbols, finish, step
+from api.ngram import NgramModel, advance
 
 POWERS = 128  # most credits one token can change
 
+_NO_SYMBOLS = Symbols(np.zeros(1, np.int32), np.zeros(1, np.int32), {})
+_NO_TRIE = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32))
+_ONE, _NONE = np.ones(1, np.float64), np.zeros(1, np.int32)
+_NO_NGRAM = (np.zeros((2, 2), np.int64), _NONE, _ONE, _NONE, _ONE)
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def trace(leaf, parents, tokens):  # type: ignore[no-untyped-def]
-    length = 0
+
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """What a search has found: the ``leaves`` int32 and ``scores`` float64 of the entries, any order.
+
+    ``parents`` and ``tokens`` int32 are the tree that all prefixes share; node 0 is the empty one.
+    """
+
+    leaves: NDArray[np.int32]
+    scores: NDArray[np.float64]
+    parents: NDArray[np.int32]
+    tokens: NDArray[np.int32]
+
+    def spell(self, entry: int) -> NDArray[np.int32]:
+        """Token ids of an entry, int32 ``(tokens,)``."""
+        found = np.empty(len(self.tokens), np.int32)
+        return found[_spell(int(self.leaves[entry]), self.parents, self.tokens, found) :].copy()
+
+
+def search(
+    log_probs: NDArray[np.float32],
+    blank_id: int,
+    beam: int,
+    max_tokens: int,
+    cuts: tuple[float, float, float, float],
+    hotwords: HotwordAutomaton | None,
+    guide: NgramModel | None,
+) -> Prefixes:
+    """All frames of ``log_probs`` float32 ``(frames, vocabulary)``, contiguous.
+
+    ``cuts``: least log-posterior of a token, blank posterior from which a frame extends nothing, least share
+    of the best entry's score, and least share of the best token's posterior that a hotword may gain by.
+    """
+    symbols, trie, boost = _NO_SYMBOLS, _NO_TRIE, 0.0
+    ngram, start, most = _NO_NGRAM, 0, 1.0
+    if hotwords is not None:
+        symbols, trie, boost = hotwords.symbols, (hotwords.edges, hotwords.states), hotwords.boost
+    if guide is not None:
+        symbols, start, most = guide.symbols, guide.start, guide.most
+        ngram = (guide.slots, guide.following, guide.factors, guide.fail, guide.backoff)
+    frames, candidates = len(log_probs), beam * (max_tokens + 1)
+    tree = np.zeros((2, frames * beam + 1), np.int32)
+    leaves, scores = np.zeros(beam, np.int32), np.zeros(beam, np.float64)
+    entries = _search(
+        *(log_probs, blank_id, beam, max_tokens, *cuts),
+        *(symbols.flat, symbols.offsets, symbols.count),
+        *(hotwords is not None, boost, *trie),
+        *(guide is not None, start, most, *ngram),
+        *(tree[0], tree[1], leaves, scores),
+        np.zeros((8, beam), np.float64),
+        np.zeros((11, beam), np.int32),
+        np.zeros((4, beam), np.uint64),
+        np.zeros((2, candidates), np.float64),
+        np.zeros((4, candidates), np.int32),
+        np.zeros(max_tokens + 1, np.int32),
+        np.zeros(max_tokens + 1, np.float32),
+        np.ones(2 * POWERS + 1, np.float64),
+    )
+    return Prefixes(leaves[:entries], scores[:entries], tree[0], tree[1])
+
+
+@compiled("int64(int64, int32[::1], int32[::1], int32[::1])")
+def _spell(leaf, parents, tokens, found):  # type: ignore[no-untyped-def]
+    """Write the tokens from the root to ``leaf`` to the end of ``found``; where they begin."""
+    position = len(found)
     node = leaf
     while node != 0:
-        length += 1
-        node = parents[node]
-    found = np.empty(length, np.int32)
-    node = leaf
-    while node != 0:
-        length -= 1
-        found[length] = tokens[node]
-        node = parents[node]
-    return found
+        position -= 1
+        found[position] = tokens[node]
+        node = np.int64(parents[node])
+    return position
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@inner()
 def _best_tokens(row, blank, limit, floor, chosen, values):  # type: ignore[no-untyped-def]
     """The best ``limit`` non-blank tokens above the floor, best first; ties keep the lower id first."""
     count = 0
@@ -63,7 +126,7 @@ def _best_tokens(row, blank, limit, floor, chosen, values):  # type: ignore[no-u
     return count
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner(inline=True)
 def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untyped-def]
     """Keep the ``limit`` best (score, item) in a min-heap; the caller has checked that it gets in."""
     if size < limit:
@@ -92,46 +155,44 @@ def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untype
     return size
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def search(log_probs, options, symbols, symbol_count, boosted, boost, trie, guided, ngram):  # type: ignore[no-untyped-def]
-    """All frames; returns leaf node and score of each entry, and the tree of prefixes.
+@compiled(
+    "int64(float32[:,::1], int64, int64, int64, float64, float64, float64, float64, "
+    "int32[::1], int32[::1], int64, "
+    "int64, float64, int64[:,::1], int32[:,::1], "
+    "int64, int64, float64, int64[:,::1], int32[::1], float64[::1], int32[::1], float64[::1], "
+    "int32[::1], int32[::1], int32[::1], float64[::1], "
+    "float64[:,::1], int32[:,::1], uint64[:,::1], float64[:,::1], int32[:,::1], int32[::1], float32[::1], "
+    "float64[::1])"
+)
+def _search(  # type: ignore[no-untyped-def]
+    log_probs, blank, beam, max_tokens, token_floor, blank_skip, beam_cut, hotword_cut,
+    flat, offsets, symbol_count,
+    boosted, boost, edges, states,
+    guided, start, most, slots, following_gram, factors, fail, backoff,
+    parents, tokens, leaves, scores,
+    floats, integers, hashes, likelihoods, origins, chosen, values, powers,
+):  # fmt: skip
+    """All frames; how many entries are in the beam at the end. What comes last is room to work in.
 
     Arrays of entries have two rows, the current frame's and the next one's. ``ended``/``held``: probability
     of the prefix ending in blank / in its last token. ``weight``: e to the boosts, times the language model's
     factors. Both are rescaled by their largest value every frame; ``log_scale`` remembers by how much.
     """
-    blank, beam, max_tokens, token_floor, blank_skip, beam_cut, hotword_cut = options
-    flat, offsets = symbols
-    edges, states = trie
-    start, most, slots, following_gram, factors, fail, backoff = ngram
     frames = log_probs.shape[0]
-    parents = np.zeros(frames * beam + 1, np.int32)
-    tokens = np.full(frames * beam + 1, -1, np.int32)
+    ended, held, weight = floats[0:2], floats[2:4], floats[4:6]
+    candidate_ended, heap = floats[6], floats[7]
+    node, last, state, gram = integers[0:2], integers[2:4], integers[4:6], integers[6:8]
+    heap_items, first_child, next_sibling = integers[8], integers[9], integers[10]
+    prefix_hash, parent_hash = hashes[0:2], hashes[2:4]
+    candidate_probability, candidate_weight = likelihoods[0], likelihoods[1]
+    candidate_state, candidate_gram, candidate_from, candidate_token = (
+        origins[0], origins[1], origins[2], origins[3],
+    )  # fmt: skip
+    last[0, 0] = -1
+    state[0, 0] = ROOT
+    gram[0, 0] = start
+    weight[0, 0] = 1.0
     nodes = 1
-    ended = np.zeros((2, beam), np.float64)
-    held = np.zeros((2, beam), np.float64)
-    weight = np.ones((2, beam), np.float64)
-    node = np.zeros((2, beam), np.int32)
-    last = np.full((2, beam), -1, np.int32)
-    prefix_hash = np.zeros((2, beam), np.uint64)
-    parent_hash = np.zeros((2, beam), np.uint64)
-    state = np.full((2, beam), ROOT, np.int32)
-    gram = np.full((2, beam), start, np.int32)
-    capacity = beam * (max_tokens + 1)
-    candidate_ended = np.zeros(beam, np.float64)
-    candidate_probability = np.zeros(capacity, np.float64)
-    candidate_weight = np.zeros(capacity, np.float64)
-    candidate_state = np.zeros(capacity, np.int32)
-    candidate_gram = np.zeros(capacity, np.int32)
-    candidate_from = np.zeros(capacity, np.int32)
-    candidate_token = np.zeros(capacity, np.int32)
-    heap = np.zeros(beam, np.float64)
-    heap_items = np.zeros(beam, np.int32)
-    chosen = np.zeros(max_tokens + 1, np.int32)
-    values = np.zeros(max_tokens + 1, np.float32)
-    first_child = np.zeros(beam, np.int32)
-    next_sibling = np.zeros(beam, np.int32)
-    powers = np.ones(2 * POWERS + 1, np.float64)
     ended[0, 0] = 1.0
     entries = 1
     now = 0
@@ -301,9 +362,8 @@ def search(log_probs, options, symbols, symbol_count, boosted, boost, trie, guid
         log_scale += math.log(largest) + math.log(largest_weight)
         entries = kept
         now = following_row
-    leaves = node[now, :entries].copy()
-    scores = np.empty(entries, np.float64)
     for entry in range(entries):
+        leaves[entry] = node[now, entry]
         total = (ended[now, entry] + held[now, entry]) * weight[now, entry]
         scores[entry] = (math.log(total) if total > 0.0 else -np.inf) + log_scale
         if boosted:
@@ -313,4 +373,4 @@ def search(log_probs, options, symbols, symbol_count, boosted, boost, trie, guid
                 gram[now, entry], SPACE, symbol_count, slots, following_gram, factors, fail, backoff
             )
             scores[entry] += math.log(factor)
-    return leaves, scores, parents, tokens
+    return entries

@@ -13,42 +13,37 @@ RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
     && /opt/venv/bin/pip install --require-hashes --no-deps --only-binary=:all: -r /build/requirements.txt \
     && sh /build/prune.sh /opt/venv
 
-# --- kernels: compiled on x86-64, by a locked wheel that stays in this stage --------------------------
-FROM ${BASE_IMAGE} AS kernels
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1 CC="/opt/compiler/bin/python3 -m ziglang cc"
-COPY requirements/kernels.txt /build/requirements.txt
+# --- decoders and INT8 kernels: compiled by numba and by a locked wheel that stays in this stage ------
+FROM dependencies AS compiled
+ENV CC="/opt/compiler/bin/python3 -m ziglang cc"
+COPY requirements/kernels.txt /build/compiler.txt
 RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
     --mount=type=secret,id=pip-conf,target=/etc/pip.conf \
-    if [ "$(uname -m)" = x86_64 ]; then \
-      python3 -m venv /opt/compiler \
-      && /opt/compiler/bin/pip install --require-hashes --no-deps --only-binary=:all: -r /build/requirements.txt; \
-    fi
-COPY api/kernels /build/kernels
-RUN mkdir /build/library \
+    python3 -m venv /opt/compiler \
+    && /opt/compiler/bin/pip install --require-hashes --no-deps --only-binary=:all: -r /build/compiler.txt
+COPY api /build/api
+WORKDIR /build
+RUN mkdir -p library/compiled library/kernels \
+    && /opt/venv/bin/python3 -m api.compiled.build --required && mv api/compiled/*.so library/compiled/ \
     && if [ "$(uname -m)" = x86_64 ]; then \
-      python3 /build/kernels/build.py --required \
-      && mv /build/kernels/asr_kernels.so /build/library/; \
+      python3 api/kernels/build.py --required && mv api/kernels/*.so library/kernels/; \
     fi
 
-# --- the application, its model, and what is compiled at first use ------------------------------------
+# --- the application and its model, without what only compiling needed --------------------------------
 FROM dependencies AS application
 ARG MODEL=en-quartznet-small
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app
 WORKDIR /app
 COPY docker/asr /opt/venv/bin/asr
 COPY api /app/api
-# A folder, because on another processor there is nothing in it. Before the warm-up, which then runs on it.
-COPY --from=kernels /build/library/ /app/api/kernels/
+COPY --from=compiled /build/library/ /app/api/
 COPY models/${MODEL} /app/models/${MODEL}
-# numba keys its cache on each source file's time and on the processor's name. Layers keep whole seconds
-# only, so the time is set to one; the processor is the generic one, so that the cache holds on every node.
-# The warm-up loads the model and decodes, which fills the cache and writes the byte code of exactly the
-# modules that the service imports.
-ENV NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=/opt/numba-cache ORT_DISABLE_TELEMETRY=1
+# The warm-up loads the model and decodes: it proves that nothing is missing, and writes the byte code of
+# exactly the modules that the service imports.
+ENV ORT_DISABLE_TELEMETRY=1
 COPY docker/warm_up.py /build/warm_up.py
-RUN find /app/api -name '*.py' -exec touch -d @1700000000 {} + \
-    && ASR_MODELS_DIR=/app/models ASR_MODELS=${MODEL} ASR_CALIBRATE=false ASR_WORKERS=1 python3 /build/warm_up.py \
-    && test -n "$(find /opt/numba-cache -name '*.nbc' -print -quit)"
+RUN sh /build/prune.sh /opt/venv numba llvmlite scipy \
+    && ASR_MODELS_DIR=/app/models ASR_MODELS=${MODEL} ASR_CALIBRATE=false ASR_WORKERS=1 python3 /build/warm_up.py
 
 # --- what ships ---------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS final
@@ -64,16 +59,12 @@ LABEL org.opencontainers.image.title="asr-api" \
       org.opencontainers.image.created="${CREATED}"
 RUN groupadd --gid 10001 asr && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin asr
 COPY --from=application /opt/venv /opt/venv
-COPY --from=application /opt/numba-cache /opt/numba-cache
 COPY --from=application /app /app
-COPY --chmod=0755 docker/entrypoint.sh /usr/local/bin/entrypoint
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
-    NUMBA_CPU_NAME=generic \
-    NUMBA_CACHE_DIR=/tmp/numba-cache \
     HF_HUB_OFFLINE=1 \
     ORT_DISABLE_TELEMETRY=1 \
     ASR_HOST=0.0.0.0 \
@@ -88,8 +79,7 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# Exec form all the way: the entrypoint ends in exec, so SIGTERM reaches the service itself.
-ENTRYPOINT ["/usr/local/bin/entrypoint"]
+# Exec form, so SIGTERM reaches the service itself.
 CMD ["asr", "serve"]
 # bash opens the connection itself: a Python start for every check would cost more than the check is worth.
 HEALTHCHECK --interval=5s --timeout=4s --start-period=60s --retries=3 \

@@ -1,8 +1,7 @@
 """Run the service once while the image is built, through its public interface, and stop it again.
 
-What this leaves behind is the point: numba's cache of compiled decoders, and the byte code of exactly the
-modules that serving imports. It is also the image's first test: a model that does not load, a module that the
-pruning took away or a request that fails ends the build.
+It is the image's first test: a model that does not load, something that the pruning took away, or a request
+that fails ends the build. What it leaves behind is the byte code of exactly the modules that serving imports.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ PORT = 18000
 BASE = f"http://127.0.0.1:{PORT}"
 READY_TIMEOUT_S = 300.0
 BOUNDARY = "warm-up-boundary"
-# Greedy and beam search with hotwords are separate compiled functions; 48 kHz goes through the resampler.
+# Greedy and beam search with hotwords are separate roads; 48 kHz goes through the resampler.
 REQUESTS: tuple[tuple[int, dict[str, str]], ...] = (
     (16_000, {"timestamps": "true"}),
     (48_000, {"beam": "8", "hotwords[]": "warm"}),

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +27,7 @@ FLAGS = (
     *("-Wall", "-Wextra", "-fstack-protector-strong", "-Wl,-z,relro,-z,now"),
 )
 # zig compiles for the machine it runs on unless told otherwise; an image runs elsewhere.
-ZIG_FLAGS = ("-target", "x86_64-linux-gnu.2.28", "-mcpu=x86_64")
+ZIG_FLAGS = ("-target", f"{platform.machine()}-linux-gnu.2.28", "-mcpu=baseline")
 
 
 def find_compiler() -> list[str] | None:
@@ -39,13 +40,15 @@ def find_compiler() -> list[str] | None:
     return [sys.executable, "-m", "ziglang", "cc"] if importlib.util.find_spec("ziglang") else None
 
 
-def compile_library(compiler: list[str], target: Path) -> str:
-    """Write the library; what the compiler says against it, empty if all is well."""
+def compile_library(
+    compiler: list[str], sources: Sequence[Path], target: Path, libraries: Sequence[str] = ()
+) -> str:
+    """Write a library; what the compiler says against it, empty if all is well."""
     zig = ZIG_FLAGS if "ziglang" in compiler or Path(compiler[0]).name == "zig" else ()
     # Whole or not at all, also beside another build: a service may be loading the old one.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernels-") as folder:
         fresh = Path(folder) / target.name
-        command = [*compiler, *zig, *FLAGS, "-o", str(fresh), str(HERE / SOURCES[0])]
+        command = [*compiler, *zig, *FLAGS, "-o", str(fresh), *map(str, sources), *libraries]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0 or not fresh.is_file():
             return done.stderr.strip() or f"{shlex.join(command)}: exit status {done.returncode}"
@@ -79,7 +82,7 @@ def _build() -> str:
     compiler = find_compiler()
     if compiler is None:
         return "no C compiler: install gcc, or the Python package ziglang, and run make again"
-    problem = compile_library(compiler, target)
+    problem = compile_library(compiler, [HERE / SOURCES[0]], target)
     if problem:
         return problem
     print(f"Compiled {target.name} with {compiler[0]}")

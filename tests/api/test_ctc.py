@@ -196,11 +196,3 @@ def test_words_of_byte_level_pieces_join_characters_split_over_tokens() -> None:
     decoded = greedy(spike(4, 3, frames, 8)[None], np.array([8]), 3)[0]
     (word,) = words_of(decoded, vocabulary, frame_stride_s=0.02)
     assert (word.text, word.start_s, word.end_s) == ("tế", pytest.approx(0.02), pytest.approx(0.12))
-
-
-def test_warm_up_compiles_what_both_roads_need() -> None:
-    ctc.warm_up(29, 28)
-    ctc.warm_up(ctc.FUSED_ARGMAX_MAX_VOCABULARY + 1, 0)
-    assert ctc._greedy_fused.signatures
-    assert ctc._collapse.signatures
-    assert ctc._viterbi.signatures

@@ -162,14 +162,23 @@ async def test_few_windows_of_one_file_wait_at_once(models_dir: Path) -> None:
         assert 1 <= most <= 2 + service.summary()["queue"]["workers"]
 
 
-async def test_leaving_early_drops_the_work(service: Service) -> None:
+async def test_leaving_early_drops_the_work(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     recording = io.BytesIO(wav(recite(["abc"] * 200, 0.5)))
+    engine = service.transcriber("").model.engine
+    begun, may_end, run = threading.Event(), threading.Event(), engine.run
+
+    def wait_and_run(*given: Any, **named: Any) -> Any:
+        begun.set()
+        may_end.wait(60)
+        return run(*given, **named)
+
+    monkeypatch.setattr(engine, "run", wait_and_run)
     task = asyncio.create_task(service.transcriber("").transcribe(recording, Options(beam=64)))
-    while not service.summary()["queue"]["busy_workers"]:  # noqa: ASYNC110  the workers set no event
-        await asyncio.sleep(0)
+    assert await asyncio.to_thread(begun.wait, 60)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    may_end.set()
     assert service.summary()["queue"]["waiting"] == 0
     recording.seek(0)  # the file is ours again: no thread reads it any more
     position = recording.tell()

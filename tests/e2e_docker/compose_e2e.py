@@ -44,7 +44,7 @@ from tests.e2e_docker.tools import (
 PROJECT = "asr-e2e"
 REPLICAS = 3
 CLIENTS = 3
-MAX_IMAGE_BYTES = 800_000_000
+MAX_IMAGE_BYTES = 550_000_000
 READY_WITHIN_S = 5.0
 # A request that a replica had accepted and did not answer; refused connections were never accepted.
 LOST = re.compile(r"prematurely closed|reset by peer|upstream timed out .* while reading")
@@ -90,10 +90,10 @@ def fetch(url: str) -> dict[str, object]:
 
 
 def check_image(report: Report, image: str, model: str) -> None:
-    """What the API image promises: size, rights, no compiler, start time, numba cache, kernels, SIGTERM."""
+    """What the API image promises: size, rights, no compiler, start time, what was compiled, SIGTERM."""
     size_bytes = int(run("docker", "image", "inspect", "--format", "{{.Size}}", image))
     report.check(
-        size_bytes < MAX_IMAGE_BYTES, f"image size: {size_bytes / 1e6:.0f} MB of at most 800", size_bytes
+        size_bytes < MAX_IMAGE_BYTES, f"image size: {size_bytes / 1e6:.0f} MB of at most 550", size_bytes
     )
     config = json.loads(run("docker", "image", "inspect", "--format", "{{json .Config}}", image))
     labels = config["Labels"]
@@ -121,7 +121,8 @@ def check_image(report: Report, image: str, model: str) -> None:
     )  # fmt: skip
     names = {component["name"] for component in json.loads(listing)["components"]}
     report.check({"onnxruntime", "libc6", model} <= names, f"bill of materials: {len(names)} components")
-    report.check("ziglang" not in names, "compiler of the kernels: stayed in its stage")
+    left = names & {"ziglang", "numba", "llvmlite", "scipy"}
+    report.check(not left, "compilers of kernels and decoders: stayed in their stage", sorted(left))
 
     container = run(
         "docker", "run", "--detach", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges",
@@ -146,9 +147,6 @@ def check_image(report: Report, image: str, model: str) -> None:
             report.check(ready_s < READY_WITHIN_S, text, round(ready_s, 1))
         else:
             report.skipped(f"{text}; the limit of {READY_WITHIN_S:.0f} s is for a machine without other load")
-        folders = ("/opt/numba-cache", "/tmp/numba-cache")
-        new = run("docker", "exec", container, "sh", "-c", f"diff -rq {' '.join(folders)} || true").split()
-        report.check(new == [], "numba: every decoder came from the cache in the image, nothing was compiled")
         left = run("docker", "exec", container, "ls", "-A", "/tmp").split()
         report.check(".ses" not in left, "telemetry: ONNX Runtime's own, to its maker, is off")
         log = run("sh", "-c", f"docker logs {container} 2>&1")

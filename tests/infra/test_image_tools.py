@@ -107,15 +107,20 @@ def stages(dockerfile: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dockerfile", ["docker/api.Dockerfile", "serverless/Dockerfile"])
-def test_kernels_are_compiled_for_the_image_and_their_compiler_stays_behind(dockerfile: str) -> None:
+def test_decoders_and_kernels_are_compiled_for_the_image_and_their_compilers_stay_behind(
+    dockerfile: str,
+) -> None:
     found = stages(dockerfile)
-    assert found["kernels"] == stages("docker/api.Dockerfile")["kernels"], "one way to compile them"
-    assert "build.py --required" in found["kernels"]
-    copies = [line for stage in found.values() for line in stage.splitlines() if "--from=kernels" in line]
-    # A folder: where there is nothing to compile it is empty, and a file that is not there ends the build.
-    assert copies == ["COPY --from=kernels /build/library/ /app/api/kernels/"]
+    assert found["compiled"] == stages("docker/api.Dockerfile")["compiled"], "one way to compile them"
+    assert "api.compiled.build --required" in found["compiled"]
+    assert "kernels/build.py --required" in found["compiled"]
+    copies = [line for stage in found.values() for line in stage.splitlines() if "--from=compiled" in line]
+    # A folder: where there are no kernels to compile theirs is empty, and a missing file ends the build.
+    assert copies == ["COPY --from=compiled /build/library/ /app/api/"]
     application = found["application"]
-    assert application.index("COPY api ") < application.index(copies[0]) < application.index("warm_up.py")
+    order = ["COPY api ", copies[0], "prune.sh /opt/venv numba llvmlite", "warm_up.py\n"]
+    places = [application.rindex(part) for part in order]
+    assert places == sorted(places), "what is taken away is taken away before the image is tried"
 
 
 def test_what_was_compiled_here_stays_out_of_the_build_context() -> None:

@@ -1,0 +1,193 @@
+"""The decoders' loops: compiled ahead where that worked, by numba otherwise, and the same either way."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from api import compiled
+from api.compiled import build
+from api.kernels.build import compile_library, find_compiler
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT = "import api.compiled, pathlib; api.compiled.LIBRARY = pathlib.Path('/absent')\n"
+
+needs_library = pytest.mark.skipif(compiled.library() is None, reason="no C compiler: numba does it")
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
+
+DECODE = """
+import hashlib, sys
+import numpy as np
+from api.beam import beam_search
+from api.bundle import load_bundle
+from api.ctc import FUSED_ARGMAX_MAX_VOCABULARY, greedy
+from api.hotwords import build_hotwords
+from pathlib import Path
+
+bundle = load_bundle(Path("models"), "en-quartznet-small")
+size, blank = len(bundle.vocabulary), bundle.vocabulary.blank_id
+rng = np.random.default_rng(5)
+digest = hashlib.sha256()
+hotwords = build_hotwords(["hello", "hell", "o lo", "world"], bundle.vocabulary)
+
+def told(decoded):
+    for each in (decoded.token_ids, decoded.start_frames, decoded.end_frames, decoded.token_log_probs):
+        digest.update(each.tobytes())
+    digest.update(f"{decoded.score:.9g} {decoded.empty_log_prob:.9g}".encode())
+
+for sharp in (1.0, 6.0, 20.0):
+    for vocabulary in (size, FUSED_ARGMAX_MAX_VOCABULARY + 1):
+        scores = sharp * rng.normal(size=(2, 60, vocabulary))
+        scores -= np.log(np.exp(scores).sum(axis=2, keepdims=True))
+        for decoded in greedy(scores.astype(np.float32), np.array([60, 41]), blank):
+            told(decoded)
+        if vocabulary == size:
+            for guide in (None, bundle.guide):
+                for words in (None, hotwords):
+                    for decoded in beam_search(
+                        scores[0].astype(np.float32), blank, 8, words, n_best=3, guide=guide
+                    ):
+                        told(decoded)
+print(digest.hexdigest(), "numba" in sys.modules)
+"""
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_library
+def test_numba_and_the_library_give_the_same() -> None:
+    ahead, numbas = python(DECODE).split(), python(WITHOUT + DECODE).split()
+    assert ahead[0] == numbas[0]
+    assert (ahead[1], numbas[1]) == ("False", "True")
+
+
+@needs_library
+def test_the_decoders_hold_without_the_library() -> None:
+    tests = ["tests/api/test_ctc.py", "tests/api/test_beam.py", "tests/api/test_ngram.py"]
+    said = python(
+        f"{WITHOUT}import pytest\nraise SystemExit(pytest.main({['-q', '-p', 'no:cacheprovider', *tests]}))"
+    )
+    assert " passed" in said
+
+
+@needs_library
+def test_the_service_does_without_numba() -> None:
+    assert python("import api.main, sys; print([name for name in sys.modules if 'numba' in name])") == "[]\n"
+
+
+def test_warming_up_compiles_all_that_decoding_calls() -> None:
+    code = """
+from pathlib import Path
+from api import beam, ctc, prefix_search
+from api.bundle import load_bundle
+from api.registry import _warm_decoder
+
+_warm_decoder(load_bundle(Path("models"), "en-quartznet-small"))
+loops = (ctc._argmax, ctc._collapse, ctc._viterbi, prefix_search._search, prefix_search._spell)
+print(all(loop.signatures for loop in loops))
+"""
+    assert python(WITHOUT + code) == "True\n"
+
+
+@needs_library
+def test_what_the_library_would_misread_is_refused() -> None:
+    from api.ngram import _hash
+
+    slots = np.zeros((4, 2), np.int64)
+    state = np.zeros(1, np.int32)
+    _hash(state, state, 1, slots)
+    wrong = [
+        (state.astype(np.int64), state, 1, slots),  # other numbers
+        (state[:, None], state, 1, slots),  # other dimensions
+        (state, state, 1, np.zeros((2, 4), np.int64).T),  # other order
+        (state, [0], 1, slots),  # no array
+    ]
+    for given in wrong:
+        with pytest.raises(TypeError, match=r"_hash: .* expected contiguous int64\(int32\[::1\]"):
+            _hash(*given)
+    with pytest.raises(ValueError, match="shorter"):
+        _hash(state, state, 1)
+    with pytest.raises(ctypes.ArgumentError):
+        _hash(state, state, 1.5, slots)
+
+
+@pytest.mark.parametrize(
+    ("signature", "said"),
+    [
+        ("int64(int32[:])", "'int32\\[:\\]' is neither"),
+        ("int64(int32)", "'int32' is neither"),
+        ("none(int64)", "returns 'none'"),
+    ],
+)
+def test_a_signature_that_c_cannot_be_told(signature: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        compiled.parse(signature)
+
+
+def test_every_loop_has_a_signature_that_c_can_be_told() -> None:
+    exports = compiled.load_modules()
+    assert len({export.symbol for export in exports}) == len(exports) >= 9
+    for export in exports:
+        assert compiled.parse(export.signature)[0] in compiled.SCALARS
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("made_of", "offset", "problem"),
+    [("0" * 64, 0, "made of other sources"), (compiled.sources(), 8, "look otherwise")],
+)
+def test_a_library_of_other_sources_or_for_another_numpy_is_not_used(
+    tmp_path: Path, made_of: str, offset: int, problem: str
+) -> None:
+    text = build.HEAD.format(made_of).replace("return given->data", f"return given->data + {offset}")
+    (tmp_path / "other.c").write_text(text)
+    compiler = find_compiler()
+    assert compiler is not None
+    assert compile_library(compiler, [tmp_path / "other.c"], tmp_path / "other.so") == ""
+    assert problem in compiled.open_library(tmp_path / "other.so")[1]
+
+
+@needs_compiler
+def test_a_library_of_other_sources_is_made_again(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "api", tmp_path / "api", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+
+    def make() -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "api.compiled.build", "--required"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert make().startswith("Compiled asr_decoding.so")
+    assert make() == ""
+    with (tmp_path / "api" / "ctc.py").open("a") as source:
+        source.write("# another\n")
+    assert make().startswith("Compiled asr_decoding.so")
+
+
+def test_what_is_no_library_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "some.so").write_bytes(b"no library")
+    assert compiled.open_library(tmp_path / "some.so")[0] is None
+    assert "some.so" in compiled.open_library(tmp_path / "some.so")[1]
+
+
+def test_without_a_compiler_numba_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "no C compiler" in build.build(tmp_path / "asr_decoding.so")
+    assert list(tmp_path.iterdir()) == []
