@@ -151,6 +151,8 @@ def _called_in(loaded: ctypes.CDLL, export: Export) -> Any:
     result_type = SCALARS[returned]
 
     def call(*given: Any) -> Any:
+        if len(given) != len(kinds):
+            raise TypeError(f"{export.name}: {len(given)} arguments, expected {export.signature}")
         for value, kind in zip(given, kinds, strict=True):
             if kind and not (
                 isinstance(value, np.ndarray)
