@@ -3,13 +3,14 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS dependencies
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1
+# One lock serves a checkout, where page and service share an environment; the page needs no engine.
 COPY requirements/ui.txt /build/requirements.txt
 COPY docker/prune.sh /build/prune.sh
 RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
     --mount=type=secret,id=pip-conf,target=/etc/pip.conf \
     python3 -m venv --copies /opt/venv \
     && /opt/venv/bin/pip install --require-hashes --no-deps --only-binary=:all: -r /build/requirements.txt \
-    && sh /build/prune.sh /opt/venv
+    && sh /build/prune.sh /opt/venv numba llvmlite scipy onnxruntime
 
 FROM ${BASE_IMAGE} AS final
 ARG VERSION=0.0.0
@@ -36,8 +37,10 @@ ENV PATH=/opt/venv/bin:$PATH \
     STREAMLIT_SERVER_FILE_WATCHER_TYPE=none \
     STREAMLIT_BROWSER_GATHER_USAGE_STATS=false
 WORKDIR /app
-# Byte code of what the page imports, written while the root file system can still be written.
-RUN PYTHONDONTWRITEBYTECODE='' python3 -c "import streamlit.web.bootstrap, streamlit.runtime, altair, httpx, numpy"
+# Byte code of what the page imports, written while the root file system can still be written. It is also the
+# proof that nothing of it was pruned.
+RUN PYTHONDONTWRITEBYTECODE='' python3 -c "import streamlit.web.bootstrap, streamlit.runtime, altair, httpx, numpy, av, \
+    soundfile, opentelemetry.exporter.otlp.proto.http.trace_exporter"
 USER 10001:10001
 EXPOSE 8501
 STOPSIGNAL SIGTERM
