@@ -18,7 +18,7 @@ from loadtest.clips import wav_clip
 from loadtest.mixed_live import Microphone, changed
 from loadtest.mixed_load import Callers, Kind, Tally
 from loadtest.processes import LiveServer, api_server
-from loadtest.soak import Growth, Reader, Sample, findings, growth
+from loadtest.soak import POOL_THREADS, Growth, Reader, Sample, findings, growth
 from tests.tiny_bundle import make_bundle
 
 FLAT = Growth(level_mb=300.0, added_mb=1.0, steady_mb=0.5, measured_s=1500.0)
@@ -67,13 +67,15 @@ def test_findings_name_what_stayed_and_what_was_answered_wrongly() -> None:
     tally.note(kind, "200")
     assert findings(tally, FLAT, IDLE, IDLE, CALM) == []
     tally.note(kind, "500 internal_error")
-    after = Sample(1.0, 300.0, 15, 9, 1)
+    a_pool_that_filled = Sample(1.0, 300.0, 14, 8 + POOL_THREADS, 0)
+    assert findings(Tally(), FLAT, IDLE, a_pool_that_filled, CALM) == []
+    after = Sample(1.0, 300.0, 15, 8 + POOL_THREADS + 1, 1)
     leak = Growth(level_mb=300.0, added_mb=20.0, steady_mb=15.0, measured_s=1800.0)
     assert findings(tally, leak, IDLE, after, {"requests_in_progress": 2}) == [
         "1 times clip: 500 internal_error",
         "memory grows: memory 300 MB, +20.0 MB in 30 minutes, of which +15.0 steadily",
         "idle, 15 descriptors after the load, 14 before",
-        "idle, 9 threads after the load, 8 before",
+        f"idle, {9 + POOL_THREADS} threads after the load, 8 before",
         "idle, 1 spooled after the load, 0 before",
         "2 requests still in progress",
     ]
