@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from api.errors import AsrError, BundleError, SettingsError
+from api.errors import AsrError, BundleError, InstallationError, SettingsError
 from api.settings import Settings, load_settings
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.run(parsed))
-    except (SettingsError, BundleError, AsrError) as error:
+    except (SettingsError, InstallationError, BundleError, AsrError) as error:
         print(f"asr: {error}", file=sys.stderr)
         return WRONG if isinstance(error, SettingsError) else FAILED
     except KeyboardInterrupt:

@@ -305,6 +305,10 @@ class BundleError(Exception):
         self.problem = problem
 
 
+class InstallationError(RuntimeError):
+    """Something that the service is made of is missing; the message says what to do."""
+
+
 class SettingsError(ValueError):
     """A setting is unsafe or impossible; the message has one line per problem, naming the variable."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from api import beam, ctc
+from api import beam, compiled, ctc
 from api.batcher import Admission, Batcher
 from api.bundle import Bundle, load_bundle
 from api.calibration import Calibration, calibrate
@@ -137,6 +137,8 @@ def _load_all(settings: Settings, telemetry: Telemetry) -> Registry:
     cores = usable_cores(limit_cores)
     for name in settings.models:
         telemetry.model_not_loaded(name)
+    if problem := compiled.unusable():
+        log.warning("compiled_decoders_unusable", file=str(compiled.LIBRARY), problem=problem)
     engines = []
     workers = 0
     # The default model first: what it calibrates to is the number of workers of all.

@@ -1,10 +1,11 @@
 """The decoders' loops as machine code: compiled ahead of time where a C compiler was, else by numba.
 
 A function of these is numba's Python over arrays that its caller has made: it allocates nothing, raises
-nothing and takes and returns numbers and contiguous arrays only. ``build.py`` has numba compile all of them
-into one library, which is called through ``ctypes``. A process that has that library never imports numba: it
-starts a second sooner and holds 125 MB less (docs/adr/0010). Without it, or when it was made of other
-sources, numba compiles each function when it is first called and keeps that beside the sources.
+nothing and takes and returns numbers and contiguous arrays that it may write to. ``build.py`` has numba
+compile all of them into one library, which is called through ``ctypes``. A process that has that library
+never imports numba: it starts a second sooner and holds 125 MB less (docs/adr/0010). Without it, or when it
+was made of other sources, numba compiles each function when it is first called and keeps that beside the
+sources.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import structlog
 
-log = structlog.get_logger("api.compiled")
+from api.errors import InstallationError
 
 MODULES = ("ctc", "hotwords", "ngram", "prefix_search")
 """Of the package ``api``: where the compiled functions are."""
@@ -80,13 +80,14 @@ def inner(*, inline: bool = False) -> Callable[[Function], Any]:
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they are to be left to numba."""
-    if not LIBRARY.is_file():
-        return None
-    loaded, problem = open_library(LIBRARY)
-    if problem:
-        log.warning("compiled_decoders_unusable", file=str(LIBRARY), problem=problem, remedy="make kernels")
-        return None
-    return loaded
+    loaded, problem = open_library(LIBRARY) if LIBRARY.is_file() else (None, "")
+    return None if problem else loaded
+
+
+def unusable() -> str:
+    """Why the library that is there is not used; empty where there is none, or it is used."""
+    # Told by who loads the models: these modules are imported before there is a log.
+    return open_library(LIBRARY)[1] if library() is None and LIBRARY.is_file() else ""
 
 
 def open_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
@@ -121,8 +122,14 @@ def load_modules() -> list[Export]:
 
 
 def _by_numba(function: Function, **options: Any) -> Any:
-    from numba import njit
-
+    try:
+        from numba import njit
+    except ModuleNotFoundError as error:
+        reason = unusable() or "not there"
+        raise InstallationError(
+            f"the decoders are compiled neither ahead ({LIBRARY}: {reason}) nor by numba, "
+            "which is not installed; build the image again, or run make kernels where numba is"
+        ) from error
     return njit(cache=True, **OPTIONS, **options)(function)
 
 

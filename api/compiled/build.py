@@ -7,6 +7,7 @@ C library and nothing else: neither numba nor Python's own interface, of whateve
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -96,12 +97,16 @@ def build(target: Path) -> str:
     if (compiler := find_compiler()) is None:
         return "no C compiler: install gcc, or the Python package ziglang, and run make again"
     made_of = compiled.sources()  # before they are read: what changes meanwhile counts as newer
-    with tempfile.TemporaryDirectory() as folder:
-        code, text = Path(folder, "loops.o"), Path(folder, "glue.c")
+    # Beside the target, to be moved; under a name of its own, because a process loads a name only once.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernels-") as folder:
+        code, text, fresh = (Path(folder, name) for name in ("loops.o", "glue.c", target.name))
         exports = compiled.load_modules()
         code.write_bytes(object_code(exports))
         text.write_text(HEAD.format(made_of) + "".join(map(glue, exports)), encoding="ascii")
-        problem = compile_library(compiler, [code, text], target, libraries=["-lm"])
+        problem = compile_library(compiler, [code, text], fresh, libraries=["-lm"])
+        problem = problem or compiled.open_library(fresh)[1]
+        if not problem:
+            fresh.replace(target)
     if not problem:
         print(f"Compiled {target.name} with {compiler[0]}")
     return problem
@@ -112,14 +117,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--required", action="store_true", help="fail where they cannot be compiled")
     arguments = parser.parse_args()
-    if compiled.LIBRARY.is_file():
-        if not compiled.open_library(compiled.LIBRARY)[1]:
-            return 0
-        compiled.LIBRARY.unlink()  # what is loaded below must be numba's
+    target, compiled.LIBRARY = compiled.LIBRARY, Path(os.devnull)  # whatever is there, here numba is asked
     try:
-        problem = build(compiled.LIBRARY)
-    except (OSError, ValueError) as error:  # a compiler that is not there, a command line that is none
-        problem = str(error)
+        if target.is_file() and not compiled.open_library(target)[1]:
+            return 0
+        problem = build(target)
+    except Exception as error:  # numba, the compiler, the folder: whatever it is, the service runs without
+        problem = f"{type(error).__name__}: {error}"
     if not problem:
         return 0
     print(f"The decoders are not compiled ahead ({problem}); numba does it when the service starts.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from api.compiled import build
 from api.kernels.build import compile_library, find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_NUMBA = "import sys\nsys.modules['numba'] = None\n"
 WITHOUT = "import api.compiled, pathlib; api.compiled.LIBRARY = pathlib.Path('/absent')\n"
 
 needs_library = pytest.mark.skipif(compiled.library() is None, reason="no C compiler: numba does it")
@@ -76,9 +78,9 @@ def test_numba_and_the_library_give_the_same() -> None:
 @needs_library
 def test_the_decoders_hold_without_the_library() -> None:
     tests = ["tests/api/test_ctc.py", "tests/api/test_beam.py", "tests/api/test_ngram.py"]
-    said = python(
-        f"{WITHOUT}import pytest\nraise SystemExit(pytest.main({['-q', '-p', 'no:cacheprovider', *tests]}))"
-    )
+    # What pytest would rewrite is imported with the service's errors already.
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    said = python(f"{WITHOUT}import pytest\nraise SystemExit(pytest.main({[*options, *tests]}))")
     assert " passed" in said
 
 
@@ -159,24 +161,70 @@ def test_a_library_of_other_sources_or_for_another_numpy_is_not_used(
     assert problem in compiled.open_library(tmp_path / "other.so")[1]
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The service's sources with nothing compiled."""
+    folder = tmp_path / "a check-out"
+    shutil.copytree(ROOT / "api", folder / "api", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return folder
+
+
+def make(checkout: Path, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys\nsys.argv.append('--required')\nfrom api.compiled import build\nsys.exit(build.main())"
+    return subprocess.run(
+        [sys.executable, "-c", before + code],
+        cwd=checkout,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
 @needs_compiler
-def test_a_library_of_other_sources_is_made_again(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "api", tmp_path / "api", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-
-    def make() -> str:
-        return subprocess.run(
-            [sys.executable, "-m", "api.compiled.build", "--required"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    assert make().startswith("Compiled asr_decoding.so")
-    assert make() == ""
-    with (tmp_path / "api" / "ctc.py").open("a") as source:
+def test_a_library_of_other_sources_is_told_once_there_is_a_log_and_made_again(checkout: Path) -> None:
+    assert make(checkout).stdout.startswith("Compiled asr_decoding.so")
+    assert make(checkout).stdout == ""
+    with (checkout / "api" / "ctc.py").open("a") as source:
         source.write("# another\n")
-    assert make().startswith("Compiled asr_decoding.so")
+    code = "import api.main; from api import compiled; print('only', compiled.unusable())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
+    assert done.stdout == "only made of other sources\n"
+    assert make(checkout).stdout.startswith("Compiled asr_decoding.so")
+
+
+@needs_compiler
+def test_whatever_hinders_the_build_is_one_line(checkout: Path) -> None:
+    no_numba = make(checkout, NO_NUMBA)
+    assert (no_numba.returncode, no_numba.stderr) == (1, "")
+    assert "numba" in no_numba.stdout
+    broken = make(checkout, CC="/bin/false")
+    assert (broken.returncode, broken.stderr) == (1, "")
+    assert "exit status 1" in broken.stdout
+    assert not compiled_here(checkout)
+
+
+@needs_compiler
+def test_a_library_that_does_not_load_is_no_success(checkout: Path) -> None:
+    build_py = checkout / "api" / "compiled" / "build.py"
+    text = build_py.read_text()
+    build_py.write_text(
+        text.replace("return given->data; }}", "return not_there(given); }}\nextern void *not_there;")
+    )
+    broken = make(checkout, CC=f"{' '.join(find_compiler() or [])} -Wno-error")
+    assert broken.returncode == 1
+    assert "Compiled" not in broken.stdout
+
+
+def compiled_here(checkout: Path) -> list[Path]:
+    return list(checkout.rglob("asr_decoding.so"))
+
+
+def test_neither_library_nor_numba_is_one_line(checkout: Path) -> None:
+    code = NO_NUMBA + "from api import cli\nsys.exit(cli.main(['models', 'verify']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("asr: the decoders are compiled neither ahead")
+    assert "Traceback" not in done.stderr
 
 
 def test_what_is_no_library_is_not_used(tmp_path: Path) -> None:
