@@ -27,7 +27,7 @@ SAMPLE = ROOT / "samples" / "hello.flac"
 READY_TIMEOUT_S = 300.0  # a machine that is busy with something else; seconds where it is not
 SLOW_AFTER_S = 20.0
 STOP_TIMEOUT_S = 30.0
-NEEDED_FREE_BYTES = 200 << 20  # logs, spooled uploads and the numba cache
+NEEDED_FREE_BYTES = 200 << 20  # logs, spooled uploads and, without a compiler, numba's cache
 
 
 class RunError(Exception):
