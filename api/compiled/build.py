@@ -87,10 +87,8 @@ def glue(export: Export) -> str:
 
 def build(target: Path) -> str:
     """Write the library; what stands against it, empty if all is well."""
-    from api.kernels.build import (
-        compile_library,
-        find_compiler,
-    )  # loads ONNX Runtime: not to find that all is well
+    # Loads ONNX Runtime, which to find that all is well is too much.
+    from api.kernels.build import compile_library, find_compiler
 
     if sys.platform != "linux":
         return f"that is for Linux, this is {sys.platform}"
