@@ -17,7 +17,6 @@ callers. The last line is JSON.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import time
 from collections.abc import Sequence
@@ -27,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection
 
 from loadtest.clips import SAMPLE_RATE_HZ, speech
 from loadtest.command import bundle_parser
+from loadtest.live_client import PIECE_S, append, opened, pieces, update
 from loadtest.processes import LiveServer, api_server, hardware
 
 CLIPS_S = (3.0, 5.0, 8.0, 4.0)
 PAUSE_S = 1.2
-PIECE_S = 0.1
 
 
 @dataclass
@@ -64,11 +63,8 @@ def recording(seconds: float) -> tuple[bytes, str]:
 async def session(server: LiveServer, model: str, data: bytes, wait_s: float, heard: Heard) -> list[str]:
     """One caller: its transcripts; its times go into `heard`."""
     await asyncio.sleep(wait_s)
-    async with connect(f"ws://{server.address}/v1/realtime?model={model}", proxy=None) as socket:
-        audio_input = {"format": {"type": "audio/pcm", "rate": SAMPLE_RATE_HZ}}
-        await socket.send(
-            json.dumps({"type": "session.update", "session": {"audio": {"input": audio_input}}})
-        )
+    async with opened(server.address, f"/v1/realtime?model={model}") as socket:
+        await socket.send(update())
         while json.loads(await socket.recv())["type"] != "session.updated":
             pass
         start_s = time.perf_counter()
@@ -80,12 +76,10 @@ async def session(server: LiveServer, model: str, data: bytes, wait_s: float, he
 
 async def speak(socket: ClientConnection, data: bytes, start_s: float, heard: Heard) -> None:
     """Send each piece when a microphone would have it."""
-    step = round(PIECE_S * SAMPLE_RATE_HZ) * 2
-    for count, at in enumerate(range(0, len(data), step), 1):
+    for count, piece in enumerate(pieces(data), 1):
         due_s = start_s + count * PIECE_S
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-        piece = base64.b64encode(data[at : at + step]).decode()
-        await socket.send(json.dumps({"type": "input_audio_buffer.append", "audio": piece}))
+        await socket.send(append(piece))
         heard.late_s = max(heard.late_s, time.perf_counter() - due_s)
 
 

@@ -6,7 +6,6 @@ They answer like the requests of ``mixed_load.py``: ``"200"`` when all was as it
 from __future__ import annotations
 
 import asyncio
-import base64
 import itertools
 import json
 import random
@@ -14,13 +13,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection
 
 from loadtest.clips import SAMPLE_RATE_HZ
+from loadtest.live_client import PIECE_S, append, opened, pieces, update
 from loadtest.load import Clip
 
 WAV_HEADER_BYTES = 44
-PIECE_S = 0.1
 LONGEST_S = 3300.0
 """Of one microphone's session: below the hour that the service grants."""
 
@@ -28,17 +27,6 @@ LONGEST_S = 3300.0
 def pcm(clip: Clip) -> bytes:
     """The 16-bit samples of a WAV file as ``clips.wav_clip`` writes it."""
     return clip.content[WAV_HEADER_BYTES:]
-
-
-def pieces(data: bytes, piece_s: float = PIECE_S) -> list[bytes]:
-    """`data` (16-bit mono at 16 kHz) in messages of `piece_s` seconds."""
-    size = round(piece_s * SAMPLE_RATE_HZ) * 2
-    return [data[at : at + size] for at in range(0, len(data), size)]
-
-
-def opened(address: str, path: str) -> connect:
-    """A WebSocket to the service at `address` (host and port); use with ``async with``."""
-    return connect(f"ws://{address}{path}", proxy=None, open_timeout=120.0)
 
 
 async def configure(socket: ClientConnection) -> None:
@@ -64,17 +52,11 @@ async def vosk(address: str, clip: Clip, rng: random.Random) -> str:
 async def realtime(address: str, clip: Clip, rng: random.Random) -> str:
     """One clip over the realtime API, committed by its caller: the transcript comes."""
     async with opened(address, "/v1/realtime") as socket:
-        audio_input = {
-            "format": {"type": "audio/pcm", "rate": SAMPLE_RATE_HZ},
-            "turn_detection": rng.choice([None, {"type": "server_vad"}]),
-        }
-        await socket.send(
-            json.dumps({"type": "session.update", "session": {"audio": {"input": audio_input}}})
-        )
+        turn_detection = rng.choice([None, {"type": "server_vad"}])
+        await socket.send(update(turn_detection=turn_detection))
         for piece in pieces(pcm(clip) + bytes(SAMPLE_RATE_HZ * 2), 0.5):
-            event = {"type": "input_audio_buffer.append", "audio": base64.b64encode(piece).decode()}
-            await socket.send(json.dumps(event))
-        if audio_input["turn_detection"] is None:
+            await socket.send(append(piece))
+        if turn_detection is None:
             await socket.send(json.dumps({"type": "input_audio_buffer.commit"}))
         async for message in socket:
             event = json.loads(message)

@@ -202,12 +202,10 @@ def _file(clip: Clip) -> dict[str, tuple[str, bytes]]:
     return {"file": (clip.name, clip.content)}
 
 
-async def drive(
-    base_url: str, callers: Callers, clients: int, duration_s: float, seed: int, microphones: int = 1
-) -> Tally:
+async def drive(base_url: str, callers: Callers, clients: int, duration_s: float, seed: int) -> Tally:
     """`clients` callers, each with one request at a time and a connection of its own, for `duration_s`.
 
-    Beside them `microphones`, which speak live all the time.
+    Beside them one speaks live all the time.
     """
     tally = Tally()
     until_s = time.monotonic() + duration_s
@@ -230,6 +228,6 @@ async def drive(
     microphone = Kind("live, microphone", speak, frozenset({"200"}), 1)
     await asyncio.gather(
         *(caller(number, callers.kinds) for number in range(clients)),
-        *(caller(number, [microphone]) for number in range(clients, clients + microphones)),
+        caller(clients, [microphone]),
     )
     return tally

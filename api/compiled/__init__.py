@@ -77,21 +77,24 @@ def inner(*, inline: bool = False) -> Callable[[Function], Any]:
     return decorate
 
 
-@cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they are to be left to numba."""
-    loaded, problem = open_library(LIBRARY) if LIBRARY.is_file() else (None, "")
-    return None if problem else loaded
+    return _opened()[0]
 
 
 def unusable() -> str:
     """Why the library that is there is not used; empty where there is none, or it is used."""
     # Told by who loads the models: these modules are imported before there is a log.
-    return open_library(LIBRARY)[1] if library() is None and LIBRARY.is_file() else ""
+    return _opened()[1]
+
+
+@cache
+def _opened() -> tuple[ctypes.CDLL | None, str]:
+    return open_library(LIBRARY) if LIBRARY.is_file() else (None, "")
 
 
 def open_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
-    """A library, and why it must not be used; empty if it may."""
+    """A library and nothing, or None and why it must not be used."""
     try:
         loaded = ctypes.CDLL(str(path))
         loaded.asr_made_of.restype = ctypes.c_char_p
@@ -101,9 +104,9 @@ def open_library(path: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
     probe = np.zeros(1)
     if loaded.asr_made_of() != sources().encode():
-        return loaded, "made of other sources"
+        return None, "made of other sources"
     if loaded.asr_data_of(probe) != probe.ctypes.data:
-        return loaded, "made for arrays that look otherwise"
+        return None, "made for arrays that look otherwise"
     return loaded, ""
 
 

@@ -51,7 +51,7 @@ def object_code(exports: Sequence[Export]) -> bytes:
                 locals={},
                 library=library,
             )
-            result.library.get_function(result.fndesc.llvm_func_name).name = LOOP + export.symbol
+            library.get_function(result.fndesc.llvm_func_name).name = LOOP + export.symbol
         library.finalize()
         code: bytes = library.emit_native_object()
         return code
@@ -88,23 +88,21 @@ def glue(export: Export) -> str:
 def build(target: Path) -> str:
     """Write the library; what stands against it, empty if all is well."""
     # Loads ONNX Runtime, which to find that all is well is too much.
-    from api.kernels.build import compile_library, find_compiler
+    from api.kernels.build import NO_COMPILER, compile_library, find_compiler
 
     if sys.platform != "linux":
         return f"that is for Linux, this is {sys.platform}"
     if (compiler := find_compiler()) is None:
-        return "no C compiler: install gcc, or the Python package ziglang, and run make again"
+        return NO_COMPILER
     made_of = compiled.sources()  # before they are read: what changes meanwhile counts as newer
-    # Beside the target, to be moved; under a name of its own, because a process loads a name only once.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernels-") as folder:
-        code, text, fresh = (Path(folder, name) for name in ("loops.o", "glue.c", target.name))
+    with tempfile.TemporaryDirectory() as folder:
+        code, text = Path(folder, "loops.o"), Path(folder, "glue.c")
         exports = compiled.load_modules()
         code.write_bytes(object_code(exports))
         text.write_text(HEAD.format(made_of) + "".join(map(glue, exports)), encoding="ascii")
-        problem = compile_library(compiler, [code, text], fresh, libraries=["-lm"])
-        problem = problem or compiled.open_library(fresh)[1]
-        if not problem:
-            fresh.replace(target)
+        problem = compile_library(
+            compiler, [code, text], target, ["-lm"], lambda library: compiled.open_library(library)[1]
+        )
     if not problem:
         print(f"Compiled {target.name} with {compiler[0]}")
     return problem

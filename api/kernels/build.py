@@ -16,10 +16,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+NO_COMPILER = "no C compiler: install gcc, or the Python package ziglang, and run make again"
 SOURCES = ("depthwise.c", "onnxruntime_abi.h")
 LIBRARY = "asr_kernels.so"
 FLAGS = (
@@ -41,9 +42,13 @@ def find_compiler() -> list[str] | None:
 
 
 def compile_library(
-    compiler: list[str], sources: Sequence[Path], target: Path, libraries: Sequence[str] = ()
+    compiler: list[str],
+    sources: Sequence[Path],
+    target: Path,
+    libraries: Sequence[str] = (),
+    objection: Callable[[Path], str] = lambda library: "",
 ) -> str:
-    """Write a library; what the compiler says against it, empty if all is well."""
+    """Write a library; what the compiler or ``objection`` says against it, empty if all is well."""
     zig = ZIG_FLAGS if "ziglang" in compiler or Path(compiler[0]).name == "zig" else ()
     # Whole or not at all, also beside another build: a service may be loading the old one.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernels-") as folder:
@@ -52,6 +57,8 @@ def compile_library(
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0 or not fresh.is_file():
             return done.stderr.strip() or f"{shlex.join(command)}: exit status {done.returncode}"
+        if problem := objection(fresh):
+            return problem
         fresh.replace(target)
     return ""
 
@@ -81,7 +88,7 @@ def _build() -> str:
         return ""
     compiler = find_compiler()
     if compiler is None:
-        return "no C compiler: install gcc, or the Python package ziglang, and run make again"
+        return NO_COMPILER
     problem = compile_library(compiler, [HERE / SOURCES[0]], target)
     if problem:
         return problem
