@@ -8,11 +8,13 @@ where nobody scrapes.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 # Sent by Prometheus with each scrape; a person with curl does not hold up a stop.
 SCRAPER_HEADER = "x-prometheus-scrape-timeout-seconds"
 LONGEST_WAIT_S = 60.0
+GAPS = 4
 
 
 class ScrapeWatch:
@@ -21,7 +23,9 @@ class ScrapeWatch:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last_s: float | None = None
-        self._interval_s = LONGEST_WAIT_S
+        # The longest of the last few: after a scrape that came late the next one comes soon, and says little
+        # about the one after it.
+        self._gaps_s: deque[float] = deque(maxlen=GAPS)
         self._unseen = False
 
     @property
@@ -37,7 +41,7 @@ class ScrapeWatch:
         """Prometheus is being given the numbers as they are."""
         now_s = self._clock()
         if self._last_s is not None:
-            self._interval_s = min(LONGEST_WAIT_S, now_s - self._last_s)
+            self._gaps_s.append(now_s - self._last_s)
         self._last_s = now_s
         self._unseen = False
 
@@ -45,4 +49,5 @@ class ScrapeWatch:
         """True while it is worth waiting: something is unseen, and the next scrape is not overdue."""
         if not self._unseen or self._last_s is None:
             return False
-        return self._clock() - self._last_s < 1.5 * self._interval_s + 1.0
+        interval_s = min(LONGEST_WAIT_S, max(self._gaps_s, default=LONGEST_WAIT_S))
+        return self._clock() - self._last_s < 1.5 * interval_s + 1.0
