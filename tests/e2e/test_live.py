@@ -8,6 +8,7 @@ import contextlib
 import json
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -540,15 +541,21 @@ def test_what_was_heard_is_told_when_the_service_stops(
     assert live.process.wait(60) == 0
 
 
+def flood(session: Session) -> None:
+    with contextlib.suppress(ConnectionClosed, OSError):
+        for _ in range(5):
+            session.send("x", event_id="y" * 4_000_000)
+
+
 def test_a_second_signal_does_not_wait_for_who_does_not_read(
     models_dir: Path, tmp_path: Path, launch: Launch
 ) -> None:
     live = launch(models_dir, tmp_path / "log", drain_timeout_s=600)
     with realtime(live, max_queue=1, max_size=None) as session, live.client() as http:
         session.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        for _ in range(5):
-            session.send("x", event_id="y" * 4_000_000)
-        time.sleep(1)  # until the answers that nobody takes fill every buffer
+        # Until the answers that nobody takes fill every buffer. The server reads no more then: sending blocks.
+        threading.Thread(target=flood, args=(session,), daemon=True).start()
+        time.sleep(1)
         assert sessions(http) == 1
         live.process.send_signal(signal.SIGTERM)
         time.sleep(1)  # the stop has begun
