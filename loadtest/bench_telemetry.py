@@ -114,10 +114,7 @@ class Switch:
             (Stage, "__exit__"): _nothing,
             (Batch, "__enter__"): _itself,
             (Batch, "__exit__"): _nothing,
-            **{
-                (Telemetry, name): _nothing
-                for name in ("record_stage", "transcribed", "set_attributes", "span_context")
-            },
+            **{(Telemetry, name): _nothing for name in ("record_stage", "transcribed", "span_context")},
         }
         real = {(owner, name): vars(owner)[name] for owner, name in silenced}
         self._parts: dict[str, Mapping[tuple[type, str], object]] = {"on": real, "off": silenced}
@@ -128,8 +125,7 @@ class Switch:
             return
         state = scope["path"].removeprefix("/switch/")
         if state == "end":
-            if self._telemetry.tracing is not None:
-                await asyncio.to_thread(self._telemetry.tracing.provider.force_flush)
+            await asyncio.to_thread(self._telemetry.flush)
         else:
             self._stack = self._stacks[state]
             for (owner, name), part in self._parts[state].items():

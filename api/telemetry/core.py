@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from opentelemetry import trace
 from opentelemetry.trace import Link, SpanContext
 
 from api.telemetry.busy import BusyWindow
+from api.telemetry.journal import Journal
 from api.telemetry.metrics import (
     LIVE_ROUTES,
     REJECTION_REASONS,
     TIMED_OUTCOMES,
     UNKNOWN,
     UNMATCHED_ROUTE,
+    Histogram,
     Metrics,
 )
 from api.telemetry.record import RequestRecord, current_record, outcome_of
@@ -22,6 +25,9 @@ from api.telemetry.scrape import ScrapeWatch
 from api.telemetry.spans import AttributeValue, child_context, named
 from api.telemetry.stages import Batch, Stage
 from api.telemetry.tracing import Tracing, build_tracing
+
+if TYPE_CHECKING:
+    from api.telemetry.server_span import RequestSpan
 
 
 class Telemetry:
@@ -44,7 +50,13 @@ class Telemetry:
 
         Give ``os.environ`` there; None means no tracing.
         """
-        self.metrics = Metrics(version=version, commit=commit, environment=environment)
+        self.journal = Journal()
+        self.metrics = Metrics(
+            version=version,
+            commit=commit,
+            environment=environment,
+            before_collecting=self.journal.work_off,
+        )
         if tracing is None and environ is not None:
             tracing = build_tracing(self._count_spans, version, environment, environ)
         self.tracing = tracing
@@ -72,50 +84,76 @@ class Telemetry:
         elapsed_s: float,
         *,
         ended_ago_s: float = 0.0,
-        links: Iterable[SpanContext | None] = (),
+        links: Sequence[SpanContext | None] = (),
         **attributes: AttributeValue,
     ) -> None:
         """Report a stage that was measured elsewhere (queue, inference), in the caller's context.
 
         It ended `ended_ago_s` ago and lasted `elapsed_s`. `links` leads, for instance, to the batch's span.
         """
+        self.stage_ended(name, elapsed_s, attributes, ended_ago_s=ended_ago_s, links=links)
+
+    def stage_ended(
+        self,
+        name: str,
+        elapsed_s: float,
+        attributes: Mapping[str, AttributeValue],
+        *,
+        ended_ago_s: float = 0.0,
+        links: Sequence[SpanContext | None] = (),
+        error: str | None = None,
+    ) -> None:
+        """What ``stage`` and ``record_stage`` report; `error` is the type of what it failed with."""
+        end_ns = time.time_ns() - int(ended_ago_s * 1e9)
+        histogram, parent = self.metrics.stages[name], self.sampled_parent()
         record = current_record()
         if record is not None:
             record.add_stage(name, elapsed_s)
-        parent = self.sampled_parent()
+        self.journal.note(
+            self._write_stage, histogram, name, elapsed_s, end_ns, parent, links, error, attributes
+        )
+
+    def _write_stage(
+        self,
+        histogram: Histogram,
+        name: str,
+        elapsed_s: float,
+        end_ns: int,
+        parent: SpanContext | None,
+        links: Sequence[SpanContext | None],
+        error: str | None,
+        attributes: Mapping[str, AttributeValue],
+    ) -> None:
+        histogram.record(elapsed_s, parent)
         if self.tracing is None or parent is None:
-            self.metrics.stages[name].observe(elapsed_s)
             return
-        end_ns = time.time_ns() - int(ended_ago_s * 1e9)
+        told = named(attributes)
+        if error is not None:
+            told = {**(told or {}), "error.type": error}
         self.tracing.finished(
             name,
             child_context(parent),
             parent,
             start_ns=end_ns - int(elapsed_s * 1e9),
             end_ns=end_ns,
-            attributes=named(attributes),
+            attributes=told,
             links=[Link(context) for context in links if context is not None],
+            failed=error is not None,
         )
-        self.metrics.stages[name].record(elapsed_s, parent)
 
     def sampled_parent(self) -> SpanContext | None:
         """The span that the caller works for, if it will be kept."""
         if self.tracing is None:
             return None
+        record = current_record()
+        if record is not None:
+            return record.span
         context = trace.get_current_span().get_span_context()
         return context if context.trace_flags.sampled and context.is_valid else None
 
     def span_context(self) -> SpanContext | None:
-        """The caller's span, to be linked from a batch; None when nothing traces."""
-        if self.tracing is None:
-            return None
-        context = trace.get_current_span().get_span_context()
-        return context if context.is_valid else None
-
-    def set_attributes(self, **attributes: AttributeValue) -> None:
-        """Set ``asr.<name>`` on the current span."""
-        if self.tracing is not None and attributes:
-            trace.get_current_span().set_attributes(named(attributes) or {})
+        """The caller's span, to be linked from a batch; None when it is not kept."""
+        return self.sampled_parent()
 
     def batch(
         self, *, model: str, lengths_s: Sequence[float], requests: Iterable[SpanContext | None] = ()
@@ -183,38 +221,89 @@ class Telemetry:
         `processing_s` includes waiting. `confidence` is None where there was nothing to be confident about
         (silence): an empty transcript must not move the drift that operators watch.
         """
-        metrics = self.metrics
-        model, language = metrics.model_label(model), metrics.language_label(language)
+        model, language = self.metrics.model_label(model), self.metrics.language_label(language)
         kept = self.sampled_parent()
-        metrics.audio_duration.labels(model).record(audio_s, kept)
-        metrics.audio_processed.labels(model, language).inc(audio_s)
-        real_time_factor = processing_s / audio_s if audio_s > 0 else 0.0
-        if audio_s > 0:
-            metrics.real_time_factor.labels(model).record(real_time_factor, kept)
-        if confidence is not None:
-            metrics.confidence.labels(model, language).record(confidence, kept)
+        real_time_factor = processing_s / audio_s if audio_s > 0 else None
+        self.journal.note(
+            self._write_transcript, model, language, audio_s, real_time_factor, confidence, kept
+        )
         record = current_record()
         if record is not None:
             record.model, record.language = model, language
             record.audio_s += audio_s
-            record.real_time_factor = real_time_factor
+            record.real_time_factor = real_time_factor or 0.0
 
-    def request_ended(self, record: RequestRecord, status: int, *, elapsed_s: float, cancelled: bool) -> str:
-        """Count a finished transcription request; returns its outcome. The middleware calls this, once."""
+    def _write_transcript(
+        self,
+        model: str,
+        language: str,
+        audio_s: float,
+        real_time_factor: float | None,
+        confidence: float | None,
+        kept: SpanContext | None,
+    ) -> None:
         metrics = self.metrics
+        metrics.audio_duration.labels(model).record(audio_s, kept)
+        metrics.audio_processed.labels(model, language).inc(audio_s)
+        if real_time_factor is not None:
+            metrics.real_time_factor.labels(model).record(real_time_factor, kept)
+        if confidence is not None:
+            metrics.confidence.labels(model, language).record(confidence, kept)
+
+    def request_ended(self, record: RequestRecord, status: int, *, elapsed_s: float, cancelled: bool) -> None:
+        """Count a finished transcription request and set its outcome. The middleware calls this, once."""
         status = record.error_status or status
-        outcome = "cancelled" if cancelled else outcome_of(status, record.error_code)
-        model = metrics.model_label(record.model)
+        record.outcome = "cancelled" if cancelled else outcome_of(status, record.error_code)
+        self.journal.note(self._write_request, record, elapsed_s)
+        self.scrapes.changed()
+
+    def _write_request(self, record: RequestRecord, elapsed_s: float) -> None:
+        outcome = record.outcome
+        model = self.metrics.model_label(record.model)
         self._count(record.route, model, outcome, record.error_code)
-        kept = self.sampled_parent()
         if outcome in TIMED_OUTCOMES:
-            metrics.request_duration.labels(record.route, model).record(elapsed_s, kept)
+            self.metrics.request_duration.labels(record.route, model).record(elapsed_s, record.span)
         if outcome == "ok":
             first_s = record.first_result_s if record.first_result_s is not None else elapsed_s
-            metrics.time_to_first_result.labels(record.transport).record(first_s, kept)
+            self.metrics.time_to_first_result.labels(record.transport).record(first_s, record.span)
+
+    def http_ended(
+        self, method: str, route: str, status: int, *, elapsed_s: float, span: SpanContext | None
+    ) -> None:
+        """Time an HTTP request of any route."""
+        self.journal.note(self._write_http, method, route, status, elapsed_s, span)
+
+    def _write_http(
+        self, method: str, route: str, status: int, elapsed_s: float, span: SpanContext | None
+    ) -> None:
+        labels = (method, route, str(status), str(status) if status >= 500 else "")
+        self.metrics.http_duration.labels(*labels).record(elapsed_s, span)
+
+    def span_ended(
+        self,
+        span: RequestSpan,
+        status: int,
+        *,
+        record: RequestRecord | None,
+        error: Exception | None,
+        cut_off: bool,
+    ) -> None:
+        """Have the span of a request made; arguments as of ``RequestSpans.end``."""
+        if span.context.trace_flags.sampled:
+            self.journal.note(self._write_span, span, time.time_ns(), status, record, error, cut_off)
+
+    def _write_span(
+        self,
+        span: RequestSpan,
+        end_ns: int,
+        status: int,
+        record: RequestRecord | None,
+        error: Exception | None,
+        cut_off: bool,
+    ) -> None:
         if self.tracing is not None:
-            self.set_attributes(outcome=outcome, request_id=record.request_id, **_final_attributes(record))
-        return outcome
+            told = named(_final_attributes(record)) if record is not None else None
+            self.tracing.requests.end(span, end_ns, status, told or {}, error, cut_off)
 
     def utterance_ended(
         self, protocol: str, model: str, *, elapsed_s: float, status: int = 200, code: str | None = None
@@ -229,6 +318,7 @@ class Telemetry:
             outcome_of(status, code),
         )
         self._count(route, model, outcome, code)
+        self.scrapes.changed()
         if outcome in TIMED_OUTCOMES:
             self.metrics.request_duration.labels(route, model).record(elapsed_s, self.sampled_parent())
 
@@ -238,21 +328,28 @@ class Telemetry:
         Nobody read whether it was meant for a transcription route, so it is counted as if it was.
         """
         self._count(UNMATCHED_ROUTE, UNKNOWN, outcome_of(status, code), code)
+        self.scrapes.changed()
 
     def _count(self, route: str, model: str, outcome: str, code: str | None) -> None:
         self.metrics.requests.labels(route, model, outcome).inc()
-        self.scrapes.changed()
         if code in REJECTION_REASONS:
             self.metrics.rejections.labels(code).inc()
 
+    def flush(self) -> None:
+        """Write everything that is noted and send the spans."""
+        self.journal.work_off()
+        if self.tracing is not None:
+            self.tracing.provider.force_flush()
+
     def shutdown(self, timeout_s: float = 5.0) -> None:
-        """The last step of a stop: send the spans that are still buffered."""
+        """The last step of a stop: write what is noted, send the spans that are still buffered."""
+        self.journal.work_off()
         if self.tracing is not None:
             self.tracing.shutdown(timeout_s)
 
 
 def _final_attributes(record: RequestRecord) -> dict[str, AttributeValue]:
-    attributes: dict[str, AttributeValue] = {}
+    attributes: dict[str, AttributeValue] = {"outcome": record.outcome, "request_id": record.request_id}
     if record.audio_s > 0:
         attributes["audio_s"] = round(record.audio_s, 4)
         attributes["real_time_factor"] = round(record.real_time_factor, 5)

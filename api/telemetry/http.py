@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import logging
+import random
 import re
 import time
-import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from fastapi import FastAPI
@@ -20,19 +21,25 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.telemetry.core import Telemetry
-from api.telemetry.metrics import UNMATCHED_ROUTE, is_transcription
-from api.telemetry.record import RequestRecord, _current, current_record
+from api.telemetry.metrics import TRANSCRIPTION_ROUTES, UNMATCHED_ROUTE, is_transcription
+from api.telemetry.record import RequestRecord, _current, current_record, request_id_in_logs
 from api.telemetry.scrape import SCRAPER_HEADER
+from api.telemetry.spans import without_query
+
+if TYPE_CHECKING:
+    from api.telemetry.server_span import RequestSpan
 
 _log = structlog.get_logger("api.request")
 
 OnError = Callable[[Exception, str], Response]
-SpanDetails = Callable[[dict[Any, Any]], tuple[str, dict[str, Any]]]
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 _QUIET_ROUTES = re.compile(r"^/(health|metrics)(/|$)")
-# Searched in the whole URL: probes and scrapes make no spans.
-EXCLUDED_URLS = r"^[a-z]+://[^/]+/health(/|\?|$),^[a-z]+://[^/]+/metrics(\?|$)"
+# Searched in the whole URL: probes and scrapes make no spans, those of transcriptions are made by us.
+EXCLUDED_URLS = (
+    r"^[a-z]+://[^/]+/(health|metrics)(/|\?|$),"
+    rf"^[a-z]+://[^/]+({'|'.join(map(re.escape, TRANSCRIPTION_ROUTES))})(\?|$)"
+)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 CLIENT_CLOSED = 499
@@ -46,8 +53,6 @@ def instrument(app: FastAPI, telemetry: Telemetry, on_error: OnError) -> None:
     app.add_middleware(TelemetryMiddleware, telemetry=telemetry, on_error=on_error)
     if telemetry.tracing is None:
         return
-    # Stable HTTP attributes (http.request.method, ...) instead of the old names.
-    os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
     from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 
     FastAPIInstrumentor.instrument_app(
@@ -58,48 +63,11 @@ def instrument(app: FastAPI, telemetry: Telemetry, on_error: OnError) -> None:
         exclude_spans=["receive", "send"],
         server_request_hook=_without_query,
     )
-    app.build_middleware_stack = _with_known_names(app.build_middleware_stack)  # type: ignore[method-assign]
 
 
 def _without_query(span: trace.Span, scope: Scope) -> None:
-    """What a caller wrote into the URL by mistake (a key, a prompt) stays out of traces."""
     if scope.get("query_string") and isinstance(span, ReadableSpan):
-        span.set_attribute("url.query", "[removed]")
-        # Of the older names, which OTEL_SEMCONV_STABILITY_OPT_IN can ask for.
-        if url := (span.attributes or {}).get("http.url"):
-            span.set_attribute("http.url", str(url).partition("?")[0])
-
-
-def _with_known_names(build: Callable[[], ASGIApp]) -> Callable[[], ASGIApp]:
-    """Let the instrumentation ask once what the spans of the transcription routes are called.
-
-    With every request it would try the application's routes in turn, as the router does again afterwards.
-    """
-
-    def build_middleware_stack() -> ASGIApp:
-        from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
-
-        stack = build()
-        middleware = getattr(stack, "app", None)
-        if isinstance(middleware, OpenTelemetryMiddleware):
-            middleware.default_span_details = _remember(middleware.default_span_details)
-        return stack
-
-    return build_middleware_stack
-
-
-def _remember(details: SpanDetails) -> SpanDetails:
-    known: dict[str, tuple[str, dict[str, Any]]] = {}
-
-    def remembered(scope: dict[Any, Any]) -> tuple[str, dict[str, Any]]:
-        if scope["type"] != "http" or not is_transcription(scope):
-            return details(scope)
-        path = scope["path"]
-        if path not in known:
-            known[path] = details(scope)
-        return known[path]
-
-    return remembered
+        span.set_attributes(without_query(span.attributes or {}))
 
 
 def metrics_response(telemetry: Telemetry, request: Request) -> Response:
@@ -130,7 +98,7 @@ def request_id_of(scope: Scope) -> str:
     match = _TRACEPARENT.fullmatch(traceparent)
     if match:
         return match.group(1).decode("ascii")
-    return uuid.uuid4().hex
+    return f"{random.getrandbits(128):032x}"
 
 
 class TelemetryMiddleware:
@@ -145,22 +113,31 @@ class TelemetryMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(self.telemetry, scope, receive, send)
-        reset = _current.set(exchange.record)
-        with structlog.contextvars.bound_contextvars(request_id=exchange.request_id):
-            try:
-                await self.app(scope, exchange.receive, exchange.send)
-            except Exception as error:
-                await self._unhandled(error, exchange)
-            finally:
-                # Reached without a last body message: the task was cancelled, or the answer was cut off.
-                exchange.finish(cut_off=True)
-                _current.reset(reset)
+        tracing = self.telemetry.tracing
+        span = None
+        if tracing is not None and scope["path"] in TRANSCRIPTION_ROUTES:
+            span = tracing.requests.begin(scope)
+        with span or contextlib.nullcontext():
+            await self._observe(_Exchange(self.telemetry, scope, receive, send, span))
+
+    async def _observe(self, exchange: _Exchange) -> None:
+        record_before = _current.set(exchange.record)
+        id_before = request_id_in_logs.set(exchange.request_id)
+        try:
+            await self.app(exchange.scope, exchange.receive, exchange.send)
+        except Exception as error:
+            await self._unhandled(error, exchange)
+        finally:
+            # Reached without a last body message: the task was cancelled, or the answer was cut off.
+            exchange.finish(cut_off=True)
+            request_id_in_logs.reset(id_before)
+            _current.reset(record_before)
 
     async def _unhandled(self, error: Exception, exchange: _Exchange) -> None:
         if exchange.disconnected:
             return
         _log.error("unhandled_exception", exc_info=error)
+        exchange.error = error
         trace.get_current_span().record_exception(error)
         if exchange.status:
             exchange.failed_late = True
@@ -172,7 +149,10 @@ class TelemetryMiddleware:
 class _Exchange:
     """One request and its answer, watched from both sides."""
 
-    def __init__(self, telemetry: Telemetry, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, telemetry: Telemetry, scope: Scope, receive: Receive, send: Send, span: RequestSpan | None
+    ) -> None:
+        """`span` is begun and the current one; None where the instrumentation, or nobody, makes it."""
         self.telemetry = telemetry
         self.scope = scope
         self._receive = receive
@@ -181,10 +161,13 @@ class _Exchange:
         self.status = 0
         self.disconnected = False
         self.failed_late = False
+        self.error: Exception | None = None
         self._finished = False
         self.record: RequestRecord | None = None
+        self._span = span
+        self._kept = telemetry.sampled_parent()
         if is_transcription(scope):
-            self.record = RequestRecord(request_id=self.request_id, route=scope["path"])
+            self.record = RequestRecord(request_id=self.request_id, route=scope["path"], span=self._kept)
             telemetry.metrics.inflight.inc()
         self.start_s = time.perf_counter() if self.record is None else self.record.start_s
 
@@ -215,20 +198,27 @@ class _Exchange:
         elapsed_s = time.perf_counter() - self.start_s
         cancelled = self.disconnected or (cut_off and not self.failed_late) or self.status == CLIENT_CLOSED
         status = CLIENT_CLOSED if cancelled else 500 if self.failed_late else self.status
-        self._observe_http(status, elapsed_s)
-        fields: dict[str, Any] = {}
+        method, route = self.scope["method"], self._route()
+        self.telemetry.http_ended(
+            method if method in _METHODS else "_OTHER", route, status, elapsed_s=elapsed_s, span=self._kept
+        )
         if self.record is not None:
             self.telemetry.metrics.inflight.dec()
             if self.failed_late:
                 self.record.failed("internal_error", 500)
-            fields["outcome"] = self.telemetry.request_ended(
-                self.record, status, elapsed_s=elapsed_s, cancelled=cancelled
+            self.telemetry.request_ended(self.record, status, elapsed_s=elapsed_s, cancelled=cancelled)
+        if self._span is not None:
+            self.telemetry.span_ended(
+                self._span, self.status, record=self.record, error=self.error, cut_off=self.failed_late
             )
-            fields.update(_log_fields(self.record))
-            caller = self.scope.get("state", {}).get("key_name")
-            if caller is not None:
-                fields["caller"] = caller
-        self._log(status, elapsed_s, fields)
+        level = logging.DEBUG if _QUIET_ROUTES.match(self.scope["path"]) else logging.INFO
+        log = _log.bind()
+        if log.is_enabled_for(level):
+            duration_ms = round(elapsed_s * 1000, 2)
+            fields = self._log_fields()
+            log.log(
+                level, "request", method=method, route=route, status=status, duration_ms=duration_ms, **fields
+            )
 
     def _route(self) -> str:
         route = getattr(self.scope.get("route"), "path", None)
@@ -237,36 +227,25 @@ class _Exchange:
         # Refused before it was routed (no key, over the rate limit, no room).
         return self.record.route if self.record is not None else UNMATCHED_ROUTE
 
-    def _observe_http(self, status: int, elapsed_s: float) -> None:
-        method = self.scope["method"]
-        self.telemetry.metrics.http_duration.labels(
-            method if method in _METHODS else "_OTHER",
-            self._route(),
-            str(status),
-            str(status) if status >= 500 else "",
-        ).record(elapsed_s, self.telemetry.sampled_parent())
-
-    def _log(self, status: int, elapsed_s: float, fields: dict[str, Any]) -> None:
-        quiet = _QUIET_ROUTES.match(self.scope["path"])
-        (_log.debug if quiet else _log.info)(
-            "request",
-            method=self.scope["method"],
-            route=self._route(),
-            status=status,
-            duration_ms=round(elapsed_s * 1000, 2),
-            **fields,
-        )
-
-
-def _log_fields(record: RequestRecord) -> dict[str, Any]:
-    fields: dict[str, Any] = {"model": record.model, "audio_s": round(record.audio_s, 3)}
-    if record.stages_s:
-        fields["stages_ms"] = {
-            stage: round(elapsed_s * 1000, 2) for stage, elapsed_s in record.stages_s.items()
+    def _log_fields(self) -> dict[str, Any]:
+        record = self.record
+        if record is None:
+            return {}
+        fields: dict[str, Any] = {
+            "outcome": record.outcome,
+            "model": record.model,
+            "audio_s": round(record.audio_s, 3),
         }
-    if record.error_code is not None:
-        fields["error_code"] = record.error_code
-    return fields
+        if record.stages_s:
+            fields["stages_ms"] = {
+                stage: round(elapsed_s * 1000, 2) for stage, elapsed_s in record.stages_s.items()
+            }
+        if record.error_code is not None:
+            fields["error_code"] = record.error_code
+        caller = self.scope.get("state", {}).get("key_name")
+        if caller is not None:
+            fields["caller"] = caller
+        return fields
 
 
 def request_id() -> str | None:

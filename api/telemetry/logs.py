@@ -18,6 +18,8 @@ import structlog
 from opentelemetry import trace
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from api.telemetry.record import request_id_in_logs
+
 LogFormat = Literal["auto", "json", "console"]
 
 _REMOVED = "[removed]"
@@ -122,7 +124,7 @@ def configure_logging(
     console = log_format == "console" or (log_format == "auto" and target.isatty())
     threshold = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
+        _add_request_id,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp"),
         add_trace_ids,
@@ -159,6 +161,13 @@ def configure_logging(
     logging.getLogger("uvicorn.access").disabled = True
     # An HTTP client logs whole URLs at this level; ours never needs them.
     logging.getLogger("httpx").setLevel(max(threshold, logging.WARNING))
+
+
+def _add_request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    request_id = request_id_in_logs.get()
+    if request_id is not None:
+        event["request_id"] = request_id
+    return event
 
 
 def _add_environment(environment: str) -> Processor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client import Histogram as PlainHistogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from api.telemetry.resources import memory_limit_bytes
 from api.telemetry.spans import exemplar
@@ -127,14 +129,35 @@ def _remembering(metric: AnyMetric) -> AnyMetric:
     return metric
 
 
+class _Before(Collector):
+    """No metric of its own; registered first, it is asked before the others, whoever reads the registry."""
+
+    def __init__(self, collecting: Callable[[], None]) -> None:
+        self._collecting = collecting
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        self._collecting()
+        return ()
+
+
 class Metrics:
     """The metrics of one application, on one registry."""
 
     def __init__(
-        self, *, version: str = "0", commit: str = UNKNOWN, environment: str = "development"
+        self,
+        *,
+        version: str = "0",
+        commit: str = UNKNOWN,
+        environment: str = "development",
+        before_collecting: Callable[[], None] = lambda: None,
     ) -> None:
+        """``before_collecting`` is called before the registry is read, to write what is not written yet."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self.registry = CollectorRegistry()
+        registry.register(_Before(before_collecting))
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)

@@ -58,11 +58,11 @@ def encode(spans: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
 
 
 def _is_plain(span: ReadableSpan) -> bool:
+    if span.context is None or span.context.trace_state:
+        return False
     if isinstance(span, FinishedSpan):
         return True
     if span.events or span.links or span.status.description or span.dropped_attributes:
-        return False
-    if span.context is None or span.context.trace_state:
         return False
     return all(type(value) in _PLAIN for value in _attributes(span).values())
 

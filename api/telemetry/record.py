@@ -6,6 +6,8 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from opentelemetry.trace import SpanContext
+
 # Error codes whose outcome is not the one their status alone would give.
 _OUTCOME_OF_CODE = {
     "rate_limit_exceeded": "limited",
@@ -37,16 +39,18 @@ class RequestRecord:
 
     `stages_s` adds up per stage: the segments of a long file run side by side, so its sum can exceed the
     request's duration. `error_code` is set for failures, also those that come after the first byte of a
-    stream.
+    stream. `span` is the request's own, where that is kept.
     """
 
     request_id: str
     route: str
     transport: str = "http"
+    span: SpanContext | None = None
     model: str | None = None
     language: str | None = None
     audio_s: float = 0.0
     real_time_factor: float = 0.0
+    outcome: str = ""
     error_code: str | None = None
     error_status: int | None = None
     start_s: float = field(default_factory=time.perf_counter)
@@ -72,6 +76,7 @@ class RequestRecord:
         return ", ".join(f"{stage};dur={elapsed_s * 1000:.2f}" for stage, elapsed_s in self.stages_s.items())
 
 
+request_id_in_logs: ContextVar[str | None] = ContextVar("asr_request_id", default=None)
 _current: ContextVar[RequestRecord | None] = ContextVar("asr_request_record", default=None)
 
 

@@ -1,7 +1,7 @@
-"""Spans of stages and batches, made once they are over.
+"""Spans of stages, batches and requests, made once they are over.
 
-A stage knows its beginning and its end when it reports, so it needs none of what the SDK's ``Span`` does for
-work that goes on: locks, limits, events, a place in the context. ``FinishedSpan`` has the attributes that
+What knows its beginning and its end when it reports needs none of what the SDK's ``Span`` does for work that
+goes on: locks, limits, events, a place in the context. ``FinishedSpan`` has the attributes that
 span processors and OTLP exporters read from a ``ReadableSpan``, and costs a tenth.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
@@ -24,6 +25,16 @@ _SCOPE = InstrumentationScope("api")
 def named(attributes: Mapping[str, AttributeValue]) -> dict[str, AttributeValue] | None:
     """Our attributes under their names in traces, ``asr.<name>``."""
     return {f"asr.{name}": value for name, value in attributes.items()} if attributes else None
+
+
+def without_query(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of a server span, less what a caller wrote into the URL by mistake (a key, a prompt)."""
+    told = {**attributes, "url.query": "[removed]"}
+    # Of the older names, which OTEL_SEMCONV_STABILITY_OPT_IN can ask for.
+    for name in ("http.url", "http.target"):
+        if name in told:
+            told[name] = str(told[name]).partition("?")[0]
+    return told
 
 
 def exemplar(span_context: SpanContext) -> dict[str, str] | None:
@@ -65,6 +76,7 @@ class FinishedSpan:
         "attributes",
         "context",
         "end_time",
+        "kind",
         "links",
         "name",
         "parent",
@@ -73,7 +85,6 @@ class FinishedSpan:
         "status",
     )
 
-    kind = SpanKind.INTERNAL
     events = ()
     dropped_attributes = dropped_events = dropped_links = 0
     instrumentation_scope = _SCOPE
@@ -90,8 +101,10 @@ class FinishedSpan:
         attributes: Mapping[str, AttributeValue] | None = None,
         links: Sequence[Link] = (),
         failed: bool = False,
+        kind: SpanKind = SpanKind.INTERNAL,
     ) -> None:
         self.name = name
+        self.kind = kind
         self.context = context
         self.parent = parent
         self.resource = resource

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from opentelemetry.trace import Link, SpanContext
 
-from api.telemetry.record import current_record
-from api.telemetry.spans import AttributeValue, child_context, named, root_context
+from api.telemetry.spans import AttributeValue, root_context
 
 if TYPE_CHECKING:
     from api.telemetry.core import Telemetry
@@ -40,28 +39,9 @@ class Stage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        elapsed_s = self.elapsed_s = time.perf_counter() - self._start_s
-        telemetry = self._telemetry
-        telemetry.metrics.stages[self.name].observe(elapsed_s)
-        record = current_record()
-        if record is not None:
-            record.add_stage(self.name, elapsed_s)
-        parent = telemetry.sampled_parent()
-        if telemetry.tracing is None or parent is None:
-            return
-        attributes = named(self._attributes)
-        if kind is not None:
-            attributes = {**(attributes or {}), "error.type": kind.__name__}
-        end_ns = time.time_ns()
-        telemetry.tracing.finished(
-            self.name,
-            child_context(parent),
-            parent,
-            start_ns=end_ns - int(elapsed_s * 1e9),
-            end_ns=end_ns,
-            attributes=attributes,
-            failed=kind is not None,
-        )
+        self.elapsed_s = time.perf_counter() - self._start_s
+        failed = kind.__name__ if kind is not None else None
+        self._telemetry.stage_ended(self.name, self.elapsed_s, self._attributes, error=failed)
 
 
 class Batch:
@@ -73,9 +53,8 @@ class Batch:
     __slots__ = (
         "_busy_handle",
         "_lengths_s",
-        "_links",
         "_model",
-        "_padding_ratio",
+        "_requests",
         "_start_s",
         "_telemetry",
         "elapsed_s",
@@ -92,16 +71,11 @@ class Batch:
         self._telemetry = telemetry
         self._model = telemetry.metrics.model_label(model)
         self._lengths_s = lengths_s
-        self._links = [Link(each) for each in requests if each is not None and each.trace_flags.sampled]
-        self.span_context = root_context() if telemetry.tracing is not None and self._links else None
+        self._requests = [each for each in requests if each is not None and each.trace_flags.sampled]
+        self.span_context = root_context() if telemetry.tracing is not None and self._requests else None
         self.elapsed_s = 0.0
 
     def __enter__(self) -> Self:
-        metrics, lengths_s = self._telemetry.metrics, self._lengths_s
-        padded_s = max(lengths_s) * len(lengths_s)
-        self._padding_ratio = 1.0 - sum(lengths_s) / padded_s if padded_s > 0 else 0.0
-        metrics.batch_size.observe(len(lengths_s))
-        metrics.batch_padding.observe(self._padding_ratio)
         self._busy_handle = self._telemetry.busy.begin()
         self._start_s = time.perf_counter()
         return self
@@ -109,28 +83,36 @@ class Batch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        elapsed_s = self.elapsed_s = time.perf_counter() - self._start_s
+        self.elapsed_s = time.perf_counter() - self._start_s
         telemetry = self._telemetry
         telemetry.busy.end(self._busy_handle)
-        telemetry.metrics.compute.labels(self._model).inc(elapsed_s)
-        if telemetry.tracing is None or self.span_context is None:
+        telemetry.journal.note(self._write, time.time_ns(), kind.__name__ if kind is not None else None)
+
+    def _write(self, end_ns: int, error: str | None) -> None:
+        metrics, lengths_s = self._telemetry.metrics, self._lengths_s
+        padded_s = max(lengths_s) * len(lengths_s)
+        padding_ratio = 1.0 - sum(lengths_s) / padded_s if padded_s > 0 else 0.0
+        metrics.batch_size.observe(len(lengths_s))
+        metrics.batch_padding.observe(padding_ratio)
+        metrics.compute.labels(self._model).inc(self.elapsed_s)
+        tracing = self._telemetry.tracing
+        if tracing is None or self.span_context is None:
             return
         attributes: dict[str, AttributeValue] = {
             "asr.model": self._model,
-            "asr.batch_size": len(self._lengths_s),
-            "asr.audio_s": float(sum(self._lengths_s)),
-            "asr.padding_ratio": round(self._padding_ratio, 4),
+            "asr.batch_size": len(lengths_s),
+            "asr.audio_s": float(sum(lengths_s)),
+            "asr.padding_ratio": round(padding_ratio, 4),
         }
-        if kind is not None:
-            attributes["error.type"] = kind.__name__
-        end_ns = time.time_ns()
-        telemetry.tracing.finished(
+        if error is not None:
+            attributes["error.type"] = error
+        tracing.finished(
             "batch",
             self.span_context,
             None,
-            start_ns=end_ns - int(elapsed_s * 1e9),
+            start_ns=end_ns - int(self.elapsed_s * 1e9),
             end_ns=end_ns,
             attributes=attributes,
-            links=self._links,
-            failed=kind is not None,
+            links=[Link(each) for each in self._requests],
+            failed=error is not None,
         )

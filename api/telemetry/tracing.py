@@ -19,7 +19,7 @@ import structlog
 from opentelemetry.sdk.resources import DEPLOYMENT_ENVIRONMENT, SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.trace import Link, SpanContext
+from opentelemetry.trace import Link, SpanContext, SpanKind
 
 from api.telemetry.spans import AttributeValue, FinishedSpan, HashedResource
 
@@ -135,8 +135,13 @@ class Tracing:
         self.resource = HashedResource(resource.attributes, resource.schema_url)
         self._exporter = ToleratingExporter(exporter, endpoint, count)
         self.provider = TracerProvider(resource=self.resource, shutdown_on_exit=False)
-        self._processor = CountingProcessor(self._exporter, count)
-        self.provider.add_span_processor(self._processor)
+        self.processor = CountingProcessor(self._exporter, count)
+        self.provider.add_span_processor(self.processor)
+        # Stable HTTP attributes (http.request.method, ...) instead of the old names; read once per process.
+        os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
+        from api.telemetry.server_span import RequestSpans
+
+        self.requests = RequestSpans(self)
 
     def finished(
         self,
@@ -149,6 +154,7 @@ class Tracing:
         attributes: Mapping[str, AttributeValue] | None = None,
         links: Sequence[Link] = (),
         failed: bool = False,
+        kind: SpanKind = SpanKind.INTERNAL,
     ) -> None:
         """Hand a span that is over to the exporter's queue; `context` must be sampled."""
         span = FinishedSpan(
@@ -161,8 +167,9 @@ class Tracing:
             attributes=attributes,
             links=links,
             failed=failed,
+            kind=kind,
         )
-        self._processor.on_end(cast(ReadableSpan, span))
+        self.processor.on_end(cast(ReadableSpan, span))
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
         """Send what is buffered, for at most `timeout_s`; a dead backend does not hold up the exit."""

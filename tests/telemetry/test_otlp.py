@@ -62,6 +62,10 @@ def all_kinds_of_spans() -> list[ReadableSpan]:
     tracing.finished("batch", root, None, start_ns=1, end_ns=2, attributes={"asr.model": "m"}, links=links)
     for name in ("decode", "ctc"):
         tracing.finished(name, child_context(root), root, start_ns=3, end_ns=4, failed=name == "ctc")
+    told = {"text": "ä", "count": 3}
+    tracing.finished(
+        "GET /", remote, plain_remote, start_ns=5, end_ns=6, attributes=told, kind=SpanKind.SERVER
+    )
     tracing.shutdown()
     return exporter.spans
 
@@ -85,7 +89,7 @@ def flat(request: ExportTraceServiceRequest) -> list[tuple[bytes, bytes]]:
 def test_the_encoding_is_the_librarys() -> None:
     spans = all_kinds_of_spans()
     assert {type(span) for span in spans} == {ReadableSpan, FinishedSpan}
-    assert len(spans) == 19
+    assert len(spans) == 20
     assert flat(encode(spans)) == flat(encode_spans(spans))
 
 

@@ -1,0 +1,185 @@
+"""The server span of a transcription request: its ids at the beginning, all the rest when it is over.
+
+While a request runs, others need no more of its span than where it belongs: stages, batches, log lines. So
+the sampler decides and the ids are drawn at the beginning; the span itself, with the attributes that
+OpenTelemetry's instrumentation would give it, is the SDK's and is made from the journal. Every other route
+is instrumented in the usual way, which costs more than all other telemetry of a request (ADR 11).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import context, propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.instrumentation._semconv import (
+    _OpenTelemetrySemanticConventionStability,
+    _OpenTelemetryStabilitySignalType,
+)
+from opentelemetry.instrumentation.asgi import asgi_getter, collect_request_attributes, set_status_code
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.id_generator import IdGenerator
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision
+from opentelemetry.trace import (
+    INVALID_SPAN_CONTEXT,
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+)
+from opentelemetry.util.http import sanitize_method
+
+from api.telemetry.spans import AttributeValue, without_query
+
+if TYPE_CHECKING:
+    from api.telemetry.tracing import Tracing
+
+
+class RequestSpan:
+    """Where one request belongs, from its beginning on. ``with span:`` makes it the current one."""
+
+    __slots__ = ("_token", "above", "context", "parent", "scope", "start_ns")
+
+    def __init__(
+        self, scope: Mapping[str, Any], parent: Context, above: SpanContext | None, own: SpanContext
+    ) -> None:
+        """`parent` is what the caller sent along, `above` the span in it."""
+        self.scope = scope
+        self.parent = parent
+        self.above = above
+        self.context = own
+        self.start_ns = time.time_ns()
+
+    def __enter__(self) -> RequestSpan:
+        self._token = context.attach(trace.set_span_in_context(NonRecordingSpan(self.context), self.parent))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        context.detach(self._token)
+
+
+class RequestSpans:
+    """Begins and ends the spans of requests. ``end`` is for one thread at a time: the journal's."""
+
+    def __init__(self, tracing: Tracing) -> None:
+        self._tracing = tracing
+        self._sampler = tracing.provider.sampler
+        self._ids = tracing.provider.id_generator
+        self._fields = {name.encode() for name in propagate.get_global_textmap().fields}
+        self._given = _GivenIds()
+        late = TracerProvider(
+            resource=tracing.resource,
+            sampler=ALWAYS_ON,  # only spans that the provider's own sampler keeps come this far
+            id_generator=self._given,
+            shutdown_on_exit=False,
+        )
+        late.add_span_processor(tracing.processor)
+        self._tracer = late.get_tracer("api")
+        _OpenTelemetrySemanticConventionStability._initialize()  # type: ignore[no-untyped-call]
+        self._convention = _OpenTelemetrySemanticConventionStability._get_opentelemetry_stability_opt_in_mode(
+            _OpenTelemetryStabilitySignalType.HTTP
+        )
+        self._status_names = self._names_of_status()
+
+    def begin(self, scope: Mapping[str, Any]) -> RequestSpan:
+        """Ids for a request, in the trace that the caller names or in one of its own."""
+        parent = Context()
+        if any(name in self._fields for name, _ in scope["headers"]):
+            parent = propagate.extract(dict(scope), getter=asgi_getter)
+        above = trace.get_current_span(parent).get_span_context()
+        trace_id = above.trace_id if above.is_valid else self._ids.generate_trace_id()
+        decided = self._sampler.should_sample(parent, trace_id, _name(scope), SpanKind.SERVER)
+        random = above.trace_flags.random_trace_id if above.is_valid else self._ids.is_trace_id_random()
+        flags = TraceFlags.RANDOM_TRACE_ID if random else TraceFlags.DEFAULT
+        if decided.decision is Decision.RECORD_AND_SAMPLE:
+            flags |= TraceFlags.SAMPLED
+        return RequestSpan(
+            scope,
+            parent,
+            above if above.is_valid else None,
+            SpanContext(
+                trace_id,
+                self._ids.generate_span_id(),
+                is_remote=False,
+                trace_flags=TraceFlags(flags),
+                trace_state=decided.trace_state,
+            ),
+        )
+
+    def end(
+        self,
+        request: RequestSpan,
+        end_ns: int,
+        status: int,
+        attributes: Mapping[str, AttributeValue],
+        error: Exception | None,
+        cut_off: bool,
+    ) -> None:
+        """Make the span of a request that was answered with `status`, 0 where it was not.
+
+        `error` is what nobody handled; `cut_off` that it came after the answer had begun.
+        """
+        told = {**self._attributes(request.scope), **attributes}
+        if error is None and 0 < status < 500:
+            told.update(dict.fromkeys(self._status_names, status))
+            self._tracing.finished(
+                _name(request.scope),
+                request.context,
+                request.above,
+                start_ns=request.start_ns,
+                end_ns=end_ns,
+                attributes=told,
+                kind=SpanKind.SERVER,
+            )
+            return
+        self._given.context = request.context
+        span = self._tracer.start_span(
+            _name(request.scope), request.parent, SpanKind.SERVER, told, start_time=request.start_ns
+        )
+        if status:
+            self._set_status(span, status)
+        if error is not None:
+            span.record_exception(error)
+            if cut_off:
+                span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+        span.end(end_ns)
+
+    def _set_status(self, span: trace.Span, status: int) -> None:
+        set_status_code(span, status, sem_conv_opt_in_mode=self._convention)  # type: ignore[no-untyped-call]
+
+    def _names_of_status(self) -> tuple[str, ...]:
+        """Under which names the instrumentation tells a status that is no error."""
+        span = TracerProvider(shutdown_on_exit=False).get_tracer("api").start_span("probe")
+        self._set_status(span, 200)
+        return tuple(span.attributes or ()) if isinstance(span, ReadableSpan) else ()
+
+    def _attributes(self, scope: Mapping[str, Any]) -> dict[str, Any]:
+        attributes: dict[str, Any] = collect_request_attributes(  # type: ignore[no-untyped-call]
+            scope, self._convention
+        )
+        attributes["http.route"] = scope["path"]
+        return without_query(attributes) if scope.get("query_string") else attributes
+
+
+def _name(scope: Mapping[str, Any]) -> str:
+    method = sanitize_method(scope["method"])
+    return f"{'HTTP' if method == '_OTHER' else method} {scope['path']}"
+
+
+class _GivenIds(IdGenerator):
+    """Ids that were drawn when the request began."""
+
+    context = INVALID_SPAN_CONTEXT
+
+    def generate_trace_id(self) -> int:
+        return self.context.trace_id
+
+    def generate_span_id(self) -> int:
+        return self.context.span_id
+
+    def is_trace_id_random(self) -> bool:
+        return self.context.trace_flags.random_trace_id

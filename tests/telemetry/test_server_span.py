@@ -1,0 +1,151 @@
+"""The server spans that we make late are those that OpenTelemetry's instrumentation makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+from starlette.responses import JSONResponse
+
+from api.errors import AsrError, QueueFullError, to_response
+from api.telemetry import Telemetry, instrument
+from api.telemetry.tracing import Tracing
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+OURS = ("asr.outcome", "asr.request_id")
+
+
+def make_app(fail_with: Exception | None = None) -> FastAPI:
+    app = FastAPI()
+
+    @app.post("/transcribe")
+    async def transcribe(status: int = 200) -> JSONResponse:
+        if fail_with is not None:
+            raise fail_with
+        return JSONResponse({"text": "hello"}, status_code=status)
+
+    async def known(_: object, error: Exception) -> JSONResponse:
+        return to_response(error)
+
+    app.add_exception_handler(AsrError, known)
+    return app
+
+
+async def ask(app: FastAPI, method: str, path: str, headers: dict[str, str]) -> None:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=("198.51.100.7", 1234))
+    async with httpx.AsyncClient(transport=transport, base_url="http://asr.test:8000") as client:
+        await client.request(method, path, headers=headers)
+
+
+async def ours(app: FastAPI, method: str, path: str, headers: dict[str, str]) -> ReadableSpan:
+    kept = InMemorySpanExporter()
+    telemetry = Telemetry(tracing=Tracing(kept, "memory", lambda *_: None, "1", "test"))
+    instrument(app, telemetry, lambda error, request_id: to_response(error, request_id=request_id))
+    await ask(app, method, path, headers)
+    telemetry.flush()
+    (span,) = kept.get_finished_spans()
+    return span
+
+
+async def theirs(app: FastAPI, method: str, path: str, headers: dict[str, str]) -> ReadableSpan:
+    kept = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    FastAPIInstrumentor.instrument_app(
+        app,
+        tracer_provider=provider,
+        meter_provider=NoOpMeterProvider(),
+        exclude_spans=["receive", "send"],
+    )
+    await ask(app, method, path, headers)
+    (span,) = kept.get_finished_spans()
+    return span
+
+
+def seen(span: ReadableSpan) -> dict[str, Any]:
+    """What must be the same."""
+    attributes = {name: value for name, value in (span.attributes or {}).items() if name not in OURS}
+    parent = span.parent
+    return {
+        "name": span.name,
+        "kind": span.kind,
+        "attributes": attributes,
+        "status": (span.status.status_code, span.status.description),
+        "parent": parent and (parent.trace_id, parent.span_id, parent.is_remote, parent.trace_state),
+        "flags": span.context and span.context.trace_flags,
+        "trace_state": span.context and span.context.trace_state,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "fail_with"),
+    [
+        ("POST", "/transcribe", {}, None),
+        ("POST", "/transcribe", {"traceparent": PARENT, "tracestate": "vendor=7"}, None),
+        ("POST", "/transcribe", {"traceparent": "rubbish", "user-agent": "curl/8"}, None),
+        ("POST", "/transcribe", {}, QueueFullError("full")),
+        ("POST", "/transcribe?status=503", {}, None),
+        ("POST", "/transcribe?status=rubbish", {}, None),
+        ("GET", "/transcribe", {}, None),
+        ("BREW", "/transcribe", {}, None),
+    ],
+)
+async def test_a_span_of_ours_tells_what_the_instrumentation_would_tell(
+    method: str, path: str, headers: dict[str, str], fail_with: Exception | None
+) -> None:
+    span = seen(await ours(make_app(fail_with), method, path, headers))
+    wanted = seen(await theirs(make_app(fail_with), method, path, headers))
+    if "?" in path:  # a caller's query stays out of traces
+        assert wanted["attributes"]["url.query"] == path.partition("?")[2]
+        wanted["attributes"]["url.query"] = "[removed]"
+    assert span["kind"] is SpanKind.SERVER
+    assert span == wanted
+
+
+async def test_an_exception_that_nobody_handled_is_in_the_span() -> None:
+    span = await ours(make_app(RuntimeError("no")), "POST", "/transcribe", {"traceparent": PARENT})
+    wanted = await theirs(make_app(RuntimeError("no")), "POST", "/transcribe", {"traceparent": PARENT})
+    assert seen(span)["parent"] == seen(wanted)["parent"]
+    assert span.attributes is not None
+    assert span.attributes["http.response.status_code"] == 500
+    assert span.attributes["error.type"] == "500"
+    assert span.status.status_code.name == "ERROR"
+    (event,) = span.events
+    assert event.attributes is not None
+    assert event.attributes["exception.type"] == "RuntimeError"
+    assert event.attributes["exception.message"] == "no"
+
+
+async def test_its_ids_are_those_that_the_request_had() -> None:
+    kept = InMemorySpanExporter()
+    telemetry = Telemetry(tracing=Tracing(kept, "memory", lambda *_: None, "1", "test"))
+    app = FastAPI()
+
+    @app.post("/transcribe")
+    async def transcribe(fail: bool = False) -> None:
+        with telemetry.stage("read"):
+            pass
+        if fail:
+            raise RuntimeError("no")
+
+    instrument(app, telemetry, lambda error, request_id: to_response(error, request_id=request_id))
+    await ask(app, "POST", "/transcribe", {})
+    await ask(app, "POST", "/transcribe?fail=true", {})
+    telemetry.flush()
+    by_name: dict[str, list[ReadableSpan]] = {}
+    for span in kept.get_finished_spans():
+        by_name.setdefault(span.name, []).append(span)
+    for server, stage in zip(by_name["POST /transcribe"], by_name["read"], strict=True):
+        assert server.context is not None
+        assert stage.parent is not None
+        assert stage.parent.span_id == server.context.span_id
+        assert stage.parent.trace_id == server.context.trace_id
+        assert (server.start_time or 0) < (stage.end_time or 0) <= (server.end_time or 0)
