@@ -553,7 +553,7 @@ def test_a_second_signal_does_not_wait_for_who_does_not_read(
     live = launch(models_dir, tmp_path / "log", drain_timeout_s=600)
     with realtime(live, max_queue=1, max_size=None) as session, live.client() as http:
         session.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        # Until the answers that nobody takes fill every buffer. The server reads no more then: sending blocks.
+        # Until the answers that nobody takes fill every buffer, and the server reads no more: sending blocks.
         threading.Thread(target=flood, args=(session,), daemon=True).start()
         time.sleep(1)
         assert sessions(http) == 1
