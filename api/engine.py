@@ -9,7 +9,8 @@ Lengths are padded up to buckets, so that shapes repeat: ONNX Runtime's memory p
 one of them is warm before the first request. Thread pools do not spin: spinning threads take the core that
 another worker, or another container, is about to use.
 
-On CPUs the depthwise convolutions of INT8 graphs run on our own kernels where those work (``api.kernels``).
+On CPUs the convolutions of INT8 graphs run on our own kernels where those work (``api.kernels``); both sessions
+then read the same copy of their weights.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from api.batching import BatchLimits, bucket_of
 from api.bundle import Bundle, check_outputs, check_session
 from api.errors import BundleError, InferenceError, SettingsError
-from api.kernels import Kernels, open_session
+from api.kernels import Kernels, open_sessions
 
 log = structlog.get_logger("api.engine")
 
@@ -103,12 +104,11 @@ class Engine:
         self.threads = threads
         path = bundle.graph_path(graph)
         kernels = kernels and self.graph == "int8"
-        opened = _open(bundle, str(path), provider, threads, kernels=kernels)
+        wide = wide_threads if wide_threads > 1 and path.stat().st_size <= WIDE_MAX_BYTES else 0
+        opened = _open(bundle, str(path), provider, threads, wide, kernels=kernels)
         self.provider, self.kernels, self._session = opened.provider, opened.kernels, opened.session
+        self._wide = opened.wide
         check_session(bundle, self.graph, self._session)
-        self._wide: ort.InferenceSession | None = None
-        if wide_threads > 1 and self.provider == "cpu" and path.stat().st_size <= WIDE_MAX_BYTES:
-            self._wide = _open(bundle, str(path), "cpu", wide_threads, kernels=kernels).session
         manifest = bundle.manifest
         self._least = manifest.input.min_samples
         self._most = int(manifest.max_window_s * manifest.sample_rate_hz)
@@ -274,45 +274,53 @@ class _Opened:
     provider: str
     kernels: Kernels
     session: ort.InferenceSession
+    wide: ort.InferenceSession | None
 
 
-def _open(bundle: Bundle, path: str, wanted: str, threads: int, *, kernels: bool) -> _Opened:
+def _open(bundle: Bundle, path: str, wanted: str, threads: int, wide: int, *, kernels: bool) -> _Opened:
     """A session on the wanted provider, verified: ONNX Runtime falls back to the CPU without a word."""
     offered = available_providers()
     if wanted == "auto":
         if "cuda" in offered:
             try:
-                return _session(bundle, path, "cuda", threads, kernels=kernels)
+                return _sessions(bundle, path, "cuda", threads, wide, kernels=kernels)
             except SettingsError as error:
                 log.warning("provider_fallback", wanted="cuda", chosen="cpu", problem=str(error))
-        return _session(bundle, path, "cpu", threads, kernels=kernels)
+        return _sessions(bundle, path, "cpu", threads, wide, kernels=kernels)
     if wanted not in offered:
         raise SettingsError(
             f"ASR_PROVIDER={wanted}: this build of ONNX Runtime has only {', '.join(offered)}"
         )
-    return _session(bundle, path, wanted, threads, kernels=kernels)
+    return _sessions(bundle, path, wanted, threads, wide, kernels=kernels)
 
 
-def _session(bundle: Bundle, path: str, provider: str, threads: int, *, kernels: bool) -> _Opened:
-    """``kernels``: ours, which are for the CPU only."""
+def _sessions(bundle: Bundle, path: str, provider: str, threads: int, wide: int, *, kernels: bool) -> _Opened:
+    """``wide``: threads of a second session, which there is on a CPU only; 0 for none. So with ``kernels``."""
     found: Kernels = "onnxruntime"
+    wanted = [threads, wide] if wide and provider == "cpu" else [threads]
     try:
         if kernels and provider == "cpu":
-            make_options = partial(session_options, threads)
-            session, found = open_session(path, make_options, least_samples=bundle.manifest.input.min_samples)
+            make_options = [partial(session_options, count) for count in wanted]
+            least = bundle.manifest.input.min_samples
+            sessions, found = open_sessions(path, make_options, least_samples=least)
         else:
-            session = ort.InferenceSession(
-                path,
-                session_options(threads),
-                providers=[PROVIDERS[provider]],
-                provider_options=[_provider_options(provider, threads)],
-            )
+            sessions = [_session(path, provider, count) for count in wanted]
     except Exception as error:
         if provider != "cpu":
             raise SettingsError(f"ASR_PROVIDER={provider}: {error}") from error
         raise BundleError(bundle.name, "graphs", path.rsplit("/", 1)[-1], f"ONNX Runtime: {error}") from error
-    verify_provider(session, provider)
-    return _Opened(provider, found, session)
+    for session in sessions:
+        verify_provider(session, provider)
+    return _Opened(provider, found, sessions[0], sessions[1] if len(sessions) > 1 else None)
+
+
+def _session(path: str, provider: str, threads: int) -> ort.InferenceSession:
+    return ort.InferenceSession(
+        path,
+        session_options(threads),
+        providers=[PROVIDERS[provider]],
+        provider_options=[_provider_options(provider, threads)],
+    )
 
 
 def session_options(threads: int) -> ort.SessionOptions:

@@ -25,7 +25,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from api.bundle import Bundle, load_bundle
 from api.engine import session_options
-from api.kernels.sessions import instructions, library, open_session
+from api.kernels.library import instructions, library
+from api.kernels.sessions import open_sessions
 from loadtest.clips import speech
 from loadtest.command import bundle_parser
 from loadtest.processes import hardware
@@ -54,7 +55,7 @@ def open_all(bundle: Bundle, make: Callable[[], ort.SessionOptions]) -> dict[str
         raise SystemExit("the kernels were not compiled: python api/kernels/build.py says why")
     for avx2_only in (1, 0):
         loaded.asr_avx2_only(avx2_only)
-        session, found = open_session(path, make, least_samples=bundle.manifest.input.min_samples)
+        (session,), found = open_sessions(path, [make], least_samples=bundle.manifest.input.min_samples)
         if found == instructions() != "onnxruntime":
             sessions[found] = session
     if len(sessions) == 1:

@@ -1,4 +1,4 @@
-"""Compile ``depthwise.c``: ``python api/kernels/build.py``, with nothing but the standard library.
+"""Compile the operators: ``python api/kernels/build.py``, with nothing but the standard library.
 
 Takes ``CC``, else the first of cc, gcc and clang, else the package ``ziglang``. Without any the service runs
 all the same, on ONNX Runtime's own operators: that is a line to read, not a failure.
@@ -21,7 +21,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NO_COMPILER = "no C compiler: install gcc, or the Python package ziglang, and run make again"
-SOURCES = ("depthwise.c", "onnxruntime_abi.h")
+CODE = (
+    *("depthwise.c", "depthwise_avx2.c", "depthwise_vnni.c", "operator.c", "pointwise.c", "processor.c"),
+    "weights.c",
+)
+SOURCES = (*CODE, "depthwise.h", "onnxruntime_abi.h", "operator.h", "processor.h", "weights.h")
 LIBRARY = "asr_kernels.so"
 FLAGS = (
     *("-std=gnu11", "-O2", "-g0", "-s", "-fPIC", "-shared", "-fvisibility=hidden"),
@@ -89,7 +93,7 @@ def _build() -> str:
     compiler = find_compiler()
     if compiler is None:
         return NO_COMPILER
-    problem = compile_library(compiler, [HERE / SOURCES[0]], target)
+    problem = compile_library(compiler, [HERE / name for name in CODE], target)
     if problem:
         return problem
     print(f"Compiled {target.name} with {compiler[0]}")

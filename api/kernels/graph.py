@@ -1,32 +1,45 @@
 """Hand nodes of an optimised graph over to our operators.
 
-Only the few fields that are looked at are declared; protobuf carries everything else, the weights above
-all, through untouched. That takes less than the ``onnx`` package, which the service does not need otherwise.
+Only the few fields that are looked at are declared; protobuf carries everything else through untouched. That
+takes less than the ``onnx`` package, which the service does not need otherwise.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from api.kernels.library import Kind
+
 DOMAIN = "asr"
-OPERATOR = "DepthwiseQLinearConv"
-MAX_TAPS = 128  # as in depthwise.c
-BIAS, MASK = 8, 9  # places of the optional inputs; QLinearConv has the first nine
+OPERATORS: dict[Kind, str] = {"depthwise": "DepthwiseQLinearConv", "pointwise": "PointwiseQLinearConv"}
+MAX_TAPS = 128  # as in weights.h
+WEIGHTS = 3  # place of QLinearConv's weights, which ours does not have: the library keeps them
+BIAS, MASK = 7, 8  # places of our optional inputs
+INT8, INTS = 3, 7  # of onnx.proto: a tensor's and an attribute's type
+
+Keep = Callable[[Kind, bytes, int, int], int]
 
 # Of onnx.proto (ONNX IR): message -> (field, number, type, repeated).
 _Field = descriptor_pb2.FieldDescriptorProto
 _FIELDS: dict[str, list[tuple[str, int, Any, bool]]] = {
-    "Tensor": [("dims", 1, _Field.TYPE_INT64, True), ("name", 8, _Field.TYPE_STRING, False)],
+    "Tensor": [
+        ("dims", 1, _Field.TYPE_INT64, True),
+        ("data_type", 2, _Field.TYPE_INT32, False),
+        ("name", 8, _Field.TYPE_STRING, False),
+        ("raw_data", 9, _Field.TYPE_BYTES, False),
+    ],
     "Attribute": [
         ("name", 1, _Field.TYPE_STRING, False),
         ("i", 3, _Field.TYPE_INT64, False),
         ("g", 6, "Graph", False),
         ("ints", 8, _Field.TYPE_INT64, True),
         ("graphs", 11, "Graph", True),
+        ("type", 20, _Field.TYPE_INT32, False),
     ],
     "Node": [
         ("input", 1, _Field.TYPE_STRING, True),
@@ -36,7 +49,12 @@ _FIELDS: dict[str, list[tuple[str, int, Any, bool]]] = {
         ("domain", 7, _Field.TYPE_STRING, False),
     ],
     "Value": [("name", 1, _Field.TYPE_STRING, False)],
-    "Graph": [("node", 1, "Node", True), ("initializer", 5, "Tensor", True), ("output", 12, "Value", True)],
+    "Graph": [
+        ("node", 1, "Node", True),
+        ("initializer", 5, "Tensor", True),
+        ("input", 11, "Value", True),
+        ("output", 12, "Value", True),
+    ],
     "OperatorSet": [("domain", 1, _Field.TYPE_STRING, False), ("version", 2, _Field.TYPE_INT64, False)],
     "Model": [("graph", 7, "Graph", False), ("opset_import", 8, "OperatorSet", True)],
 }
@@ -59,36 +77,53 @@ def _model_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("asr_onnx.Model"))
 
 
-def hand_over(model: bytes) -> tuple[bytes, int]:
+def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
     """An optimised ONNX model -> the model with our operators, and how many nodes they took.
 
-    A mask that only such a node reads goes into the node: it takes the minimum while it reads its input.
+    ``keep`` takes int8 weights ``(channels, depth)`` and gives the number by which an operator finds them, 0
+    if it does not want them (as ``library.Weights``); the model is written without them.
+    A mask that only a depthwise convolution reads goes into it: it takes the minimum while it reads its input.
     """
     parsed = _model_class().FromString(model)
     graph = parsed.graph
     made_by = {name: node for node in graph.node for name in node.output}
-    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    replaceable = {value.name for value in graph.input}  # whoever runs the model may give other values
+    tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in replaceable}
     readers = _readers(graph)
     gone = set()
+    kept: set[str] = set()
     taken = 0
     for node in graph.node:
-        if not _is_ours(node, shapes):
+        kind = _kind(node, tensors)
+        if kind is None:
             continue
-        node.op_type, node.domain = OPERATOR, DOMAIN
+        weights = tensors[node.input[WEIGHTS]]
+        number = keep(kind, weights.raw_data, weights.dims[0], len(weights.raw_data) // weights.dims[0])
+        if not number:
+            continue
         taken += 1
+        kept.add(weights.name)
+        node.op_type, node.domain = OPERATORS[kind], DOMAIN
+        node.attribute.add(name="weights", ints=[number], type=INTS)
+        del node.input[WEIGHTS]
         mask = made_by.get(node.input[0])
-        if mask is not None and _is_mask(mask, shapes) and readers[node.input[0]] == 1:
+        if kind == "depthwise" and _is_mask(mask, tensors) and readers[node.input[0]] == 1:
             node.input[0] = mask.input[0]
             node.input.extend([""] * (MASK - len(node.input)))
             node.input.append(mask.input[1])
             gone.add(mask.output[0])
     if not taken:
         return model, 0
-    kept = [node for node in graph.node if node.output[0] not in gone]
-    del graph.node[:]
-    graph.node.extend(kept)
+    _keep_only(graph.node, [node for node in graph.node if node.output[0] not in gone])
+    unread = kept - _readers(graph).keys()
+    _keep_only(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
     parsed.opset_import.add(domain=DOMAIN, version=1)
     return parsed.SerializeToString(), taken
+
+
+def _keep_only(items: Any, wanted: list[Any]) -> None:
+    del items[:]
+    items.extend(wanted)
 
 
 def _readers(graph: Any) -> Counter[str]:
@@ -102,28 +137,39 @@ def _readers(graph: Any) -> Counter[str]:
     return found
 
 
-def _is_ours(node: Any, shapes: dict[str, list[int]]) -> bool:
-    """Whether the kernel can do it: one channel per group, a scale per channel, as wide as its input."""
+def _kind(node: Any, tensors: dict[str, Any]) -> Kind | None:
+    """Which of our operators can do it: as long as its input, with a scale for each channel."""
     if (node.domain, node.op_type) != ("com.microsoft", "QLinearConv"):
-        return False
+        return None
     number: dict[str, int] = {item.name: item.i for item in node.attribute}
     numbers: dict[str, list[int]] = {item.name: list(item.ints) for item in node.attribute}
-    channels = number.get("group", 1)
-    if number.get("channels_last") != 1 or channels == 1:
-        return False
+    if number.get("channels_last") != 1 or not all(name in tensors for name in node.input[1:8]):
+        return None
+    weights, *others = (tensors[name] for name in node.input[WEIGHTS : WEIGHTS + 3])
     match numbers.get("kernel_shape"), numbers.get("strides"), numbers.get("dilations"), numbers.get("pads"):
         case [1, taps], [1, 1], [1, dilation], [0, before, 0, after]:
-            weights, scales, zeros = (shapes.get(name) for name in node.input[3:6])
-            return (
-                1 <= taps <= MAX_TAPS
-                and 1 <= dilation < 2**31
-                and before >= 0 <= after
-                and before + after == (taps - 1) * dilation
-                and (weights, scales, zeros) == ([channels, 1, 1, taps], [channels], [channels])
-            )
-    return False
+            if before < 0 or after < 0 or before + after != (taps - 1) * dilation:
+                return None
+        case _:
+            return None
+    match list(weights.dims):
+        case [channels, depth, 1, width] if width == taps and channels > 0 < depth:
+            if any(list(tensor.dims) != [channels] for tensor in others) or weights.data_type != INT8:
+                return None
+        case _:
+            return None
+    if len(weights.raw_data) != channels * depth * taps:
+        return None
+    if depth == 1 and number.get("group", 1) == channels > 1:
+        return "depthwise" if 1 <= taps <= MAX_TAPS and 1 <= dilation < 2**31 else None
+    return "pointwise" if taps == 1 and number.get("group", 1) == 1 else None
 
 
-def _is_mask(node: Any, shapes: dict[str, list[int]]) -> bool:
+def _is_mask(node: Any, tensors: dict[str, Any]) -> bool:
     """The exporter's: the minimum of a value and a mask that the graph computes."""
-    return (node.domain, node.op_type) == ("", "Min") and len(node.input) == 2 and node.input[1] not in shapes
+    return (
+        node is not None
+        and (node.domain, node.op_type) == ("", "Min")
+        and len(node.input) == 2
+        and node.input[1] not in tensors
+    )

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -16,75 +13,55 @@ import structlog
 from numpy.typing import NDArray
 
 from api.kernels.graph import hand_over
+from api.kernels.library import LIBRARY, Kernels, Weights, instructions
 
 log = structlog.get_logger("api.kernels")
 
-LIBRARY = Path(__file__).with_name("asr_kernels.so")
 MAX_GRAPH_BYTES = 64 * 2**20  # the graph is in memory three times while it is rewritten
-NOISE_SAMPLES = 96_000  # 6 s: more frames than the kernel works on at once, so that its seams are looked at
-
-Kernels = Literal["vnni", "avx2", "onnxruntime"]
+NOISE_SAMPLES = 96_000  # 6 s: more frames than the kernels work on at once, so that their seams are looked at
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled operators; None where they were not compiled or cannot be loaded."""
-    if not LIBRARY.is_file():
-        return None
-    try:
-        loaded = ctypes.CDLL(str(LIBRARY))
-        loaded.asr_instructions.restype = ctypes.c_char_p
-        loaded.asr_instructions()
-    except (OSError, AttributeError) as error:
-        log.warning("kernels_unusable", file=str(LIBRARY), problem=str(error))
-        return None
-    return loaded
+def open_sessions(
+    path: str, make_options: Sequence[Callable[[], ort.SessionOptions]], *, least_samples: int
+) -> tuple[list[ort.InferenceSession], Kernels]:
+    """CPU sessions on a bundle's graph, one for each of ``make_options``, and what runs its convolutions.
 
-
-def instructions() -> Kernels:
-    """What our operators would run on here; ``onnxruntime`` where there are none."""
-    loaded = library()
-    found = b"" if loaded is None else loaded.asr_instructions()
-    return "vnni" if found == b"vnni" else "avx2" if found == b"avx2" else "onnxruntime"
-
-
-def open_session(
-    path: str, make_options: Callable[[], ort.SessionOptions], *, least_samples: int
-) -> tuple[ort.InferenceSession, Kernels]:
-    """A CPU session on a bundle's graph and what runs its depthwise convolutions.
-
-    ``make_options`` gives fresh options each time; ``least_samples`` is the shortest input of the graph.
+    ``make_options`` give fresh options each time; ``least_samples`` is the shortest input of the graph.
     What ONNX Runtime says against the graph itself passes through; what it says against our operators is
-    logged, and the session does without them.
+    logged, and the sessions do without them. Of weights that our operators use there is one copy for all.
     """
     found = instructions()
-    if found == "onnxruntime" or os.stat(path).st_size > MAX_GRAPH_BYTES:
-        return _open(path, make_options()), "onnxruntime"
-    try:
-        ours = _with_kernels(path, make_options, max(NOISE_SAMPLES, least_samples))
-    except Exception as error:  # ONNX Runtime has no common type for what it raises
-        log.warning("kernels_refused", graph=path, problem=str(error))
-        ours = None
-    if ours is not None:
-        return ours, found
-    return _open(path, make_options()), "onnxruntime"
+    if found != "onnxruntime" and os.stat(path).st_size <= MAX_GRAPH_BYTES:
+        try:
+            ours = _with_kernels(path, make_options, max(NOISE_SAMPLES, least_samples))
+        except Exception as error:  # ONNX Runtime has no common type for what it raises
+            log.warning("kernels_refused", graph=path, problem=str(error))
+        else:
+            if ours:
+                return ours, found
+    return [_open(path, make()) for make in make_options], "onnxruntime"
 
 
 def _with_kernels(
-    path: str, make_options: Callable[[], ort.SessionOptions], samples: int
-) -> ort.InferenceSession | None:
-    """A session whose bits were compared; None where there is nothing for our operators to do."""
-    with _memory_file() as optimised:
-        options = make_options()
-        options.optimized_model_filepath = optimised
-        # Not to be kept: a session that was told to save its graph holds the weights twice.
-        plain = _open(path, options)
-        graph, nodes = hand_over(Path(optimised).read_bytes())
-    if not nodes:
-        return None
-    ours = _open_rewritten(graph, make_options())
-    if not _same_bits(plain, ours, samples):
-        raise ValueError("other log-probabilities than ONNX Runtime's own")
+    path: str, make_options: Sequence[Callable[[], ort.SessionOptions]], samples: int
+) -> list[ort.InferenceSession]:
+    """Sessions whose bits were compared; none where there is nothing for our operators to do."""
+    noise = _noise(samples)
+    with Weights() as weights:
+        with _memory_file() as optimised:
+            options = make_options[0]()
+            options.optimized_model_filepath = optimised
+            # Not to be kept: a session that was told to save its graph holds the weights twice.
+            expected = _open(path, options).run(None, noise)
+            graph, nodes = hand_over(Path(optimised).read_bytes(), weights.keep)
+        if not nodes:
+            return []
+        with _memory_file() as rewritten:  # because a session keeps the bytes that it was given
+            Path(rewritten).write_bytes(graph)
+            ours = [_open_rewritten(rewritten, make()) for make in make_options]
+    for session in ours:
+        if not all(map(np.array_equal, session.run(None, noise), expected)):
+            raise ValueError("other log-probabilities than ONNX Runtime's own")
     return ours
 
 
@@ -92,14 +69,11 @@ def _open(path: str, options: ort.SessionOptions) -> ort.InferenceSession:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _open_rewritten(graph: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+def _open_rewritten(path: str, options: ort.SessionOptions) -> ort.InferenceSession:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been optimised
     options.register_custom_ops_library(str(LIBRARY))
     options.log_severity_level = 4  # what it refuses is told in our log
-    # From a file, because a session keeps the bytes that it was given.
-    with _memory_file() as path:
-        Path(path).write_bytes(graph)
-        return _open(path, options)
+    return _open(path, options)
 
 
 @contextlib.contextmanager
@@ -112,11 +86,9 @@ def _memory_file() -> Iterator[str]:
         os.close(descriptor)
 
 
-def _same_bits(plain: ort.InferenceSession, ours: ort.InferenceSession, samples: int) -> bool:
+def _noise(samples: int) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
     """Two clips of different length, so that padding and masks are looked at, too."""
     noise: NDArray[np.float32] = np.random.default_rng(0).normal(0.0, 0.1, (2, samples)).astype(np.float32)
     lengths = np.array([samples, max(1, samples * 2 // 3)], np.int64)
     noise[1, lengths[1] :] = 0.0
-    feeds = {"waveform": noise, "lengths": lengths}
-    pairs = zip(plain.run(None, feeds), ours.run(None, feeds), strict=True)
-    return all(np.array_equal(expected, found) for expected, found in pairs)
+    return {"waveform": noise, "lengths": lengths}

@@ -1,0 +1,65 @@
+/* What our operators have in common: how they refuse, and what they read of a quantized convolution.
+ *
+ * The inputs are those of com.microsoft's QLinearConv without the weights, which the attribute `weights` names:
+ *   y = clamp(round(scale[c] * (bias[c] + sum_k (x_k - x_zero) * w[c, k])) + y_zero)
+ */
+#ifndef ASR_OPERATOR_H
+#define ASR_OPERATOR_H
+
+#include "onnxruntime_abi.h"
+#include "weights.h"
+
+enum { X, X_SCALE, X_ZERO, W_SCALE, W_ZERO, Y_SCALE, Y_ZERO, BIAS, MASK, INPUTS };
+
+typedef struct {
+  const Weights *weights;
+  int32_t x_zero, y_zero;
+  int32_t *bias; /* of each lane, the input's zero point taken in */
+  float *scale;  /* of each lane */
+  size_t inputs; /* of the node */
+  int has_bias;
+} Convolution;
+
+#define TRY(expression)                \
+  do {                                 \
+    OrtStatus *status = (expression);  \
+    if (status != NULL) return status; \
+  } while (0)
+
+OrtStatus *refuse(const OrtApi *api, const char *problem);
+OrtStatus *shape_of(const OrtApi *api, const OrtValue *value, int64_t shape[4], size_t *count);
+
+/* An attribute of exactly `count` whole numbers. */
+OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const char *name, int64_t *out, size_t count);
+
+/* Refuses all but kernels 1 x taps, stride 1, and pads that leave as many frames as there were. */
+OrtStatus *read_frames(const OrtApi *api, const OrtKernelInfo *info, int64_t taps, int64_t *pad, int64_t *dilation);
+
+/* Also after an error `close_convolution` is due. */
+OrtStatus *open_convolution(Convolution *convolution, const OrtApi *api, const OrtKernelInfo *info);
+void close_convolution(Convolution *convolution);
+
+/* Asks for what each task will need first, which has been pushed out of the caches since the last inference. */
+void look_ahead(const Convolution *convolution);
+
+/* A bias that is computed by the graph would be passed over. */
+OrtStatus *check_bias(const Convolution *convolution, const OrtApi *api, const OrtKernelContext *context);
+
+/* Memory for bias and scale; 0 if there is none. */
+int allocate_lanes(Convolution *convolution);
+
+/* Bias and scale of a channel. */
+void set_channel(Convolution *convolution, int64_t channel, int32_t bias, float scale);
+
+extern const OrtCustomOp depthwise_operator, pointwise_operator;
+
+/* What the tables of both have in common. */
+const char *on_cpu(const OrtCustomOp *op);
+int input_type(const OrtCustomOp *op, size_t index);
+int input_kind(const OrtCustomOp *op, size_t index);
+int default_memory(const OrtCustomOp *op, size_t index);
+size_t one_output(const OrtCustomOp *op);
+int output_type(const OrtCustomOp *op, size_t index);
+int output_kind(const OrtCustomOp *op, size_t index);
+
+#endif

@@ -1,0 +1,204 @@
+/* Pointwise INT8 convolution, which is a matrix product: channels last, kernel 1 x 1, stride 1.
+ *
+ * x uint8 (batch, height, frames, depth), w int8 (channels, depth), y uint8 (batch, height, frames, channels):
+ *   y[t, c] = clamp(round(scale[c] * (bias[c] + sum_k (x[t, k] - x_zero) * w[c, k])) + y_zero)
+ *
+ * A panel is the weights of 32 channels; it stays in the first cache while all rows of x pass by. The sums of 12
+ * rows fill the registers, and become bytes there: ONNX Runtime writes them out and reads them once more.
+ */
+#include <immintrin.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "operator.h"
+#include "processor.h"
+
+enum {
+  QUAD = 4,           /* products that one instruction adds */
+  PANEL = 2 * LANES,  /* channels */
+  ROWS = 12,          /* rows of sums in registers */
+  CHUNK = 21 * ROWS,  /* rows per task at most, so that x stays in the second cache */
+};
+
+typedef struct {
+  const OrtApi *api;
+  Convolution convolution;
+  int64_t depth, channels, panels;
+} Pointwise;
+
+typedef struct {
+  const Pointwise *kernel;
+  const uint8_t *x;
+  uint8_t *y;
+  int64_t rows, chunk;
+} PointwiseCall;
+
+VNNI INLINE __m512i scaled(__m512i sums, __m512 scale) {
+  return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale));
+}
+
+VNNI INLINE __m512i four(const uint8_t *x) {
+  int32_t bytes;
+  memcpy(&bytes, x, QUAD);
+  return _mm512_set1_epi32(bytes);
+}
+
+/* `rows` rows of a panel's sums as bytes to y (rows, stride). `rows` is a constant wherever this is inlined. */
+VNNI INLINE void run(const Pointwise *kernel, int64_t panel, const uint8_t *x, int rows, uint8_t *y, int64_t stride) {
+  const Convolution *convolution = &kernel->convolution;
+  const Weights *weights = convolution->weights;
+  const __m512i *w = (const __m512i *)(weights->packed + panel * 2 * weights->block_bytes);
+  const int32_t *bias = convolution->bias + panel * PANEL;
+  const int64_t depth = kernel->depth, whole = depth / QUAD * QUAD;
+  __m512i sums[ROWS][2];
+  UNROLL for (int row = 0; row < rows; row++)
+    UNROLL for (int half = 0; half < 2; half++) sums[row][half] = _mm512_loadu_si512(bias + half * LANES);
+  /* Four addresses and three offsets, because there are no registers for an address per row. */
+  const uint8_t *from[ROWS / 3] = {x, x + 3 * depth, x + 6 * depth, x + 9 * depth};
+  for (int64_t k = 0; k < whole; k += QUAD, w += 2) {
+    const __m512i left = _mm512_load_si512(w), right = _mm512_load_si512(w + 1);
+    UNROLL for (int row = 0; row < rows; row++) {
+      const __m512i bytes = four(from[row / 3] + row % 3 * depth + k);
+      ADD_PRODUCTS(sums[row][0], bytes, left);
+      ADD_PRODUCTS(sums[row][1], bytes, right);
+    }
+  }
+  if (whole < depth) {
+    UNROLL for (int row = 0; row < rows; row++) {
+      uint8_t rest[QUAD] = {0};
+      memcpy(rest, x + row * depth + whole, (size_t)(depth - whole));
+      const __m512i bytes = four(rest);
+      ADD_PRODUCTS(sums[row][0], bytes, _mm512_load_si512(w));
+      ADD_PRODUCTS(sums[row][1], bytes, _mm512_load_si512(w + 1));
+    }
+  }
+  const float *scales = convolution->scale + panel * PANEL;
+  const __m512 left = _mm512_loadu_ps(scales), right = _mm512_loadu_ps(scales + LANES);
+  const __m512i zero = _mm512_set1_epi16((short)convolution->y_zero);
+  /* Packing mixes left and right and two rows by fours. */
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  UNROLL for (int row = 0; row < rows; row += 2) {
+    const int other = row + 1 < rows ? row + 1 : row;
+    const __m512i one = _mm512_packs_epi32(scaled(sums[row][0], left), scaled(sums[row][1], right));
+    const __m512i two = _mm512_packs_epi32(scaled(sums[other][0], left), scaled(sums[other][1], right));
+    const __m512i bytes = _mm512_packus_epi16(_mm512_adds_epi16(one, zero), _mm512_adds_epi16(two, zero));
+    const __m512i lines = _mm512_permutexvar_epi32(order, bytes);
+    _mm256_storeu_si256((__m256i *)(y + row * stride), _mm512_castsi512_si256(lines));
+    if (row < other) _mm256_storeu_si256((__m256i *)(y + other * stride), _mm512_extracti64x4_epi64(lines, 1));
+  }
+}
+
+VNNI static void run_rows(const Pointwise *kernel, int64_t panel, const uint8_t *x, int64_t rows, uint8_t *y,
+                          int64_t stride) {
+  if (rows == 12)
+    run(kernel, panel, x, 12, y, stride);
+  else if (rows == 8)
+    run(kernel, panel, x, 8, y, stride);
+  else if (rows == 4)
+    run(kernel, panel, x, 4, y, stride);
+  else
+    run(kernel, panel, x, 1, y, stride);
+}
+
+VNNI static void run_task(void *data, size_t task) {
+  const PointwiseCall *call = data;
+  const Pointwise *kernel = call->kernel;
+  const Weights *weights = kernel->convolution.weights;
+  const int64_t panel = (int64_t)task % kernel->panels, start = (int64_t)task / kernel->panels * call->chunk;
+  const int64_t end = start + call->chunk < call->rows ? start + call->chunk : call->rows;
+  const int64_t left = kernel->channels - panel * PANEL, bytes = 2 * weights->block_bytes;
+  /* The next panel, and behind the last one the weights of the next layer, comes a little nearer with each group of
+   * rows. */
+  const char *ahead = (const char *)weights->packed + (panel + 1) * bytes;
+  const int64_t lines = (bytes / 64 + call->chunk / ROWS - 1) / (call->chunk / ROWS);
+  for (int64_t row = start, rows; row < end; row += rows) {
+    rows = end - row >= ROWS ? ROWS : end - row >= 8 ? 8 : end - row >= 4 ? 4 : 1;
+    for (int64_t line = 0; line < lines; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+    const uint8_t *x = call->x + row * kernel->depth;
+    uint8_t *y = call->y + row * kernel->channels + panel * PANEL;
+    if (left >= PANEL) {
+      run_rows(kernel, panel, x, rows, y, kernel->channels);
+    } else {
+      uint8_t out[ROWS][PANEL];
+      run_rows(kernel, panel, x, rows, out[0], PANEL);
+      for (int64_t i = 0; i < rows; i++) memcpy(y + i * kernel->channels, out[i], (size_t)left);
+    }
+  }
+}
+
+static OrtStatus *compute(void *data, OrtKernelContext *context) {
+  const Pointwise *kernel = data;
+  const OrtApi *api = kernel->api;
+  const OrtValue *x;
+  OrtValue *y;
+  int64_t shape[4];
+  size_t count;
+  PointwiseCall call = {.kernel = kernel};
+  look_ahead(&kernel->convolution);
+  TRY(ORT_CALL(api, context_input)(context, X, &x));
+  TRY(shape_of(api, x, shape, &count));
+  if (count != 4 || shape[3] != kernel->depth) return refuse(api, "pointwise: x is not (batch, height, frames, depth)");
+  call.rows = shape[0] * shape[1] * shape[2];
+  TRY(check_bias(&kernel->convolution, api, context));
+  shape[3] = kernel->channels;
+  TRY(ORT_CALL(api, context_output)(context, 0, shape, 4, &y));
+  TRY(ORT_CALL(api, tensor_data)((OrtValue *)x, (void **)&call.x));
+  TRY(ORT_CALL(api, tensor_data)(y, (void **)&call.y));
+  if (call.rows == 0) return NULL;
+  /* Chunks of about the same size, whole groups of rows each. */
+  const int64_t chunks = (call.rows + CHUNK - 1) / CHUNK, even = (call.rows + chunks - 1) / chunks;
+  call.chunk = (even + ROWS - 1) / ROWS * ROWS;
+  const int64_t tasks = (call.rows + call.chunk - 1) / call.chunk * kernel->panels;
+  return ORT_CALL(api, parallel_for)(context, run_task, (size_t)tasks, 0, &call);
+}
+
+static void destroy(void *data) {
+  Pointwise *kernel = data;
+  if (kernel == NULL) return;
+  close_convolution(&kernel->convolution);
+  free(kernel);
+}
+
+static OrtStatus *prepare(Pointwise *kernel, const OrtKernelInfo *info) {
+  TRY(open_convolution(&kernel->convolution, kernel->api, info));
+  const Weights *weights = kernel->convolution.weights;
+  if (weights->layout != POINTWISE_VNNI)
+    return refuse(kernel->api, "pointwise: the weights are a depthwise convolution's");
+  kernel->depth = weights->depth;
+  kernel->channels = weights->channels;
+  kernel->panels = (weights->channels + PANEL - 1) / PANEL;
+  int64_t pad, dilation;
+  return read_frames(kernel->api, info, 1, &pad, &dilation);
+}
+
+static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
+  (void)op;
+  Pointwise *kernel = calloc(1, sizeof *kernel);
+  if (kernel == NULL) return ORT_CALL(api, create_status)(ORT_FAIL, "out of memory");
+  kernel->api = api;
+  OrtStatus *status = prepare(kernel, info);
+  if (status != NULL)
+    destroy(kernel);
+  else
+    *out = kernel;
+  return status;
+}
+
+static const char *name(const OrtCustomOp *op) { return (void)op, "PointwiseQLinearConv"; }
+static size_t input_count(const OrtCustomOp *op) { return (void)op, MASK; }
+
+const OrtCustomOp pointwise_operator = {
+    .version = ORT_ABI_VERSION,
+    .get_name = name,
+    .get_provider = on_cpu,
+    .get_input_type = input_type,
+    .get_input_count = input_count,
+    .get_output_type = output_type,
+    .get_output_count = one_output,
+    .destroy = destroy,
+    .get_input_kind = input_kind,
+    .get_output_kind = output_kind,
+    .get_input_memory = default_memory,
+    .create_kernel_v2 = create,
+    .compute_v2 = compute,
+};

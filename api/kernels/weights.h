@@ -1,0 +1,39 @@
+/* Weights packed as the kernels want them, once per process however many sessions use them.
+ *
+ * A session would keep the weights it was given beside the packed ones, and so would the next session. Here
+ * whoever rewrites a graph has them packed, and puts only the number they are known by into the graph.
+ */
+#ifndef ASR_WEIGHTS_H
+#define ASR_WEIGHTS_H
+
+#include <stdint.h>
+
+#define LANES 16 /* channels that are worked on together, a block */
+#define MAX_TAPS 128
+
+typedef enum { DEPTHWISE_VNNI, DEPTHWISE_AVX2, POINTWISE_VNNI } Layout;
+
+typedef struct Weights Weights;
+typedef struct Chunk Chunk;
+
+struct Weights {
+  Layout layout;
+  int64_t channels; /* of the output */
+  int64_t depth;    /* weights per channel: taps of a depthwise convolution, input channels of a pointwise one */
+  int64_t blocks;   /* of LANES channels, those behind the last are zeros */
+  int64_t block_bytes;
+  uint8_t *packed;
+  Chunk *chunk; /* of memory that `packed` is in */
+  int32_t *sums; /* (blocks * LANES), of each channel's weights */
+  int64_t id, references;
+  Weights *next;
+};
+
+/* Where a channel is among the lanes of all blocks. */
+int64_t weights_lane(const Weights *weights, int64_t channel);
+
+/* NULL if there are none of that number. Whoever takes gives back. */
+const Weights *weights_take(int64_t id);
+void weights_give_back(const Weights *weights);
+
+#endif
