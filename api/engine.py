@@ -9,8 +9,8 @@ Lengths are padded up to buckets, so that shapes repeat: ONNX Runtime's memory p
 one of them is warm before the first request. Thread pools do not spin: spinning threads take the core that
 another worker, or another container, is about to use.
 
-On CPUs the convolutions of INT8 graphs run on our own kernels where those work (``api.kernels``); both sessions
-then read the same copy of their weights.
+On CPUs the convolutions of INT8 graphs run on our own kernels where those work (``api.kernels``); both
+sessions then read the same copy of their weights.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def _open(bundle: Bundle, path: str, wanted: str, threads: int, wide: int, *, ke
 
 
 def _sessions(bundle: Bundle, path: str, provider: str, threads: int, wide: int, *, kernels: bool) -> _Opened:
-    """``wide``: threads of a second session, which there is on a CPU only; 0 for none. So with ``kernels``."""
+    """``wide``: threads of a second session, 0 for none; it and ``kernels`` are for the CPU only."""
     found: Kernels = "onnxruntime"
     wanted = [threads, wide] if wide and provider == "cpu" else [threads]
     try:

@@ -82,7 +82,7 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
 
     ``keep`` takes int8 weights ``(channels, depth)`` and gives the number by which an operator finds them, 0
     if it does not want them (as ``library.Weights``); the model is written without them.
-    A mask that only a depthwise convolution reads goes into it: it takes the minimum while it reads its input.
+    A mask that only a depthwise convolution reads goes into it: it takes the minimum while it reads x.
     """
     parsed = _model_class().FromString(model)
     graph = parsed.graph
@@ -107,7 +107,9 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
         node.attribute.add(name="weights", ints=[number], type=INTS)
         del node.input[WEIGHTS]
         mask = made_by.get(node.input[0])
-        if kind == "depthwise" and _is_mask(mask, tensors) and readers[node.input[0]] == 1:
+        if kind != "depthwise" or mask is None or readers[node.input[0]] != 1:
+            continue
+        if _is_mask(mask, tensors):
             node.input[0] = mask.input[0]
             node.input.extend([""] * (MASK - len(node.input)))
             node.input.append(mask.input[1])
@@ -143,7 +145,8 @@ def _kind(node: Any, tensors: dict[str, Any]) -> Kind | None:
         return None
     number: dict[str, int] = {item.name: item.i for item in node.attribute}
     numbers: dict[str, list[int]] = {item.name: list(item.ints) for item in node.attribute}
-    if number.get("channels_last") != 1 or not all(name in tensors for name in node.input[1:8]):
+    constant = all(name in tensors for name in node.input[1:] if name)
+    if number.get("channels_last") != 1 or len(node.input) < 8 or not constant:
         return None
     weights, *others = (tensors[name] for name in node.input[WEIGHTS : WEIGHTS + 3])
     match numbers.get("kernel_shape"), numbers.get("strides"), numbers.get("dilations"), numbers.get("pads"):
@@ -168,8 +171,5 @@ def _kind(node: Any, tensors: dict[str, Any]) -> Kind | None:
 def _is_mask(node: Any, tensors: dict[str, Any]) -> bool:
     """The exporter's: the minimum of a value and a mask that the graph computes."""
     return (
-        node is not None
-        and (node.domain, node.op_type) == ("", "Min")
-        and len(node.input) == 2
-        and node.input[1] not in tensors
+        (node.domain, node.op_type) == ("", "Min") and len(node.input) == 2 and node.input[1] not in tensors
     )

@@ -126,6 +126,13 @@ VNNI static void run_task(void *data, size_t task) {
   }
 }
 
+/* How many tasks: of each panel with chunks of about the same size, whole groups of rows but for the last. */
+static int64_t share_out(PointwiseCall *call) {
+  const int64_t chunks = (call->rows + CHUNK - 1) / CHUNK, even = (call->rows + chunks - 1) / chunks;
+  call->chunk = (even + ROWS - 1) / ROWS * ROWS;
+  return (call->rows + call->chunk - 1) / call->chunk * call->kernel->panels;
+}
+
 static OrtStatus *compute(void *data, OrtKernelContext *context) {
   const Pointwise *kernel = data;
   const OrtApi *api = kernel->api;
@@ -145,11 +152,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   TRY(ORT_CALL(api, tensor_data)((OrtValue *)x, (void **)&call.x));
   TRY(ORT_CALL(api, tensor_data)(y, (void **)&call.y));
   if (call.rows == 0) return NULL;
-  /* Chunks of about the same size, whole groups of rows each. */
-  const int64_t chunks = (call.rows + CHUNK - 1) / CHUNK, even = (call.rows + chunks - 1) / chunks;
-  call.chunk = (even + ROWS - 1) / ROWS * ROWS;
-  const int64_t tasks = (call.rows + call.chunk - 1) / call.chunk * kernel->panels;
-  return ORT_CALL(api, parallel_for)(context, run_task, (size_t)tasks, 0, &call);
+  return ORT_CALL(api, parallel_for)(context, run_task, (size_t)share_out(&call), 0, &call);
 }
 
 static void destroy(void *data) {

@@ -48,6 +48,11 @@ def test_compiles_once(copy: Path) -> None:
     assert ctypes.CDLL(str(copy / build.LIBRARY)).RegisterCustomOps
 
 
+def test_every_source_is_named() -> None:
+    """What is not named is not compiled, or a change of it is not noticed."""
+    assert {path.name for path in HERE.glob("*.[ch]")} == set(build.SOURCES)
+
+
 def test_without_a_compiler(copy: Path) -> None:
     done = run(copy, path=str(copy))
     assert done.returncode == 0
@@ -57,7 +62,7 @@ def test_without_a_compiler(copy: Path) -> None:
 
 
 def test_a_compiler_that_fails(copy: Path) -> None:
-    (copy / "depthwise.c").write_text("this is not C\n")
+    (copy / build.CODE[0]).write_text("this is not C\n")
     if build.find_compiler() is None:
         pytest.skip("no C compiler here")
     done = run(copy, "--required")

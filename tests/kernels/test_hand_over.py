@@ -9,8 +9,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from api.kernels.graph import DOMAIN, MAX_TAPS, OPERATOR, hand_over
-from tests.kernels.conftest import MASK, Layer
+from api.kernels.graph import DOMAIN, MAX_TAPS, OPERATORS, hand_over
+from tests.kernels.conftest import MASK, Kept, Layer
+
+DEPTHWISE, POINTWISE = (DOMAIN, OPERATORS["depthwise"]), (DOMAIN, OPERATORS["pointwise"])
 
 
 def kinds(model: bytes) -> list[tuple[str, str]]:
@@ -20,18 +22,103 @@ def kinds(model: bytes) -> list[tuple[str, str]]:
 def test_takes_the_node_and_its_mask() -> None:
     layer = Layer(bias=False)
     model = layer.model([MASK, layer.node("masked")])
-    rewritten, taken = hand_over(model)
-    assert (taken, kinds(rewritten)) == (1, [(DOMAIN, OPERATOR)])
+    keep = Kept()
+    rewritten, taken = hand_over(model, keep)
+    assert (taken, kinds(rewritten)) == (1, [DEPTHWISE])
     found, original = onnx.load_from_string(rewritten), onnx.load_from_string(model)
-    assert list(found.graph.node[0].input) == ["x", *original.graph.node[1].input[1:], "", "mask"]
-    assert found.graph.initializer == original.graph.initializer
+    given = list(original.graph.node[1].input)
+    assert list(found.graph.node[0].input) == ["x", *given[1:3], *given[4:], "", "mask"]
+    weights = numpy_helper.to_array(original.graph.initializer[2])
+    assert keep.weights == [("depthwise", weights.tobytes(), 32, 5)]
+    assert [item.ints for item in found.graph.node[0].attribute if item.name == "weights"] == [[70]]
     assert (DOMAIN, 1) in [(opset.domain, opset.version) for opset in found.opset_import]
+
+
+def test_takes_pointwise_convolutions() -> None:
+    layer = Layer(channels=6, depth=10)
+    keep = Kept()
+    rewritten, taken = hand_over(layer.model([MASK, layer.node("masked")]), keep)
+    assert (taken, kinds(rewritten)) == (1, [("", "Min"), POINTWISE])
+    assert [(kind, len(weights), *shape) for kind, weights, *shape in keep.weights] == [
+        ("pointwise", 60, 6, 10)
+    ]
+
+
+def test_the_weights_leave_the_graph() -> None:
+    layer = Layer(channels=500, depth=300)
+    model = layer.model()
+    rewritten, _ = hand_over(model, Kept())
+    left = {tensor.name for tensor in onnx.load_from_string(rewritten).graph.initializer}
+    assert left == {tensor.name for tensor in onnx.load_from_string(model).graph.initializer} - {"w"}
+    assert len(rewritten) < len(model) - 150_000
+
+
+def test_weights_that_others_read_stay() -> None:
+    layer = Layer(channels=32, depth=32)
+    copy = helper.make_node("Identity", ["w"], ["copy"])
+    rewritten, taken = hand_over(layer.model([layer.node(), copy], ("y", "copy")), Kept())
+    assert taken == 1
+    assert "w" in {tensor.name for tensor in onnx.load_from_string(rewritten).graph.initializer}
+
+
+def test_weights_of_two_layers_are_kept_for_each() -> None:
+    layer = Layer(channels=32, depth=32)
+    keep = Kept()
+    rewritten, taken = hand_over(layer.model([layer.node("x", "z"), layer.node("z")]), keep)
+    assert (taken, len(keep.weights)) == (2, 2)
+    assert "w" not in {tensor.name for tensor in onnx.load_from_string(rewritten).graph.initializer}
+
+
+@pytest.mark.parametrize("layer", [Layer(), Layer(depth=10)])
+def test_what_the_library_does_not_want_stays(layer: Layer) -> None:
+    model = layer.model([MASK, layer.node("masked")])
+    assert hand_over(model, Kept(first=0)) == (model, 0)
+
+
+@pytest.mark.parametrize("name", ["w", "w_scale", "y_zero"])
+@pytest.mark.parametrize("layer", [Layer(), Layer(depth=10)])
+def test_parameters_that_whoever_runs_it_may_replace_stay(layer: Layer, name: str) -> None:
+    model = onnx.load_from_string(layer.model())
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    model.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    content = model.SerializeToString()
+    assert hand_over(content, Kept()) == (content, 0)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.zeros((32, 1, 1, 5), np.uint8),
+        np.zeros((32, 1, 1, 6), np.int8),
+        np.zeros((32, 1, 5), np.int8),
+        np.zeros((0, 1, 1, 5), np.int8),
+        np.zeros((32, 1, 1, 0), np.int8),
+    ],
+)
+def test_leaves_alone_weights_of_another_shape_or_type(weights: np.ndarray) -> None:
+    model = onnx.load_from_string(Layer().model())
+    model.graph.initializer[2].CopyFrom(numpy_helper.from_array(weights, "w"))
+    content = model.SerializeToString()
+    assert hand_over(content, Kept()) == (content, 0)
+
+
+@pytest.mark.parametrize("layer", [Layer(), Layer(depth=10)])
+@pytest.mark.parametrize(
+    "change", [{"raw_data": b"too short"}, {"raw_data": b""}, {"dims": [2**62, 4, 1, 5]}]
+)
+def test_leaves_alone_sizes_that_lie(layer: Layer, change: dict[str, Any]) -> None:
+    model = onnx.load_from_string(layer.model())
+    weights = model.graph.initializer[2]
+    weights.raw_data = change.get("raw_data", weights.raw_data)
+    weights.dims[:] = change.get("dims", weights.dims)
+    content = model.SerializeToString()
+    assert hand_over(content, Kept()) == (content, 0)
 
 
 def test_a_bias_stays_in_its_place() -> None:
     layer = Layer(bias=True)
-    rewritten, _ = hand_over(layer.model([MASK, layer.node("masked")]))
-    assert list(onnx.load_from_string(rewritten).graph.node[0].input)[8:] == ["bias", "mask"]
+    rewritten, _ = hand_over(layer.model([MASK, layer.node("masked")]), Kept())
+    assert list(onnx.load_from_string(rewritten).graph.node[0].input)[7:] == ["bias", "mask"]
 
 
 def test_a_mask_that_others_read_stays() -> None:
@@ -41,7 +128,7 @@ def test_a_mask_that_others_read_stays() -> None:
         layer.model(twice, ("y", "copy")),
         layer.model([MASK, layer.node("masked")], ("y", "masked")),
     ):
-        rewritten, taken = hand_over(model)
+        rewritten, taken = hand_over(model, Kept())
         assert taken == 1
         assert ("", "Min") in kinds(rewritten)
 
@@ -66,7 +153,28 @@ def test_a_mask_that_others_read_stays() -> None:
 def test_leaves_alone_what_the_kernel_cannot_do(changes: dict[str, Any]) -> None:
     layer = Layer()
     model = layer.model([layer.node(**changes)])
-    assert hand_over(model) == (model, 0)
+    assert hand_over(model, Kept()) == (model, 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels_last": 0},
+        {"group": 2},
+        {"group": 12},
+        {"kernel_shape": [1, 2]},
+        {"kernel_shape": [2, 1]},
+        {"strides": [1, 2]},
+        {"strides": [2, 1]},
+        {"pads": [0, 1, 0, 0]},
+        {"pads": [0, 1, 0, -1]},
+        {"pads": [1, 0, 1, 0]},
+    ],
+)
+def test_leaves_alone_what_is_no_matrix_product(changes: dict[str, Any]) -> None:
+    layer = Layer(channels=12, depth=12)
+    model = layer.model([layer.node(**changes)])
+    assert hand_over(model, Kept()) == (model, 0)
 
 
 def test_scales_for_all_channels_together_stay_with_onnx_runtime() -> None:
@@ -75,7 +183,7 @@ def test_scales_for_all_channels_together_stay_with_onnx_runtime() -> None:
         if tensor.name == "w_scale":
             tensor.CopyFrom(numpy_helper.from_array(np.asarray(np.float32(0.1)), "w_scale"))
     content = model.SerializeToString()
-    assert hand_over(content) == (content, 0)
+    assert hand_over(content, Kept()) == (content, 0)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +196,9 @@ def test_scales_for_all_channels_together_stay_with_onnx_runtime() -> None:
 )
 def test_takes_nothing_but_masks(producer: onnx.NodeProto) -> None:
     layer = Layer()
-    rewritten, taken = hand_over(layer.model([producer, layer.node("masked")]))
+    rewritten, taken = hand_over(layer.model([producer, layer.node("masked")]), Kept())
     assert taken == 1
-    assert kinds(rewritten) == [("", producer.op_type), (DOMAIN, OPERATOR)]
+    assert kinds(rewritten) == [("", producer.op_type), DEPTHWISE]
     assert onnx.load_from_string(rewritten).graph.node[1].input[0] == "masked"
 
 
@@ -103,7 +211,7 @@ def test_a_mask_that_an_inner_graph_reads_stays() -> None:
         [helper.make_tensor_value_info("inside", onnx.TensorProto.UINT8, None)],
     )
     either = helper.make_node("If", ["condition"], ["copy"], then_branch=inner, else_branch=inner)
-    rewritten, taken = hand_over(layer.model([MASK, layer.node("masked"), either], ("y", "copy")))
+    rewritten, taken = hand_over(layer.model([MASK, layer.node("masked"), either], ("y", "copy")), Kept())
     assert taken == 1
     assert ("", "Min") in kinds(rewritten)
 
@@ -113,4 +221,4 @@ def test_leaves_alone_what_has_the_name_only() -> None:
     model = onnx.load_from_string(layer.model())
     model.graph.node[0].domain = ""
     content = model.SerializeToString()
-    assert hand_over(content) == (content, 0)
+    assert hand_over(content, Kept()) == (content, 0)

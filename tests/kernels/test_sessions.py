@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from structlog.testing import capture_logs
 
 from api.bundle import load_bundle
 from api.engine import Engine
-from api.kernels import graph, instructions, open_session, sessions
+from api.kernels import graph, instructions, library, open_sessions, sessions
 
 MODELS = Path(__file__).parents[2] / "models"
 SHIPPED = MODELS / "en-quartznet-small" / "model.int8.onnx"
@@ -27,9 +29,9 @@ def make_options() -> ort.SessionOptions:
 
 @pytest.fixture
 def fresh_library() -> Iterator[None]:
-    sessions.library.cache_clear()
+    library.library.cache_clear()
     yield
-    sessions.library.cache_clear()
+    library.library.cache_clear()
 
 
 @pytest.fixture
@@ -64,12 +66,16 @@ def test_the_shipped_model_runs_on_them_with_the_same_bits(kernels: str, tmp_pat
         options.profile_file_prefix = str(tmp_path / "profile")
         return options
 
-    session, found = open_session(str(SHIPPED), profiled, least_samples=400)
+    (session,), found = open_sessions(str(SHIPPED), [profiled], least_samples=400)
     assert found == kernels
     expected = ort.InferenceSession(SHIPPED, make_options()).run(None, clips())
     for ours, theirs in zip(session.run(None, clips()), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert graph.OPERATOR in operators(session, tmp_path / "profile.json")
+    ours = {
+        operator for operator in operators(session, tmp_path / "profile.json") if "QLinearConv" in operator
+    }
+    both = set(graph.OPERATORS.values())
+    assert ours == (both if kernels == "vnni" else {graph.OPERATORS["depthwise"], "QLinearConv"})
 
 
 def test_the_engine_uses_them_on_one_core_and_on_all(kernels: str) -> None:
@@ -84,9 +90,9 @@ def test_the_engine_uses_them_on_one_core_and_on_all(kernels: str) -> None:
 
 
 def test_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_library: None) -> None:
-    monkeypatch.setattr(sessions, "LIBRARY", tmp_path / "nothing.so")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "nothing.so")
     assert instructions() == "onnxruntime"
-    session, found = open_session(str(SHIPPED), make_options, least_samples=400)
+    (session,), found = open_sessions(str(SHIPPED), [make_options], least_samples=400)
     assert found == "onnxruntime"
     assert session.run(None, clips())
 
@@ -96,33 +102,34 @@ def test_a_broken_library_is_told(
 ) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"\x7fELF and nothing else")
-    monkeypatch.setattr(sessions, "LIBRARY", broken)
+    monkeypatch.setattr(library, "LIBRARY", broken)
     with capture_logs() as logs:
         assert instructions() == "onnxruntime"
     assert [(line["event"], line["file"]) for line in logs] == [("kernels_unusable", str(broken))]
 
 
-def test_other_bits_are_not_used(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(model: bytes) -> tuple[bytes, int]:
-        rewritten, taken = graph.hand_over(model)
+@pytest.mark.parametrize("kind", ["depthwise", "pointwise"])
+def test_other_bits_are_not_used(vnni: None, monkeypatch: pytest.MonkeyPatch, kind: library.Kind) -> None:
+    def spoil(model: bytes, keep: graph.Keep) -> tuple[bytes, int]:
+        rewritten, taken = graph.hand_over(model, keep)
         parsed = graph._model_class().FromString(rewritten)
         for node in parsed.graph.node:
-            if node.op_type == graph.OPERATOR:
-                del node.input[graph.BIAS :]  # without its mask
+            if node.op_type == graph.OPERATORS[kind]:
+                del node.input[graph.BIAS :]  # without its mask, or without its bias
         return parsed.SerializeToString(), taken
 
     monkeypatch.setattr(sessions, "hand_over", spoil)
     with capture_logs() as logs:
-        _, found = open_session(str(SHIPPED), make_options, least_samples=400)
+        _, found = open_sessions(str(SHIPPED), [make_options], least_samples=400)
     assert found == "onnxruntime"
     assert [line["event"] for line in logs] == ["kernels_refused"]
     assert "other log-probabilities" in logs[0]["problem"]
 
 
 def test_what_onnx_runtime_refuses_is_told(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "hand_over", lambda model: (b"no model", 1))
+    monkeypatch.setattr(sessions, "hand_over", lambda model, keep: (b"no model", 1))
     with capture_logs() as logs:
-        session, found = open_session(str(SHIPPED), make_options, least_samples=400)
+        (session,), found = open_sessions(str(SHIPPED), [make_options], least_samples=400)
     assert found == "onnxruntime"
     assert [line["event"] for line in logs] == ["kernels_refused"]
     assert session.run(None, clips())
@@ -135,7 +142,7 @@ def test_without_files_in_memory(compiled: None, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(sessions.os, "memfd_create", refuse)
     with capture_logs() as logs:
-        session, found = open_session(str(SHIPPED), make_options, least_samples=400)
+        (session,), found = open_sessions(str(SHIPPED), [make_options], least_samples=400)
     assert found == "onnxruntime"
     assert [line["event"] for line in logs] == ["kernels_refused"]
     assert session.run(None, clips())
@@ -145,7 +152,64 @@ def test_what_is_wrong_with_the_graph_itself_is_raised(compiled: None, tmp_path:
     broken = tmp_path / "model.onnx"
     broken.write_bytes(b"no graph")
     with pytest.raises(Exception, match=r"model\.onnx"):
-        open_session(str(broken), make_options, least_samples=400)
+        open_sessions(str(broken), [make_options], least_samples=400)
+
+
+def test_sessions_share_one_copy_of_the_weights(kernels: str) -> None:
+    before = library.weights_bytes()
+    (one,), _ = open_sessions(str(SHIPPED), [make_options], least_samples=400)
+    alone = library.weights_bytes() - before
+    assert alone > 0
+    pair, _ = open_sessions(str(SHIPPED), [make_options, make_options], least_samples=400)
+    assert library.weights_bytes() - before == 2 * alone, "a second graph, and two sessions of it"
+    expected = one.run(None, clips())
+    for session in pair:
+        for found, wanted in zip(session.run(None, clips()), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    del one, session
+    pair.pop()
+    assert library.weights_bytes() - before == alone, "the other session needs them"
+    assert pair[0].run(None, clips())
+    pair.clear()
+    assert library.weights_bytes() == before
+
+
+def test_nothing_stays_of_what_was_refused(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = library.weights_bytes()
+    for name, broken in (
+        ("_open_rewritten", lambda path, options: 1 / 0),
+        ("_same_bits", lambda session, noise, expected: False),
+    ):
+        with monkeypatch.context() as patch, capture_logs() as logs:
+            patch.setattr(sessions, name, broken)
+            assert open_sessions(str(SHIPPED), [make_options] * 2, least_samples=400)[1] == "onnxruntime"
+        assert [line["event"] for line in logs] == ["kernels_refused"]
+        gc.collect()  # an exception holds the frames it went through
+        assert library.weights_bytes() == before
+
+
+def test_engines_come_and_go(kernels: str) -> None:
+    """A bundle may be loaded again and again, also while the old engine still works."""
+    bundle = load_bundle(MODELS, "en-quartznet-small")
+    before = library.weights_bytes()
+    engine = Engine(bundle, wide_threads=2)
+    held = library.weights_bytes() - before
+    waveform, lengths = clips().values()
+    expected = engine.infer(waveform, lengths).log_probs
+    for _ in range(2):
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(engine.infer, waveform, lengths, wide=wide) for wide in (False, True)]
+            fresh = Engine(bundle, wide_threads=2)
+        for result in running:
+            np.testing.assert_array_equal(result.result().log_probs, expected)
+        del running, result
+        engine = fresh
+        del fresh
+        gc.collect()
+        assert library.weights_bytes() - before == held
+    del engine
+    gc.collect()
+    assert library.weights_bytes() == before
 
 
 class Fake:
@@ -164,37 +228,39 @@ def test_every_output_of_both_clips_is_compared() -> None:
     def outputs() -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((2, 300, 5), np.float32), np.array([300, 200])
 
-    same, expected = Fake(*outputs()), Fake(*outputs())
-    assert sessions._same_bits(expected, same, 96_000)
-    lengths = same.asked["lengths"]
+    noise = sessions._noise(96_000)
+    lengths = noise["lengths"]
     assert lengths[0] == 96_000 > lengths[1] > 0
-    assert np.abs(same.asked["waveform"][0]).max() > 0.1
-    assert not same.asked["waveform"][1, lengths[1] :].any()
+    assert np.abs(noise["waveform"][0]).max() > 0.1
+    assert not noise["waveform"][1, lengths[1] :].any()
+    same, expected = Fake(*outputs()), [*outputs()]
+    assert sessions._same_bits(same, noise, expected)
+    assert same.asked is noise
     for output, place in ((0, (0, 299, 4)), (0, (1, 0, 0)), (1, (1,))):
         other = Fake(*outputs())
         other.outputs[output][place] += 1
-        assert not sessions._same_bits(expected, other, 96_000)
+        assert not sessions._same_bits(other, noise, expected)
 
 
 def test_the_comparison_reaches_beyond_one_tile(compiled: None) -> None:
     frames = Engine(load_bundle(MODELS, "en-quartznet-small")).infer(
         np.zeros((1, sessions.NOISE_SAMPLES), np.float32), np.array([sessions.NOISE_SAMPLES])
     )
-    assert frames.frame_lengths[0] > 256, "TILE of depthwise.c"
+    assert frames.frame_lengths[0] > 256, "a tile of depthwise_vnni.c, a chunk of pointwise.c"
 
 
 def test_large_graphs_are_left_alone(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "MAX_GRAPH_BYTES", SHIPPED.stat().st_size - 1)
     monkeypatch.setattr(sessions, "hand_over", None)
-    assert open_session(str(SHIPPED), make_options, least_samples=400)[1] == "onnxruntime"
+    assert open_sessions(str(SHIPPED), [make_options], least_samples=400)[1] == "onnxruntime"
 
 
 def test_no_descriptor_stays_open(compiled: None) -> None:
     def descriptors() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
-    open_session(str(SHIPPED), make_options, least_samples=400)
+    open_sessions(str(SHIPPED), [make_options], least_samples=400)
     before = descriptors()
     for _ in range(3):
-        open_session(str(SHIPPED), make_options, least_samples=400)
+        open_sessions(str(SHIPPED), [make_options], least_samples=400)
     assert descriptors() == before
