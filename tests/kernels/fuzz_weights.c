@@ -26,7 +26,7 @@ static void *keep_some(void *data) {
   int64_t ids[KEPT] = {0};
   int8_t *given[KEPT] = {NULL};
   const Weights *taken[KEPT] = {NULL};
-  for (int step = 0; step < 400; step++) {
+  for (int step = 0; step < 100; step++) {
     const int at = rand_r(&seed) % KEPT;
     if (ids[at] == 0) {
       const int depthwise = rand_r(&seed) % 2;
