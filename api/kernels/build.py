@@ -78,7 +78,7 @@ def main() -> int:
         problem = str(error)
     if not problem:
         return 0
-    print(f"No INT8 kernels of our own ({problem}); ONNX Runtime's are used, about a quarter slower.")
+    print(f"No INT8 kernels of our own ({problem}); ONNX Runtime's are used, about a third slower.")
     return 1 if arguments.required else 0
 
 
