@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,7 +122,7 @@ def matrix_rate() -> float:
     return 2 * rows * width * width / best_s
 
 
-def by_operator(session: ort.InferenceSession, clip: NDArray[np.float32], rounds: int) -> Counter[str]:
+def by_operator(session: ort.InferenceSession, clip: NDArray[np.float32], rounds: int) -> dict[str, float]:
     """Milliseconds per clip and operator, from ONNX Runtime's profile: of each node the median of the rounds.
 
     Not the mean, because our sessions have also run on the clips by which their bits were compared.
@@ -138,16 +137,16 @@ def by_operator(session: ort.InferenceSession, clip: NDArray[np.float32], rounds
             if name == "QLinearConv":
                 name += ", depthwise" if "depthwise" in event["name"] else ", pointwise"
             nodes.setdefault((name, event["name"]), []).append(event["dur"] / 1e3)
-    found: Counter[str] = Counter()
+    found: dict[str, float] = {}
     for (name, _), taken in nodes.items():
-        found[name] += float(np.median(taken))
+        found[name] = found.get(name, 0.0) + float(np.median(taken))
     return found
 
 
-def print_profile(name: str, found: Counter[str]) -> None:
+def print_profile(name: str, found: dict[str, float]) -> None:
     """The costliest operators and their share."""
     total = sum(found.values())
-    largest = found.most_common(OPERATORS)
+    largest = sorted(found.items(), key=lambda item: -item[1])[:OPERATORS]
     rest = total - sum(taken for _, taken in largest)
     parts = [f"{operator} {taken:.2f}" for operator, taken in [*largest, ("rest", rest)]]
     print(f"{name}: {total:.1f} ms: {', '.join(parts)}")

@@ -6,10 +6,11 @@ DepthwiseTask depthwise_task(const DepthwiseCall *call, size_t task) {
   const int64_t item = (int64_t)task / call->groups, group = (int64_t)task % call->groups;
   const int64_t channels = call->kernel->channels, left = channels - group * LINE;
   const int64_t start = item * call->frames * channels + group * LINE;
+  const int64_t woven = item * (call->frames + WOVEN_MORE) * whole_lines(channels);
   return (DepthwiseTask){
       .x = call->x + start,
       .mask = call->mask == NULL ? NULL : call->mask + item * call->frames,
-      .y = call->y + start,
+      .y = call->y + (call->kernel->woven ? woven : start),
       .group = group,
       .width = left < LINE ? left : LINE,
   };
@@ -39,6 +40,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
       return refuse(api, "depthwise: the mask is not (batch, 1, frames, 1)");
     TRY(ORT_CALL(api, tensor_data)((OrtValue *)mask, (void **)&call.mask));
   }
+  if (kernel->woven) shape[2] += WOVEN_MORE, shape[3] = whole_lines(shape[3]);
   TRY(ORT_CALL(api, context_output)(context, 0, shape, 4, &y));
   TRY(ORT_CALL(api, tensor_data)((OrtValue *)x, (void **)&call.x));
   TRY(ORT_CALL(api, tensor_data)(y, (void **)&call.y));
@@ -58,11 +60,16 @@ static OrtStatus *prepare(Depthwise *kernel, const OrtKernelInfo *info) {
   const OrtApi *api = kernel->api;
   TRY(open_convolution(&kernel->convolution, api, info));
   const Weights *weights = kernel->convolution.weights;
-  if (weights->layout == POINTWISE_VNNI) return refuse(api, "depthwise: the weights are a pointwise convolution's");
+  if (weights->layout != DEPTHWISE_VNNI && weights->layout != DEPTHWISE_AVX2)
+    return refuse(api, "depthwise: the weights are a pointwise convolution's");
   kernel->run = weights->layout == DEPTHWISE_VNNI ? depthwise_vnni : depthwise_avx2;
   kernel->channels = weights->channels;
   kernel->taps = weights->depth;
-  return read_frames(api, info, kernel->taps, &kernel->pad, &kernel->dilation);
+  TRY(read_frames(api, info, kernel->taps, &kernel->pad, &kernel->dilation));
+  TRY(numbers(api, info, "woven", &kernel->woven, 1));
+  if (kernel->woven && (kernel->dilation != 1 || weights->layout != DEPTHWISE_VNNI))
+    return refuse(api, "depthwise: this one leaves nothing woven");
+  return NULL;
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {

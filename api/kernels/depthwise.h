@@ -30,6 +30,7 @@ struct Depthwise {
   void (*run)(void *call, size_t task); /* all frames of one group of one item */
   Convolution convolution;
   int64_t channels, taps, pad, dilation;
+  int64_t woven; /* whether the output stays as it is for a pointwise kernel (weights.h) */
 };
 
 /* A task as both sets of instructions take it apart. */

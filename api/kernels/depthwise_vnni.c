@@ -86,7 +86,8 @@ VNNI INLINE __m512i scaled(__m512i sums, __m512 scale) {
 }
 
 /* `width` quads of outputs of one block. `width` is a constant wherever this is inlined. */
-VNNI INLINE void run(const Work *work, int64_t block, const __m512i *woven, int width, __m512i *out) {
+VNNI INLINE void run(const Work *work, int64_t block, const __m512i *woven, int width, __m512i *out,
+                     int64_t apart) {
   const Convolution *convolution = &work->kernel->convolution;
   const __m512i bias = _mm512_loadu_si512(convolution->bias + block * LANES);
   __m512i sums[WIDE][QUAD];
@@ -111,7 +112,7 @@ VNNI INLINE void run(const Work *work, int64_t block, const __m512i *woven, int 
   UNROLL for (int i = 0; i < width; i++) {
     const __m512i early = _mm512_packs_epi32(scaled(sums[i][0], scale), scaled(sums[i][1], scale));
     const __m512i late = _mm512_packs_epi32(scaled(sums[i][2], scale), scaled(sums[i][3], scale));
-    out[i] = _mm512_packus_epi16(_mm512_adds_epi16(early, zero), _mm512_adds_epi16(late, zero));
+    out[i * apart] = _mm512_packus_epi16(_mm512_adds_epi16(early, zero), _mm512_adds_epi16(late, zero));
   }
 }
 
@@ -144,7 +145,14 @@ VNNI INLINE void unweave(const Work *work, int64_t at, int64_t width) {
  * give taken apart behind the last: a little at a time, so that the processor has products to add while it waits. */
 VNNI INLINE void run_quads(Work *work, int block, int64_t at, int width) {
   if (block == 0) weave(work, at + width + work->steps - 1);
-  run(work, work->task.group * GROUP + block, work->woven[block] + at, width, work->outputs[block] + at);
+  const int64_t index = work->task.group * GROUP + block;
+  if (work->kernel->woven) {
+    const int64_t blocks = work->kernel->convolution.weights->blocks;
+    __m512i *y = (__m512i *)work->task.y + (work->first / QUAD + at) * blocks + index;
+    run(work, index, work->woven[block] + at, width, y, blocks);
+    return;
+  }
+  run(work, index, work->woven[block] + at, width, work->outputs[block] + at, 1);
   if (block == GROUP - 1) unweave(work, at, width);
 }
 

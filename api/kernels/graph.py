@@ -13,7 +13,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from api.kernels.library import Kind
+from api.kernels.library import Kind, Layout
 
 DOMAIN = "asr"
 OPERATORS: dict[Kind, str] = {"depthwise": "DepthwiseQLinearConv", "pointwise": "PointwiseQLinearConv"}
@@ -22,7 +22,7 @@ WEIGHTS = 3  # place of QLinearConv's weights, which ours does not have: the lib
 BIAS, MASK = 7, 8  # places of our optional inputs
 INT8, INTS = 3, 7  # of onnx.proto: a tensor's and an attribute's type
 
-Keep = Callable[[Kind, bytes, int, int], int]
+Keep = Callable[[Layout, bytes, int, int], int]
 
 # Of onnx.proto (ONNX IR): message -> (field, number, type, repeated).
 _Field = descriptor_pb2.FieldDescriptorProto
@@ -82,7 +82,8 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
 
     ``keep`` takes int8 weights ``(channels, depth)`` and gives the number by which an operator finds them, 0
     if it does not want them (as ``library.Weights``); the model is written without them.
-    A mask that only a depthwise convolution reads goes into it: it takes the minimum while it reads x.
+    A mask that only a depthwise convolution reads goes into it: it takes the minimum while it reads x. What
+    only a pointwise convolution reads of a depthwise one stays woven in between.
     """
     parsed = _model_class().FromString(model)
     graph = parsed.graph
@@ -98,7 +99,11 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
         if kind is None:
             continue
         weights = tensors[node.input[WEIGHTS]]
-        number = keep(kind, weights.raw_data, weights.dims[0], len(weights.raw_data) // weights.dims[0])
+        before: Any = made_by.get(node.input[0])
+        layout: Layout = kind
+        if kind == "pointwise" and readers[node.input[0]] == 1 and _can_leave_woven(before):
+            layout = "woven"
+        number = keep(layout, weights.raw_data, weights.dims[0], len(weights.raw_data) // weights.dims[0])
         if not number:
             continue
         taken += 1
@@ -106,14 +111,18 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
         node.op_type, node.domain = OPERATORS[kind], DOMAIN
         node.attribute.add(name="weights", ints=[number], type=INTS)
         del node.input[WEIGHTS]
-        mask = made_by.get(node.input[0])
-        if kind != "depthwise" or mask is None or readers[node.input[0]] != 1:
+        if layout == "woven":
+            next(item for item in before.attribute if item.name == "woven").ints[:] = [1]
+            # Under a new name, because the graph may say what shape the old one has.
+            before.output[0] = node.input[0] = f"{node.input[0]}.woven"
+        if kind == "pointwise":
             continue
-        if _is_mask(mask, tensors):
-            node.input[0] = mask.input[0]
+        node.attribute.add(name="woven", ints=[0], type=INTS)
+        if before is not None and _is_mask(before, tensors) and readers[node.input[0]] == 1:
+            node.input[0] = before.input[0]
             node.input.extend([""] * (MASK - len(node.input)))
-            node.input.append(mask.input[1])
-            gone.add(mask.output[0])
+            node.input.append(before.input[1])
+            gone.add(before.output[0])
     if not taken:
         return model, 0
     _keep_only(graph.node, [node for node in graph.node if node.output[0] not in gone])
@@ -121,6 +130,13 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
     _keep_only(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
     parsed.opset_import.add(domain=DOMAIN, version=1)
     return parsed.SerializeToString(), taken
+
+
+def _can_leave_woven(node: Any) -> bool:
+    """A depthwise convolution of ours without dilation: frames that follow one another are woven together."""
+    if node is None or (node.domain, node.op_type) != (DOMAIN, OPERATORS["depthwise"]):
+        return False
+    return any(item.name == "dilations" and list(item.ints) == [1, 1] for item in node.attribute)
 
 
 def _keep_only(items: Any, wanted: list[Any]) -> None:

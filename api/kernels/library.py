@@ -16,6 +16,7 @@ LIBRARY = Path(__file__).with_name("asr_kernels.so")
 
 Kernels = Literal["vnni", "avx2", "onnxruntime"]
 Kind = Literal["depthwise", "pointwise"]
+Layout = Literal["depthwise", "pointwise", "woven"]
 
 
 @cache
@@ -65,7 +66,7 @@ class Weights:
         while loaded is not None and self._numbers:
             loaded.asr_let_go_of_weights(self._numbers.pop())
 
-    def keep(self, kind: Kind, weights: bytes, channels: int, depth: int) -> int:
+    def keep(self, kind: Layout, weights: bytes, channels: int, depth: int) -> int:
         """The number by which an operator finds int8 ``(channels, depth)``; 0 for what none here can use."""
         loaded = library()
         if loaded is None:

@@ -3,6 +3,8 @@
  * x uint8 (batch, height, frames, depth), w int8 (channels, depth), y uint8 (batch, height, frames, channels):
  *   y[t, c] = clamp(round(scale[c] * (bias[c] + sum_k (x[t, k] - x_zero) * w[c, k])) + y_zero)
  *
+ * x may also be what a depthwise kernel has left woven (weights.h).
+ *
  * A panel is the weights of 32 channels; it stays in the first cache while all rows of x pass by. The sums of 12
  * rows fill the registers, and become bytes there: ONNX Runtime writes them out and reads them once more.
  */
@@ -23,14 +25,16 @@ enum {
 typedef struct {
   const OrtApi *api;
   Convolution convolution;
-  int64_t depth, channels, panels;
+  int64_t depth, channels, panels; /* depth: bytes from one row to the next */
+  int woven;
 } Pointwise;
 
 typedef struct {
   const Pointwise *kernel;
   const uint8_t *x;
   uint8_t *y;
-  int64_t rows, chunk;
+  int64_t rows, chunks, chunk; /* of an item, or of all items where one follows the other */
+  int64_t item_bytes;          /* of x */
 } PointwiseCall;
 
 VNNI INLINE __m512i scaled(__m512i sums, __m512 scale) {
@@ -43,8 +47,10 @@ VNNI INLINE __m512i four(const uint8_t *x) {
   return _mm512_set1_epi32(bytes);
 }
 
-/* `rows` rows of a panel's sums as bytes to y (rows, stride). `rows` is a constant wherever this is inlined. */
-VNNI INLINE void run(const Pointwise *kernel, int64_t panel, const uint8_t *x, int rows, uint8_t *y, int64_t stride) {
+/* `rows` rows of a panel's sums as bytes to y (rows, stride), but for those from `end` on. `rows` and `woven` are
+ * constants wherever this is inlined. */
+VNNI INLINE void run(const Pointwise *kernel, int64_t panel, const uint8_t *x, int rows, int woven, int64_t end,
+                     uint8_t *y, int64_t stride) {
   const Convolution *convolution = &kernel->convolution;
   const Weights *weights = convolution->weights;
   const __m512i *w = (const __m512i *)(weights->packed + panel * 2 * weights->block_bytes);
@@ -55,10 +61,12 @@ VNNI INLINE void run(const Pointwise *kernel, int64_t panel, const uint8_t *x, i
     UNROLL for (int half = 0; half < 2; half++) sums[row][half] = _mm512_loadu_si512(bias + half * LANES);
   /* Four addresses and three offsets, because there are no registers for an address per row. */
   const uint8_t *from[ROWS / 3] = {x, x + 3 * depth, x + 6 * depth, x + 9 * depth};
+  const uint8_t *four_rows[ROWS / QUAD] = {x, x + 4 * depth, x + 8 * depth};
   for (int64_t k = 0; k < whole; k += QUAD, w += 2) {
     const __m512i left = _mm512_load_si512(w), right = _mm512_load_si512(w + 1);
     UNROLL for (int row = 0; row < rows; row++) {
-      const __m512i bytes = four(from[row / 3] + row % 3 * depth + k);
+      const uint8_t *apart = from[row / 3] + row % 3 * depth + k, *together = four_rows[row / QUAD] + row % QUAD * QUAD + k * QUAD;
+      const __m512i bytes = four(woven ? together : apart);
       ADD_PRODUCTS(sums[row][0], bytes, left);
       ADD_PRODUCTS(sums[row][1], bytes, right);
     }
@@ -83,54 +91,67 @@ VNNI INLINE void run(const Pointwise *kernel, int64_t panel, const uint8_t *x, i
     const __m512i two = _mm512_packs_epi32(scaled(sums[other][0], left), scaled(sums[other][1], right));
     const __m512i bytes = _mm512_packus_epi16(_mm512_adds_epi16(one, zero), _mm512_adds_epi16(two, zero));
     const __m512i lines = _mm512_permutexvar_epi32(order, bytes);
-    _mm256_storeu_si256((__m256i *)(y + row * stride), _mm512_castsi512_si256(lines));
-    if (row < other) _mm256_storeu_si256((__m256i *)(y + other * stride), _mm512_extracti64x4_epi64(lines, 1));
+    if (row < end) _mm256_storeu_si256((__m256i *)(y + row * stride), _mm512_castsi512_si256(lines));
+    if (row < other && other < end)
+      _mm256_storeu_si256((__m256i *)(y + other * stride), _mm512_extracti64x4_epi64(lines, 1));
   }
 }
 
-VNNI static void run_rows(const Pointwise *kernel, int64_t panel, const uint8_t *x, int64_t rows, uint8_t *y,
-                          int64_t stride) {
-  if (rows == 12)
-    run(kernel, panel, x, 12, y, stride);
-  else if (rows == 8)
-    run(kernel, panel, x, 8, y, stride);
-  else if (rows == 4)
-    run(kernel, panel, x, 4, y, stride);
-  else
-    run(kernel, panel, x, 1, y, stride);
+/* As many rows as are left before `end`, or as are done in one go: how many. */
+VNNI static int64_t run_rows(const Pointwise *kernel, int64_t panel, const uint8_t *x, int64_t end, uint8_t *y,
+                             int64_t stride) {
+  const int64_t rows = end >= ROWS ? ROWS : kernel->woven ? (end + QUAD - 1) / QUAD * QUAD : end >= 8 ? 8 : end >= 4 ? 4 : 1;
+  if (kernel->woven) {
+    if (rows == ROWS)
+      run(kernel, panel, x, ROWS, 1, end, y, stride);
+    else if (rows == 8)
+      run(kernel, panel, x, 8, 1, end, y, stride);
+    else
+      run(kernel, panel, x, 4, 1, end, y, stride);
+  } else if (rows == ROWS) {
+    run(kernel, panel, x, ROWS, 0, ROWS, y, stride);
+  } else if (rows == 8) {
+    run(kernel, panel, x, 8, 0, 8, y, stride);
+  } else if (rows == 4) {
+    run(kernel, panel, x, 4, 0, 4, y, stride);
+  } else {
+    run(kernel, panel, x, 1, 0, 1, y, stride);
+  }
+  return rows < end ? rows : end;
 }
 
 VNNI static void run_task(void *data, size_t task) {
   const PointwiseCall *call = data;
   const Pointwise *kernel = call->kernel;
   const Weights *weights = kernel->convolution.weights;
-  const int64_t panel = (int64_t)task % kernel->panels, start = (int64_t)task / kernel->panels * call->chunk;
+  const int64_t panel = (int64_t)task % kernel->panels, part = (int64_t)task / kernel->panels;
+  const int64_t item = part / call->chunks, start = part % call->chunks * call->chunk;
   const int64_t end = start + call->chunk < call->rows ? start + call->chunk : call->rows;
-  const int64_t left = kernel->channels - panel * PANEL, bytes = 2 * weights->block_bytes;
+  const int64_t width = kernel->channels - panel * PANEL, bytes = 2 * weights->block_bytes;
   /* The next panel, and behind the last one the weights of the next layer, comes a little nearer with each group of
    * rows. */
   const char *ahead = (const char *)weights->packed + (panel + 1) * bytes;
   const int64_t lines = (bytes / 64 + call->chunk / ROWS - 1) / (call->chunk / ROWS);
   for (int64_t row = start, rows; row < end; row += rows) {
-    rows = end - row >= ROWS ? ROWS : end - row >= 8 ? 8 : end - row >= 4 ? 4 : 1;
     for (int64_t line = 0; line < lines; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-    const uint8_t *x = call->x + row * kernel->depth;
-    uint8_t *y = call->y + row * kernel->channels + panel * PANEL;
-    if (left >= PANEL) {
-      run_rows(kernel, panel, x, rows, y, kernel->channels);
+    const uint8_t *x = call->x + item * call->item_bytes + row * kernel->depth;
+    uint8_t *y = call->y + (item * call->rows + row) * kernel->channels + panel * PANEL;
+    if (width >= PANEL) {
+      rows = run_rows(kernel, panel, x, end - row, y, kernel->channels);
     } else {
       uint8_t out[ROWS][PANEL];
-      run_rows(kernel, panel, x, rows, out[0], PANEL);
-      for (int64_t i = 0; i < rows; i++) memcpy(y + i * kernel->channels, out[i], (size_t)left);
+      rows = run_rows(kernel, panel, x, end - row, out[0], PANEL);
+      for (int64_t i = 0; i < rows; i++) memcpy(y + i * kernel->channels, out[i], (size_t)width);
     }
   }
 }
 
 /* How many tasks: of each panel with chunks of about the same size, whole groups of rows but for the last. */
-static int64_t share_out(PointwiseCall *call) {
+static int64_t share_out(PointwiseCall *call, int64_t items) {
   const int64_t chunks = (call->rows + CHUNK - 1) / CHUNK, even = (call->rows + chunks - 1) / chunks;
   call->chunk = (even + ROWS - 1) / ROWS * ROWS;
-  return (call->rows + call->chunk - 1) / call->chunk * call->kernel->panels;
+  call->chunks = (call->rows + call->chunk - 1) / call->chunk;
+  return items * call->chunks * call->kernel->panels;
 }
 
 static OrtStatus *compute(void *data, OrtKernelContext *context) {
@@ -144,15 +165,23 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   look_ahead(&kernel->convolution);
   TRY(ORT_CALL(api, context_input)(context, X, &x));
   TRY(shape_of(api, x, shape, &count));
-  if (count != 4 || shape[3] != kernel->depth) return refuse(api, "pointwise: x is not (batch, height, frames, depth)");
-  call.rows = shape[0] * shape[1] * shape[2];
+  if (count != 4 || shape[3] != kernel->depth || (kernel->woven && (shape[1] != 1 || shape[2] < WOVEN_MORE)))
+    return refuse(api, "pointwise: x is not (batch, height, frames, depth)");
+  int64_t items = 1;
+  if (kernel->woven) {
+    items = shape[0];
+    call.item_bytes = shape[2] * kernel->depth;
+    call.rows = shape[2] -= WOVEN_MORE;
+  } else {
+    call.rows = shape[0] * shape[1] * shape[2];
+  }
   TRY(check_bias(&kernel->convolution, api, context));
   shape[3] = kernel->channels;
   TRY(ORT_CALL(api, context_output)(context, 0, shape, 4, &y));
   TRY(ORT_CALL(api, tensor_data)((OrtValue *)x, (void **)&call.x));
   TRY(ORT_CALL(api, tensor_data)(y, (void **)&call.y));
-  if (call.rows == 0) return NULL;
-  return ORT_CALL(api, parallel_for)(context, run_task, (size_t)share_out(&call), 0, &call);
+  if (call.rows == 0 || items == 0) return NULL;
+  return ORT_CALL(api, parallel_for)(context, run_task, (size_t)share_out(&call, items), 0, &call);
 }
 
 static void destroy(void *data) {
@@ -165,9 +194,10 @@ static void destroy(void *data) {
 static OrtStatus *prepare(Pointwise *kernel, const OrtKernelInfo *info) {
   TRY(open_convolution(&kernel->convolution, kernel->api, info));
   const Weights *weights = kernel->convolution.weights;
-  if (weights->layout != POINTWISE_VNNI)
+  kernel->woven = weights->layout == POINTWISE_WOVEN;
+  if (weights->layout != POINTWISE_VNNI && !kernel->woven)
     return refuse(kernel->api, "pointwise: the weights are a depthwise convolution's");
-  kernel->depth = weights->depth;
+  kernel->depth = kernel->woven ? whole_lines(weights->depth) : weights->depth;
   kernel->channels = weights->channels;
   kernel->panels = (weights->channels + PANEL - 1) / PANEL;
   int64_t pad, dilation;

@@ -26,6 +26,8 @@ int64_t weights_lane(const Weights *weights, int64_t channel) {
   return weights->layout == DEPTHWISE_VNNI ? woven_lane(channel) : channel;
 }
 
+static int is_pointwise(Layout layout) { return layout == POINTWISE_VNNI || layout == POINTWISE_WOVEN; }
+
 /* Four weights of 16 channels in 64 bytes; in a panel two blocks take turns. AVX2: two weights as 16 bits. */
 static void put(const Weights *weights, int64_t channel, int64_t index, int8_t weight) {
   const int64_t at = weights_lane(weights, channel), block = at / LANES, lane = at % LANES;
@@ -33,7 +35,9 @@ static void put(const Weights *weights, int64_t channel, int64_t index, int8_t w
   if (weights->layout == DEPTHWISE_VNNI) {
     start += block * weights->block_bytes + index / 4 * LINE_BYTES;
     start[lane * 4 + index % 4] = weight;
-  } else if (weights->layout == POINTWISE_VNNI) {
+  } else if (is_pointwise(weights->layout)) {
+    /* In the order that the depthwise kernel leaves its blocks in. */
+    if (weights->layout == POINTWISE_WOVEN) index = woven_lane(index);
     start += block / PANEL * PANEL * weights->block_bytes + (index / 4 * PANEL + block % PANEL) * LINE_BYTES;
     start[lane * 4 + index % 4] = weight;
   } else {
@@ -108,8 +112,9 @@ static Weights *pack(Layout layout, const int8_t *w, int64_t channels, int64_t d
   weights->layout = layout;
   weights->channels = channels;
   weights->depth = depth;
-  weights->blocks = up_to(channels, LANES * (layout == POINTWISE_VNNI ? PANEL : GROUP)) / LANES;
-  weights->block_bytes = up_to(depth, layout == DEPTHWISE_AVX2 ? 2 : 4) * LINE_BYTES / (layout == DEPTHWISE_AVX2 ? 2 : 4);
+  weights->blocks = up_to(channels, LANES * (is_pointwise(layout) ? PANEL : GROUP)) / LANES;
+  const int64_t together = layout == DEPTHWISE_AVX2 ? 2 : 4; /* weights that one instruction takes */
+  weights->block_bytes = up_to(depth, layout == POINTWISE_WOVEN ? 64 : together) * LINE_BYTES / together;
   weights->sums = calloc((size_t)(weights->blocks * LANES), sizeof *weights->sums);
   if (weights->sums == NULL || !settle(weights, weights->blocks * weights->block_bytes)) return drop(weights), NULL;
   for (int64_t channel = 0; channel < channels; channel++) {
@@ -124,11 +129,14 @@ static Weights *pack(Layout layout, const int8_t *w, int64_t channels, int64_t d
 
 /* The number of weights int8 (channels, depth); 0 if they are not `bytes`, or nothing here can use them. */
 EXPORTED int64_t asr_keep_weights(const char *kind, const int8_t *w, int64_t bytes, int64_t channels, int64_t depth) {
-  const int depthwise = strcmp(kind, "depthwise") == 0;
+  const int depthwise = strcmp(kind, "depthwise") == 0, woven = strcmp(kind, "woven") == 0;
   if (channels < 1 || channels > MOST || depth < 1 || depth > (depthwise ? MAX_TAPS : MOST)) return 0;
-  if (bytes != channels * depth || (!depthwise && strcmp(kind, "pointwise") != 0)) return 0;
+  if (bytes != channels * depth || (!depthwise && !woven && strcmp(kind, "pointwise") != 0)) return 0;
   if (!is_avx2() || (!depthwise && !is_vnni())) return 0;
-  const Layout layout = !depthwise ? POINTWISE_VNNI : is_vnni() ? DEPTHWISE_VNNI : DEPTHWISE_AVX2;
+  const Layout layout = woven        ? POINTWISE_WOVEN
+                        : !depthwise ? POINTWISE_VNNI
+                        : is_vnni()  ? DEPTHWISE_VNNI
+                                     : DEPTHWISE_AVX2;
   int64_t id = 0;
   pthread_mutex_lock(&mutex);
   Weights *weights = pack(layout, w, channels, depth);

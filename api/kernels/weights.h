@@ -11,7 +11,7 @@
 #define LANES 16 /* channels that are worked on together, a block */
 #define MAX_TAPS 128
 
-typedef enum { DEPTHWISE_VNNI, DEPTHWISE_AVX2, POINTWISE_VNNI } Layout;
+typedef enum { DEPTHWISE_VNNI, DEPTHWISE_AVX2, POINTWISE_VNNI, POINTWISE_WOVEN } Layout;
 
 typedef struct Weights Weights;
 typedef struct Chunk Chunk;
@@ -28,6 +28,12 @@ struct Weights {
   int64_t id, references;
   Weights *next;
 };
+
+/* Channels up to the end of a line: as many does a value have that one kernel hands to the next woven, which is
+ * uint8 (batch, 1, frames + WOVEN_MORE, channels): of each four frames, blocks of LANES channels, four by four. */
+static inline int64_t whole_lines(int64_t channels) { return (channels + 63) / 64 * 64; }
+
+enum { WOVEN_MORE = 3 }; /* the last four frames are there as a whole */
 
 /* Where a channel is among the lanes of all blocks. */
 int64_t weights_lane(const Weights *weights, int64_t channel);

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from api.kernels import instructions
 from api.kernels.graph import hand_over
-from api.kernels.library import LIBRARY, Kind, Weights, library
+from api.kernels.library import LIBRARY, Layout, Weights, library
 
 
 @contextlib.contextmanager
@@ -60,9 +60,9 @@ class Kept:
     """Stands in for the library: takes all weights, or none with ``first`` 0, and counts from ``first``."""
 
     first: int = 70
-    weights: list[tuple[Kind, bytes, int, int]] = field(default_factory=list)
+    weights: list[tuple[Layout, bytes, int, int]] = field(default_factory=list)
 
-    def __call__(self, kind: Kind, weights: bytes, channels: int, depth: int) -> int:
+    def __call__(self, kind: Layout, weights: bytes, channels: int, depth: int) -> int:
         if not self.first:
             return 0
         self.weights.append((kind, weights, channels, depth))

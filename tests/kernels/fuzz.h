@@ -22,6 +22,13 @@ static inline void fill(uint8_t *bytes, size_t count, int extreme, uint8_t large
   for (size_t i = 0; i < count; i++) bytes[i] = extreme ? largest : (uint8_t)rand();
 }
 
+/* Where a value is among the bytes of an item that one kernel hands to the next woven, as weights.h says. */
+static inline size_t woven_place(int64_t channels, int64_t frame, int64_t channel) {
+  const int64_t group = channel / 64, sixteenth = channel % 64 / 16, block = channel % 16 / 4;
+  const int64_t quad = frame / 4 * (whole_lines(channels) / 16) + group * 4 + block;
+  return (size_t)(quad * 64 + sixteenth * 16 + frame % 4 * 4 + channel % 4);
+}
+
 /* One value after another, as the definition says. */
 static inline uint8_t as_byte(const Convolution *convolution, int32_t sum, float scale) {
   float value = (float)sum * scale;

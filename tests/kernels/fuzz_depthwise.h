@@ -16,7 +16,7 @@ static uint8_t expected(const DepthwiseCall *call, const int8_t *w, int32_t bias
   return as_byte(&k->convolution, sum, scale);
 }
 
-static int check_depthwise(void (*run)(void *, size_t)) {
+static int check_depthwise(void (*run)(void *, size_t), int may_be_woven) {
   Depthwise k = {
       .channels = pick(rand() % 4 ? 40 : 200),
       .taps = pick(MAX_TAPS),
@@ -26,7 +26,9 @@ static int check_depthwise(void (*run)(void *, size_t)) {
   const size_t channels = (size_t)k.channels, taps = (size_t)k.taps;
   const int64_t batch = pick(2), frames = pick(rand() % 4 ? 70 : 900);
   const size_t size = (size_t)(batch * frames), bytes = size * channels;
-  uint8_t *x = malloc(bytes), *y = malloc(bytes), *mask = malloc(size);
+  k.woven = k.dilation == 1 && may_be_woven && rand() % 2;
+  const size_t item = (size_t)(k.woven ? (frames + WOVEN_MORE) * whole_lines(k.channels) : frames * k.channels);
+  uint8_t *x = malloc(bytes), *y = malloc((size_t)batch * item), *mask = malloc(size);
   int8_t *w = malloc(channels * taps);
   int32_t *bias = malloc(channels * sizeof *bias);
   float *scale = malloc(channels * sizeof *scale);
@@ -39,12 +41,14 @@ static int check_depthwise(void (*run)(void *, size_t)) {
   call.groups = (k.channels + LINE - 1) / LINE;
   for (int64_t task = 0; task < batch * call.groups; task++) run(&call, (size_t)task);
   int wrong = 0;
-  for (int64_t item = 0; item < batch; item++)
+  for (int64_t i = 0; i < batch; i++)
     for (int64_t t = 0; t < frames; t++)
-      for (int64_t c = 0; c < k.channels; c++)
-        wrong += y[(item * frames + t) * k.channels + c] != expected(&call, w, bias[c], scale[c], item, t, c);
+      for (int64_t c = 0; c < k.channels; c++) {
+        const size_t at = k.woven ? woven_place(k.channels, t, c) : (size_t)(t * k.channels + c);
+        wrong += y[(size_t)i * item + at] != expected(&call, w, bias[c], scale[c], i, t, c);
+      }
   if (wrong)
-    printf("%d wrong; channels %zu taps %zu dilation %d pad %d frames %d batch %d\n", wrong, channels, taps,
+    printf("%d wrong; woven %d channels %zu taps %zu dilation %d pad %d frames %d batch %d\n", wrong, (int)k.woven, channels, taps,
            (int)k.dilation, (int)k.pad, (int)frames, (int)batch);
   free(x), free(y), free(mask), free(w), free(bias), free(scale);
   close_convolution(&k.convolution);

@@ -2,7 +2,7 @@
 
 #include "fuzz_depthwise.h"
 
-static int check(void) { return check_depthwise(depthwise_avx2); }
+static int check(void) { return check_depthwise(depthwise_avx2, 0); }
 
 int main(int count, char **arguments) {
   asr_avx2_only(1);

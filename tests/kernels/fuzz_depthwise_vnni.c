@@ -2,7 +2,7 @@
 
 #include "fuzz_depthwise.h"
 
-static int check(void) { return check_depthwise(depthwise_vnni); }
+static int check(void) { return check_depthwise(depthwise_vnni, 1); }
 
 int main(int count, char **arguments) {
   if (!is_vnni()) return puts("skipped: this processor has no VNNI"), 1;

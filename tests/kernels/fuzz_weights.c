@@ -34,7 +34,7 @@ static void *keep_some(void *data) {
       const int64_t depth = 1 + rand_r(&seed) % (depthwise ? MAX_TAPS : rand_r(&seed) % 50 ? 300 : 60000);
       given[at] = malloc((size_t)(channels * depth));
       for (int64_t i = 0; i < channels * depth; i++) given[at][i] = (int8_t)rand_r(&seed);
-      const char *kind = depthwise || !is_vnni() ? "depthwise" : "pointwise";
+      const char *kind = depthwise || !is_vnni() ? "depthwise" : rand_r(&seed) % 2 ? "pointwise" : "woven";
       if (depth > MAX_TAPS && !is_vnni()) {
         free(given[at]), given[at] = NULL;
         continue;
@@ -67,8 +67,8 @@ static int refused(void) {
                              {12, 12, 0},      {12, -1, 1}, {most, 1, 1},  {0, INT64_C(1) << 32, INT64_C(1) << 32},
                              {12, most, most}, {-12, 3, 4}, {12, 1, most}, {12, 65537, 1}};
   for (size_t i = 0; i < sizeof lies / sizeof *lies; i++)
-    for (int kind = 0; kind < 2; kind++)
-      if (asr_keep_weights(kind ? "depthwise" : "pointwise", w, lies[i][0], lies[i][1], lies[i][2]) != 0) return 0;
+    for (int kind = 0; kind < 3; kind++)
+      if (asr_keep_weights((const char *[]){"depthwise", "pointwise", "woven"}[kind], w, lies[i][0], lies[i][1], lies[i][2]) != 0) return 0;
   asr_let_go_of_weights(0), asr_let_go_of_weights(-1), asr_let_go_of_weights(most);
   return asr_keep_weights("dense", w, 12, 3, 4) == 0 && weights_take(0) == NULL && weights_take(most) == NULL;
 }

@@ -19,6 +19,10 @@ def kinds(model: bytes) -> list[tuple[str, str]]:
     return [(node.domain, node.op_type) for node in onnx.load_from_string(model).graph.node]
 
 
+def ours(node: onnx.NodeProto) -> dict[str, list[int]]:
+    return {item.name: list(item.ints) for item in node.attribute if item.name in ("weights", "woven")}
+
+
 def test_takes_the_node_and_its_mask() -> None:
     layer = Layer(bias=False)
     model = layer.model([MASK, layer.node("masked")])
@@ -30,7 +34,7 @@ def test_takes_the_node_and_its_mask() -> None:
     assert list(found.graph.node[0].input) == ["x", *given[1:3], *given[4:], "", "mask"]
     weights = numpy_helper.to_array(original.graph.initializer[2])
     assert keep.weights == [("depthwise", weights.tobytes(), 32, 5)]
-    assert [item.ints for item in found.graph.node[0].attribute if item.name == "weights"] == [[70]]
+    assert ours(found.graph.node[0]) == {"weights": [70], "woven": [0]}
     assert (DOMAIN, 1) in [(opset.domain, opset.version) for opset in found.opset_import]
 
 
@@ -42,6 +46,45 @@ def test_takes_pointwise_convolutions() -> None:
     assert [(kind, len(weights), *shape) for kind, weights, *shape in keep.weights] == [
         ("pointwise", 60, 6, 10)
     ]
+
+
+def pair(**changes: Any) -> list[onnx.NodeProto]:
+    """A depthwise convolution and the pointwise one behind it. (Parameters of one: nobody runs it.)"""
+    first, second = Layer(channels=32).node("x", "z", **changes), Layer(channels=32, depth=32).node("z")
+    second.input[3] = "dense"
+    return [first, second]
+
+
+def pair_model(nodes: list[onnx.NodeProto], outputs: tuple[str, ...] = ("y",)) -> bytes:
+    model = onnx.load_from_string(Layer(channels=32).model(nodes, outputs))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((32, 32, 1, 1), np.int8), "dense"))
+    return bytes(model.SerializeToString())
+
+
+def test_frames_stay_woven_between_the_two() -> None:
+    keep = Kept()
+    rewritten, taken = hand_over(pair_model(pair()), keep)
+    assert taken == 2
+    first, second = onnx.load_from_string(rewritten).graph.node
+    assert (ours(first), ours(second)) == ({"weights": [70], "woven": [1]}, {"weights": [71]})
+    assert [kind for kind, *_ in keep.weights] == ["depthwise", "woven"]
+    assert first.output[0] == second.input[0] != "z", "the graph may say what shape z has"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pair_model([*pair(), helper.make_node("Identity", ["z"], ["copy"])], ("y", "copy")),
+        pair_model(pair(), ("y", "z")),
+        pair_model(pair(dilations=[1, 2], pads=[0, 4, 0, 4])),
+    ],
+)
+def test_frames_that_others_read_or_that_are_apart_do_not_stay_woven(model: bytes) -> None:
+    keep = Kept()
+    rewritten, taken = hand_over(model, keep)
+    assert taken == 2
+    assert [kind for kind, *_ in keep.weights] == ["depthwise", "pointwise"]
+    assert ours(onnx.load_from_string(rewritten).graph.node[0])["woven"] == [0]
 
 
 def test_the_weights_leave_the_graph() -> None:

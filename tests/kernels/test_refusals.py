@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from api.kernels.graph import DOMAIN, MAX_TAPS, OPERATORS, WEIGHTS, hand_over
-from api.kernels.library import Kind, Weights, weights_bytes
+from api.kernels.library import Kind, Layout, Weights, weights_bytes
 from tests.kernels.conftest import Kept, Layer, feeds, instructions_of, open_graph, open_ours
 
 LAYERS: dict[Kind, Layer] = {
@@ -43,6 +43,7 @@ def model_with(
     tensors: dict[str, np.ndarray] | None = None,
     extra: tuple[str, ...] = (),
     weights: int | list[int] = 0,
+    woven: int = 0,
     **attributes: Any,
 ) -> onnx.ModelProto:
     """A node of ours as no rewriting would leave it."""
@@ -53,6 +54,8 @@ def model_with(
     node.input.extend(extra)
     numbers = weights if isinstance(weights, list) else [weights]
     node.attribute.append(helper.make_attribute("weights", numbers, attr_type=onnx.AttributeProto.INTS))
+    if kind == "depthwise":
+        node.attribute.append(helper.make_attribute("woven", [woven]))
     model = onnx.load_from_string(layer.model([node]))
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     for tensor in model.graph.initializer:
@@ -61,12 +64,14 @@ def model_with(
     return model
 
 
-def open_with(kind: Kind = "depthwise", change: Any = None, **options: Any) -> ort.InferenceSession:
+def open_with(
+    kind: Kind = "depthwise", change: Any = None, layout: Layout | None = None, **options: Any
+) -> ort.InferenceSession:
     """``model_with`` weights that fit, opened; ``change`` has a last look at the model."""
     layer = LAYERS[kind]
     with Weights() as weights:
         depth = layer.depth or layer.taps
-        number = weights.keep(kind, bytes(32 * depth), 32, depth)
+        number = weights.keep(layout or kind, bytes(32 * depth), 32, depth)
         assert number
         model = model_with(kind, weights=number, **options)
         if change is not None:
@@ -206,6 +211,32 @@ def test_inputs_of_another_shape(kind: Kind, shape: tuple[int, ...]) -> None:
     session = open_with(kind, declare)
     with pytest.raises(Exception, match="x is not"):
         session.run(None, {"x": np.zeros(shape, np.uint8), "mask": np.zeros((2, 1, 20, 1), np.uint8)})
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 20, 20), (2, 1, 20, 32), (2, 1, 2, 64), (2, 2, 20, 64), (2, 20, 64)]
+)
+def test_woven_inputs_of_another_shape(vnni: None, shape: tuple[int, ...]) -> None:
+    """The third: fewer frames than there are of none at all."""
+
+    def declare(model: onnx.ModelProto) -> None:
+        model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, shape))
+
+    session = open_with("pointwise", declare, layout="woven")
+    with pytest.raises(Exception, match="x is not"):
+        session.run(None, {"x": np.zeros(shape, np.uint8), "mask": np.zeros((2, 1, 20, 1), np.uint8)})
+
+
+def test_nothing_is_woven_with_dilation(vnni: None) -> None:
+    with pytest.raises(Exception, match="leaves nothing woven"):
+        open_with(woven=1, dilations=[1, 2], pads=[0, 4, 0, 4])
+
+
+def test_nothing_is_woven_without_vnni(avx2: None) -> None:
+    with pytest.raises(Exception, match="leaves nothing woven"):
+        open_with(woven=1)
+    with Weights() as weights:
+        assert not weights.keep("woven", bytes(64), 8, 8)
 
 
 def test_frames_in_two_dimensions(kernels: str) -> None:
