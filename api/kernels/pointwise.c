@@ -16,10 +16,10 @@
 #include "processor.h"
 
 enum {
-  QUAD = 4,           /* products that one instruction adds */
-  PANEL = 2 * LANES,  /* channels */
-  ROWS = 12,          /* rows of sums in registers */
-  CHUNK = 21 * ROWS,  /* rows per task at most, so that x stays in the second cache */
+  QUAD = 4,          /* products that one instruction adds */
+  PANEL = 2 * LANES, /* channels */
+  ROWS = 12,         /* rows of sums in registers */
+  CHUNK = 21 * ROWS, /* rows per task at most, so that x stays in the second cache */
 };
 
 typedef struct {
@@ -65,7 +65,8 @@ VNNI INLINE void run(const Pointwise *kernel, int64_t panel, const uint8_t *x, i
   for (int64_t k = 0; k < whole; k += QUAD, w += 2) {
     const __m512i left = _mm512_load_si512(w), right = _mm512_load_si512(w + 1);
     UNROLL for (int row = 0; row < rows; row++) {
-      const uint8_t *apart = from[row / 3] + row % 3 * depth + k, *together = four_rows[row / QUAD] + row % QUAD * QUAD + k * QUAD;
+      const uint8_t *apart = from[row / 3] + row % 3 * depth + k;
+      const uint8_t *together = four_rows[row / QUAD] + row % QUAD * QUAD + k * QUAD;
       const __m512i bytes = four(woven ? together : apart);
       ADD_PRODUCTS(sums[row][0], bytes, left);
       ADD_PRODUCTS(sums[row][1], bytes, right);
@@ -100,7 +101,8 @@ VNNI INLINE void run(const Pointwise *kernel, int64_t panel, const uint8_t *x, i
 /* As many rows as are left before `end`, or as are done in one go: how many. */
 VNNI static int64_t run_rows(const Pointwise *kernel, int64_t panel, const uint8_t *x, int64_t end, uint8_t *y,
                              int64_t stride) {
-  const int64_t rows = end >= ROWS ? ROWS : kernel->woven ? (end + QUAD - 1) / QUAD * QUAD : end >= 8 ? 8 : end >= 4 ? 4 : 1;
+  const int64_t some = kernel->woven ? (end + QUAD - 1) / QUAD * QUAD : end >= 8 ? 8 : end >= 4 ? 4 : 1;
+  const int64_t rows = end >= ROWS ? ROWS : some;
   if (kernel->woven) {
     if (rows == ROWS)
       run(kernel, panel, x, ROWS, 1, end, y, stride);

@@ -68,7 +68,8 @@ static Chunk *new_chunk(int64_t bytes) {
   if (chunk == NULL) return NULL;
   chunk->bytes = up_to(bytes, HUGE_PAGE);
   /* One page more, so that there is a place where whole ones begin; what is around is given back. */
-  uint8_t *start = mmap(NULL, (size_t)(chunk->bytes + HUGE_PAGE), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const size_t room = (size_t)(chunk->bytes + HUGE_PAGE);
+  uint8_t *start = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (start == MAP_FAILED) return free(chunk), NULL;
   const int64_t before = (int64_t)(-(uintptr_t)start % (uintptr_t)HUGE_PAGE);
   chunk->memory = start + before;

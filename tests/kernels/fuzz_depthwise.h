@@ -48,8 +48,8 @@ static int check_depthwise(void (*run)(void *, size_t), int may_be_woven) {
         wrong += y[(size_t)i * item + at] != expected(&call, w, bias[c], scale[c], i, t, c);
       }
   if (wrong)
-    printf("%d wrong; woven %d channels %zu taps %zu dilation %d pad %d frames %d batch %d\n", wrong, (int)k.woven, channels, taps,
-           (int)k.dilation, (int)k.pad, (int)frames, (int)batch);
+    printf("%d wrong; woven %d channels %zu taps %zu dilation %d pad %d frames %d batch %d\n", wrong, (int)k.woven,
+           channels, taps, (int)k.dilation, (int)k.pad, (int)frames, (int)batch);
   free(x), free(y), free(mask), free(w), free(bias), free(scale);
   close_convolution(&k.convolution);
   return wrong != 0;

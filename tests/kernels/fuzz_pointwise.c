@@ -2,7 +2,8 @@
 
 #include "fuzz.h"
 
-static uint8_t expected(const Pointwise *k, const uint8_t *x, const int8_t *w, int32_t bias, float scale, int64_t depth) {
+static uint8_t expected(const Pointwise *k, const uint8_t *x, const int8_t *w, int32_t bias, float scale,
+                        int64_t depth) {
   /* Unsigned, because long sums wrap around. */
   uint32_t sum = (uint32_t)bias;
   for (int64_t i = 0; i < depth; i++) sum += (uint32_t)((x[i] - k->convolution.x_zero) * w[i]);
@@ -47,7 +48,8 @@ static int check(void) {
   for (int64_t row = 0; row < all; row++)
     for (int64_t c = 0; c < k.channels; c++)
       wrong += y[row * k.channels + c] != expected(&k, x + row * depth, w + c * depth, bias[c], scale[c], depth);
-  if (wrong) printf("%d wrong; woven %d channels %zu depth %d rows %d\n", wrong, k.woven, channels, (int)depth, (int)rows);
+  if (wrong)
+    printf("%d wrong; woven %d channels %zu depth %d rows %d\n", wrong, k.woven, channels, (int)depth, (int)rows);
   if (given != x) free(given);
   free(x), free(y), free(w), free(bias), free(scale);
   close_convolution(&k.convolution);

@@ -63,9 +63,11 @@ static void *keep_some(void *data) {
 static int refused(void) {
   const int8_t w[12] = {0};
   const int64_t most = INT64_MAX;
-  const int64_t lies[][3] = {{12, 3, 5},       {12, 4, 2},  {12, -3, -4},  {12, 0, 12},          {0, 0, 0},
-                             {12, 12, 0},      {12, -1, 1}, {most, 1, 1},  {0, INT64_C(1) << 32, INT64_C(1) << 32},
-                             {12, most, most}, {-12, 3, 4}, {12, 1, most}, {12, 65537, 1}};
+  const int64_t lies[][3] = {
+      {12, 3, 5},   {12, 4, 2},   {12, -3, -4},   {12, 0, 12}, {0, 0, 0},       {12, 12, 0},
+      {12, -1, 1},  {most, 1, 1}, {12, most, most}, {-12, 3, 4}, {12, 1, most}, {12, 65537, 1},
+      {0, INT64_C(1) << 32, INT64_C(1) << 32},
+  };
   for (size_t i = 0; i < sizeof lies / sizeof *lies; i++)
     for (int kind = 0; kind < 3; kind++)
       if (asr_keep_weights((const char *[]){"depthwise", "pointwise", "woven"}[kind], w, lies[i][0], lies[i][1], lies[i][2]) != 0) return 0;
