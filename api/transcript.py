@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,34 @@ class Token:
     logprob: float
 
 
+class Tokens(Sequence[Token]):
+    """Tokens ``first`` to ``after`` of a decoded window, made when somebody asks: most answers name none."""
+
+    __slots__ = ("_decoded", "_range", "_vocabulary")
+
+    def __init__(self, decoded: Decoded, vocabulary: Vocabulary, first: int, after: int) -> None:
+        self._decoded = decoded
+        self._vocabulary = vocabulary
+        self._range = range(first, after)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    @overload
+    def __getitem__(self, index: int) -> Token: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Token]: ...
+    def __getitem__(self, index: int | slice) -> Token | Sequence[Token]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        decoded, position = self._decoded, self._range[index]
+        token_id = int(decoded.token_ids[position])
+        frames = int(decoded.end_frames[position] - decoded.start_frames[position])
+        return Token(
+            self._vocabulary.tokens[token_id], token_id, float(decoded.token_log_probs[position]) / frames
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A stretch of speech between two pauses; times in seconds from the start of the file.
@@ -48,7 +77,7 @@ class Segment:
     end_s: float
     text: str
     words: tuple[Word, ...]
-    tokens: tuple[Token, ...]
+    tokens: Sequence[Token]
     avg_logprob: float
     no_speech_prob: float
     window_start_s: float
@@ -131,13 +160,10 @@ def segments_of(
     stride past the audio's end.
     """
     spans = vocabulary.words(decoded.token_ids.tolist())
-    words = words_of(decoded, vocabulary, frame_stride_s, window_start_s)
+    words = words_of(decoded, spans, frame_stride_s, window_start_s, window_start_s + window_s)
     if not words:
         return []
-    limit_s = window_start_s + window_s
-    words = [
-        replace(word, start_s=min(word.start_s, limit_s), end_s=min(word.end_s, limit_s)) for word in words
-    ]
+    widths = decoded.end_frames - decoded.start_frames
     blank_log_probs = log_probs[: decoded.frames, vocabulary.blank_id]
     segments = []
     bounds = [0, *_breaks(words), len(words)]
@@ -146,9 +172,8 @@ def segments_of(
         token_to = spans[after].start if after < len(spans) else len(decoded.token_ids)
         frame_from = _boundary(decoded, token_from)
         frame_to = _boundary(decoded, token_to)
-        sums = decoded.token_log_probs[token_from:token_to]
-        widths = (decoded.end_frames - decoded.start_frames)[token_from:token_to]
-        frames = int(widths.sum())
+        log_prob = float(decoded.token_log_probs[token_from:token_to].sum(dtype=np.float64))
+        frames = int(widths[token_from:token_to].sum())
         part = tuple(words[first:after])
         segments.append(
             Segment(
@@ -156,8 +181,8 @@ def segments_of(
                 end_s=part[-1].end_s,
                 text=" ".join(word.text for word in part),
                 words=part,
-                tokens=_tokens(decoded, vocabulary, token_from, token_to),
-                avg_logprob=min(0.0, float(sums.sum(dtype=np.float64)) / frames),
+                tokens=Tokens(decoded, vocabulary, token_from, token_to),
+                avg_logprob=min(0.0, log_prob / frames),
                 no_speech_prob=min(1.0, math.exp(float(blank_log_probs[frame_from:frame_to].sum()))),
                 window_start_s=window_start_s,
                 token_frames=frames,
@@ -186,16 +211,3 @@ def _boundary(decoded: Decoded, token: int) -> int:
     if token >= len(decoded.token_ids):
         return decoded.frames
     return int(decoded.end_frames[token - 1] + decoded.start_frames[token]) // 2
-
-
-def _tokens(decoded: Decoded, vocabulary: Vocabulary, first: int, after: int) -> tuple[Token, ...]:
-    widths = decoded.end_frames - decoded.start_frames
-    return tuple(
-        Token(vocabulary.tokens[token_id], token_id, total / width)
-        for token_id, total, width in zip(
-            decoded.token_ids[first:after].tolist(),
-            decoded.token_log_probs[first:after].tolist(),
-            widths[first:after].tolist(),
-            strict=True,
-        )
-    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from api.ctc import Decoded
-from api.vocabulary import Vocabulary
+from api.vocabulary import WordSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +21,31 @@ class Word:
 
 
 def words_of(
-    decoded: Decoded, vocabulary: Vocabulary, frame_stride_s: float, offset_s: float = 0.0
+    decoded: Decoded,
+    spans: Iterable[WordSpan],
+    frame_stride_s: float,
+    offset_s: float = 0.0,
+    limit_s: float = math.inf,
 ) -> list[Word]:
-    """Words of one utterance, in order.
+    """Words of one utterance, in order; ``spans`` as ``Vocabulary.words`` gives them for its tokens.
 
     A word starts with the first frame of its first token and ends with the last frame of its last token,
-    ``frame_stride_s`` seconds per frame, moved by ``offset_s`` (where the segment starts in the file).
+    ``frame_stride_s`` seconds per frame, moved by ``offset_s`` (where the segment starts in the file), but
+    never after ``limit_s``.
     """
     starts = decoded.start_frames.tolist()
     ends = decoded.end_frames.tolist()
     sums = decoded.token_log_probs.tolist()
     words = []
-    for span in vocabulary.words(decoded.token_ids.tolist()):
-        tokens = range(span.start, span.end)
-        frames = sum(ends[token] - starts[token] for token in tokens)
-        mean = sum(sums[token] for token in tokens) / frames
+    for span in spans:
+        first, after = span.start, span.end
+        frames = sum(ends[first:after]) - sum(starts[first:after])
         words.append(
             Word(
                 text=span.text,
-                start_s=offset_s + starts[span.start] * frame_stride_s,
-                end_s=offset_s + ends[span.end - 1] * frame_stride_s,
-                confidence=min(1.0, math.exp(mean)),
+                start_s=min(limit_s, offset_s + starts[first] * frame_stride_s),
+                end_s=min(limit_s, offset_s + ends[after - 1] * frame_stride_s),
+                confidence=min(1.0, math.exp(sum(sums[first:after]) / frames)),
             )
         )
     return words

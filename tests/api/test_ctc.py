@@ -177,7 +177,7 @@ def test_words_carry_the_times_and_confidence_of_their_tokens() -> None:
     vocabulary = Vocabulary(("\u2581", "a", "b", "c", "<blank>"), blank_id=4)
     frames = {2: (1, 0.9), 3: (1, 0.4), 6: (2, 0.8), 9: (0, 0.5), 12: (3, 0.25)}
     decoded = greedy(spike(5, 4, frames, 15)[None], np.array([15]), 4)[0]
-    first, second = words_of(decoded, vocabulary, frame_stride_s=0.02, offset_s=10.0)
+    first, second = words_of(decoded, vocabulary.words(decoded.token_ids.tolist()), 0.02, offset_s=10.0)
     assert (first.text, second.text) == ("ab", "c")
     assert (first.start_s, first.end_s) == pytest.approx((10.04, 10.14))
     assert (second.start_s, second.end_s) == pytest.approx((10.24, 10.26))
@@ -194,5 +194,5 @@ def test_words_of_byte_level_pieces_join_characters_split_over_tokens() -> None:
     vocabulary = Vocabulary(("\u2581t", first, second, "<blank>"), blank_id=3, kind="bpe")
     frames = {1: (0, 0.9), 4: (1, 0.9), 5: (2, 0.9)}
     decoded = greedy(spike(4, 3, frames, 8)[None], np.array([8]), 3)[0]
-    (word,) = words_of(decoded, vocabulary, frame_stride_s=0.02)
+    (word,) = words_of(decoded, vocabulary.words(decoded.token_ids.tolist()), 0.02)
     assert (word.text, word.start_s, word.end_s) == ("tế", pytest.approx(0.02), pytest.approx(0.12))

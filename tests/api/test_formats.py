@@ -107,6 +107,9 @@ class TestSegments:
         assert [token.text for token in segment.tokens] == ["a", "b", "▁", "c"]
         assert [token.logprob for token in segment.tokens] == pytest.approx([math.log(0.9)] * 4, abs=1e-5)
         assert segment.window_start_s == 10.0
+        assert len(segment.tokens) == 4
+        assert [token.id for token in segment.tokens[1:3]] == [3, 1]
+        assert segment.tokens[-1].text == "c"
 
     def test_pauses_separate_segments_and_lose_nothing(self) -> None:
         segments = self.decode("ab." + "_" * 50 + "c.a" + "_" * 50 + ".b")
