@@ -123,10 +123,12 @@ class SoundfileSource:
         # A damaged flac loses the whole read that meets the damage, so its reads are short.
         values = _FLAC_BLOCK_VALUES if self.container == "flac" else _BLOCK_VALUES
         frames = max(1, values // sound.channels)
+        # libsndfile gives floats one by one through a small buffer, the file's own integers at once.
+        dtype = "int16" if sound.subtype == "PCM_16" else "float32"
         # A header that claims a length it does not have ends the loop by an empty read, like any other file.
         while True:
             try:
-                samples = sound.read(frames, dtype="float32", always_2d=True)
+                samples = sound.read(frames, dtype=dtype, always_2d=True)
             except soundfile.SoundFileError:
                 if not found:  # FFmpeg steps over damage, so there may be audio behind it
                     yield from self._rescued()
@@ -136,7 +138,7 @@ class SoundfileSource:
             if len(samples) == 0:
                 return
             found = True
-            yield Block(samples, sound.samplerate)
+            yield Block(_in_floats(samples), sound.samplerate)
 
     def _rescued(self) -> Iterator[Block]:
         self._file.seek(0)
@@ -148,6 +150,13 @@ class SoundfileSource:
         self._sound.close()
         if self._rescue is not None:
             self._rescue.close()
+
+
+def _in_floats(samples: NDArray[np.int16] | NDArray[np.float32]) -> NDArray[np.float32]:
+    """int16 as float32 in [-1, 1), exactly as libsndfile does it."""
+    if samples.dtype == np.int16:
+        return samples * np.float32(1 / 32768)
+    return np.asarray(samples, dtype=np.float32)
 
 
 @cache

@@ -136,6 +136,15 @@ def test_channels_are_averaged() -> None:
     np.testing.assert_allclose(decoded.samples, (left + right) / 2, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["WAV", "FLAC"])
+def test_integers_become_the_floats_that_libsndfile_makes_of_them(kind: str) -> None:
+    every = np.arange(-32_768, 32_768, dtype=np.int16)
+    file = io.BytesIO()
+    soundfile.write(file, every, RATE_HZ, format=kind, subtype="PCM_16")
+    expected = soundfile.read(io.BytesIO(file.getvalue()), dtype="float32")[0]
+    assert np.array_equal(decode(file.getvalue(), sample_rate_hz=RATE_HZ).samples, expected)
+
+
 def test_channels_that_cancel_each_other_are_heard() -> None:
     """One wire of a stereo cable swapped: the mean of the channels is silence."""
     left = tone(500, RATE_HZ)
