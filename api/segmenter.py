@@ -143,7 +143,8 @@ def may_be_speech(samples: FloatArray, sample_rate_hz: int) -> bool:
         return False
     if len(samples) < _SHORTEST_JUDGED_S * sample_rate_hz:
         return True
-    return bool(levels.max() - np.percentile(levels, 10) >= STEADY_RANGE_DB)
+    tenth = (len(levels) - 1) // 10
+    return bool(levels.max() - np.partition(levels, tenth)[tenth] >= STEADY_RANGE_DB)
 
 
 def frame_levels_dbfs(samples: FloatArray, sample_rate_hz: int, smoothing_s: float = 0.0) -> FloatArray:
