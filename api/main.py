@@ -60,7 +60,7 @@ def create_app(
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.state.service = service
-    for module in (root, health, models, transcribe, openai, live):
+    for module in (transcribe, openai, live, root, health, models):  # tried in turn: most asked for first
         app.include_router(module.router)
     if settings.docs_enabled:
         app.include_router(docs.router)

@@ -71,7 +71,7 @@ class Transcriber:
         self._pool = pool
 
     async def transcribe(self, file: BinaryIO, options: Options, *, wait: bool = False) -> Transcript:
-        """The whole transcript of ``file`` (seekable, any format; not closed).
+        """The whole transcript of ``file`` (seekable, any format; closed as soon as it has been read).
 
         ``wait``: this file belongs to a request that was let in before, so it waits for room in the queue.
 
@@ -123,7 +123,7 @@ class Transcriber:
         reader = self._open(file, options, progress)
         in_flight: deque[asyncio.Task[list[Segment]]] = deque()
         try:
-            while True:
+            while not reader.exhausted:
                 for window in await self._pull(reader):
                     if len(in_flight) >= self._settings.max_segments_in_flight:
                         yield await in_flight.popleft()
@@ -132,14 +132,13 @@ class Transcriber:
                     wait = True  # the first window was let in, the others only wait for room
                 while in_flight and in_flight[0].done():
                     yield await in_flight.popleft()
-                if reader.exhausted:
-                    break
             while in_flight:
                 yield await in_flight.popleft()
         finally:
-            for task in in_flight:
-                task.cancel()
-            await asyncio.gather(*in_flight, return_exceptions=True)
+            if in_flight:
+                for task in in_flight:
+                    task.cancel()
+                await asyncio.gather(*in_flight, return_exceptions=True)
             reader.close()
 
     def _open(self, file: BinaryIO, options: Options, progress: Progress) -> WindowReader:
@@ -156,7 +155,7 @@ class Transcriber:
 
     async def _pull(self, reader: WindowReader) -> list[Window]:
         """The next windows; when cancelled, waits for the thread to leave the file alone."""
-        pulling = asyncio.ensure_future(self._in_pool(reader.next))
+        pulling = self._in_pool(reader.next)
         try:
             return await asyncio.shield(pulling)
         except asyncio.CancelledError:
@@ -234,7 +233,7 @@ class Transcriber:
         words = [normalise(word, steps, language) for word in options.hotwords]
         return build_hotwords(words, bundle.vocabulary)
 
-    async def _in_pool(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def _in_pool(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
         """Run in the pool, in the caller's context: spans find their parents there."""
         run = partial(contextvars.copy_context().run, function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, run)
+        return asyncio.get_running_loop().run_in_executor(self._pool, run)

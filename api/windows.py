@@ -30,7 +30,10 @@ class Progress:
 
 
 class WindowReader:
-    """Windows of one file. ``next`` and ``close`` may run in different threads, never at once."""
+    """Windows of one file, which is closed at its end.
+
+    ``next`` and ``close`` may run in different threads, never at once.
+    """
 
     def __init__(
         self,
@@ -75,7 +78,9 @@ class WindowReader:
             start_s = time.perf_counter()
             windows = list(self._segmenter.finish() if block is None else self._segmenter.push(block))
             self._segment_s += time.perf_counter() - start_s
-            self.exhausted = block is None
+            if block is None:
+                self.exhausted = True
+                self._release()  # a file that waits in the queue is not held twice, as bytes and as samples
             if windows or self.exhausted:
                 return windows
         raise ClientDisconnected
@@ -104,5 +109,10 @@ class WindowReader:
         """Release the decoder, after a running ``next`` has ended."""
         self._stopped = True
         with self._lock:
-            if self._reader is not None:
-                self._reader.close()
+            self._release()
+
+    def _release(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader, self._blocks = None, iter(())
+            self._file.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 
 from api.batcher import request_owner
 from api.errors import ClientDisconnected, DrainingError, InvalidRequestError
@@ -16,6 +17,18 @@ from api.service import Service
 from api.telemetry import current_record
 
 R = TypeVar("R")
+
+
+class PlainRoute(APIRoute):
+    """A route whose function takes the request and gives the response: FastAPI documents it, no more.
+
+    Looking for parameters and dependencies that such a function does not have costs a tenth of a millisecond.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The function itself."""
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
 
 
 class Intake:
@@ -84,19 +97,29 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, R]) ->
 
     Raises ClientDisconnected or DrainingError then.
     """
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnected(request))
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101  a coroutine runs in one
+    working, left = True, False
+
+    def leave(watch: asyncio.Task[None]) -> None:
+        nonlocal left
+        if working and not watch.cancelled():
+            left = True
+            task.cancel()
+
+    watch = asyncio.create_task(_disconnected(request))
+    watch.add_done_callback(leave)
     try:
         with _answered_if_cut_short():
-            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnected
-        return task.result()
+            return await work
+    except DrainingError:
+        if not left:
+            raise
+        task.uncancel()
+        raise ClientDisconnected from None
     finally:
-        for pending in (task, watch):
-            if not pending.done():
-                pending.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
+        working = False
+        watch.cancel()
 
 
 @contextmanager

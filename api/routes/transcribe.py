@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from api.errors import AsrError, ClientDisconnected, InvalidRequestError, RetryLaterError
 from api.forms import TranscribeForm, form_schema, parse_form
 from api.multipart import Upload
-from api.routes.intake import Intake, only_file, request_id, unless_disconnected
+from api.routes.intake import Intake, PlainRoute, only_file, request_id, unless_disconnected
 from api.routes.sse import stream_response
 from api.schemas import BatchBody, BatchItem, ErrorDetail, TranscriptionBody, transcription_body
 from api.service import Service, service_of
@@ -23,7 +23,7 @@ from api.telemetry import current_record
 from api.transcriber import Transcriber
 from api.transcript import Segment, Transcript
 
-router = APIRouter(tags=["transcribe"])
+router = APIRouter(tags=["transcribe"], route_class=PlainRoute)
 
 OPTIONAL = ("words", "segments", "warnings")
 """Fields of a transcription that are there only when they were asked for or have something to say."""
@@ -60,15 +60,17 @@ def render(transcript: Transcript, fields: TranscribeForm) -> Response:
         return Response(to_srt(transcript), media_type="application/x-subrip; charset=utf-8")
     if fields.format == "vtt":
         return Response(to_vtt(transcript), media_type="text/vtt; charset=utf-8")
-    return JSONResponse(_body(transcript, timestamps=fields.timestamps))
+    body = _body(transcript, timestamps=fields.timestamps)
+    return Response(body.model_dump_json(exclude=_silent(body)), media_type="application/json")
 
 
-def _body(transcript: Transcript, *, timestamps: bool) -> dict[str, Any]:
-    body = transcription_body(
-        transcript, request_id=request_id(), timestamp=_now(), timestamps=timestamps
-    ).model_dump(mode="json")
-    _leave_out(body, *OPTIONAL)
-    return body
+def _body(transcript: Transcript, *, timestamps: bool) -> TranscriptionBody:
+    return transcription_body(transcript, request_id=request_id(), timestamp=_now(), timestamps=timestamps)
+
+
+def _silent(body: TranscriptionBody) -> set[str]:
+    """The optional fields that have nothing to say."""
+    return {name for name in OPTIONAL if getattr(body, name) is None}
 
 
 def _leave_out(body: dict[str, Any], *names: str) -> None:
@@ -92,7 +94,8 @@ class StreamDetails:
         """The body of the plain answer, and ``timings``: seconds per stage, too late for a header."""
         record = current_record()
         timings = {stage: round(s, 6) for stage, s in record.stages_s.items()} if record is not None else {}
-        return {**_body(transcript, timestamps=self.timestamps), "timings": timings}
+        body = _body(transcript, timestamps=self.timestamps)
+        return {**body.model_dump(mode="json", exclude=_silent(body)), "timings": timings}
 
 
 @router.post(
@@ -155,9 +158,7 @@ async def _all(
                     message=error.message, type=error.type, param=error.param, code=error.code
                 )
                 return BatchItem(index=index, filename=upload.filename, error=detail)
-        body = transcription_body(
-            transcript, request_id=request_id(), timestamp=_now(), timestamps=fields.timestamps
-        )
+        body = _body(transcript, timestamps=fields.timestamps)
         return BatchItem(index=index, filename=upload.filename, transcription=body)
 
     results = await asyncio.gather(*(one(index, upload) for index, upload in enumerate(uploads)))

@@ -180,10 +180,29 @@ async def test_leaving_early_drops_the_work(service: Service, monkeypatch: pytes
         await task
     may_end.set()
     assert service.summary()["queue"]["waiting"] == 0
-    recording.seek(0)  # the file is ours again: no thread reads it any more
-    position = recording.tell()
-    await asyncio.sleep(0.1)
-    assert recording.tell() == position
+    assert recording.closed, "a thread may still read it"
+
+
+async def test_a_file_that_waits_for_its_turn_is_held_as_samples_only(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = service.transcriber("").model.engine
+    begun, may_end, run = threading.Event(), threading.Event(), engine.run
+
+    def wait_and_run(*given: Any, **named: Any) -> Any:
+        begun.set()
+        may_end.wait(60)
+        return run(*given, **named)
+
+    monkeypatch.setattr(engine, "run", wait_and_run)
+    recording = io.BytesIO(wav(sing("abc")))
+    task = asyncio.create_task(service.transcriber("").transcribe(recording, Options()))
+    assert await asyncio.to_thread(begun.wait, 60)
+    try:
+        assert recording.closed
+    finally:
+        may_end.set()
+    assert (await task).text == "abc"
 
 
 async def test_deadline_ends_a_request(models_dir: Path) -> None:
