@@ -24,7 +24,7 @@ from api.cgroup import usable_cores
 from api.errors import AsrError, BundleError, from_validation, to_response
 from api.registry import open_registry
 from api.routes import docs, health, live, models, openai, root, transcribe
-from api.schemas import ErrorBody
+from api.schemas import ERRORS
 from api.service import Service
 from api.settings import Settings
 from api.telemetry import Telemetry, current_record, instrument, metrics_response
@@ -57,10 +57,13 @@ def create_app(
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs_enabled else None,
         lifespan=_lifespan(service, on_failed_start),
-        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+        responses=ERRORS,
     )
     app.state.service = service
-    for module in (transcribe, openai, live, root, health, models):  # tried in turn: most asked for first
+    for module in (transcribe, openai):
+        # Taken over and not included: FastAPI searches an included router twice, and these are asked most.
+        app.router.routes.extend(module.router.routes)
+    for module in (root, health, models, live):
         app.include_router(module.router)
     if settings.docs_enabled:
         app.include_router(docs.router)

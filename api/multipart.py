@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from api.errors import (
     ClientDisconnected,
@@ -130,17 +128,33 @@ class _Reader:
         )
 
     async def read(self, request: Request) -> None:
-        async for chunk in _chunks(request, self._limits):
-            self._received_bytes += len(chunk)
-            if self._received_bytes > self._limits.body_bytes + _EXTRA_BODY_BYTES:
-                raise UploadTooLargeError(min(self._limits.file_bytes, self._limits.body_bytes))
-            self._parser.write(chunk)
-            await self._flush()
+        """All of the body; a client that stalls or drips is told so and let go."""
+        limits, now_s = self._limits, asyncio.get_running_loop().time
+        deadline_s, more = now_s() + limits.total_s, True
+        try:
+            async with asyncio.timeout(None) as waiting:
+                while more:
+                    waiting.reschedule(min(now_s() + limits.idle_s, deadline_s))
+                    message = await request.receive()
+                    waiting.reschedule(None)
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnected
+                    more = message.get("more_body", False)
+                    await self._take(message.get("body", b""))
+        except TimeoutError:
+            raise UploadTimeoutError("The upload stopped before it was complete.") from None
         self._parser.finalize()
         if not self._ended:
             raise InvalidRequestError("The multipart body ends before its closing boundary.")
         for upload in self._form.files:
             upload.file.seek(0)
+
+    async def _take(self, chunk: bytes) -> None:
+        self._received_bytes += len(chunk)
+        if self._received_bytes > self._limits.body_bytes + _EXTRA_BODY_BYTES:
+            raise UploadTooLargeError(min(self._limits.file_bytes, self._limits.body_bytes))
+        self._parser.write(chunk)
+        await self._flush()
 
     async def _flush(self) -> None:
         pending, self._to_write = self._to_write, []
@@ -218,22 +232,3 @@ class _Reader:
 
     def _end(self) -> None:
         self._ended = True
-
-
-async def _chunks(request: Request, limits: Limits) -> AsyncIterator[bytes]:
-    """The body's chunks; a client that stalls or drips is told so and let go."""
-    deadline_s = time.monotonic() + limits.total_s
-    stream = aiter(request.stream())
-    while True:
-        left_s = deadline_s - time.monotonic()
-        try:
-            async with asyncio.timeout(min(limits.idle_s, max(left_s, 0.0))):
-                chunk = await anext(stream)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise UploadTimeoutError("The upload stopped before it was complete.") from None
-        except ClientDisconnect:
-            raise ClientDisconnected from None
-        if chunk:
-            yield chunk

@@ -25,6 +25,10 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+"""What every route may answer, for the OpenAPI document."""
+
+
 class WordBody(BaseModel):
     """One word; times in seconds from the start of the file."""
 

@@ -16,14 +16,14 @@ from api.forms import TranscribeForm, form_schema, parse_form
 from api.multipart import Upload
 from api.routes.intake import Intake, PlainRoute, only_file, request_id, unless_disconnected
 from api.routes.sse import stream_response
-from api.schemas import BatchBody, BatchItem, ErrorDetail, TranscriptionBody, transcription_body
+from api.schemas import ERRORS, BatchBody, BatchItem, ErrorDetail, TranscriptionBody, transcription_body
 from api.service import Service, service_of
 from api.subtitles import to_srt, to_vtt
 from api.telemetry import current_record
 from api.transcriber import Transcriber
 from api.transcript import Segment, Transcript
 
-router = APIRouter(tags=["transcribe"], route_class=PlainRoute)
+router = APIRouter(tags=["transcribe"], route_class=PlainRoute, responses=ERRORS)
 
 OPTIONAL = ("words", "segments", "warnings")
 """Fields of a transcription that are there only when they were asked for or have something to say."""
