@@ -7,7 +7,8 @@
     collect   api/transcript.py  tokens -> words, segments, text
 
 Decoding and cutting run in a small thread pool, a block at a time, only as fast as windows are taken:
-memory stays flat whatever the file's length. At most ``max_segments_in_flight`` windows of one file wait in
+memory stays flat whatever the file's length. A short wav that needs no decoding is read at once, because
+another thread would take longer to wake up. At most ``max_segments_in_flight`` windows of one file wait in
 the queue, so a short clip does not stand behind an hour-long one.
 """
 
@@ -26,6 +27,7 @@ from typing import BinaryIO, ParamSpec, TypeVar
 
 import structlog
 
+from api.audio import is_quick
 from api.batcher import SegmentResult
 from api.decoding import decode
 from api.errors import InvalidValueError
@@ -120,11 +122,12 @@ class Transcriber:
         hotwords = await self.hotwords(options)
         progress.unspellable = hotwords.unknown if hotwords is not None else ()
         deadline_s = time.monotonic() + self._settings.request_timeout_s
+        quick = options.vad is None and is_quick(file, self.model.bundle.manifest.sample_rate_hz)
         reader = self._open(file, options, progress)
         in_flight: deque[asyncio.Task[list[Segment]]] = deque()
         try:
             while not reader.exhausted:
-                for window in await self._pull(reader):
+                for window in reader.next() if quick else await self._pull(reader):
                     if len(in_flight) >= self._settings.max_segments_in_flight:
                         yield await in_flight.popleft()
                     work = self.hear(window, options, hotwords, deadline_s, wait=wait)

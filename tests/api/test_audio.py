@@ -7,6 +7,7 @@ import io
 import struct
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -17,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from api.audio import AudioReader, decode
-from api.audio_sources import limit_ffmpeg_memory
+from api.audio import AudioReader, decode, is_quick
+from api.audio_sources import PlainWavSource, limit_ffmpeg_memory, open_source
 from api.errors import AudioTooLongError, UndecodableAudioError
 from loadtest import fuzz_seeds
 from tests.peak_memory import claiming_a_gigabyte, refusal
@@ -143,6 +144,73 @@ def test_integers_become_the_floats_that_libsndfile_makes_of_them(kind: str) -> 
     soundfile.write(file, every, RATE_HZ, format=kind, subtype="PCM_16")
     expected = soundfile.read(io.BytesIO(file.getvalue()), dtype="float32")[0]
     assert np.array_equal(decode(file.getvalue(), sample_rate_hz=RATE_HZ).samples, expected)
+
+
+class TestPlainWav:
+    """Files that need no decoder; libsndfile says what is in them."""
+
+    @given(
+        samples=st.lists(st.integers(-32_768, 32_767), min_size=1, max_size=60),
+        channels=st.integers(1, 3),
+        rate_hz=st.sampled_from([8_000, 16_000, 44_100]),
+    )
+    def test_the_samples_are_those_of_libsndfile(
+        self, samples: list[int], channels: int, rate_hz: int
+    ) -> None:
+        file = io.BytesIO()
+        soundfile.write(
+            file, np.array([samples] * channels, np.int16).T, rate_hz, format="WAV", subtype="PCM_16"
+        )
+        source = open_source(file)
+        assert isinstance(source, PlainWavSource)
+        (block,) = source.blocks()
+        assert block.sample_rate_hz == rate_hz
+        expected = soundfile.read(io.BytesIO(file.getvalue()), dtype="float32", always_2d=True)[0]
+        assert np.array_equal(block.samples, expected)
+
+    def test_long_files_come_in_blocks(self) -> None:
+        samples = np.arange(-400_000, 400_000, dtype=np.int32).astype(np.int16)
+        source = open_source(io.BytesIO(wav(samples.astype(np.float32) / 32_768)))
+        blocks = list(source.blocks())
+        assert max(block.samples.nbytes for block in blocks) <= 1 << 20
+        assert np.array_equal(np.concatenate([block.samples[:, 0] for block in blocks]) * 32_768, samples)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda data: data[:-2],  # shorter than the header says
+            lambda data: data + b"LIST\4\0\0\0abcd",
+            lambda data: data[:4] + b"\0\0\0\0" + data[8:],
+            lambda data: data[:20] + b"\6" + data[21:],  # A-law
+            lambda data: data[:34] + b"\x18" + data[35:],  # 24 bits
+            lambda data: data[:22] + b"\0" + data[23:],  # no channels
+            lambda data: data[:22] + b"\x40" + data[23:],
+            lambda data: data[:44],
+            lambda data: data[:43],
+            lambda data: b"RIFX" + data[4:],
+        ],
+    )
+    def test_other_files_go_to_a_decoder_unread(self, change: Callable[[bytes], bytes]) -> None:
+        file = io.BytesIO(change(wav(tone(440, RATE_HZ))))
+        assert PlainWavSource.of(file) is None
+        assert file.tell() == 0
+
+    @pytest.mark.parametrize(
+        ("data", "quick"),
+        [
+            (wav(tone(440, RATE_HZ)), True),
+            (wav(tone(440, RATE_HZ, 16.0)), True),
+            (wav(tone(440, RATE_HZ, 17.0)), False),
+            (wav(tone(440, 8_000), 8_000), False),
+            (file_of("flac", tone(440, RATE_HZ), RATE_HZ), False),
+            (b"", False),
+        ],
+    )
+    def test_only_what_is_short_and_fits_is_quick(self, data: bytes, quick: bool) -> None:
+        file = io.BytesIO(data)
+        file.seek(0, io.SEEK_END)
+        assert is_quick(file, RATE_HZ) is quick
+        assert file.tell() == 0
 
 
 def test_channels_that_cancel_each_other_are_heard() -> None:

@@ -6,9 +6,10 @@ import asyncio
 import io
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from api.commands.runtime import open_service
 from api.errors import AudioTooLongError, DeadlineExceededError, InvalidValueError, ModelNotFoundError
 from api.service import Service
 from api.settings import Settings
-from api.transcriber import Options
+from api.transcriber import Options, Transcriber
 from api.transcript import Transcript
 from api.vad import VadOptions
 from api.windows import Progress
@@ -181,6 +182,24 @@ async def test_leaving_early_drops_the_work(service: Service, monkeypatch: pytes
     may_end.set()
     assert service.summary()["queue"]["waiting"] == 0
     assert recording.closed, "a thread may still read it"
+
+
+async def test_a_short_plain_wav_wakes_no_thread(service: Service) -> None:
+    class Refusing(ThreadPoolExecutor):
+        def submit(self, *given: Any, **named: Any) -> NoReturn:
+            raise AssertionError("a thread was asked")
+
+    usual = service.transcriber("")
+    with Refusing() as pool:
+        transcriber = Transcriber(usual.model, service.settings, service.telemetry, pool)
+        recording = wav(sing("bad cafe"))
+        assert (await transcriber.transcribe(io.BytesIO(recording), Options())).text == "bad cafe"
+        for file, options in (
+            (io.BytesIO(recording + b"LIST\0\0\0\0"), Options()),
+            (io.BytesIO(recording), Options(vad=VadOptions())),
+        ):
+            with pytest.raises(AssertionError, match="asked"):
+                await transcriber.transcribe(file, options)
 
 
 async def test_a_file_that_waits_for_its_turn_is_held_as_samples_only(
