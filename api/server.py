@@ -131,6 +131,7 @@ class GuardedProtocol(HttpToolsProtocol):
         )
 
     def on_response_complete(self) -> None:
+        self._answers.flush()
         self._idle_since_s = time.monotonic()
         if self._discards_body and not self.transport.is_closing():
             self._arm(_LINGER_S)
@@ -210,6 +211,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 **error.headers(),
             }
             head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            self._answers.flush()
             self.transport.write(f"HTTP/1.1 {error.status} {phrase}\r\n{head}\r\n".encode() + body)
         self.transport.close()
 
@@ -282,15 +284,33 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
 
 
 class _AnswerTransport:
-    """What uvicorn writes the answers of one connection to: closing waits for the rest of a refused body."""
+    """What uvicorn writes the answers of one connection to.
+
+    What is written in one turn of the event loop is sent together: uvicorn writes head and body apart, and
+    uvloop would send both at once, which wakes the caller twice. Closing waits for the rest of a refused
+    body.
+    """
 
     def __init__(self, protocol: GuardedProtocol) -> None:
         self._protocol = protocol
-        self.write = protocol.transport.write
+        self._held: list[bytes] = []
         self.is_closing = protocol.transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        """Send ``data`` at the end of this turn, or when ``flush`` is called before."""
+        if not self._held:
+            self._protocol.loop.call_soon(self.flush)
+        self._held.append(data)
+
+    def flush(self) -> None:
+        """Send what was written so far; a connection that is gone takes nothing any more."""
+        held, self._held = self._held, []
+        if held and not self.is_closing():
+            self._protocol.transport.write(b"".join(held))
 
     def close(self) -> None:
         """Called at the end of an answer that ends the connection, and when no answer can be finished."""
+        self.flush()
         self._protocol.close_after_body()
 
 
