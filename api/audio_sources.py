@@ -1,56 +1,37 @@
 """Ways to open an encoded file: libsndfile for wav and flac, FFmpeg's libraries (PyAV) for the rest.
 
 A wav of 16-bit samples behind the shortest header, the most usual one, needs neither.
-Both give blocks of ``float32 (samples, channels)`` with the block's own sample rate, and never more at once
+All give blocks of ``float32 (samples, channels)`` with the block's own sample rate, and never more at once
 than about a megabyte, whatever the file's header claims. Which is faster was measured: soundfile on wav and
 flac, PyAV on mp3, ogg, opus, m4a and webm.
 """
 
 from __future__ import annotations
 
-import ctypes
 import io
 import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
-import av
-import av.error
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
 from api.errors import UndecodableAudioError
 
-_BLOCK_VALUES = 1 << 18  # float32 values per block, all channels together: 1 MiB
+BLOCK_VALUES = 1 << 18  # float32 values per block, all channels together: 1 MiB
 _FLAC_BLOCK_VALUES = 1 << 14
-_MAX_DAMAGED_PACKETS = 1000
-_UNSAFE_PLANES = 8
-# FFmpeg sizes tables by counts in the header: a kilobyte of MP4 that claims eighty million samples made it
-# take a gigabyte. The index of two hours of AAC at 96 kHz takes 16 MiB.
-_MAX_ALLOCATION_BYTES = 32 * 2**20
-_MAX_STREAMS = 16
 _PLAIN_WAV = struct.Struct("<4sI4s 4sIHHIIHH 4sI")  # RIFF, the fmt chunk, the head of the data chunk
 _PLAIN_WAV_CHANNELS = 8
 
-# Containers and bare streams FFmpeg may try. Playlists and other formats that name further files or hosts
-# (hls, concat, dash, sdp) stay out: an upload must never make this process open anything else.
-_DEMUXERS = (
-    "aac,aiff,amr,amrnb,amrwb,asf,au,avi,caf,flac,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,"
-    "ogg,w64,wav,wv"
-)
 _CUT_SHORT = re.compile(
     r"data\s*:\s*(\d+)\s*\(should be"
 )  # libsndfile's log on a wav shorter than its header
 _STREAMED_LENGTH_BYTES = (
     0x7FFF_0000  # programs that write to a pipe claim this much or more and mean "unknown"
 )
-
-FORMATS = "wav, flac, mp3, ogg, opus, m4a, mp4, webm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +73,13 @@ def open_source(file: BinaryIO) -> Source:
                 return source
             source.close()
             file.seek(0)
+    return _with_ffmpeg(file)
+
+
+def _with_ffmpeg(file: BinaryIO) -> Source:
+    """Its libraries are loaded when a file needs them: they take 17 MB, and many services get wav only."""
+    from api.ffmpeg import AvSource
+
     return AvSource(file)
 
 
@@ -138,7 +126,7 @@ class PlainWavSource:
         return None
 
     def blocks(self) -> Iterator[Block]:
-        frames = _BLOCK_VALUES // self._channels
+        frames = BLOCK_VALUES // self._channels
         while data := self._file.read(2 * frames * self._channels):
             samples = np.frombuffer(data, "<i2").reshape(-1, self._channels)
             yield Block(_in_floats(samples), self.sample_rate_hz)
@@ -152,7 +140,7 @@ class SoundfileSource:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._rescue: AvSource | None = None
+        self._rescue: Source | None = None
         self._sound = soundfile.SoundFile(file)
         self.container = str(self._sound.format).lower()
         self.frames = int(self._sound.frames)
@@ -166,7 +154,7 @@ class SoundfileSource:
     def blocks(self) -> Iterator[Block]:
         sound, found = self._sound, False
         # A damaged flac loses the whole read that meets the damage, so its reads are short.
-        values = _FLAC_BLOCK_VALUES if self.container == "flac" else _BLOCK_VALUES
+        values = _FLAC_BLOCK_VALUES if self.container == "flac" else BLOCK_VALUES
         frames = max(1, values // sound.channels)
         # libsndfile gives floats one by one through a small buffer, the file's own integers at once.
         dtype = "int16" if sound.subtype == "PCM_16" else "float32"
@@ -187,7 +175,7 @@ class SoundfileSource:
 
     def _rescued(self) -> Iterator[Block]:
         self._file.seek(0)
-        self._rescue = AvSource(self._file)
+        self._rescue = _with_ffmpeg(self._file)
         yield from self._rescue.blocks()
         self.warnings.append("The file is damaged; what could be decoded was used.")
 
@@ -202,133 +190,3 @@ def _in_floats(samples: NDArray[np.int16] | NDArray[np.float32]) -> NDArray[np.f
     if samples.dtype == np.int16:
         return samples * np.float32(1 / 32768)
     return np.asarray(samples, dtype=np.float32)
-
-
-@cache
-def limit_ffmpeg_memory() -> int:
-    """Bound every single allocation of the FFmpeg libraries in this process; how many libraries were found.
-
-    PyAV does not expose ``av_max_alloc`` (libavutil/mem.h), so it is called in the library that is loaded.
-    """
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    libraries = {line.split(maxsplit=5)[-1] for line in lines if "libavutil" in line}
-    for library in libraries:
-        ctypes.CDLL(library).av_max_alloc(ctypes.c_size_t(_MAX_ALLOCATION_BYTES))
-    return len(libraries)
-
-
-class AvSource:
-    """Everything else through FFmpeg's libraries, first audio stream only."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        limit_ffmpeg_memory()
-        try:
-            self._container = av.open(
-                _ReadOnly(file),
-                mode="r",
-                metadata_errors="replace",
-                options={
-                    "format_whitelist": _DEMUXERS,
-                    "protocol_whitelist": "none",
-                    "max_streams": str(_MAX_STREAMS),
-                },
-            )
-        except (av.error.FFmpegError, ValueError, OSError) as error:
-            raise _unreadable() from error
-        self.container = str(self._container.format.name)
-        self.warnings: list[str] = []
-        if not self._container.streams.audio:
-            self._container.close()
-            raise UndecodableAudioError("The file holds no audio stream.", code="no_audio_stream")
-        self._stream = self._container.streams.audio[0]
-        self._damaged_packets = 0
-
-    def blocks(self) -> Iterator[Block]:
-        """Frames are about 20 ms; they are joined into blocks while rate and channels stay the same."""
-        found = False
-        parts: list[NDArray[np.float32]] = []
-        shape, values = (0, 0), 0
-        for samples, rate_hz in self._float_frames():
-            if parts and (shape != (rate_hz, samples.shape[1]) or values >= _BLOCK_VALUES):
-                yield Block(np.concatenate(parts), shape[0])
-                parts, values = [], 0
-            parts.append(samples)
-            shape, values, found = (rate_hz, samples.shape[1]), values + samples.size, True
-        if parts:
-            yield Block(np.concatenate(parts), shape[0])
-        if self._damaged_packets and not found:
-            raise _unreadable()
-        if self._damaged_packets:
-            self.warnings.append("The file is damaged or cut short; what could be decoded was used.")
-
-    def _float_frames(self) -> Iterator[tuple[NDArray[np.float32], int]]:
-        """float32 (samples, channels) of each frame, and its sample rate in Hz."""
-        to_float = av.AudioResampler(format="flt")
-        layout: tuple[str, int, str] | None = None
-        for frame in self._frames():
-            shape = (frame.layout.name, frame.sample_rate, frame.format.name)
-            if shape != layout:  # a stream may change its mind; each part is converted for itself
-                # PyAV finds the end of a planar frame's channels by a null pointer. Frames of eight or more
-                # have none, and looking at one ends the process (PyAV 18): those are interleaved first.
-                planar = frame.layout.nb_channels < _UNSAFE_PLANES
-                to_float, layout = av.AudioResampler(format="fltp" if planar else "flt"), shape
-            try:
-                converted = to_float.resample(frame)
-            except (av.error.FFmpegError, ValueError):
-                self._damaged_packets += 1
-                continue
-            for part in converted:
-                values = np.asarray(part.to_ndarray(), dtype=np.float32)
-                samples = values.T if part.format.is_planar else values.reshape(part.samples, -1)
-                if len(samples):
-                    yield samples, int(part.sample_rate)
-
-    def _frames(self) -> Iterator[Any]:
-        """Decoded frames; damaged packets are counted and stepped over."""
-        packets = self._container.demux(self._stream)
-        while self._damaged_packets < _MAX_DAMAGED_PACKETS:
-            try:
-                packet = next(packets)
-            except StopIteration:
-                return
-            except (av.error.FFmpegError, ValueError, OSError):
-                self._damaged_packets += 1
-                return
-            except IndexError:
-                # PyAV's flush stumbles over streams that FFmpeg found while reading (MPEG-TS, FLV). They
-                # come after ours, which has been flushed by then.
-                return
-            try:
-                yield from packet.decode()
-            except (av.error.FFmpegError, ValueError):
-                self._damaged_packets += 1
-
-    def close(self) -> None:
-        self._container.close()
-
-
-class _ReadOnly(io.RawIOBase):
-    """What FFmpeg may do with the upload: read, seek, tell. No name, so nothing is guessed from one."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        return self._file.read(size)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-
-def _unreadable() -> UndecodableAudioError:
-    return UndecodableAudioError(f"The file is not audio that can be read. Formats: {FORMATS}.")

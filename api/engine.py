@@ -234,7 +234,9 @@ class Engine:
             return waveforms[0][None], lengths
         padded = np.zeros((len(waveforms), samples), np.float32)
         for row, waveform in zip(padded, waveforms, strict=True):
-            row[: len(waveform)] = waveform
+            # As bytes: numpy's own copy lets the interpreter go, and the event loop, which has a result to
+            # tell by now, would keep it while this core waits.
+            row.data[: len(waveform)] = waveform.data
         return padded, lengths
 
     def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[NDArray[np.float32]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -19,8 +21,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from api.audio import AudioReader, decode, is_quick
-from api.audio_sources import PlainWavSource, limit_ffmpeg_memory, open_source
+from api.audio_sources import PlainWavSource, open_source
 from api.errors import AudioTooLongError, UndecodableAudioError
+from api.ffmpeg import limit_ffmpeg_memory
 from loadtest import fuzz_seeds
 from tests.peak_memory import claiming_a_gigabyte, refusal
 from tests.tiny_bundle import sing, wav
@@ -465,3 +468,20 @@ def test_mutated_files_are_audio_or_undecodable_nothing_else(
     except (UndecodableAudioError, AudioTooLongError):
         return
     assert np.isfinite(decoded.samples).all()
+
+
+def test_ffmpeg_is_loaded_by_the_first_file_that_needs_it(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav(tone(440, RATE_HZ)))
+    (tmp_path / "a.ogg").write_bytes(file_of("ogg", tone(440, RATE_HZ), RATE_HZ))
+    program = """
+import sys
+from api.audio import decode
+import api.main
+for path in sys.argv[1:]:
+    with open(path, "rb") as file:
+        decode(file, sample_rate_hz=16000)
+    print("av" in sys.modules)
+"""
+    command = [sys.executable, "-c", program, tmp_path / "a.wav", tmp_path / "a.ogg"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"]
