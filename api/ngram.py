@@ -113,7 +113,8 @@ class NgramModel:
     ``slots`` int64 ``(slots, 2)``: open-addressed hash table of key (state and symbol) and edge.
     ``following`` int32 and ``factors`` float64 ``(edges,)``: state after an edge, and what it multiplies the
     prefix's probability by. ``fail`` int32 and ``backoff`` float64 ``(states,)``: likewise for falling back.
-    ``start``: the state after a space. ``most``: the largest factor of one symbol.
+    ``reach`` float64 ``(states,)``: no symbol's factor is larger from there. ``start``: the state after a
+    space. ``most``: the largest factor of one symbol.
     """
 
     symbols: Symbols
@@ -122,6 +123,7 @@ class NgramModel:
     factors: NDArray[np.float64]
     fail: NDArray[np.int32]
     backoff: NDArray[np.float64]
+    reach: NDArray[np.float64]
     start: int
     most: float
 
@@ -157,13 +159,17 @@ def weigh(table: NgramTable, vocabulary: Vocabulary, weight: float, bonus: float
     slots = np.zeros((1 << max(4, int(2 * len(state)).bit_length()), 2), np.int64)
     _hash(state, symbol, symbols.count, slots)
     (start,) = after[(state == EMPTY) & (symbol == SPACE)]
+    backoff = np.exp(weight * table.backoff.astype(np.float64))
+    reach = np.zeros(len(table.fail), np.float64)
+    _reach(state, factors, table.fail, backoff, reach)
     return NgramModel(
         symbols,
         slots,
         np.ascontiguousarray(after, np.int32),
         factors,
         table.fail,
-        np.exp(weight * table.backoff.astype(np.float64)),
+        backoff,
+        reach,
         int(start),
         math.exp(bonus),
     )
@@ -175,6 +181,18 @@ def _hash(state, symbol, count, slots):  # type: ignore[no-untyped-def]
         key, index = edge_slot(state[edge], symbol[edge], count, slots)
         slots[index, 0] = key
         slots[index, 1] = edge
+    return 0
+
+
+@compiled("int64(int32[::1], float64[::1], int32[::1], float64[::1], float64[::1])")
+def _reach(state, factors, fail, backoff, reach):  # type: ignore[no-untyped-def]
+    """Fill ``reach``, which comes with zeros: a state falls back to an earlier one."""
+    for edge in range(len(state)):
+        reach[state[edge]] = max(reach[state[edge]], factors[edge])
+    for index in range(1, len(fail)):
+        reach[index] = max(reach[index], backoff[index] * reach[fail[index]])
+    for index in range(len(reach)):
+        reach[index] *= 1.0 + 1e-9  # products are rounded, and nothing within reach may be left out
     return 0
 
 

@@ -27,7 +27,7 @@ POWERS = 128  # most credits one token can change
 _NO_SYMBOLS = Symbols(np.zeros(1, np.int32), np.zeros(1, np.int32), {})
 _NO_TRIE = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32))
 _ONE, _NONE = np.ones(1, np.float64), np.zeros(1, np.int32)
-_NO_NGRAM = (np.zeros((2, 2), np.int64), _NONE, _ONE, _NONE, _ONE)
+_NO_NGRAM = (np.zeros((2, 2), np.int64), _NONE, _ONE, _NONE, _ONE, _ONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def search(
         symbols, trie, boost = hotwords.symbols, (hotwords.edges, hotwords.states), hotwords.boost
     if guide is not None:
         symbols, start, most = guide.symbols, guide.start, guide.most
-        ngram = (guide.slots, guide.following, guide.factors, guide.fail, guide.backoff)
+        ngram = (guide.slots, guide.following, guide.factors, guide.fail, guide.backoff, guide.reach)
     frames, candidates = len(log_probs), beam * (max_tokens + 1)
     tree = np.zeros((2, frames * beam + 1), np.int32)
     leaves, scores = np.zeros(beam, np.int32), np.zeros(beam, np.float64)
@@ -159,7 +159,7 @@ def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untype
     "int64(float32[:,::1], int64, int64, int64, float64, float64, float64, float64, "
     "int32[::1], int32[::1], int64, "
     "int64, float64, int64[:,::1], int32[:,::1], "
-    "int64, int64, float64, int64[:,::1], int32[::1], float64[::1], int32[::1], float64[::1], "
+    "int64, int64, float64, int64[:,::1], int32[::1], float64[::1], int32[::1], float64[::1], float64[::1], "
     "int32[::1], int32[::1], int32[::1], float64[::1], "
     "float64[:,::1], int32[:,::1], uint64[:,::1], float64[:,::1], int32[:,::1], int32[::1], float32[::1], "
     "float64[::1])"
@@ -168,7 +168,7 @@ def _search(  # type: ignore[no-untyped-def]
     log_probs, blank, beam, max_tokens, token_floor, blank_skip, beam_cut, hotword_cut,
     flat, offsets, symbol_count,
     boosted, boost, edges, states,
-    guided, start, most, slots, following_gram, factors, fail, backoff,
+    guided, start, most, slots, following_gram, factors, fail, backoff, gram_reach,
     parents, tokens, leaves, scores,
     floats, integers, hashes, likelihoods, origins, chosen, values, powers,
 ):  # fmt: skip
@@ -203,7 +203,7 @@ def _search(  # type: ignore[no-untyped-def]
     for token in range(len(offsets) - 1):
         longest = max(longest, offsets[token + 1] - offsets[token])
     if guided:
-        most_factor = max(1.0, most**longest)
+        most_factor = max(1.0, most ** (longest - 1))  # of the symbols behind a token's first
     if boosted:
         most_gain = math.exp(boost * longest)
         for gain in range(-POWERS, POWERS + 1):
@@ -259,7 +259,9 @@ def _search(  # type: ignore[no-untyped-def]
         winner = max(blank_probability, values[0]) if count > 0 else blank_probability
         for entry in range(entries):
             total = ended[now, entry] + held[now, entry]
-            reach = most_factor
+            reach = 1.0
+            if guided:
+                reach = most_factor * max(1.0, gram_reach[gram[now, entry]])
             if boosted and (state[now, entry] != DEAD or longest > 1):
                 reach *= most_gain  # in the middle of a word that no hotword starts, no token gains
             for index in range(count):
@@ -272,6 +274,11 @@ def _search(  # type: ignore[no-untyped-def]
                 probability = total * values[index]
                 if token == last[now, entry]:
                     probability = ended[now, entry] * values[index]
+                child = first_child[entry]
+                while child >= 0 and last[now, child] != token:
+                    child = next_sibling[child]
+                if child >= 0:  # in the beam already
+                    continue
                 following = state[now, entry]
                 new_gram = gram[now, entry]
                 new_weight = weight[now, entry]
@@ -300,11 +307,6 @@ def _search(  # type: ignore[no-untyped-def]
                         new_weight *= factor
                 score = probability * new_weight
                 if score <= bound:
-                    continue
-                child = first_child[entry]
-                while child >= 0 and last[now, child] != token:
-                    child = next_sibling[child]
-                if child >= 0:
                     continue
                 candidate_probability[candidates] = probability
                 candidate_weight[candidates] = new_weight
