@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api.compiled import compiled, inner
-from api.hotwords import SPACE, Symbols, edge_slot, symbols_of
+from api.hotwords import SPACE, Symbols, symbols_of
 from api.vocabulary import Vocabulary
 
 EMPTY = 0
@@ -110,7 +110,9 @@ def load_table(path: Path) -> NgramTable:
 class NgramModel:
     """A table in the ``symbols`` of one vocabulary, weighted, in the form that the search reads.
 
-    ``slots`` int64 ``(slots, 2)``: open-addressed hash table of key (state and symbol) and edge.
+    ``masks`` uint64 and ``firsts`` int32 ``(states, words)``: a bit for each symbol that leads on, 64 of them
+    to a word, and the edge of each word's first. The edges of a state lie together, by symbol, so that a
+    look-up touches two places in memory that the one before has likely touched.
     ``following`` int32 and ``factors`` float64 ``(edges,)``: state after an edge, and what it multiplies the
     prefix's probability by. ``fail`` int32 and ``backoff`` float64 ``(states,)``: likewise for falling back.
     ``reach`` float64 ``(states,)``: no symbol's factor is larger from there. ``start``: the state after a
@@ -118,7 +120,8 @@ class NgramModel:
     """
 
     symbols: Symbols
-    slots: NDArray[np.int64]
+    masks: NDArray[np.uint64]
+    firsts: NDArray[np.int32]
     following: NDArray[np.int32]
     factors: NDArray[np.float64]
     fail: NDArray[np.int32]
@@ -129,8 +132,8 @@ class NgramModel:
 
     def score(self, symbols: NDArray[np.int32]) -> float:
         """Weighted log-probability with bonuses of a text's symbols (numbered as in ``symbols_of``)."""
-        arrays = (self.slots, self.following, self.factors, self.fail, self.backoff)
-        return float(_score(symbols, self.start, self.symbols.count, *arrays))
+        arrays = (self.masks, self.firsts, self.following, self.factors, self.fail, self.backoff)
+        return float(_score(symbols, self.start, *arrays))
 
 
 def weigh(table: NgramTable, vocabulary: Vocabulary, weight: float, bonus: float) -> NgramModel:
@@ -155,16 +158,21 @@ def weigh(table: NgramTable, vocabulary: Vocabulary, weight: float, bonus: float
     symbol = np.concatenate([symbol, unknown])
     after = np.concatenate([after, np.zeros_like(unknown)])
     log_prob = np.concatenate([log_prob, np.full(len(unknown), rarest, np.float32)])
+    order = np.lexsort((symbol, state))
+    state, symbol = state[order].astype(np.int32), symbol[order].astype(np.int32)
+    after, log_prob = after[order], log_prob[order]
     factors = np.exp(weight * log_prob.astype(np.float64) + bonus)
-    slots = np.zeros((1 << max(4, int(2 * len(state)).bit_length()), 2), np.int64)
-    _hash(state, symbol, symbols.count, slots)
+    shape = (len(table.fail), symbols.count // 64 + 1)
+    masks, firsts = np.zeros(shape, np.uint64), np.zeros(shape, np.int32)
+    _index(state, symbol, masks, firsts)
     (start,) = after[(state == EMPTY) & (symbol == SPACE)]
     backoff = np.exp(weight * table.backoff.astype(np.float64))
     reach = np.zeros(len(table.fail), np.float64)
     _reach(state, factors, table.fail, backoff, reach)
     return NgramModel(
         symbols,
-        slots,
+        masks,
+        firsts,
         np.ascontiguousarray(after, np.int32),
         factors,
         table.fail,
@@ -175,12 +183,14 @@ def weigh(table: NgramTable, vocabulary: Vocabulary, weight: float, bonus: float
     )
 
 
-@compiled("int64(int32[::1], int32[::1], int64, int64[:,::1])")
-def _hash(state, symbol, count, slots):  # type: ignore[no-untyped-def]
+@compiled("int64(int32[::1], int32[::1], uint64[:,::1], int32[:,::1])")
+def _index(state, symbol, masks, firsts):  # type: ignore[no-untyped-def]
+    """Fill ``masks`` and ``firsts``, which come with zeros; edges are in the order of state and symbol."""
     for edge in range(len(state)):
-        key, index = edge_slot(state[edge], symbol[edge], count, slots)
-        slots[index, 0] = key
-        slots[index, 1] = edge
+        word = symbol[edge] >> 6
+        if masks[state[edge], word] == np.uint64(0):
+            firsts[state[edge], word] = edge
+        masks[state[edge], word] |= np.uint64(1) << np.uint64(symbol[edge] & 63)
     return 0
 
 
@@ -197,27 +207,39 @@ def _reach(state, factors, fail, backoff, reach):  # type: ignore[no-untyped-def
 
 
 @inner(inline=True)
-def advance(state, symbol, count, slots, following, factors, fail, backoff):  # type: ignore[no-untyped-def]
+def _ones(word):  # type: ignore[no-untyped-def]
+    """How many bits of a uint64 are set (Warren, Hacker's Delight, 2nd edition, 5-1)."""
+    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@inner(inline=True)
+def advance(state, symbol, masks, firsts, following, factors, fail, backoff):  # type: ignore[no-untyped-def]
     """State after one more symbol, and the factor that it costs."""
     factor = 1.0
+    column = symbol >> 6
+    bit = np.uint64(1) << np.uint64(symbol & 63)
     while True:
-        key, index = edge_slot(state, symbol, count, slots)
-        if slots[index, 0] == key:
-            edge = slots[index, 1]
+        word = masks[state, column]
+        if word & bit != np.uint64(0):
+            edge = firsts[state, column] + _ones(word & (bit - np.uint64(1)))
             return following[edge], factor * factors[edge]
         factor *= backoff[state]
         state = fail[state]
 
 
 @compiled(
-    "float64(int32[::1], int64, int64, int64[:,::1], int32[::1], float64[::1], int32[::1], float64[::1])"
+    "float64(int32[::1], int64, uint64[:,::1], int32[:,::1], int32[::1], float64[::1], int32[::1], "
+    "float64[::1])"
 )
-def _score(symbols, state, count, slots, following, factors, fail, backoff):  # type: ignore[no-untyped-def]
+def _score(symbols, state, masks, firsts, following, factors, fail, backoff):  # type: ignore[no-untyped-def]
     total = 0.0
     for symbol in symbols:
-        state, factor = advance(state, symbol, count, slots, following, factors, fail, backoff)
+        state, factor = advance(state, symbol, masks, firsts, following, factors, fail, backoff)
         total += math.log(factor)
     if len(symbols) > 0:
-        state, factor = advance(state, SPACE, count, slots, following, factors, fail, backoff)
+        state, factor = advance(state, SPACE, masks, firsts, following, factors, fail, backoff)
         total += math.log(factor)
     return total

@@ -27,7 +27,7 @@ POWERS = 128  # most credits one token can change
 _NO_SYMBOLS = Symbols(np.zeros(1, np.int32), np.zeros(1, np.int32), {})
 _NO_TRIE = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32))
 _ONE, _NONE = np.ones(1, np.float64), np.zeros(1, np.int32)
-_NO_NGRAM = (np.zeros((2, 2), np.int64), _NONE, _ONE, _NONE, _ONE, _ONE)
+_NO_NGRAM = (np.zeros((1, 1), np.uint64), np.zeros((1, 1), np.int32), _NONE, _ONE, _NONE, _ONE, _ONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,15 @@ def search(
         symbols, trie, boost = hotwords.symbols, (hotwords.edges, hotwords.states), hotwords.boost
     if guide is not None:
         symbols, start, most = guide.symbols, guide.start, guide.most
-        ngram = (guide.slots, guide.following, guide.factors, guide.fail, guide.backoff, guide.reach)
+        ngram = (
+            guide.masks,
+            guide.firsts,
+            guide.following,
+            guide.factors,
+            guide.fail,
+            guide.backoff,
+            guide.reach,
+        )
     frames, candidates = len(log_probs), beam * (max_tokens + 1)
     tree = np.zeros((2, frames * beam + 1), np.int32)
     leaves, scores = np.zeros(beam, np.int32), np.zeros(beam, np.float64)
@@ -159,7 +167,8 @@ def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untype
     "int64(float32[:,::1], int64, int64, int64, float64, float64, float64, float64, "
     "int32[::1], int32[::1], int64, "
     "int64, float64, int64[:,::1], int32[:,::1], "
-    "int64, int64, float64, int64[:,::1], int32[::1], float64[::1], int32[::1], float64[::1], float64[::1], "
+    "int64, int64, float64, uint64[:,::1], int32[:,::1], int32[::1], float64[::1], int32[::1], float64[::1], "
+    "float64[::1], "
     "int32[::1], int32[::1], int32[::1], float64[::1], "
     "float64[:,::1], int32[:,::1], uint64[:,::1], float64[:,::1], int32[:,::1], int32[::1], float32[::1], "
     "float64[::1])"
@@ -168,7 +177,7 @@ def _search(  # type: ignore[no-untyped-def]
     log_probs, blank, beam, max_tokens, token_floor, blank_skip, beam_cut, hotword_cut,
     flat, offsets, symbol_count,
     boosted, boost, edges, states,
-    guided, start, most, slots, following_gram, factors, fail, backoff, gram_reach,
+    guided, start, most, masks, firsts, following_gram, factors, fail, backoff, gram_reach,
     parents, tokens, leaves, scores,
     floats, integers, hashes, likelihoods, origins, chosen, values, powers,
 ):  # fmt: skip
@@ -297,8 +306,8 @@ def _search(  # type: ignore[no-untyped-def]
                         new_gram, factor = advance(
                             new_gram,
                             flat[position],
-                            symbol_count,
-                            slots,
+                            masks,
+                            firsts,
                             following_gram,
                             factors,
                             fail,
@@ -372,7 +381,7 @@ def _search(  # type: ignore[no-untyped-def]
             scores[entry] += boost * finish(state[now, entry], states)
         if guided and last[now, entry] >= 0:
             _, factor = advance(
-                gram[now, entry], SPACE, symbol_count, slots, following_gram, factors, fail, backoff
+                gram[now, entry], SPACE, masks, firsts, following_gram, factors, fail, backoff
             )
             scores[entry] += math.log(factor)
     return entries

@@ -124,24 +124,29 @@ print(bool(ctc._collapse.signatures and ctc._viterbi.signatures))
 
 @needs_library
 def test_what_the_library_would_misread_is_refused() -> None:
-    from api.ngram import _hash
+    from api.ctc import _viterbi
 
-    slots = np.zeros((4, 2), np.int64)
-    state = np.zeros(1, np.int32)
-    _hash(state, state, 1, slots)
+    log_probs, tokens = np.zeros((4, 2), np.float32), np.zeros(1, np.int32)
+    rest = (
+        np.full(3, -np.inf),
+        np.zeros((4, 3), np.uint8),
+        *np.zeros((2, 1), np.int32),
+        np.zeros(1, np.float32),
+    )
+    _viterbi(log_probs, tokens, 1, *rest)
     wrong = [
-        (state.astype(np.int64), state, 1, slots),  # other numbers
-        (state[:, None], state, 1, slots),  # other dimensions
-        (state, state, 1, np.zeros((2, 4), np.int64).T),  # other order
-        (state, [0], 1, slots),  # no array
+        (log_probs, tokens.astype(np.int64), 1),  # other numbers
+        (log_probs, tokens[:, None], 1),  # other dimensions
+        (np.zeros((2, 4), np.float32).T, tokens, 1),  # other order
+        (log_probs, [0], 1),  # no array
     ]
     for given in wrong:
-        with pytest.raises(TypeError, match=r"_hash: .* expected contiguous int64\(int32\[::1\]"):
-            _hash(*given)
-    with pytest.raises(TypeError, match="_hash: 3 arguments, expected"):
-        _hash(state, state, 1)
+        with pytest.raises(TypeError, match=r"_viterbi: .* expected contiguous float64\(float32\[:,::1\]"):
+            _viterbi(*given, *rest)
+    with pytest.raises(TypeError, match="_viterbi: 3 arguments, expected"):
+        _viterbi(log_probs, tokens, 1)
     with pytest.raises(ctypes.ArgumentError):
-        _hash(state, state, 1.5, slots)
+        _viterbi(log_probs, tokens, 1.5, *rest)
 
 
 @pytest.mark.parametrize(

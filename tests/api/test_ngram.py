@@ -81,6 +81,36 @@ def test_scores_are_those_of_the_definition(order: int, text: str) -> None:
     assert log_probability(table, text) == pytest.approx(kneser_ney(TEXTS, order, text), abs=1e-4)
 
 
+def test_scores_do_not_depend_on_where_the_vocabulary_has_its_symbols() -> None:
+    """A look-up finds 64 symbols in a word of bits; these are spread over three."""
+    others = [chr(0x4E00 + index) for index in range(130)]
+    spread = ["<blank>", "▁"]
+    for letter, index in zip("acehnorst", itertools.count(0, 14), strict=False):
+        spread += [*others[index : index + 14], letter]
+    vocabulary = Vocabulary(tuple(spread), blank_id=0)
+    assert symbols_of(vocabulary).count > 128
+    table = character_ngrams(TEXTS, 5, min_count=1)
+    for text in ["the cat sat", "on a hat", "tttt", "scorn"]:
+        assert log_probability(table, text, vocabulary) == pytest.approx(
+            log_probability(table, text), abs=1e-6
+        )
+
+
+def test_no_symbol_multiplies_by_more_than_its_state_reaches() -> None:
+    table = character_ngrams(TEXTS, 4, min_count=1)
+    weight, bonus = 0.8, 1.5
+    reach = weigh(table, LETTERS, weight, bonus).reach
+    edges = {(int(s), int(c)): i for i, (s, c) in enumerate(zip(table.edge_state, table.edge_symbol))}  # noqa: B905
+    for state, symbol in itertools.product(range(len(table.fail)), range(len(table.symbols))):
+        factor, at = 1.0, state
+        while (at, symbol) not in edges:
+            factor *= math.exp(weight * float(table.backoff[at]))
+            at = int(table.fail[at])
+        factor *= math.exp(weight * float(table.edge_log_prob[edges[at, symbol]]) + bonus)
+        assert factor <= reach[state]
+    assert reach.max() < math.exp(bonus), "a bound that bounds nothing"
+
+
 @pytest.mark.parametrize("min_count", [1, 2, 3])
 def test_probabilities_after_every_context_sum_to_one(min_count: int) -> None:
     """Also where rare n-grams were dropped: the back-off weights make up for them."""
