@@ -17,9 +17,17 @@ from api.server import START_FAILED, Server, make_server
 from api.settings import ENV_FILE, Settings, is_loopback
 from api.telemetry import configure_logging
 
+_SWITCH_S = 1e-4
+"""How long a thread waits for the interpreter before it asks for it.
+
+A worker that comes back from an inference needs it for a moment only, and its core does nothing until then;
+Python's 5 ms would let the event loop go on to the end of what it is at.
+"""
+
 
 def run(settings: Settings) -> int:
     """Serve until told to stop; 3 where the service could not start."""
+    sys.setswitchinterval(_SWITCH_S)
     _read_tracing_variables()
     configure_logging(
         log_format=settings.log_format,
