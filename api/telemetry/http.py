@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.telemetry.core import Telemetry
+from api.telemetry.logs import is_logged
 from api.telemetry.metrics import TRANSCRIPTION_ROUTES, UNMATCHED_ROUTE, is_transcription
 from api.telemetry.record import RequestRecord, _current, current_record, request_id_in_logs
 from api.telemetry.scrape import SCRAPER_HEADER
@@ -35,11 +36,8 @@ OnError = Callable[[Exception, str], Response]
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 _QUIET_ROUTES = re.compile(r"^/(health|metrics)(/|$)")
-# Searched in the whole URL: probes and scrapes make no spans, those of transcriptions are made by us.
-EXCLUDED_URLS = (
-    r"^[a-z]+://[^/]+/(health|metrics)(/|\?|$),"
-    rf"^[a-z]+://[^/]+({'|'.join(map(re.escape, TRANSCRIPTION_ROUTES))})(\?|$)"
-)
+# Searched in the whole URL: probes and scrapes make no spans.
+EXCLUDED_URLS = r"^[a-z]+://[^/]+/health(/|\?|$),^[a-z]+://[^/]+/metrics(\?|$)"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,64}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 CLIENT_CLOSED = 499
@@ -63,6 +61,34 @@ def instrument(app: FastAPI, telemetry: Telemetry, on_error: OnError) -> None:
         exclude_spans=["receive", "send"],
         server_request_hook=_without_query,
     )
+    app.build_middleware_stack = _around_instrumentation(  # type: ignore[method-assign]
+        app.build_middleware_stack
+    )
+
+
+def _around_instrumentation(build: Callable[[], ASGIApp]) -> Callable[[], ASGIApp]:
+    """Requests whose spans are ours go past the instrumentation, which would look at their URL first."""
+
+    def build_middleware_stack() -> ASGIApp:
+        from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+
+        stack = build()
+        middleware = getattr(stack, "app", None)
+        if not isinstance(middleware, OpenTelemetryMiddleware):
+            raise TypeError("The FastAPI instrumentation is not where it was.")
+        instrumented, plain = middleware, middleware.app
+
+        async def way(scope: Scope, receive: Receive, send: Send) -> None:
+            await (plain if _makes_own_span(scope) else instrumented)(scope, receive, send)
+
+        vars(stack)["app"] = way
+        return stack
+
+    return build_middleware_stack
+
+
+def _makes_own_span(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["path"] in TRANSCRIPTION_ROUTES
 
 
 def _without_query(span: trace.Span, scope: Scope) -> None:
@@ -90,7 +116,7 @@ def request_id_of(scope: Scope) -> str:
             given = value
         elif name == b"traceparent":
             traceparent = value
-    if _REQUEST_ID.fullmatch(given):
+    if given and _REQUEST_ID.fullmatch(given):
         return bytes(given).decode("ascii")
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
@@ -115,7 +141,7 @@ class TelemetryMiddleware:
             return
         tracing = self.telemetry.tracing
         span = None
-        if tracing is not None and scope["path"] in TRANSCRIPTION_ROUTES:
+        if tracing is not None and _makes_own_span(scope):
             span = tracing.requests.begin(scope)
         with span or contextlib.nullcontext():
             await self._observe(_Exchange(self.telemetry, scope, receive, send, span))
@@ -212,11 +238,10 @@ class _Exchange:
                 self._span, self.status, record=self.record, error=self.error, cut_off=self.failed_late
             )
         level = logging.DEBUG if _QUIET_ROUTES.match(self.scope["path"]) else logging.INFO
-        log = _log.bind()
-        if log.is_enabled_for(level):
+        if is_logged(level):
             duration_ms = round(elapsed_s * 1000, 2)
             fields = self._log_fields()
-            log.log(
+            _log.log(
                 level, "request", method=method, route=route, status=status, duration_ms=duration_ms, **fields
             )
 

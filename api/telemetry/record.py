@@ -73,7 +73,9 @@ class RequestRecord:
 
     def server_timing(self) -> str:
         """The stages so far as a ``Server-Timing`` header (W3C), milliseconds."""
-        return ", ".join(f"{stage};dur={elapsed_s * 1000:.2f}" for stage, elapsed_s in self.stages_s.items())
+        return ", ".join(
+            [f"{stage};dur={elapsed_s * 1000:.2f}" for stage, elapsed_s in self.stages_s.items()]
+        )
 
 
 request_id_in_logs: ContextVar[str | None] = ContextVar("asr_request_id", default=None)

@@ -88,7 +88,7 @@ class RequestSpans:
     def begin(self, scope: Mapping[str, Any]) -> RequestSpan:
         """Ids for a request, in the trace that the caller names or in one of its own."""
         parent = Context()
-        if any(name in self._fields for name, _ in scope["headers"]):
+        if not self._fields.isdisjoint([name for name, _ in scope["headers"]]):
             parent = propagate.extract(dict(scope), getter=asgi_getter)
         above = trace.get_current_span(parent).get_span_context()
         trace_id = above.trace_id if above.is_valid else self._ids.generate_trace_id()
