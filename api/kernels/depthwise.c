@@ -1,7 +1,5 @@
 #include "depthwise.h"
 
-#include <stdlib.h>
-
 DepthwiseTask depthwise_task(const DepthwiseCall *call, size_t task) {
   const int64_t item = (int64_t)task / call->groups, group = (int64_t)task % call->groups;
   const int64_t channels = call->kernel->channels, left = channels - group * LINE;
@@ -18,7 +16,7 @@ DepthwiseTask depthwise_task(const DepthwiseCall *call, size_t task) {
 
 static OrtStatus *compute(void *data, OrtKernelContext *context) {
   const Depthwise *kernel = data;
-  const OrtApi *api = kernel->api;
+  const OrtApi *api = kernel->convolution.api;
   const OrtValue *x;
   OrtValue *y;
   int64_t shape[4];
@@ -30,7 +28,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   if (count != 4 || shape[1] != 1 || shape[3] != kernel->channels)
     return refuse(api, "depthwise: x is not (batch, 1, frames, channels)");
   call.frames = shape[2];
-  TRY(check_bias(&kernel->convolution, api, context));
+  TRY(check_bias(&kernel->convolution, context));
   const OrtValue *mask = NULL;
   if (kernel->convolution.inputs > MASK) TRY(ORT_CALL(api, context_input)(context, MASK, &mask));
   if (mask != NULL) {
@@ -49,16 +47,9 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   return ORT_CALL(api, parallel_for)(context, kernel->run, tasks, 0, &call);
 }
 
-static void destroy(void *data) {
+static OrtStatus *prepare(void *data, const OrtKernelInfo *info) {
   Depthwise *kernel = data;
-  if (kernel == NULL) return;
-  close_convolution(&kernel->convolution);
-  free(kernel);
-}
-
-static OrtStatus *prepare(Depthwise *kernel, const OrtKernelInfo *info) {
-  const OrtApi *api = kernel->api;
-  TRY(open_convolution(&kernel->convolution, api, info));
+  const OrtApi *api = kernel->convolution.api;
   const Weights *weights = kernel->convolution.weights;
   if (weights->layout != DEPTHWISE_VNNI && weights->layout != DEPTHWISE_AVX2)
     return refuse(api, "depthwise: the weights are a pointwise convolution's");
@@ -74,32 +65,16 @@ static OrtStatus *prepare(Depthwise *kernel, const OrtKernelInfo *info) {
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   (void)op;
-  Depthwise *kernel = calloc(1, sizeof *kernel);
-  if (kernel == NULL) return ORT_CALL(api, create_status)(ORT_FAIL, "out of memory");
-  kernel->api = api;
-  OrtStatus *status = prepare(kernel, info);
-  if (status != NULL)
-    destroy(kernel);
-  else
-    *out = kernel;
-  return status;
+  return create_kernel(sizeof(Depthwise), prepare, api, info, out);
 }
 
 static const char *name(const OrtCustomOp *op) { return (void)op, "DepthwiseQLinearConv"; }
 static size_t input_count(const OrtCustomOp *op) { return (void)op, INPUTS; }
 
 const OrtCustomOp depthwise_operator = {
-    .version = ORT_ABI_VERSION,
+    CONVOLUTION_OPERATOR,
     .get_name = name,
-    .get_provider = on_cpu,
-    .get_input_type = input_type,
     .get_input_count = input_count,
-    .get_output_type = output_type,
-    .get_output_count = one_output,
-    .destroy = destroy,
-    .get_input_kind = input_kind,
-    .get_output_kind = output_kind,
-    .get_input_memory = default_memory,
     .create_kernel_v2 = create,
     .compute_v2 = compute,
 };

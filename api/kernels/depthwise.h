@@ -14,7 +14,7 @@
 
 #include "operator.h"
 
-enum { GROUP = 4, LINE = GROUP * LANES }; /* blocks per task: one cache line of every frame */
+enum { LINE = GROUP * LANES }; /* channels per task: one cache line of every frame */
 
 typedef struct Depthwise Depthwise;
 
@@ -26,9 +26,8 @@ typedef struct {
 } DepthwiseCall;
 
 struct Depthwise {
-  const OrtApi *api;
-  void (*run)(void *call, size_t task); /* all frames of one group of one item */
   Convolution convolution;
+  void (*run)(void *call, size_t task); /* all frames of one group of one item */
   int64_t channels, taps, pad, dilation;
   int64_t woven; /* whether the output stays as it is for a pointwise kernel (weights.h) */
 };

@@ -68,7 +68,8 @@ void set_channel(Convolution *convolution, int64_t channel, int32_t bias, float 
   convolution->scale[lane] = scale;
 }
 
-OrtStatus *open_convolution(Convolution *convolution, const OrtApi *api, const OrtKernelInfo *info) {
+static OrtStatus *open_convolution(Convolution *convolution, const OrtKernelInfo *info) {
+  const OrtApi *api = convolution->api;
   int64_t id;
   TRY(numbers(api, info, "weights", &id, 1));
   convolution->weights = weights_take(id);
@@ -110,7 +111,8 @@ void look_ahead(const Convolution *convolution) {
   }
 }
 
-OrtStatus *check_bias(const Convolution *convolution, const OrtApi *api, const OrtKernelContext *context) {
+OrtStatus *check_bias(const Convolution *convolution, const OrtKernelContext *context) {
+  const OrtApi *api = convolution->api;
   const OrtValue *bias = NULL;
   if (convolution->inputs > BIAS) TRY(ORT_CALL(api, context_input)(context, BIAS, &bias));
   return bias != NULL && !convolution->has_bias ? refuse(api, "the bias is not constant") : NULL;
@@ -120,6 +122,26 @@ void close_convolution(Convolution *convolution) {
   weights_give_back(convolution->weights);
   free(convolution->bias);
   free(convolution->scale);
+}
+
+void destroy_kernel(void *kernel) {
+  if (kernel == NULL) return;
+  close_convolution(kernel);
+  free(kernel);
+}
+
+OrtStatus *create_kernel(size_t bytes, OrtStatus *(*prepare)(void *kernel, const OrtKernelInfo *info),
+                         const OrtApi *api, const OrtKernelInfo *info, void **out) {
+  Convolution *convolution = calloc(1, bytes);
+  if (convolution == NULL) return ORT_CALL(api, create_status)(ORT_FAIL, "out of memory");
+  convolution->api = api;
+  OrtStatus *status = open_convolution(convolution, info);
+  if (status == NULL) status = prepare(convolution, info);
+  if (status != NULL)
+    destroy_kernel(convolution);
+  else
+    *out = convolution;
+  return status;
 }
 
 const char *on_cpu(const OrtCustomOp *op) { return (void)op, "CPUExecutionProvider"; }

@@ -11,7 +11,9 @@
 
 enum { X, X_SCALE, X_ZERO, W_SCALE, W_ZERO, Y_SCALE, Y_ZERO, BIAS, MASK, INPUTS };
 
+/* What every kernel begins with. */
 typedef struct {
+  const OrtApi *api;
   const Weights *weights;
   int32_t x_zero, y_zero;
   int32_t *bias; /* of each lane, the input's zero point taken in */
@@ -35,15 +37,18 @@ OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const char *nam
 /* Refuses all but kernels 1 x taps, stride 1, and pads that leave as many frames as there were. */
 OrtStatus *read_frames(const OrtApi *api, const OrtKernelInfo *info, int64_t taps, int64_t *pad, int64_t *dilation);
 
-/* Also after an error `close_convolution` is due. */
-OrtStatus *open_convolution(Convolution *convolution, const OrtApi *api, const OrtKernelInfo *info);
+/* A kernel of `bytes`, whose first member is its convolution: that is opened, then `prepare` does the rest. */
+OrtStatus *create_kernel(size_t bytes, OrtStatus *(*prepare)(void *kernel, const OrtKernelInfo *info),
+                         const OrtApi *api, const OrtKernelInfo *info, void **out);
+void destroy_kernel(void *kernel);
+
 void close_convolution(Convolution *convolution);
 
 /* Asks for what each task will need first, which has been pushed out of the caches since the last inference. */
 void look_ahead(const Convolution *convolution);
 
 /* A bias that is computed by the graph would be passed over. */
-OrtStatus *check_bias(const Convolution *convolution, const OrtApi *api, const OrtKernelContext *context);
+OrtStatus *check_bias(const Convolution *convolution, const OrtKernelContext *context);
 
 /* Memory for bias and scale; 0 if there is none. */
 int allocate_lanes(Convolution *convolution);
@@ -61,5 +66,10 @@ int default_memory(const OrtCustomOp *op, size_t index);
 size_t one_output(const OrtCustomOp *op);
 int output_type(const OrtCustomOp *op, size_t index);
 int output_kind(const OrtCustomOp *op, size_t index);
+
+#define CONVOLUTION_OPERATOR                                                                             \
+  .version = ORT_ABI_VERSION, .get_provider = on_cpu, .get_input_type = input_type,                      \
+  .get_output_type = output_type, .get_output_count = one_output, .destroy = destroy_kernel,             \
+  .get_input_kind = input_kind, .get_output_kind = output_kind, .get_input_memory = default_memory
 
 #endif

@@ -9,7 +9,6 @@
  * rows fill the registers, and become bytes there: ONNX Runtime writes them out and reads them once more.
  */
 #include <immintrin.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "operator.h"
@@ -17,13 +16,12 @@
 
 enum {
   QUAD = 4,          /* products that one instruction adds */
-  PANEL = 2 * LANES, /* channels */
+  PANEL = PANEL_BLOCKS * LANES, /* channels */
   ROWS = 12,         /* rows of sums in registers */
   CHUNK = 21 * ROWS, /* rows per task at most, so that x stays in the second cache */
 };
 
 typedef struct {
-  const OrtApi *api;
   Convolution convolution;
   int64_t depth, channels, panels; /* depth: bytes from one row to the next */
   int woven;
@@ -158,7 +156,7 @@ static int64_t share_out(PointwiseCall *call, int64_t items) {
 
 static OrtStatus *compute(void *data, OrtKernelContext *context) {
   const Pointwise *kernel = data;
-  const OrtApi *api = kernel->api;
+  const OrtApi *api = kernel->convolution.api;
   const OrtValue *x;
   OrtValue *y;
   int64_t shape[4];
@@ -177,7 +175,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   } else {
     call.rows = shape[0] * shape[1] * shape[2];
   }
-  TRY(check_bias(&kernel->convolution, api, context));
+  TRY(check_bias(&kernel->convolution, context));
   shape[3] = kernel->channels;
   TRY(ORT_CALL(api, context_output)(context, 0, shape, 4, &y));
   TRY(ORT_CALL(api, tensor_data)((OrtValue *)x, (void **)&call.x));
@@ -186,54 +184,32 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   return ORT_CALL(api, parallel_for)(context, run_task, (size_t)share_out(&call, items), 0, &call);
 }
 
-static void destroy(void *data) {
+static OrtStatus *prepare(void *data, const OrtKernelInfo *info) {
   Pointwise *kernel = data;
-  if (kernel == NULL) return;
-  close_convolution(&kernel->convolution);
-  free(kernel);
-}
-
-static OrtStatus *prepare(Pointwise *kernel, const OrtKernelInfo *info) {
-  TRY(open_convolution(&kernel->convolution, kernel->api, info));
+  const OrtApi *api = kernel->convolution.api;
   const Weights *weights = kernel->convolution.weights;
   kernel->woven = weights->layout == POINTWISE_WOVEN;
   if (weights->layout != POINTWISE_VNNI && !kernel->woven)
-    return refuse(kernel->api, "pointwise: the weights are a depthwise convolution's");
+    return refuse(api, "pointwise: the weights are a depthwise convolution's");
   kernel->depth = kernel->woven ? whole_lines(weights->depth) : weights->depth;
   kernel->channels = weights->channels;
   kernel->panels = (weights->channels + PANEL - 1) / PANEL;
   int64_t pad, dilation;
-  return read_frames(kernel->api, info, 1, &pad, &dilation);
+  return read_frames(api, info, 1, &pad, &dilation);
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   (void)op;
-  Pointwise *kernel = calloc(1, sizeof *kernel);
-  if (kernel == NULL) return ORT_CALL(api, create_status)(ORT_FAIL, "out of memory");
-  kernel->api = api;
-  OrtStatus *status = prepare(kernel, info);
-  if (status != NULL)
-    destroy(kernel);
-  else
-    *out = kernel;
-  return status;
+  return create_kernel(sizeof(Pointwise), prepare, api, info, out);
 }
 
 static const char *name(const OrtCustomOp *op) { return (void)op, "PointwiseQLinearConv"; }
 static size_t input_count(const OrtCustomOp *op) { return (void)op, MASK; }
 
 const OrtCustomOp pointwise_operator = {
-    .version = ORT_ABI_VERSION,
+    CONVOLUTION_OPERATOR,
     .get_name = name,
-    .get_provider = on_cpu,
-    .get_input_type = input_type,
     .get_input_count = input_count,
-    .get_output_type = output_type,
-    .get_output_count = one_output,
-    .destroy = destroy,
-    .get_input_kind = input_kind,
-    .get_output_kind = output_kind,
-    .get_input_memory = default_memory,
     .create_kernel_v2 = create,
     .compute_v2 = compute,
 };

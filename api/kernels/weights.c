@@ -7,7 +7,7 @@
 
 #include "processor.h"
 
-enum { LINE_BYTES = 64, GROUP = 4, PANEL = 2 }; /* blocks that a depthwise and a pointwise kernel do in one go */
+enum { LINE_BYTES = 64 };
 
 #define MOST INT64_C(65536) /* channels, and weights of one: no product of the two overflows, no sum of weights */
 
@@ -38,7 +38,8 @@ static void put(const Weights *weights, int64_t channel, int64_t index, int8_t w
   } else if (is_pointwise(weights->layout)) {
     /* In the order that the depthwise kernel leaves its blocks in. */
     if (weights->layout == POINTWISE_WOVEN) index = woven_lane(index);
-    start += block / PANEL * PANEL * weights->block_bytes + (index / 4 * PANEL + block % PANEL) * LINE_BYTES;
+    start += block / PANEL_BLOCKS * PANEL_BLOCKS * weights->block_bytes;
+    start += (index / 4 * PANEL_BLOCKS + block % PANEL_BLOCKS) * LINE_BYTES;
     start[lane * 4 + index % 4] = weight;
   } else {
     start += block * weights->block_bytes + index / 2 * LINE_BYTES;
@@ -113,7 +114,7 @@ static Weights *pack(Layout layout, const int8_t *w, int64_t channels, int64_t d
   weights->layout = layout;
   weights->channels = channels;
   weights->depth = depth;
-  weights->blocks = up_to(channels, LANES * (is_pointwise(layout) ? PANEL : GROUP)) / LANES;
+  weights->blocks = up_to(channels, LANES * (is_pointwise(layout) ? PANEL_BLOCKS : GROUP)) / LANES;
   const int64_t together = layout == DEPTHWISE_AVX2 ? 2 : 4; /* weights that one instruction takes */
   weights->block_bytes = up_to(depth, layout == POINTWISE_WOVEN ? 64 : together) * LINE_BYTES / together;
   weights->sums = calloc((size_t)(weights->blocks * LANES), sizeof *weights->sums);

@@ -11,6 +11,8 @@
 #define LANES 16 /* channels that are worked on together, a block */
 #define MAX_TAPS 128
 
+enum { GROUP = 4, PANEL_BLOCKS = 2 }; /* that a depthwise and a pointwise kernel do in one go */
+
 typedef enum { DEPTHWISE_VNNI, DEPTHWISE_AVX2, POINTWISE_VNNI, POINTWISE_WOVEN } Layout;
 
 typedef struct Weights Weights;
