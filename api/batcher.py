@@ -232,7 +232,7 @@ class Batcher:
             deadline_s=deadline_s,
             queued_s=now_s,
             future=future,
-            span=self._telemetry.span_context(),
+            span=self._telemetry.sampled_parent(),
         )
         self._pool.put(self._queue, entry)
         timer = loop.call_later(deadline_s - now_s, self._expire, entry)

@@ -114,7 +114,7 @@ class Switch:
             (Stage, "__exit__"): _nothing,
             (Batch, "__enter__"): _itself,
             (Batch, "__exit__"): _nothing,
-            **{(Telemetry, name): _nothing for name in ("record_stage", "transcribed", "span_context")},
+            **{(Telemetry, name): _nothing for name in ("record_stage", "transcribed", "sampled_parent")},
         }
         real = {(owner, name): vars(owner)[name] for owner, name in silenced}
         self._parts: dict[str, Mapping[tuple[type, str], object]] = {"on": real, "off": silenced}

@@ -151,18 +151,15 @@ class Telemetry:
         context = trace.get_current_span().get_span_context()
         return context if context.trace_flags.sampled and context.is_valid else None
 
-    def span_context(self) -> SpanContext | None:
-        """The caller's span, to be linked from a batch; None when it is not kept."""
-        return self.sampled_parent()
-
     def batch(
         self, *, model: str, lengths_s: Sequence[float], requests: Iterable[SpanContext | None] = ()
     ) -> Batch:
         """Around one inference, in the worker's thread: ``with telemetry.batch(...) as batch:``.
 
-        `lengths_s` are the true lengths of the batch's rows in seconds, `requests` what :meth:`span_context`
-        gave for each. The span is the root of its own trace and linked to its requests: a batch belongs to
-        all of them and is the child of none. ``batch.span_context`` leads back to it.
+        `lengths_s` are the true lengths of the batch's rows in seconds, `requests` what
+        :meth:`sampled_parent` gave for each. The span is the root of its own trace and linked to its
+        requests: a batch belongs to all of them and is the child of none. ``batch.span_context`` leads back
+        to it.
         """
         return Batch(self, model, lengths_s, requests)
 

@@ -42,15 +42,12 @@ if TYPE_CHECKING:
 class RequestSpan:
     """Where one request belongs, from its beginning on. ``with span:`` makes it the current one."""
 
-    __slots__ = ("_token", "above", "context", "parent", "scope", "start_ns")
+    __slots__ = ("_token", "context", "parent", "scope", "start_ns")
 
-    def __init__(
-        self, scope: Mapping[str, Any], parent: Context, above: SpanContext | None, own: SpanContext
-    ) -> None:
-        """`parent` is what the caller sent along, `above` the span in it."""
+    def __init__(self, scope: Mapping[str, Any], parent: Context, own: SpanContext) -> None:
+        """`parent` is what the caller sent along."""
         self.scope = scope
         self.parent = parent
-        self.above = above
         self.context = own
         self.start_ns = time.time_ns()
 
@@ -100,7 +97,6 @@ class RequestSpans:
         return RequestSpan(
             scope,
             parent,
-            above if above.is_valid else None,
             SpanContext(
                 trace_id,
                 self._ids.generate_span_id(),
@@ -126,10 +122,11 @@ class RequestSpans:
         told = {**self._attributes(request.scope), **attributes}
         if error is None and 0 < status < 500:
             told.update(dict.fromkeys(self._status_names, status))
+            above = trace.get_current_span(request.parent).get_span_context()
             self._tracing.finished(
                 _name(request.scope),
                 request.context,
-                request.above,
+                above if above.is_valid else None,
                 start_ns=request.start_ns,
                 end_ns=end_ns,
                 attributes=told,

@@ -42,7 +42,7 @@ def make_app(telemetry: Telemetry) -> FastAPI:
     async def transcribe() -> dict[str, str]:
         with telemetry.stage("decode", codec="wav"):
             pass
-        linked = telemetry.span_context()
+        linked = telemetry.sampled_parent()
 
         def work() -> Any:
             with telemetry.batch(model="m", lengths_s=[1.0, 2.0], requests=[linked, None]) as batch:
