@@ -109,17 +109,17 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, R]) ->
 
     watch = asyncio.create_task(_disconnected(request))
     watch.add_done_callback(leave)
-    try:
-        with _answered_if_cut_short():
+    with _answered_if_cut_short():
+        try:
             return await work
-    except DrainingError:
-        if not left:
-            raise
-        task.uncancel()
-        raise ClientDisconnected from None
-    finally:
-        working = False
-        watch.cancel()
+        except asyncio.CancelledError:
+            if not left:
+                raise
+            task.uncancel()
+            raise ClientDisconnected from None
+        finally:
+            working = False
+            watch.cancel()
 
 
 @contextmanager
