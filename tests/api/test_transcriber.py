@@ -163,8 +163,8 @@ async def test_few_windows_of_one_file_wait_at_once(models_dir: Path) -> None:
         assert 1 <= most <= 2 + service.summary()["queue"]["workers"]
 
 
-async def test_leaving_early_drops_the_work(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    recording = io.BytesIO(wav(recite(["abc"] * 200, 0.5)))
+def held_engine(service: Service, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Make inferences wait: set when the first has begun, to be set when they may end."""
     engine = service.transcriber("").model.engine
     begun, may_end, run = threading.Event(), threading.Event(), engine.run
 
@@ -174,6 +174,12 @@ async def test_leaving_early_drops_the_work(service: Service, monkeypatch: pytes
         return run(*given, **named)
 
     monkeypatch.setattr(engine, "run", wait_and_run)
+    return begun, may_end
+
+
+async def test_leaving_early_drops_the_work(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = io.BytesIO(wav(recite(["abc"] * 200, 0.5)))
+    begun, may_end = held_engine(service, monkeypatch)
     task = asyncio.create_task(service.transcriber("").transcribe(recording, Options(beam=64)))
     assert await asyncio.to_thread(begun.wait, 60)
     task.cancel()
@@ -205,15 +211,7 @@ async def test_a_short_plain_wav_wakes_no_thread(service: Service) -> None:
 async def test_a_file_that_waits_for_its_turn_is_held_as_samples_only(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = service.transcriber("").model.engine
-    begun, may_end, run = threading.Event(), threading.Event(), engine.run
-
-    def wait_and_run(*given: Any, **named: Any) -> Any:
-        begun.set()
-        may_end.wait(60)
-        return run(*given, **named)
-
-    monkeypatch.setattr(engine, "run", wait_and_run)
+    begun, may_end = held_engine(service, monkeypatch)
     recording = io.BytesIO(wav(sing("abc")))
     task = asyncio.create_task(service.transcriber("").transcribe(recording, Options()))
     assert await asyncio.to_thread(begun.wait, 60)
