@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from api.backpressure import RetrySchedule
 from api.errors import DeadlineExceededError, DrainingError, QueueFullError
 from api.telemetry import Telemetry, current_record
 from api.workers import BatchEngine, Entry, SegmentResult, WorkerPool
+
+T = TypeVar("T")
 
 KEEP_ROOM_S = 5.0  # from the head of a request to its first audio in the queue
 
@@ -201,12 +203,16 @@ class Batcher:
     async def submit(
         self,
         waveform: NDArray[np.float32],
+        decode: Callable[[NDArray[np.float32]], T],
         *,
         deadline_s: float,
         wait: bool = False,
         owner: Hashable | None = None,
-    ) -> SegmentResult:
-        """Log-probabilities of one utterance, float32 ``(samples,)``, from whichever batch it ends up in.
+    ) -> SegmentResult[T]:
+        """What ``decode`` makes of one utterance, float32 ``(samples,)``, from whichever batch it ends up in.
+
+        ``decode`` runs in the worker's thread, with the log-probabilities: float32 ``(frames, vocabulary)``.
+        What it raises is raised here.
 
         ``deadline_s``: on ``time.monotonic``'s scale. ``wait``: this is more of a request that was let in
         before, so it waits for room instead of being refused. ``owner``: whose turn it is; the current
@@ -224,15 +230,16 @@ class Batcher:
         if deadline_s <= now_s:
             raise DeadlineExceededError("The deadline passed before the audio could be queued.")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[SegmentResult] = loop.create_future()
+        future: asyncio.Future[SegmentResult[T]] = loop.create_future()
         entry = Entry(
             waveform=waveform,
+            decode=decode,
             audio_s=audio_s,
             owner=owner if owner is not None else id(future),
             deadline_s=deadline_s,
             queued_s=now_s,
             future=future,
-            span=self._telemetry.sampled_parent(),
+            origin=self._telemetry.origin(),
         )
         self._pool.put(self._queue, entry)
         timer = loop.call_later(deadline_s - now_s, self._expire, entry)

@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, ParamSpec, TypeVar
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from api.audio import is_quick
-from api.batcher import SegmentResult
 from api.decoding import decode
 from api.errors import InvalidValueError
 from api.hotwords import HotwordAutomaton, build_hotwords
@@ -47,7 +48,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 DEFAULT_HOTWORD_BEAM = 16  # hotwords need a beam; this one is used where none was asked for
-_INLINE_VALUES = 200_000  # greedy decoding below this many log-probabilities takes less than a thread switch
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,29 +179,33 @@ class Transcriber:
 
         Raises what ``Batcher.submit`` does.
         """
-        result = await self.model.batcher.submit(window.samples, deadline_s=deadline_s, wait=wait)
-        self._telemetry.record_stage("queue", result.queue_s, ended_ago_s=result.inference_s)
-        self._telemetry.record_stage("inference", result.inference_s, links=[result.batch_span])
-        if not self._beam(options, hotwords) and result.log_probs.size <= _INLINE_VALUES:
-            return self._decode(window, result, options, hotwords)
-        return await self._in_pool(self._decode, window, result, options, hotwords)
+        decoding = partial(self._decode, window, options, hotwords)
+        result = await self.model.batcher.submit(window.samples, decoding, deadline_s=deadline_s, wait=wait)
+        record_stage, ended_ago_s = self._telemetry.record_stage, result.ended_ago_s
+        record_stage("queue", result.queue_s, ended_ago_s=ended_ago_s + result.inference_s)
+        record_stage("inference", result.inference_s, ended_ago_s=ended_ago_s, links=[result.batch])
+        record_stage("ctc", result.decoding_s)
+        return result.value
 
     def _decode(
-        self, window: Window, result: SegmentResult, options: Options, hotwords: HotwordAutomaton | None
+        self,
+        window: Window,
+        options: Options,
+        hotwords: HotwordAutomaton | None,
+        log_probs: NDArray[np.float32],
     ) -> list[Segment]:
-        """log-probabilities -> segments of one window."""
+        """log-probabilities, float32 ``(frames, vocabulary)`` -> segments of one window."""
         bundle = self.model.bundle
-        with self._telemetry.stage("ctc"):
-            decoded = decode(result.log_probs, bundle, self._beam(options, hotwords), hotwords)
-            rate_hz = bundle.manifest.sample_rate_hz
-            segments = segments_of(
-                decoded,
-                result.log_probs,
-                bundle.vocabulary,
-                frame_stride_s=bundle.manifest.frame_stride_s,
-                window_start_s=window.start_sample / rate_hz,
-                window_s=len(window.samples) / rate_hz,
-            )
+        decoded = decode(log_probs, bundle, self._beam(options, hotwords), hotwords)
+        rate_hz = bundle.manifest.sample_rate_hz
+        segments = segments_of(
+            decoded,
+            log_probs,
+            bundle.vocabulary,
+            frame_stride_s=bundle.manifest.frame_stride_s,
+            window_start_s=window.start_sample / rate_hz,
+            window_s=len(window.samples) / rate_hz,
+        )
         kept = [seg for seg in segments if not seg.is_like_noise(self._settings.noise_confidence)]
         self._telemetry.segments_dropped("noise", len(segments) - len(kept))
         return kept

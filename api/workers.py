@@ -2,7 +2,8 @@
 
 A worker that becomes free plans the next batch from what is waiting at that moment, so batches form while the
 engine is busy and nothing waits for a batch to fill. With more workers than the device runs at once (a GPU),
-one of them always has the next batch ready.
+one of them always has the next batch ready. The worker that ran a batch decodes it, too: what the engine gave
+is in that core's caches, and another thread would have to be woken and to share the cores.
 
 A worker thread that dies fails its batch and is replaced. ``stalled`` tells whether batches still make
 progress: that, and not an answering event loop, is what liveness means.
@@ -16,17 +17,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
-from opentelemetry.trace import SpanContext
 
 from api.backpressure import DrainRate
 from api.batching import BatchLimits, TurnQueue, plan_batch
 from api.errors import AsrError, DrainingError, InferenceError, OutOfResourcesError
-from api.telemetry import Telemetry
+from api.telemetry import Origin, Telemetry
 
 log = structlog.get_logger(__name__)
 
@@ -45,28 +45,36 @@ class BatchEngine(Protocol):
     def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[NDArray[np.float32]]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentResult:
-    """log_probs: float32 ``(frames, vocabulary)``, only valid frames. ``batch_span`` leads to the batch."""
+T = TypeVar("T")
 
-    log_probs: NDArray[np.float32]
+
+@dataclass(frozen=True, slots=True)
+class SegmentResult(Generic[T]):
+    """``value`` is what decoding gave, ``decoding_s`` how long that took, ``ended_ago_s`` how long ago the
+    inference ended then (others of the batch may have been decoded before). ``batch`` leads to its span."""
+
+    value: T
     queue_s: float
     inference_s: float
+    decoding_s: float
+    ended_ago_s: float
     batch_size: int
-    batch_span: SpanContext | None = None
+    batch: Origin | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One utterance on its way through the queue."""
+    """One utterance on its way through the queue. ``decode`` gets its log-probabilities, in the worker:
+    float32 ``(frames, vocabulary)``, only valid frames."""
 
     waveform: NDArray[np.float32]
+    decode: Callable[[NDArray[np.float32]], Any]
     audio_s: float
     owner: Hashable
     deadline_s: float
     queued_s: float
-    future: asyncio.Future[SegmentResult]
-    span: SpanContext | None = None
+    future: asyncio.Future[SegmentResult[Any]]
+    origin: Origin | None = None
     queue: ModelQueue | None = None  # None from the moment a worker or nobody wants it any more
 
 
@@ -213,7 +221,8 @@ class WorkerPool:
                         continue
                     self._running[thread] = _Running(entries, self._clock())
                     alone = len(self._running) == 1 and not self.waiting
-                self._run(queue.engine, entries, alone=alone)
+                with self._telemetry.busy.working():
+                    self._run(queue.engine, entries, alone=alone)
                 audio_s = sum(entry.audio_s for entry in entries)
                 with self._changed:
                     del self._running[thread]
@@ -263,9 +272,9 @@ class WorkerPool:
         """One batch; if it fails, each of its entries by itself, so that only the bad ones fail."""
         start_s = self._clock()
         lengths_s = [entry.audio_s for entry in entries]
-        spans = [entry.span for entry in entries]
+        origins = [entry.origin for entry in entries]
         try:
-            with self._telemetry.batch(model=engine.name, lengths_s=lengths_s, requests=spans) as batch:
+            with self._telemetry.batch(model=engine.name, lengths_s=lengths_s, requests=origins) as batch:
                 outputs = engine.run([entry.waveform for entry in entries], alone=alone)
         except Exception as error:
             log.error("batch failed", model=engine.name, size=len(entries), error=repr(error))
@@ -275,44 +284,48 @@ class WorkerPool:
                 for entry in entries:
                     self._run(engine, [entry], alone=False)
             return
-        inference_s = self._clock() - start_s
-        results = [
-            SegmentResult(output, start_s - entry.queued_s, inference_s, len(entries), batch.span_context)
-            for entry, output in zip(entries, outputs, strict=True)
-        ]
-        self._deliver(entries, lambda index, future: future.set_result(results[index]))
+        end_s = self._clock()
+        for entry, output in zip(entries, outputs, strict=True):
+            begin_s = self._clock()
+            try:
+                value = entry.decode(output)
+            except Exception as error:
+                self._deliver(entry, error)
+                continue
+            now_s = self._clock()
+            result = SegmentResult(
+                value=value,
+                queue_s=start_s - entry.queued_s,
+                inference_s=end_s - start_s,
+                decoding_s=now_s - begin_s,
+                ended_ago_s=now_s - end_s,
+                batch_size=len(entries),
+                batch=batch,
+            )
+            self._deliver(entry, result)
 
     def _fail(self, entries: Sequence[Entry], error: AsrError) -> None:
-        self._deliver(entries, lambda _, future: future.set_exception(error), failed=True)
+        for entry in entries:
+            self._deliver(entry, error)
 
-    def _deliver(
-        self,
-        entries: Sequence[Entry],
-        settle: Callable[[int, asyncio.Future[SegmentResult]], None],
-        *,
-        failed: bool = False,
+    def _deliver(self, entry: Entry, result: SegmentResult[Any] | Exception) -> None:
+        """Settle the entry's future on its own loop; its caller may have left meanwhile."""
+        try:
+            entry.future.get_loop().call_soon_threadsafe(self._settle, entry.future, result)
+        except RuntimeError:
+            self._telemetry.segments_dropped("unclaimed")
+            log.warning("a result for a closed event loop")
+
+    def _settle(
+        self, future: asyncio.Future[SegmentResult[Any]], result: SegmentResult[Any] | Exception
     ) -> None:
-        """Settle the futures on their own loops, one call per loop; a caller may have left meanwhile."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[int]] = {}
-        for index, entry in enumerate(entries):
-            by_loop.setdefault(entry.future.get_loop(), []).append(index)
-
-        def settle_all(indices: list[int]) -> None:
-            for index in indices:
-                future = entries[index].future
-                if future.done():
-                    self._telemetry.segments_dropped("unclaimed")
-                    continue
-                settle(index, future)
-                if failed:
-                    self._telemetry.segments_dropped("failed")
-
-        for loop, indices in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(settle_all, indices)
-            except RuntimeError:
-                self._telemetry.segments_dropped("unclaimed", len(indices))
-                log.warning("results for a closed event loop", count=len(indices))
+        if future.done():
+            self._telemetry.segments_dropped("unclaimed")
+        elif isinstance(result, Exception):
+            future.set_exception(result)
+            self._telemetry.segments_dropped("failed")
+        else:
+            future.set_result(result)
 
 
 def _public(error: Exception) -> AsrError:

@@ -39,6 +39,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import api.main
 from api.cli import main as asr
 from api.telemetry import Batch, Stage, Telemetry, instrument
+from api.telemetry.busy import BusyWindow
 from api.telemetry.http import OnError
 from loadtest.clips import cut_clips
 from loadtest.command import bundle_parser
@@ -114,7 +115,8 @@ class Switch:
             (Stage, "__exit__"): _nothing,
             (Batch, "__enter__"): _itself,
             (Batch, "__exit__"): _nothing,
-            **{(Telemetry, name): _nothing for name in ("record_stage", "transcribed", "sampled_parent")},
+            (BusyWindow, "working"): contextlib.nullcontext,
+            **{(Telemetry, name): _nothing for name in ("record_stage", "transcribed", "origin")},
         }
         real = {(owner, name): vars(owner)[name] for owner, name in silenced}
         self._parts: dict[str, Mapping[tuple[type, str], object]] = {"on": real, "off": silenced}

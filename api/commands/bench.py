@@ -37,7 +37,7 @@ async def _run(settings: Settings, clip_s: float, clips: int) -> dict[str, objec
 
         async def infer() -> float:
             start_s = time.perf_counter()
-            await model.batcher.submit(clip, deadline_s=time.monotonic() + 600, wait=True)
+            await model.batcher.submit(clip, len, deadline_s=time.monotonic() + 600, wait=True)
             return time.perf_counter() - start_s
 
         for _ in range(3):

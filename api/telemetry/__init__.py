@@ -8,7 +8,7 @@
     engine         telemetry.model_not_loaded(name) before loading, .model_loaded(name, ...) when warm,
                    telemetry.engine_configured(...), metrics.ready.set(1) when ready, 0 when draining
                    in the worker's thread: with telemetry.batch(model=, lengths_s=, requests=) as batch: ...
-    batcher        metrics.queue_depth / queue_audio / queue_limit; telemetry.sampled_parent() when a segment
+    batcher        metrics.queue_depth / queue_audio / queue_limit; telemetry.origin() when a segment
                    is submitted; telemetry.record_stage("queue", s), record_stage("inference", s, links=[...])
                    in the submitter's context when its result is there
     transcriber    with telemetry.stage("decode"): ...; telemetry.transcribed(...) once per recording
@@ -30,6 +30,7 @@ from api.telemetry.metrics import (
     is_transcription,
 )
 from api.telemetry.record import RequestRecord, current_record
+from api.telemetry.spans import Origin
 from api.telemetry.stages import Batch, Stage
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "UNKNOWN",
     "Batch",
     "Metrics",
+    "Origin",
     "RequestRecord",
     "Stage",
     "Telemetry",

@@ -1,14 +1,16 @@
-"""How busy the inference workers were over the last seconds."""
+"""How busy the workers were over the last seconds."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 
 
 class BusyWindow:
-    """Share of the workers' time inside :meth:`begin` / :meth:`end`, over a trailing window. Thread-safe.
+    """Share of the workers' time inside :meth:`working`, over a trailing window. Thread-safe.
 
     A window and not "since the last scrape": two scrapers must not spoil each other's value.
     """
@@ -19,22 +21,21 @@ class BusyWindow:
         self._lock = threading.Lock()
         self._running: dict[int, float] = {}
         self._finished: deque[tuple[float, float]] = deque()
-        self._next_id = 0
         self._born_s = time.monotonic()
 
-    def begin(self) -> int:
-        """A worker starts; returns the handle for :meth:`end`."""
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Around what a worker does."""
+        worker = threading.get_ident()
         with self._lock:
-            self._next_id += 1
-            self._running[self._next_id] = time.monotonic()
-            return self._next_id
-
-    def end(self, handle: int) -> None:
-        """The worker of `handle` is idle again."""
-        with self._lock:
-            now_s = time.monotonic()
-            self._finished.append((self._running.pop(handle), now_s))
-            self._prune(now_s)
+            self._running[worker] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                now_s = time.monotonic()
+                self._finished.append((self._running.pop(worker), now_s))
+                self._prune(now_s)
 
     def ratio(self) -> float:
         """Busy time over available time in the window, 0 to 1."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVarTuple
 
 from opentelemetry import trace
-from opentelemetry.trace import Link, SpanContext
+from opentelemetry.trace import SpanContext
 
 from api.telemetry.busy import BusyWindow
 from api.telemetry.journal import Journal
@@ -20,14 +20,24 @@ from api.telemetry.metrics import (
     Histogram,
     Metrics,
 )
-from api.telemetry.record import RequestRecord, current_record, outcome_of
+from api.telemetry.record import RequestEnd, RequestRecord, current_record, outcome_of
 from api.telemetry.scrape import ScrapeWatch
-from api.telemetry.spans import AttributeValue, child_context, named
+from api.telemetry.spans import (
+    AttributeValue,
+    KnownSpan,
+    Origin,
+    RequestSpan,
+    child_context,
+    links_to,
+    named,
+)
 from api.telemetry.stages import Batch, Stage
 from api.telemetry.tracing import Tracing, build_tracing
 
-if TYPE_CHECKING:
-    from api.telemetry.server_span import RequestSpan
+MOST_NOTES_OF_A_REQUEST = 64
+"""More are written before the request ends, so that hour-long files show while they are at work."""
+
+Args = TypeVarTuple("Args")
 
 
 class Telemetry:
@@ -62,6 +72,8 @@ class Telemetry:
         self.tracing = tracing
         self.scrapes = ScrapeWatch()
         self.busy = BusyWindow()
+        self._inflight = 0
+        self.metrics.inflight.set_function(lambda: self._inflight)
         self.metrics.worker_busy.set_function(self.busy.ratio)
 
     def _count_spans(self, result: str, count: int) -> None:
@@ -84,12 +96,13 @@ class Telemetry:
         elapsed_s: float,
         *,
         ended_ago_s: float = 0.0,
-        links: Sequence[SpanContext | None] = (),
+        links: Sequence[Origin | None] = (),
         **attributes: AttributeValue,
     ) -> None:
         """Report a stage that was measured elsewhere (queue, inference), in the caller's context.
 
-        It ended `ended_ago_s` ago and lasted `elapsed_s`. `links` leads, for instance, to the batch's span.
+        It ended `ended_ago_s` ago and lasted `elapsed_s`. `links` leads, for instance, to the batch. Raises
+        KeyError like :meth:`stage`.
         """
         self.stage_ended(name, elapsed_s, attributes, ended_ago_s=ended_ago_s, links=links)
 
@@ -100,27 +113,25 @@ class Telemetry:
         attributes: Mapping[str, AttributeValue],
         *,
         ended_ago_s: float = 0.0,
-        links: Sequence[SpanContext | None] = (),
+        links: Sequence[Origin | None] = (),
         error: str | None = None,
     ) -> None:
         """What ``stage`` and ``record_stage`` report; `error` is the type of what it failed with."""
+        histogram = self.metrics.stages[name]
         end_ns = time.time_ns() - int(ended_ago_s * 1e9)
-        histogram, parent = self.metrics.stages[name], self.sampled_parent()
         record = current_record()
         if record is not None:
-            record.add_stage(name, elapsed_s)
-        self.journal.note(
-            self._write_stage, histogram, name, elapsed_s, end_ns, parent, links, error, attributes
-        )
+            record.stages_s[name] = record.stages_s.get(name, 0.0) + elapsed_s
+        self._note(record, self._write_stage, histogram, name, elapsed_s, end_ns, links, error, attributes)
 
     def _write_stage(
         self,
+        parent: SpanContext | None,
         histogram: Histogram,
         name: str,
         elapsed_s: float,
         end_ns: int,
-        parent: SpanContext | None,
-        links: Sequence[SpanContext | None],
+        links: Sequence[Origin | None],
         error: str | None,
         attributes: Mapping[str, AttributeValue],
     ) -> None:
@@ -137,29 +148,54 @@ class Telemetry:
             start_ns=end_ns - int(elapsed_s * 1e9),
             end_ns=end_ns,
             attributes=told,
-            links=[Link(context) for context in links if context is not None],
+            links=links_to(links),
             failed=error is not None,
         )
 
-    def sampled_parent(self) -> SpanContext | None:
-        """The span that the caller works for, if it will be kept."""
+    def _note(
+        self,
+        record: RequestRecord | None,
+        write: Callable[[SpanContext | None, *Args], None],
+        *args: *Args,
+    ) -> None:
+        """Have ``write(ids of the caller's span if that is kept, *args)`` called from the journal."""
+        if record is None:
+            self.journal.note(self._write_alone, self.origin(), write, args)
+            return
+        record.notes.append((write, args))
+        # In this order: what is appended while the request ends is written by it or by this.
+        if record.ended or len(record.notes) >= MOST_NOTES_OF_A_REQUEST:
+            self.journal.note(self._write_notes, record)
+
+    def _write_alone(
+        self,
+        origin: Origin | None,
+        write: Callable[[SpanContext | None, *Args], None],
+        args: tuple[*Args],
+    ) -> None:
+        write(origin.kept() if origin is not None else None, *args)
+
+    def _write_notes(self, record: RequestRecord) -> None:
+        kept = record.origin.kept() if record.origin is not None else None
+        while record.notes:
+            write, args = record.notes.popleft()
+            write(kept, *args)
+
+    def origin(self) -> Origin | None:
+        """The request that the caller works for, as what its spans belong to; None without tracing."""
         if self.tracing is None:
             return None
         record = current_record()
-        if record is not None:
-            return record.span
-        context = trace.get_current_span().get_span_context()
-        return context if context.trace_flags.sampled and context.is_valid else None
+        return record.origin if record is not None else KnownSpan(trace.get_current_span().get_span_context())
 
     def batch(
-        self, *, model: str, lengths_s: Sequence[float], requests: Iterable[SpanContext | None] = ()
+        self, *, model: str, lengths_s: Sequence[float], requests: Sequence[Origin | None] = ()
     ) -> Batch:
         """Around one inference, in the worker's thread: ``with telemetry.batch(...) as batch:``.
 
-        `lengths_s` are the true lengths of the batch's rows in seconds, `requests` what
-        :meth:`sampled_parent` gave for each. The span is the root of its own trace and linked to its
-        requests: a batch belongs to all of them and is the child of none. ``batch.span_context`` leads back
-        to it.
+        `lengths_s` are the true lengths of the batch's rows in seconds, `requests` what :meth:`origin` gave
+        for each. The span is the root of its own trace and linked to its requests: a batch belongs to all of
+        them and is the child of none. ``batch`` is what leads back to it.
         """
         return Batch(self, model, lengths_s, requests)
 
@@ -218,28 +254,25 @@ class Telemetry:
         `processing_s` includes waiting. `confidence` is None where there was nothing to be confident about
         (silence): an empty transcript must not move the drift that operators watch.
         """
-        model, language = self.metrics.model_label(model), self.metrics.language_label(language)
-        kept = self.sampled_parent()
         real_time_factor = processing_s / audio_s if audio_s > 0 else None
-        self.journal.note(
-            self._write_transcript, model, language, audio_s, real_time_factor, confidence, kept
-        )
         record = current_record()
         if record is not None:
             record.model, record.language = model, language
             record.audio_s += audio_s
             record.real_time_factor = real_time_factor or 0.0
+        self._note(record, self._write_transcript, model, language, audio_s, real_time_factor, confidence)
 
     def _write_transcript(
         self,
+        kept: SpanContext | None,
         model: str,
-        language: str,
+        language: str | None,
         audio_s: float,
         real_time_factor: float | None,
         confidence: float | None,
-        kept: SpanContext | None,
     ) -> None:
         metrics = self.metrics
+        model, language = metrics.model_label(model), metrics.language_label(language)
         metrics.audio_duration.labels(model).record(audio_s, kept)
         metrics.audio_processed.labels(model, language).inc(audio_s)
         if real_time_factor is not None:
@@ -247,60 +280,44 @@ class Telemetry:
         if confidence is not None:
             metrics.confidence.labels(model, language).record(confidence, kept)
 
-    def request_ended(self, record: RequestRecord, status: int, *, elapsed_s: float, cancelled: bool) -> None:
-        """Count a finished transcription request and set its outcome. The middleware calls this, once."""
-        status = record.error_status or status
-        record.outcome = "cancelled" if cancelled else outcome_of(status, record.error_code)
-        self.journal.note(self._write_request, record, elapsed_s)
-        self.scrapes.changed()
+    def request_began(self) -> None:
+        """A transcription request is being served, until ``request_ended``. Called on the event loop."""
+        self._inflight += 1
 
-    def _write_request(self, record: RequestRecord, elapsed_s: float) -> None:
+    def request_ended(self, end: RequestEnd, record: RequestRecord | None) -> None:
+        """An HTTP request is over. The middleware calls this, once, on the event loop.
+
+        With a `record`, of a transcription request, its outcome is set and everything it noted is written.
+        """
+        if record is not None:
+            self._inflight -= 1
+            status = record.error_status or end.status
+            record.outcome = "cancelled" if end.cancelled else outcome_of(status, record.error_code)
+            record.ended = True
+            self.scrapes.changed()
+        self.journal.note(self._write_request, end, record)
+
+    def _write_request(self, end: RequestEnd, record: RequestRecord | None) -> None:
+        kept = end.origin.kept() if end.origin is not None else None
+        status = str(end.status)
+        labels = (end.method, end.route, status, status if end.status >= 500 else "")
+        self.metrics.http_duration.labels(*labels).record(end.elapsed_s, kept)
+        if record is not None:
+            self._write_notes(record)
+            self._write_record(record, end.elapsed_s, kept)
+        if self.tracing is not None and kept is not None and isinstance(end.origin, RequestSpan):
+            told = named(_final_attributes(record)) if record is not None else None
+            self.tracing.requests.end(end.origin, end, told or {})
+
+    def _write_record(self, record: RequestRecord, elapsed_s: float, kept: SpanContext | None) -> None:
         outcome = record.outcome
         model = self.metrics.model_label(record.model)
         self._count(record.route, model, outcome, record.error_code)
         if outcome in TIMED_OUTCOMES:
-            self.metrics.request_duration.labels(record.route, model).record(elapsed_s, record.span)
+            self.metrics.request_duration.labels(record.route, model).record(elapsed_s, kept)
         if outcome == "ok":
             first_s = record.first_result_s if record.first_result_s is not None else elapsed_s
-            self.metrics.time_to_first_result.labels(record.transport).record(first_s, record.span)
-
-    def http_ended(
-        self, method: str, route: str, status: int, *, elapsed_s: float, span: SpanContext | None
-    ) -> None:
-        """Time an HTTP request of any route."""
-        self.journal.note(self._write_http, method, route, status, elapsed_s, span)
-
-    def _write_http(
-        self, method: str, route: str, status: int, elapsed_s: float, span: SpanContext | None
-    ) -> None:
-        labels = (method, route, str(status), str(status) if status >= 500 else "")
-        self.metrics.http_duration.labels(*labels).record(elapsed_s, span)
-
-    def span_ended(
-        self,
-        span: RequestSpan,
-        status: int,
-        *,
-        record: RequestRecord | None,
-        error: Exception | None,
-        cut_off: bool,
-    ) -> None:
-        """Have the span of a request made; arguments as of ``RequestSpans.end``."""
-        if span.context.trace_flags.sampled:
-            self.journal.note(self._write_span, span, time.time_ns(), status, record, error, cut_off)
-
-    def _write_span(
-        self,
-        span: RequestSpan,
-        end_ns: int,
-        status: int,
-        record: RequestRecord | None,
-        error: Exception | None,
-        cut_off: bool,
-    ) -> None:
-        if self.tracing is not None:
-            told = named(_final_attributes(record)) if record is not None else None
-            self.tracing.requests.end(span, end_ns, status, told or {}, error, cut_off)
+            self.metrics.time_to_first_result.labels(record.transport).record(first_s, kept)
 
     def utterance_ended(
         self, protocol: str, model: str, *, elapsed_s: float, status: int = 200, code: str | None = None
@@ -317,7 +334,9 @@ class Telemetry:
         self._count(route, model, outcome, code)
         self.scrapes.changed()
         if outcome in TIMED_OUTCOMES:
-            self.metrics.request_duration.labels(route, model).record(elapsed_s, self.sampled_parent())
+            origin = self.origin()
+            kept = origin.kept() if origin is not None else None
+            self.metrics.request_duration.labels(route, model).record(elapsed_s, kept)
 
     def refused(self, status: int, code: str) -> None:
         """Count a request that was refused before the application saw it, with `status` and error `code`.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import re
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 from fastapi import FastAPI
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.trace import ReadableSpan
 from prometheus_client.exposition import choose_encoder
@@ -23,12 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.telemetry.core import Telemetry
 from api.telemetry.logs import is_logged
 from api.telemetry.metrics import TRANSCRIPTION_ROUTES, UNMATCHED_ROUTE, is_transcription
-from api.telemetry.record import RequestRecord, _current, current_record, request_id_in_logs
+from api.telemetry.record import RequestEnd, RequestRecord, _current, current_record, request_id_in_logs
 from api.telemetry.scrape import SCRAPER_HEADER
-from api.telemetry.spans import without_query
-
-if TYPE_CHECKING:
-    from api.telemetry.server_span import RequestSpan
+from api.telemetry.spans import RequestSpan, without_query
 
 _log = structlog.get_logger("api.request")
 
@@ -104,7 +100,7 @@ def metrics_response(telemetry: Telemetry, request: Request) -> Response:
     return Response(encode(telemetry.metrics.registry), headers={"content-type": content_type})
 
 
-def request_id_of(scope: Scope) -> str:
+def request_id_of(scope: Scope, span: RequestSpan | None) -> str:
     """The id of this request, 8 to 64 characters.
 
     The caller's ``x-request-id`` where it has a sane one (a proxy's log then agrees with ours), else the
@@ -118,9 +114,11 @@ def request_id_of(scope: Scope) -> str:
             traceparent = value
     if given and _REQUEST_ID.fullmatch(given):
         return bytes(given).decode("ascii")
-    context = trace.get_current_span().get_span_context()
-    if context.is_valid:
-        return f"{context.trace_id:032x}"
+    if span is not None:
+        return f"{span.trace_id:032x}"
+    current = trace.get_current_span().get_span_context()
+    if current.is_valid:
+        return f"{current.trace_id:032x}"
     match = _TRACEPARENT.fullmatch(traceparent)
     if match:
         return match.group(1).decode("ascii")
@@ -140,11 +138,15 @@ class TelemetryMiddleware:
             await self.app(scope, receive, send)
             return
         tracing = self.telemetry.tracing
-        span = None
-        if tracing is not None and _makes_own_span(scope):
-            span = tracing.requests.begin(scope)
-        with span or contextlib.nullcontext():
+        if tracing is None or not _makes_own_span(scope):
+            await self._observe(_Exchange(self.telemetry, scope, receive, send))
+            return
+        span = tracing.requests.begin(scope)
+        token = context.attach(trace.set_span_in_context(span, span.parent))
+        try:
             await self._observe(_Exchange(self.telemetry, scope, receive, send, span))
+        finally:
+            context.detach(token)
 
     async def _observe(self, exchange: _Exchange) -> None:
         record_before = _current.set(exchange.record)
@@ -176,25 +178,29 @@ class _Exchange:
     """One request and its answer, watched from both sides."""
 
     def __init__(
-        self, telemetry: Telemetry, scope: Scope, receive: Receive, send: Send, span: RequestSpan | None
+        self,
+        telemetry: Telemetry,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        span: RequestSpan | None = None,
     ) -> None:
         """`span` is begun and the current one; None where the instrumentation, or nobody, makes it."""
         self.telemetry = telemetry
         self.scope = scope
         self._receive = receive
         self._send = send
-        self.request_id = request_id_of(scope)
+        self.request_id = request_id_of(scope, span)
         self.status = 0
         self.disconnected = False
         self.failed_late = False
         self.error: Exception | None = None
         self._finished = False
         self.record: RequestRecord | None = None
-        self._span = span
-        self._kept = telemetry.sampled_parent()
+        self._origin = span if span is not None else telemetry.origin()
         if is_transcription(scope):
-            self.record = RequestRecord(request_id=self.request_id, route=scope["path"], span=self._kept)
-            telemetry.metrics.inflight.inc()
+            self.record = RequestRecord(request_id=self.request_id, route=scope["path"], origin=self._origin)
+            telemetry.request_began()
         self.start_s = time.perf_counter() if self.record is None else self.record.start_s
 
     async def receive(self) -> Message:
@@ -225,18 +231,21 @@ class _Exchange:
         cancelled = self.disconnected or (cut_off and not self.failed_late) or self.status == CLIENT_CLOSED
         status = CLIENT_CLOSED if cancelled else 500 if self.failed_late else self.status
         method, route = self.scope["method"], self._route()
-        self.telemetry.http_ended(
-            method if method in _METHODS else "_OTHER", route, status, elapsed_s=elapsed_s, span=self._kept
+        if self.record is not None and self.failed_late:
+            self.record.failed("internal_error", 500)
+        end = RequestEnd(
+            method=method if method in _METHODS else "_OTHER",
+            route=route,
+            status=status,
+            answered=self.status,
+            elapsed_s=elapsed_s,
+            end_ns=time.time_ns(),
+            cancelled=cancelled,
+            error=self.error,
+            cut_off=self.failed_late,
+            origin=self._origin,
         )
-        if self.record is not None:
-            self.telemetry.metrics.inflight.dec()
-            if self.failed_late:
-                self.record.failed("internal_error", 500)
-            self.telemetry.request_ended(self.record, status, elapsed_s=elapsed_s, cancelled=cancelled)
-        if self._span is not None:
-            self.telemetry.span_ended(
-                self._span, self.status, record=self.record, error=self.error, cut_off=self.failed_late
-            )
+        self.telemetry.request_ended(end, self.record)
         level = logging.DEBUG if _QUIET_ROUTES.match(self.scope["path"]) else logging.INFO
         if is_logged(level):
             duration_ms = round(elapsed_s * 1000, 2)

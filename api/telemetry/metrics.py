@@ -270,7 +270,8 @@ class Metrics:
             "asr_batch_padding_ratio", "Share of a batch's samples that is padding.", _RATIO_BUCKETS
         )
         self.worker_busy = gauge(
-            "asr_worker_busy_ratio", "Share of the workers' time spent on inference over the last 15 s."
+            "asr_worker_busy_ratio",
+            "Share of the workers' time spent on batches over the last 15 s.",
         )
         self.workers = gauge("asr_workers", "Inference workers, as calibrated.")
         self.worker_threads = gauge("asr_worker_threads", "Threads per worker, as calibrated.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from opentelemetry.trace import SpanContext
+from api.telemetry.spans import Origin
 
 # Error codes whose outcome is not the one their status alone would give.
 _OUTCOME_OF_CODE = {
@@ -33,19 +35,41 @@ def outcome_of(status: int, code: str | None = None) -> str:
     return "invalid" if status < 500 else "error"
 
 
+@dataclass(frozen=True, slots=True)
+class RequestEnd:
+    """How an HTTP request of any route ended.
+
+    `answered` is the status that was sent, 0 for none; `status` the one that counts: 499 where the caller
+    left (`cancelled`), 500 where the answer broke off. `end_ns` since the epoch. `error` is what nobody
+    handled; `cut_off` that it came after the answer had begun. `origin` leads to the request's span.
+    """
+
+    method: str
+    route: str
+    status: int
+    answered: int
+    elapsed_s: float
+    end_ns: int
+    cancelled: bool
+    error: Exception | None
+    cut_off: bool
+    origin: Origin | None
+
+
 @dataclass(slots=True)
 class RequestRecord:
     """One transcription request. Routes and the transcriber fill it; the middleware writes it out.
 
     `stages_s` adds up per stage: the segments of a long file run side by side, so its sum can exceed the
     request's duration. `error_code` is set for failures, also those that come after the first byte of a
-    stream. `span` is the request's own, where that is kept.
+    stream. `origin` leads to the request's own span. `notes` wait to be written with the request, at the
+    latest; what comes after it has `ended` is written by itself.
     """
 
     request_id: str
     route: str
     transport: str = "http"
-    span: SpanContext | None = None
+    origin: Origin | None = None
     model: str | None = None
     language: str | None = None
     audio_s: float = 0.0
@@ -57,6 +81,8 @@ class RequestRecord:
     first_result_s: float | None = None
     stages_s: dict[str, float] = field(default_factory=dict)
     batch_size: int = 0
+    notes: deque[tuple[Callable[..., None], tuple[object, ...]]] = field(default_factory=deque)
+    ended: bool = False
 
     def add_stage(self, stage: str, elapsed_s: float) -> None:
         """Add `elapsed_s` to `stage`."""

@@ -8,11 +8,10 @@ is instrumented in the usual way, which costs more than all other telemetry of a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry import context, propagate, trace
+from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.instrumentation._semconv import (
     _OpenTelemetrySemanticConventionStability,
@@ -24,7 +23,6 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision
 from opentelemetry.trace import (
     INVALID_SPAN_CONTEXT,
-    NonRecordingSpan,
     SpanContext,
     SpanKind,
     Status,
@@ -33,30 +31,19 @@ from opentelemetry.trace import (
 )
 from opentelemetry.util.http import sanitize_method
 
-from api.telemetry.spans import AttributeValue, without_query
+from api.telemetry.record import RequestEnd
+from api.telemetry.spans import AttributeValue, RequestSpan, without_query
 
 if TYPE_CHECKING:
     from api.telemetry.tracing import Tracing
 
+_NOWHERE = Context()
 
-class RequestSpan:
-    """Where one request belongs, from its beginning on. ``with span:`` makes it the current one."""
-
-    __slots__ = ("_token", "context", "parent", "scope", "start_ns")
-
-    def __init__(self, scope: Mapping[str, Any], parent: Context, own: SpanContext) -> None:
-        """`parent` is what the caller sent along."""
-        self.scope = scope
-        self.parent = parent
-        self.context = own
-        self.start_ns = time.time_ns()
-
-    def __enter__(self) -> RequestSpan:
-        self._token = context.attach(trace.set_span_in_context(NonRecordingSpan(self.context), self.parent))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        context.detach(self._token)
+# What the instrumentation's attributes are made of: the same for all requests of a connection, mostly.
+_TOLD = ("method", "path", "scheme", "http_version", "client", "server", "query_string")
+_TOLD_HEADERS = frozenset((b"host", b"user-agent"))
+_MOST_REMEMBERED = 256
+_LONGEST_REMEMBERED = 512  # bytes of those headers
 
 
 class RequestSpans:
@@ -67,6 +54,7 @@ class RequestSpans:
         self._sampler = tracing.provider.sampler
         self._ids = tracing.provider.id_generator
         self._fields = {name.encode() for name in propagate.get_global_textmap().fields}
+        self._known: dict[object, dict[str, Any]] = {}
         self._given = _GivenIds()
         late = TracerProvider(
             resource=tracing.resource,
@@ -83,67 +71,57 @@ class RequestSpans:
         self._status_names = self._names_of_status()
 
     def begin(self, scope: Mapping[str, Any]) -> RequestSpan:
-        """Ids for a request, in the trace that the caller names or in one of its own."""
-        parent = Context()
+        """The span of a request, in the trace that the caller names or in one of its own."""
+        parent = _NOWHERE
         if not self._fields.isdisjoint([name for name, _ in scope["headers"]]):
             parent = propagate.extract(dict(scope), getter=asgi_getter)
-        above = trace.get_current_span(parent).get_span_context()
-        trace_id = above.trace_id if above.is_valid else self._ids.generate_trace_id()
-        decided = self._sampler.should_sample(parent, trace_id, _name(scope), SpanKind.SERVER)
-        random = above.trace_flags.random_trace_id if above.is_valid else self._ids.is_trace_id_random()
+        above = _context_of(parent)
+        trace_id = above.trace_id if above is not None else self._ids.generate_trace_id()
+        return RequestSpan(scope, parent, trace_id, self._decide)
+
+    def _decide(self, span: RequestSpan) -> SpanContext:
+        """Ask the sampler, draw an id."""
+        decided = self._sampler.should_sample(span.parent, span.trace_id, _name(span.scope), SpanKind.SERVER)
+        above = _context_of(span.parent)
+        random = above.trace_flags.random_trace_id if above is not None else self._ids.is_trace_id_random()
         flags = TraceFlags.RANDOM_TRACE_ID if random else TraceFlags.DEFAULT
         if decided.decision is Decision.RECORD_AND_SAMPLE:
             flags |= TraceFlags.SAMPLED
-        return RequestSpan(
-            scope,
-            parent,
-            SpanContext(
-                trace_id,
-                self._ids.generate_span_id(),
-                is_remote=False,
-                trace_flags=TraceFlags(flags),
-                trace_state=decided.trace_state,
-            ),
+        return SpanContext(
+            span.trace_id,
+            self._ids.generate_span_id(),
+            is_remote=False,
+            trace_flags=TraceFlags(flags),
+            trace_state=decided.trace_state,
         )
 
-    def end(
-        self,
-        request: RequestSpan,
-        end_ns: int,
-        status: int,
-        attributes: Mapping[str, AttributeValue],
-        error: Exception | None,
-        cut_off: bool,
-    ) -> None:
-        """Make the span of a request that was answered with `status`, 0 where it was not.
-
-        `error` is what nobody handled; `cut_off` that it came after the answer had begun.
-        """
+    def end(self, request: RequestSpan, end: RequestEnd, attributes: Mapping[str, AttributeValue]) -> None:
+        """Make the span of a request that is over."""
         told = {**self._attributes(request.scope), **attributes}
-        if error is None and 0 < status < 500:
+        context, status = request.get_span_context(), end.answered
+        if end.error is None and 0 < status < 500:
             told.update(dict.fromkeys(self._status_names, status))
-            above = trace.get_current_span(request.parent).get_span_context()
             self._tracing.finished(
                 _name(request.scope),
-                request.context,
-                above if above.is_valid else None,
+                context,
+                _context_of(request.parent),
                 start_ns=request.start_ns,
-                end_ns=end_ns,
+                end_ns=end.end_ns,
                 attributes=told,
                 kind=SpanKind.SERVER,
             )
             return
-        self._given.context = request.context
+        self._given.context = context
         span = self._tracer.start_span(
             _name(request.scope), request.parent, SpanKind.SERVER, told, start_time=request.start_ns
         )
         if status:
             self._set_status(span, status)
-        if error is not None:
-            span.record_exception(error)
-            if cut_off:
-                span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
-        span.end(end_ns)
+        if end.error is not None:
+            span.record_exception(end.error)
+            if end.cut_off:
+                span.set_status(Status(StatusCode.ERROR, f"{type(end.error).__name__}: {end.error}"))
+        span.end(end.end_ns)
 
     def _set_status(self, span: trace.Span, status: int) -> None:
         set_status_code(span, status, sem_conv_opt_in_mode=self._convention)  # type: ignore[no-untyped-call]
@@ -154,12 +132,32 @@ class RequestSpans:
         self._set_status(span, 200)
         return tuple(span.attributes or ()) if isinstance(span, ReadableSpan) else ()
 
-    def _attributes(self, scope: Mapping[str, Any]) -> dict[str, Any]:
+    def _attributes(self, scope: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the instrumentation tells of a request; put together once for those that look the same."""
+        headers = tuple([header for header in scope["headers"] if header[0] in _TOLD_HEADERS])
+        key = (tuple([scope.get(name) for name in _TOLD]), headers)
+        known = self._known.get(key)
+        if known is not None:
+            return known
         attributes: dict[str, Any] = collect_request_attributes(  # type: ignore[no-untyped-call]
             scope, self._convention
         )
         attributes["http.route"] = scope["path"]
-        return without_query(attributes) if scope.get("query_string") else attributes
+        if scope.get("query_string"):
+            return without_query(attributes)
+        if sum(len(value) for _, value in headers) <= _LONGEST_REMEMBERED:
+            if len(self._known) >= _MOST_REMEMBERED:
+                self._known.clear()
+            self._known[key] = attributes
+        return attributes
+
+
+def _context_of(parent: Context) -> SpanContext | None:
+    """The caller's span; None where none was sent."""
+    if not parent:
+        return None
+    context = trace.get_current_span(parent).get_span_context()
+    return context if context.is_valid else None
 
 
 def _name(scope: Mapping[str, Any]) -> str:

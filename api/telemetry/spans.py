@@ -8,18 +8,90 @@ span processors and OTLP exporters read from a ``ReadableSpan``, and costs a ten
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
+from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+)
 
 AttributeValue = str | bool | int | float
 
 SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _UNSET, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
 _SCOPE = InstrumentationScope("api")
+
+
+class Origin(Protocol):
+    """What a span belongs to, or leads to: a request or a batch, whose own span need not have ids yet."""
+
+    def kept(self) -> SpanContext | None:
+        """The ids of that span; None where it is not kept."""
+        ...
+
+
+class KnownSpan:
+    """The origin whose ids are there already."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: SpanContext) -> None:
+        self._context = context
+
+    def kept(self) -> SpanContext | None:
+        """Its ids, if it is sampled."""
+        context = self._context
+        return context if context.trace_flags.sampled and context.is_valid else None
+
+
+class RequestSpan(NonRecordingSpan):
+    """The span of a transcription request that is being served: an origin, and OpenTelemetry's current span.
+
+    It has its trace's id from the beginning. Whether it is kept, and its own id, is decided (`decide`) when
+    somebody asks: the journal mostly, or a log line.
+    """
+
+    def __init__(
+        self,
+        scope: Mapping[str, Any],
+        parent: Context,
+        trace_id: int,
+        decide: Callable[[RequestSpan], SpanContext],
+    ) -> None:
+        """`parent` is what the caller sent along."""
+        self.scope = scope
+        self.parent = parent
+        self.trace_id = trace_id
+        self.start_ns = time.time_ns()
+        self._decide = decide
+        self._decided: SpanContext | None = None
+
+    def get_span_context(self) -> SpanContext:
+        """Its ids, always the same ones."""
+        if self._decided is None:
+            with _deciding:
+                if self._decided is None:
+                    self._decided = self._decide(self)
+        return self._decided
+
+    def kept(self) -> SpanContext | None:
+        """Its ids, if it is sampled."""
+        context = self.get_span_context()
+        return context if context.trace_flags.sampled else None
+
+
+_deciding = threading.Lock()
 
 
 def named(attributes: Mapping[str, AttributeValue]) -> dict[str, AttributeValue] | None:
@@ -57,6 +129,13 @@ class HashedResource(Resource):
 
     def __eq__(self, other: object) -> bool:
         return self is other or super().__eq__(other)
+
+
+def links_to(origins: Sequence[Origin | None]) -> list[Link]:
+    """Links to those that are kept."""
+    return [
+        Link(context) for origin in origins if origin is not None and (context := origin.kept()) is not None
+    ]
 
 
 def child_context(parent: SpanContext) -> SpanContext:

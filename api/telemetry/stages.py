@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from opentelemetry.trace import Link, SpanContext
+from opentelemetry.trace import SpanContext
 
-from api.telemetry.spans import AttributeValue, root_context
+from api.telemetry.spans import AttributeValue, Origin, links_to, root_context
 
 if TYPE_CHECKING:
     from api.telemetry.core import Telemetry
@@ -47,18 +47,17 @@ class Stage:
 class Batch:
     """See :meth:`Telemetry.batch`. ``elapsed_s`` is valid after the block.
 
-    Its span is kept when one of its requests is. ``span_context`` is then what leads to it, else None.
+    Its span is kept when one of its requests is. It is an origin: an inference leads to its batch.
     """
 
     __slots__ = (
-        "_busy_handle",
+        "_context",
         "_lengths_s",
         "_model",
         "_requests",
         "_start_s",
         "_telemetry",
         "elapsed_s",
-        "span_context",
     )
 
     def __init__(
@@ -66,17 +65,20 @@ class Batch:
         telemetry: Telemetry,
         model: str,
         lengths_s: Sequence[float],
-        requests: Iterable[SpanContext | None],
+        requests: Sequence[Origin | None],
     ) -> None:
         self._telemetry = telemetry
-        self._model = telemetry.metrics.model_label(model)
+        self._model = model
         self._lengths_s = lengths_s
-        self._requests = [each for each in requests if each is not None and each.trace_flags.sampled]
-        self.span_context = root_context() if telemetry.tracing is not None and self._requests else None
+        self._requests = requests
+        self._context: SpanContext | None = None
         self.elapsed_s = 0.0
 
+    def kept(self) -> SpanContext | None:
+        """The ids of its span once it is written, in the journal before the stages that lead to it."""
+        return self._context
+
     def __enter__(self) -> Self:
-        self._busy_handle = self._telemetry.busy.begin()
         self._start_s = time.perf_counter()
         return self
 
@@ -84,22 +86,24 @@ class Batch:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self.elapsed_s = time.perf_counter() - self._start_s
-        telemetry = self._telemetry
-        telemetry.busy.end(self._busy_handle)
-        telemetry.journal.note(self._write, time.time_ns(), kind.__name__ if kind is not None else None)
+        self._telemetry.journal.note(self._write, time.time_ns(), kind.__name__ if kind is not None else None)
 
     def _write(self, end_ns: int, error: str | None) -> None:
         metrics, lengths_s = self._telemetry.metrics, self._lengths_s
+        model = metrics.model_label(self._model)
         padded_s = max(lengths_s) * len(lengths_s)
         padding_ratio = 1.0 - sum(lengths_s) / padded_s if padded_s > 0 else 0.0
         metrics.batch_size.observe(len(lengths_s))
         metrics.batch_padding.observe(padding_ratio)
-        metrics.compute.labels(self._model).inc(self.elapsed_s)
+        metrics.compute.labels(model).inc(self.elapsed_s)
         tracing = self._telemetry.tracing
-        if tracing is None or self.span_context is None:
+        links = links_to(self._requests)
+        self._requests = ()
+        if tracing is None or not links:
             return
+        self._context = root_context()
         attributes: dict[str, AttributeValue] = {
-            "asr.model": self._model,
+            "asr.model": model,
             "asr.batch_size": len(lengths_s),
             "asr.audio_s": float(sum(lengths_s)),
             "asr.padding_ratio": round(padding_ratio, 4),
@@ -108,11 +112,11 @@ class Batch:
             attributes["error.type"] = error
         tracing.finished(
             "batch",
-            self.span_context,
+            self._context,
             None,
             start_ns=end_ns - int(self.elapsed_s * 1e9),
             end_ns=end_ns,
             attributes=attributes,
-            links=[Link(each) for each in self._requests],
+            links=links,
             failed=error is not None,
         )

@@ -111,10 +111,16 @@ class CountingProcessor(BatchSpanProcessor):
         self._count = count
 
     def on_end(self, span: ReadableSpan) -> None:
-        queue = self._batch_processor._queue
-        if len(queue) == queue.maxlen and span.context is not None and span.context.trace_flags.sampled:
+        if span.context is not None and span.context.trace_flags.sampled:
+            self.take(span)
+
+    def take(self, span: ReadableSpan) -> None:
+        """Queue a span that is sampled."""
+        processor = self._batch_processor
+        queue = processor._queue
+        if len(queue) == queue.maxlen:
             self._count("dropped", 1)
-        super().on_end(span)
+        processor.emit(span)
 
 
 class Tracing:
@@ -169,7 +175,7 @@ class Tracing:
             failed=failed,
             kind=kind,
         )
-        self.processor.on_end(cast(ReadableSpan, span))
+        self.processor.take(cast(ReadableSpan, span))
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
         """Send what is buffered, for at most `timeout_s`; a dead backend does not hold up the exit."""

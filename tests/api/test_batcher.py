@@ -29,6 +29,12 @@ from api.workers import WorkerPool
 
 RATE_HZ = 100  # so that a waveform of 100 samples is a second
 Run = Callable[[Sequence[NDArray[np.float32]]], None]
+Heard = SegmentResult[float]
+
+
+def first_value(log_probs: NDArray[np.float32]) -> float:
+    """What the tests decode with: the value that ``House.submit`` was given."""
+    return float(log_probs[0, 0])
 
 
 @dataclass
@@ -71,14 +77,15 @@ class House:
         timeout_s: float = 20.0,
         wait: bool = False,
         owner: str = "",
-    ) -> asyncio.Task[SegmentResult]:
+        decode: Callable[[NDArray[np.float32]], float] = first_value,
+    ) -> asyncio.Task[Heard]:
         waveform = np.full(int(seconds * RATE_HZ), value, np.float32)
         deadline_s = time.monotonic() + timeout_s
         return asyncio.create_task(
-            self.batcher.submit(waveform, deadline_s=deadline_s, wait=wait, owner=owner or None)
+            self.batcher.submit(waveform, decode, deadline_s=deadline_s, wait=wait, owner=owner or None)
         )
 
-    async def blocked(self) -> asyncio.Task[SegmentResult]:
+    async def blocked(self) -> asyncio.Task[Heard]:
         """Occupy the only worker with value -1."""
         task = self.submit(-1)
         await self.engine.wait_entered()
@@ -108,7 +115,7 @@ def sample(telemetry: Telemetry, name: str) -> float:
     return value
 
 
-async def settle(*tasks: asyncio.Task[SegmentResult]) -> list[SegmentResult | BaseException]:
+async def settle(*tasks: asyncio.Task[Heard]) -> list[Heard | BaseException]:
     return await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -117,7 +124,7 @@ async def test_everyone_gets_their_own_result() -> None:
         h.engine.gate.set()
         tasks = [h.submit(float(value), 0.5 + value % 7) for value in range(300)]
         results = await asyncio.gather(*tasks)
-        assert [float(result.log_probs[0, 0]) for result in results] == list(range(300))
+        assert [result.value for result in results] == list(range(300))
         assert all(result.queue_s >= 0 and result.inference_s >= 0 for result in results)
         assert sum(len(batch) for batch in h.engine.batches) == 300
         assert (h.pool.waiting, h.pool.waiting_audio_s) == (0, 0.0)
@@ -149,7 +156,7 @@ async def test_a_full_queue_refuses_with_the_time_it_takes_to_drain() -> None:
         assert (refused_later.value.retry_after_s or 0) > (refused.value.retry_after_s or 0)
         h.engine.gate.set()
         await asyncio.gather(running, *waiting)
-        assert float((await h.submit(9, 3.0)).log_probs[0, 0]) == 9.0
+        assert (await h.submit(9, 3.0)).value == 9.0
 
 
 async def test_refusing_before_the_upload_is_read() -> None:
@@ -315,7 +322,7 @@ async def test_a_deadline_that_passes_during_inference_is_answered_then() -> Non
         with pytest.raises(DeadlineExceededError):
             await task
         h.engine.gate.set()
-        assert float((await h.submit(2)).log_probs[0, 0]) == 2.0
+        assert (await h.submit(2)).value == 2.0
 
 
 async def test_a_caller_that_left_is_dropped_before_the_batch_forms() -> None:
@@ -343,7 +350,7 @@ async def test_a_caller_that_leaves_during_inference_harms_nobody() -> None:
         leaves.cancel()
         await settle(leaves)
         h.engine.gate.set()
-        assert float((await stays).log_probs[0, 0]) == 2.0
+        assert (await stays).value == 2.0
         assert h.pool.abandoned == 0
 
 
@@ -357,7 +364,7 @@ def poisoned_by_two() -> EchoEngine:
     return EchoEngine(limits=BatchLimits(8, 10**6), before=refuse)
 
 
-async def one_batch_of_three(h: House) -> list[SegmentResult | BaseException]:
+async def one_batch_of_three(h: House) -> list[Heard | BaseException]:
     """What became of 1, 2 and 3, which waited together."""
     running = await h.blocked()
     tasks = [h.submit(value) for value in (1, 2, 3)]
@@ -375,6 +382,44 @@ async def test_a_poisoned_item_fails_alone() -> None:
         assert isinstance(second, InferenceError)
         assert "secret" not in second.message
         assert h.pool.replaced == 0
+
+
+async def test_what_cannot_be_decoded_fails_alone() -> None:
+    def refuse(log_probs: NDArray[np.float32]) -> float:
+        raise ValueError(f"value {log_probs[0, 0]:g}")
+
+    async with house(EchoEngine(limits=BatchLimits(8, 10**6))) as h:
+        running = await h.blocked()
+        tasks = [h.submit(1), h.submit(2, decode=refuse), h.submit(3)]
+        await asyncio.sleep(0)
+        h.engine.gate.set()
+        await running
+        first, second, third = await settle(*tasks)
+        assert h.engine.batches == [[-1.0], [1.0, 2.0, 3.0]]
+        assert isinstance(first, SegmentResult)
+        assert isinstance(third, SegmentResult)
+        assert (first.value, third.value) == (1.0, 3.0)
+        assert isinstance(second, ValueError)
+        assert str(second) == "value 2"
+        assert h.pool.replaced == 0
+
+
+async def test_decoding_is_timed_apart_from_inference() -> None:
+    def slow(log_probs: NDArray[np.float32]) -> float:
+        time.sleep(0.05)
+        return first_value(log_probs)
+
+    async with house(EchoEngine(limits=BatchLimits(8, 10**6))) as h:
+        running = await h.blocked()
+        tasks = [h.submit(1, decode=slow), h.submit(2, decode=slow)]
+        await asyncio.sleep(0)
+        h.engine.gate.set()
+        await running
+        first, second = [await task for task in tasks]
+        assert first.decoding_s >= 0.05
+        assert second.decoding_s >= 0.05
+        assert second.ended_ago_s >= 0.1  # the first was decoded before it
+        assert second.inference_s == first.inference_s < 0.05
 
 
 async def test_no_memory_for_one_is_its_own_failure() -> None:
@@ -400,7 +445,7 @@ async def test_a_worker_that_dies_is_replaced_and_only_its_batch_fails(workers: 
         for _ in range(5):
             with pytest.raises(InferenceError):
                 await h.submit(1)
-            assert float((await h.submit(2)).log_probs[0, 0]) == 2.0
+            assert (await h.submit(2)).value == 2.0
         assert h.pool.replaced == 5
         alive = [thread for thread in threading.enumerate() if thread in h.pool._threads]
         assert len(alive) == workers
@@ -416,7 +461,9 @@ async def test_stalled_means_work_without_progress() -> None:
     try:
         now += 10_000  # long idle
         assert not pool.stalled(after_s=60)
-        task = asyncio.create_task(batcher.submit(np.ones(100, np.float32), deadline_s=now + 1000))
+        task = asyncio.create_task(
+            batcher.submit(np.ones(100, np.float32), first_value, deadline_s=now + 1000)
+        )
         await engine.wait_entered()
         assert not pool.stalled(after_s=60)
         now += 61
@@ -445,7 +492,7 @@ async def test_draining_refuses_newcomers_and_finishes_what_was_accepted() -> No
         assert not drained.done()
         h.engine.gate.set()
         results = await asyncio.gather(running, *accepted, late)
-        assert [float(result.log_probs[0, 0]) for result in results] == [-1.0, 1.0, 2.0, 4.0]
+        assert [result.value for result in results] == [-1.0, 1.0, 2.0, 4.0]
         assert await drained
 
 
@@ -459,7 +506,7 @@ async def test_draining_gives_up_after_its_time_and_closing_answers_the_rest() -
         with pytest.raises(DrainingError):
             await waiting
         h.engine.gate.set()
-        assert float((await running).log_probs[0, 0]) == -1.0
+        assert (await running).value == -1.0
         await closing
         assert not h.pool._threads
         with pytest.raises(DrainingError):
@@ -520,7 +567,9 @@ async def test_models_share_the_workers_and_take_turns() -> None:
         running = await h.blocked()
         deadline_s = time.monotonic() + 20
         others = [
-            asyncio.create_task(second.submit(np.full(10, value, np.float32), deadline_s=deadline_s))
+            asyncio.create_task(
+                second.submit(np.full(10, value, np.float32), first_value, deadline_s=deadline_s)
+            )
             for value in range(3)
         ]
         mine = [h.submit(value) for value in range(4)]
@@ -545,7 +594,7 @@ async def test_what_waits_can_be_read_while_workers_turn_from_model_to_model() -
 
         async def keep_busy(batcher: Batcher) -> None:
             for _ in range(500):
-                await batcher.submit(np.ones(10, np.float32), deadline_s=time.monotonic() + 20)
+                await batcher.submit(np.ones(10, np.float32), first_value, deadline_s=time.monotonic() + 20)
 
         def read() -> None:
             for _ in range(200_000):
@@ -599,7 +648,7 @@ async def test_nothing_is_lost_or_doubled_when_callers_come_and_go() -> None:
         outcomes = await settle(*tasks)
         for value, outcome in enumerate(outcomes):
             if isinstance(outcome, SegmentResult):
-                assert float(outcome.log_probs[0, 0]) == value
+                assert outcome.value == value
                 assert value % 13 != 0
             else:
                 assert isinstance(outcome, asyncio.CancelledError | QueueFullError | InferenceError)

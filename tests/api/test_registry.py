@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from api.ctc import greedy
 from api.errors import BundleError, DrainingError, ModelNotFoundError, QueueFullError
@@ -35,12 +36,14 @@ async def opened(settings: Settings, telemetry: Telemetry | None = None) -> Asyn
 
 
 async def hear(model: LoadedModel, text: str) -> str:
-    result = await model.batcher.submit(sing(text), deadline_s=time.monotonic() + 20)
     vocabulary = model.bundle.vocabulary
-    lengths = np.array([len(result.log_probs)])
-    return vocabulary.decode(
-        greedy(result.log_probs[None], lengths, vocabulary.blank_id)[0].token_ids.tolist()
-    )
+
+    def decode(log_probs: NDArray[np.float32]) -> str:
+        lengths = np.array([len(log_probs)])
+        return vocabulary.decode(greedy(log_probs[None], lengths, vocabulary.blank_id)[0].token_ids.tolist())
+
+    result = await model.batcher.submit(sing(text), decode, deadline_s=time.monotonic() + 20)
+    return result.value
 
 
 async def test_models_are_found_by_name_and_the_alias_is_the_default(tmp_path: Path) -> None:

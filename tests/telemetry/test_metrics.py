@@ -171,11 +171,20 @@ def test_busy_window_counts_running_and_finished_work() -> None:
     window = BusyWindow(window_s=60.0)
     window.workers = 2
     assert window.ratio() == 0
-    handles = [window.begin(), window.begin()]
+    done = threading.Event()
+
+    def work() -> None:
+        with window.working():
+            done.wait(20)
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
     time.sleep(0.05)
     assert window.ratio() > 0.5
-    for handle in handles:
-        window.end(handle)
+    done.set()
+    for worker in workers:
+        worker.join()
     before = window.ratio()
     time.sleep(0.1)
     assert 0 < window.ratio() < before
@@ -184,7 +193,8 @@ def test_busy_window_counts_running_and_finished_work() -> None:
 def test_busy_window_forgets() -> None:
     window = BusyWindow(window_s=0.05)
     window.workers = 1
-    window.end(window.begin())
+    with window.working():
+        pass
     time.sleep(0.1)
     assert window.ratio() == 0
 

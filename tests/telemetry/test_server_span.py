@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse
 
 from api.errors import AsrError, QueueFullError, to_response
 from api.telemetry import Telemetry, instrument
+from api.telemetry.core import MOST_NOTES_OF_A_REQUEST
 from api.telemetry.tracing import Tracing
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -39,8 +41,10 @@ def make_app(fail_with: Exception | None = None) -> FastAPI:
     return app
 
 
-async def ask(app: FastAPI, method: str, path: str, headers: dict[str, str]) -> None:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=("198.51.100.7", 1234))
+async def ask(
+    app: FastAPI, method: str, path: str, headers: dict[str, str], caller: str = "198.51.100.7"
+) -> None:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(caller, 1234))
     async with httpx.AsyncClient(transport=transport, base_url="http://asr.test:8000") as client:
         await client.request(method, path, headers=headers)
 
@@ -149,3 +153,75 @@ async def test_its_ids_are_those_that_the_request_had() -> None:
         assert stage.parent.span_id == server.context.span_id
         assert stage.parent.trace_id == server.context.trace_id
         assert (server.start_time or 0) < (stage.end_time or 0) <= (server.end_time or 0)
+
+
+async def test_requests_that_look_alike_are_told_apart() -> None:
+    """What they have in common is put together once."""
+    kept = InMemorySpanExporter()
+    telemetry = Telemetry(tracing=Tracing(kept, "memory", lambda *_: None, "1", "test"))
+    app = make_app()
+    instrument(app, telemetry, lambda error, request_id: to_response(error, request_id=request_id))
+    requests = [
+        ({}, "198.51.100.7"),
+        ({}, "198.51.100.7"),
+        ({}, "198.51.100.8"),
+        ({"user-agent": "curl/8"}, "198.51.100.7"),
+        ({"host": "other.test"}, "198.51.100.7"),
+        ({"user-agent": "x" * 5000}, "198.51.100.7"),
+    ]
+    for headers, caller in requests * 2:
+        await ask(app, "POST", "/transcribe", headers, caller)
+    telemetry.flush()
+    spans = sorted(kept.get_finished_spans(), key=lambda span: span.start_time or 0)
+    assert len(spans) == 2 * len(requests)
+    for span, (headers, caller) in zip(spans, requests * 2, strict=True):
+        attributes = span.attributes or {}
+        assert attributes["client.address"] == caller
+        if "user-agent" in headers:
+            assert attributes["user_agent.original"] == headers["user-agent"]
+    ids = {(span.attributes or {})["asr.request_id"] for span in spans}
+    assert len(ids) == len(spans)
+
+
+async def test_what_comes_after_the_answer_is_counted_and_in_the_trace() -> None:
+    kept = InMemorySpanExporter()
+    telemetry = Telemetry(tracing=Tracing(kept, "memory", lambda *_: None, "1", "test"))
+    app = FastAPI()
+    late = []
+
+    @app.post("/transcribe")
+    async def transcribe() -> None:
+        late.append(contextvars.copy_context())
+
+    instrument(app, telemetry, lambda error, request_id: to_response(error, request_id=request_id))
+    await ask(app, "POST", "/transcribe", {})
+    telemetry.flush()
+    late[0].run(telemetry.record_stage, "decode", 0.5)
+    value = telemetry.metrics.registry.get_sample_value
+    assert value("asr_stage_duration_seconds_sum", {"stage": "decode"}) == 0.5
+    telemetry.flush()
+    server, stage = kept.get_finished_spans()
+    assert server.context is not None
+    assert stage.parent is not None
+    assert (stage.name, stage.parent.span_id) == ("decode", server.context.span_id)
+
+
+async def test_a_long_request_shows_while_it_is_at_work() -> None:
+    telemetry = Telemetry()
+    app = FastAPI()
+    value = telemetry.metrics.registry.get_sample_value
+    seen = []
+
+    @app.post("/transcribe")
+    async def transcribe() -> None:
+        for number in range(1000):
+            telemetry.record_stage("decode", 0.001)
+            if number % 100 == 99:
+                seen.append(value("asr_stage_duration_seconds_count", {"stage": "decode"}))
+
+    instrument(app, telemetry, lambda error, request_id: to_response(error, request_id=request_id))
+    await ask(app, "POST", "/transcribe", {})
+    for number, count in enumerate(seen, 1):
+        assert count is not None
+        assert 100 * number - MOST_NOTES_OF_A_REQUEST < count <= 100 * number
+    assert value("asr_stage_duration_seconds_count", {"stage": "decode"}) == 1000

@@ -42,12 +42,12 @@ def make_app(telemetry: Telemetry) -> FastAPI:
     async def transcribe() -> dict[str, str]:
         with telemetry.stage("decode", codec="wav"):
             pass
-        linked = telemetry.sampled_parent()
+        linked = telemetry.origin()
 
         def work() -> Any:
             with telemetry.batch(model="m", lengths_s=[1.0, 2.0], requests=[linked, None]) as batch:
                 time.sleep(0.002)
-            return batch.span_context
+            return batch
 
         with ThreadPoolExecutor(1) as pool:
             batch_span = await asyncio.get_running_loop().run_in_executor(pool, work)
