@@ -10,7 +10,7 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanContext
 
 from api.telemetry.busy import BusyWindow
-from api.telemetry.journal import Journal
+from api.telemetry.journal import Journal, write
 from api.telemetry.metrics import (
     LIVE_ROUTES,
     REJECTION_REASONS,
@@ -155,14 +155,14 @@ class Telemetry:
     def _note(
         self,
         record: RequestRecord | None,
-        write: Callable[[SpanContext | None, *Args], None],
+        function: Callable[[SpanContext | None, *Args], None],
         *args: *Args,
     ) -> None:
-        """Have ``write(ids of the caller's span if that is kept, *args)`` called from the journal."""
+        """Have ``function(ids of the caller's span if that is kept, *args)`` called from the journal."""
         if record is None:
-            self.journal.note(self._write_alone, self.origin(), write, args)
+            self.journal.note(self._write_alone, self.origin(), function, args)
             return
-        record.notes.append((write, args))
+        record.notes.append((function, args))
         # In this order: what is appended while the request ends is written by it or by this.
         if record.ended or len(record.notes) >= MOST_NOTES_OF_A_REQUEST:
             self.journal.note(self._write_notes, record)
@@ -170,16 +170,16 @@ class Telemetry:
     def _write_alone(
         self,
         origin: Origin | None,
-        write: Callable[[SpanContext | None, *Args], None],
+        function: Callable[[SpanContext | None, *Args], None],
         args: tuple[*Args],
     ) -> None:
-        write(origin.kept() if origin is not None else None, *args)
+        function(origin.kept() if origin is not None else None, *args)
 
     def _write_notes(self, record: RequestRecord) -> None:
         kept = record.origin.kept() if record.origin is not None else None
         while record.notes:
-            write, args = record.notes.popleft()
-            write(kept, *args)
+            function, args = record.notes.popleft()
+            write(function, (kept, *args))
 
     def origin(self) -> Origin | None:
         """The request that the caller works for, as what its spans belong to; None without tracing."""

@@ -28,6 +28,14 @@ MOST_NOTES = 20_000
 Args = TypeVarTuple("Args")
 
 
+def write(function: Callable[..., None], args: tuple[object, ...]) -> None:
+    """Call ``function(*args)``; a bad note must not take others along."""
+    try:
+        function(*args)
+    except Exception as error:
+        _log.error("telemetry_failed", exc_info=error)
+
+
 class Journal:
     """All methods may be called from any thread."""
 
@@ -50,11 +58,7 @@ class Journal:
         """Returns when everything noted before this call is done."""
         with self._working:
             for _ in range(len(self._notes)):
-                function, args = self._notes.popleft()
-                try:
-                    function(*args)
-                except Exception as error:  # one bad note must not take the others along
-                    _log.error("telemetry_failed", exc_info=error)
+                write(*self._notes.popleft())
 
     def _start(self) -> None:
         with self._starting:

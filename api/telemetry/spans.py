@@ -85,6 +85,9 @@ class RequestSpan(NonRecordingSpan):
                     self._decided = self._decide(self)
         return self._decided
 
+    def __repr__(self) -> str:
+        return f"RequestSpan({self.get_span_context()!r})"
+
     def kept(self) -> SpanContext | None:
         """Its ids, if it is sampled."""
         context = self.get_span_context()

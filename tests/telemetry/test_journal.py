@@ -6,10 +6,14 @@ import io
 import json
 import threading
 import time
+from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
-from api.telemetry import Telemetry, configure_logging, journal
+from api.errors import to_response
+from api.telemetry import Telemetry, configure_logging, instrument, journal
 from api.telemetry.journal import Journal
 from tests.telemetry.test_tracing import wait_until
 
@@ -53,6 +57,29 @@ def test_a_note_that_fails_does_not_take_others_along() -> None:
     notes.work_off()
     assert done == [1]
     assert [json.loads(line)["event"] for line in log.getvalue().splitlines()] == ["telemetry_failed"]
+
+
+async def test_a_note_of_a_request_that_fails_does_not_take_the_request_along() -> None:
+    log = io.StringIO()
+    configure_logging(log_format="json", stream=log)
+    telemetry = Telemetry()
+    app = FastAPI()
+
+    @app.post("/transcribe")
+    async def transcribe() -> None:
+        telemetry.record_stage("decode", 0.25)
+        bad: Any = ["not a language"]
+        telemetry.transcribed(model="m", language=bad, audio_s=1.0, processing_s=1.0, confidence=None)
+        telemetry.record_stage("ctc", 0.5)
+
+    instrument(app, telemetry, lambda error, request_id: to_response(error, request_id=request_id))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        await client.post("/transcribe")
+    value = telemetry.metrics.registry.get_sample_value
+    assert value("asr_stage_duration_seconds_sum", {"stage": "ctc"}) == 0.5
+    ended = {"route": "/transcribe", "model": "unknown", "outcome": "ok"}
+    assert value("asr_requests_total", ended) == 1
+    assert "telemetry_failed" in log.getvalue()
 
 
 def test_more_notes_than_may_wait_are_worked_off_by_their_maker(monkeypatch: pytest.MonkeyPatch) -> None:
