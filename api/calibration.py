@@ -108,8 +108,9 @@ def _measure(engine: Engine, workers: int, batches: Sequence[int], budget_s: flo
 def _throughput(engine: Engine, workers: int, batch: int, for_s: float, *, wide: bool) -> float:
     """Audio-seconds per second of ``workers`` threads that each run batches for about ``for_s``."""
     limits = engine.limits  # what they bound, memory above all, they bound here too
-    longest = min(limits.buckets[-1], limits.max_padded_samples // batch)
-    samples = min(int(CLIP_S * engine.sample_rate_hz), longest)
+    samples = min(
+        int(CLIP_S * engine.sample_rate_hz), engine.longest_samples, limits.max_padded_samples // batch
+    )
     noise = np.random.default_rng(0).normal(0.0, 0.05, (batch, samples)).astype(np.float32)
     lengths = np.full(batch, samples, np.int64)
     until_s = time.perf_counter() + for_s

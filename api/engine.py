@@ -5,9 +5,10 @@ its own, so every worker computes on its own core and the weights are in memory 
 than a session per worker.) A second, ``wide`` session spreads one clip over all cores for the moments when
 nothing else is to be done; calibration keeps it only where it is faster.
 
-Lengths are padded up to buckets, so that shapes repeat: ONNX Runtime's memory patterns stay few and every
-one of them is warm before the first request. Thread pools do not spin: spinning threads take the core that
-another worker, or another container, is about to use.
+On a CPU a clip runs at its own length, and nothing is kept for a shape: ONNX Runtime's memory patterns, one
+for each length ever seen, are off. Other providers compile or plan for each shape; for them lengths are
+padded up to buckets, every one of which is warm before the first request. Thread pools do not spin: spinning
+threads take the core that another worker, or another container, is about to use.
 
 On CPUs the convolutions of INT8 graphs run on our own kernels where those work (``api.kernels``); both
 sessions then read the same copy of their weights.
@@ -47,7 +48,7 @@ PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
 }
 
 WIDE_MAX_BYTES = 128 * 2**20  # the wide session holds the weights once more
-BUCKET_RATIOS = (1.05, 1.1, 1.2, 1.5)  # fine buckets waste least (2.4 % on average), coarse ones warm fastest
+BUCKET_RATIOS = (1.05, 1.1, 1.2, 1.5)  # fine buckets waste least, coarse ones warm fastest
 WARM_UP_BUDGET_S = 2.0
 WARM_UP_CLIP_S = 2.0
 
@@ -114,7 +115,7 @@ class Engine:
         self._most = int(manifest.max_window_s * manifest.sample_rate_hz)
         self.allow_padded(max_batch_audio_s)
         self._max_batch = max_batch
-        self._buckets = make_buckets(self._least_bucket, self._most, BUCKET_RATIOS[-1])
+        self._set_buckets(BUCKET_RATIOS[-1])
 
     # -- what others ask
 
@@ -129,6 +130,11 @@ class Engine:
         return self.bundle.manifest.sample_rate_hz
 
     @property
+    def longest_samples(self) -> int:
+        """Of one window."""
+        return self._most
+
+    @property
     def limits(self) -> BatchLimits:
         """What one batch may hold."""
         return BatchLimits(self._max_batch, self._max_padded, buckets=self._buckets)
@@ -141,6 +147,10 @@ class Engine:
     @property
     def _least_bucket(self) -> int:
         return max(self._least, min(self._most, self.sample_rate_hz // 2))
+
+    def _set_buckets(self, ratio: float) -> None:
+        on_cpu = self.provider == "cpu"
+        self._buckets = () if on_cpu else make_buckets(self._least_bucket, self._most, ratio)
 
     # -- what calibration decides
 
@@ -160,7 +170,8 @@ class Engine:
             self._session, self._wide = self._wide, None
 
     def warm_up(self, workers: int) -> float:
-        """Run every bucket on ``workers`` threads, then the largest batch; seconds it took.
+        """Run the shortest and the longest window, or every bucket, on ``workers`` threads, then the largest
+        batch; seconds it took.
 
         The first run also checks frames and vocabulary against the manifest, and its speed decides how fine
         the buckets are. Raises BundleError; any other exception of ONNX Runtime passes through.
@@ -172,13 +183,14 @@ class Engine:
         clip_s = self._timed(clip)
         speed = workers * samples / clip_s
         ratio = choose_ratio(self._least_bucket, self._most, speed, WARM_UP_BUDGET_S)
-        self._buckets = make_buckets(self._least_bucket, self._most, ratio)
+        self._set_buckets(ratio)
+        ends = (self._least_bucket, self._most)
         with ThreadPoolExecutor(workers, thread_name_prefix="warm-up") as pool:
             # Largest first, so that the threads end together.
-            list(pool.map(self._warm_bucket, reversed(self._buckets)))
+            list(pool.map(self._warm_length, reversed(self._buckets or sorted(ends * workers))))
         if self._wide is not None:
-            for bucket in (self._buckets[0], self._buckets[-1]):
-                self._infer_zeros(1, bucket, wide=True)
+            for samples in ends:
+                self._infer_zeros(1, samples, wide=True)
         if self._max_batch > 1:
             self._infer_zeros(self._max_batch, self._max_padded // self._max_batch)
         return time.perf_counter() - start_s
@@ -197,8 +209,8 @@ class Engine:
         self.infer(clip, np.array([clip.shape[1]], np.int64))
         return max(1e-6, time.perf_counter() - start_s)
 
-    def _warm_bucket(self, bucket: int) -> None:
-        self._infer_zeros(1, bucket)
+    def _warm_length(self, samples: int) -> None:
+        self._infer_zeros(1, samples)
 
     def _infer_zeros(self, batch: int, samples: int, *, wide: bool = False) -> None:
         lengths = np.full(batch, samples, np.int64)
@@ -227,7 +239,7 @@ class Engine:
         return EncodedBatch(log_probs, frame_lengths)
 
     def pad(self, waveforms: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Float32 ``(samples,)`` each -> ``(batch, bucket)`` with zeros behind, and lengths int64."""
+        """Float32 ``(samples,)`` each -> ``(batch, longest or bucket)``, zeros behind, and lengths int64."""
         lengths = np.array([max(self._least, len(waveform)) for waveform in waveforms], np.int64)
         samples = bucket_of(int(lengths.max()), self._buckets)
         if len(waveforms) == 1 and len(waveforms[0]) == samples and waveforms[0].flags.c_contiguous:
@@ -302,7 +314,7 @@ def _sessions(bundle: Bundle, path: str, provider: str, threads: int, wide: int,
     wanted = [threads, wide] if wide and provider == "cpu" else [threads]
     try:
         if kernels and provider == "cpu":
-            make_options = [partial(session_options, count) for count in wanted]
+            make_options = [partial(session_options, count, plan_shapes=False) for count in wanted]
             least = bundle.manifest.input.min_samples
             sessions, found = open_sessions(path, make_options, least_samples=least)
         else:
@@ -319,19 +331,23 @@ def _sessions(bundle: Bundle, path: str, provider: str, threads: int, wide: int,
 def _session(path: str, provider: str, threads: int) -> ort.InferenceSession:
     return ort.InferenceSession(
         path,
-        session_options(threads),
+        session_options(threads, plan_shapes=provider != "cpu"),
         providers=[PROVIDERS[provider]],
         provider_options=[_provider_options(provider, threads)],
     )
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """Fresh options as every session of the service has them; ``threads`` inside one inference."""
+def session_options(threads: int, *, plan_shapes: bool) -> ort.SessionOptions:
+    """Fresh options as every session of the service has them; ``threads`` inside one inference.
+
+    ``plan_shapes``: remember where in memory everything goes, for each shape.
+    """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.enable_mem_pattern = plan_shapes
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from onnx import numpy_helper
 from api.bundle import Bundle, list_bundles, load_bundle
 from api.calibration import ALONE, ALONE_WIDE, calibrate, choose
 from api.ctc import greedy
-from api.engine import EncodedBatch, Engine, available_providers, verify_provider
+from api.engine import EncodedBatch, Engine, _open, available_providers, verify_provider
 from api.errors import BundleError, InferenceError, SettingsError
 from tests.tiny_bundle import FRAME, MAX_WINDOW_S, SAMPLE_RATE_HZ, make_bundle, sing
 
@@ -96,14 +97,32 @@ def test_what_is_shorter_than_the_least_the_graph_takes_is_padded(engine: Engine
         assert log_probs.shape[0] == 1
 
 
-def test_padding_goes_up_to_a_bucket_and_is_zero(engine: Engine) -> None:
+def test_a_clip_runs_at_its_own_length_and_a_batch_at_its_longest(engine: Engine) -> None:
+    waveforms = [np.ones(5000, np.float32), np.ones(9001, np.float32)]
+    padded, lengths = engine.pad(waveforms)
+    assert padded.shape == (2, 9001)
+    assert lengths.tolist() == [5000, 9001]
+    assert padded.sum() == 14_001
+    assert engine.pad(waveforms[1:])[0].base is waveforms[1]  # no copy where none is needed
+
+
+def test_a_provider_that_compiles_for_each_shape_gets_few(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = _open(tiny, str(tiny.graph_path("auto")), "cpu", 1, 0, kernels=False)
+    as_if = replace(opened, provider="openvino")  # its own build of ONNX Runtime is not here
+    monkeypatch.setattr("api.engine._open", lambda *_, **__: as_if)
+    engine = WatchedEngine(tiny, provider="openvino")
+    engine.warm_up(2)
+    assert set(engine.limits.buckets) <= {samples for _, samples in engine.seen}
+    assert engine.limits.buckets[-1] == int(MAX_WINDOW_S * SAMPLE_RATE_HZ)
     waveforms = [np.ones(5000, np.float32), np.ones(9000, np.float32)]
     padded, lengths = engine.pad(waveforms)
     assert padded.shape[1] in engine.limits.buckets
     assert lengths.tolist() == [5000, 9000]
     assert padded.sum() == 14_000
     exact = np.ones(engine.limits.buckets[-1], np.float32)
-    assert engine.pad([exact])[0].base is exact  # no copy where none is needed
+    assert engine.pad([exact])[0].base is exact
     assert engine.pad([exact, waveforms[0]])[0].shape == (2, len(exact))
 
 
@@ -133,11 +152,13 @@ class WatchedEngine(Engine):
         return super().infer(waveform, lengths, wide=wide)
 
 
-def test_warm_up_runs_every_bucket(tiny: Bundle) -> None:
+def test_warm_up_runs_the_shortest_the_longest_and_the_largest_batch(tiny: Bundle) -> None:
     engine = WatchedEngine(tiny, max_batch=4, wide_threads=2)
     engine.warm_up(2)
-    assert set(engine.limits.buckets) <= {samples for _, samples in engine.seen}
-    assert engine.limits.buckets[-1] == int(MAX_WINDOW_S * SAMPLE_RATE_HZ)
+    longest = int(MAX_WINDOW_S * SAMPLE_RATE_HZ)
+    assert engine.seen.count((1, longest)) >= 3  # each worker and the session for all cores
+    assert engine.seen.count((1, SAMPLE_RATE_HZ // 2)) >= 3
+    assert max(rows for rows, _ in engine.seen) == 4
 
 
 def test_a_graph_that_gives_no_numbers_is_refused_at_warm_up(tmp_path: Path) -> None:
