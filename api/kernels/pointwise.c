@@ -19,6 +19,7 @@ enum {
   PANEL = PANEL_BLOCKS * LANES, /* channels */
   ROWS = 12,         /* rows of sums in registers */
   CHUNK = 21 * ROWS, /* rows per task at most, so that x stays in the second cache */
+  LINE = 64,         /* bytes of a cache line, and products of a row between two that ask for weights */
 };
 
 typedef struct {
@@ -35,6 +36,16 @@ typedef struct {
   int64_t item_bytes;          /* of x */
 } PointwiseCall;
 
+/* Weights that come from far away and will be wanted soon. */
+typedef struct {
+  const char *at;
+  int64_t lines; /* with each LINE products of a row: few at a time, for the processor only waits for so many */
+} Ahead;
+
+VNNI INLINE void ask(Ahead *ahead) {
+  for (int64_t line = 0; line < ahead->lines; line++, ahead->at += LINE) _mm_prefetch(ahead->at, _MM_HINT_T1);
+}
+
 VNNI INLINE __m512i scaled(__m512i sums, __m512 scale) {
   return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale));
 }
@@ -48,7 +59,7 @@ VNNI INLINE __m512i four(const uint8_t *x) {
 /* `rows` rows of a panel's sums as bytes to y (rows, stride), but for those from `end` on. `rows` and `woven` are
  * constants wherever this is inlined. */
 VNNI INLINE void run(const Pointwise *kernel, int64_t panel, const uint8_t *x, int rows, int woven, int64_t end,
-                     uint8_t *y, int64_t stride) {
+                     uint8_t *y, int64_t stride, Ahead *ahead) {
   const Convolution *convolution = &kernel->convolution;
   const Weights *weights = convolution->weights;
   const __m512i *w = (const __m512i *)(weights->packed + panel * 2 * weights->block_bytes);
@@ -61,6 +72,7 @@ VNNI INLINE void run(const Pointwise *kernel, int64_t panel, const uint8_t *x, i
   const uint8_t *from[ROWS / 3] = {x, x + 3 * depth, x + 6 * depth, x + 9 * depth};
   const uint8_t *four_rows[ROWS / QUAD] = {x, x + 4 * depth, x + 8 * depth};
   for (int64_t k = 0; k < whole; k += QUAD, w += 2) {
+    if (k % LINE == 0) ask(ahead);
     const __m512i left = _mm512_load_si512(w), right = _mm512_load_si512(w + 1);
     UNROLL for (int row = 0; row < rows; row++) {
       const uint8_t *apart = from[row / 3] + row % 3 * depth + k;
@@ -98,24 +110,24 @@ VNNI INLINE void run(const Pointwise *kernel, int64_t panel, const uint8_t *x, i
 
 /* As many rows as are left before `end`, or as are done in one go: how many. */
 VNNI static int64_t run_rows(const Pointwise *kernel, int64_t panel, const uint8_t *x, int64_t end, uint8_t *y,
-                             int64_t stride) {
+                             int64_t stride, Ahead *ahead) {
   const int64_t some = kernel->woven ? (end + QUAD - 1) / QUAD * QUAD : end >= 8 ? 8 : end >= 4 ? 4 : 1;
   const int64_t rows = end >= ROWS ? ROWS : some;
   if (kernel->woven) {
     if (rows == ROWS)
-      run(kernel, panel, x, ROWS, 1, end, y, stride);
+      run(kernel, panel, x, ROWS, 1, end, y, stride, ahead);
     else if (rows == 8)
-      run(kernel, panel, x, 8, 1, end, y, stride);
+      run(kernel, panel, x, 8, 1, end, y, stride, ahead);
     else
-      run(kernel, panel, x, 4, 1, end, y, stride);
+      run(kernel, panel, x, 4, 1, end, y, stride, ahead);
   } else if (rows == ROWS) {
-    run(kernel, panel, x, ROWS, 0, ROWS, y, stride);
+    run(kernel, panel, x, ROWS, 0, ROWS, y, stride, ahead);
   } else if (rows == 8) {
-    run(kernel, panel, x, 8, 0, 8, y, stride);
+    run(kernel, panel, x, 8, 0, 8, y, stride, ahead);
   } else if (rows == 4) {
-    run(kernel, panel, x, 4, 0, 4, y, stride);
+    run(kernel, panel, x, 4, 0, 4, y, stride, ahead);
   } else {
-    run(kernel, panel, x, 1, 0, 1, y, stride);
+    run(kernel, panel, x, 1, 0, 1, y, stride, ahead);
   }
   return rows < end ? rows : end;
 }
@@ -128,19 +140,20 @@ VNNI static void run_task(void *data, size_t task) {
   const int64_t item = part / call->chunks, start = part % call->chunks * call->chunk;
   const int64_t end = start + call->chunk < call->rows ? start + call->chunk : call->rows;
   const int64_t width = kernel->channels - panel * PANEL, bytes = 2 * weights->block_bytes;
-  /* The next panel, and behind the last one the weights of the next layer, comes a little nearer with each group of
-   * rows. */
-  const char *ahead = (const char *)weights->packed + (panel + 1) * bytes;
-  const int64_t lines = (bytes / 64 + call->chunk / ROWS - 1) / (call->chunk / ROWS);
+  /* The next panel, and behind the last one the weights of the next layer. */
+  const int64_t times = call->chunk / ROWS * ((kernel->depth + LINE - 1) / LINE);
+  Ahead ahead = {
+      .at = (const char *)weights->packed + (panel + 1) * bytes,
+      .lines = (bytes / LINE + times - 1) / times,
+  };
   for (int64_t row = start, rows; row < end; row += rows) {
-    for (int64_t line = 0; line < lines; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
     const uint8_t *x = call->x + item * call->item_bytes + row * kernel->depth;
     uint8_t *y = call->y + (item * call->rows + row) * kernel->channels + panel * PANEL;
     if (width >= PANEL) {
-      rows = run_rows(kernel, panel, x, end - row, y, kernel->channels);
+      rows = run_rows(kernel, panel, x, end - row, y, kernel->channels, &ahead);
     } else {
       uint8_t out[ROWS][PANEL];
-      rows = run_rows(kernel, panel, x, end - row, out[0], PANEL);
+      rows = run_rows(kernel, panel, x, end - row, out[0], PANEL, &ahead);
       for (int64_t i = 0; i < rows; i++) memcpy(y + i * kernel->channels, out[i], (size_t)width);
     }
   }
