@@ -94,7 +94,7 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
     gone = set()
     kept: set[str] = set()
     taken = 0
-    for node in graph.node:
+    for node in _in_order_of_execution(graph):
         kind = _kind(node, tensors)
         if kind is None:
             continue
@@ -130,6 +130,27 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
     _keep_only(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
     parsed.opset_import.add(domain=DOMAIN, version=1)
     return parsed.SerializeToString(), taken
+
+
+def _in_order_of_execution(graph: Any) -> list[Any]:
+    """The nodes as ONNX Runtime runs them: from the last one back, of what a node reads the later made first.
+
+    Weights are kept in this order, because a kernel asks memory for what lies behind its own.
+    """
+    places = {name: place for place, node in enumerate(graph.node) for name in node.output}
+    order: list[Any] = []
+    seen: set[int] = set()
+    stack = [(place, False) for place in range(len(graph.node))]
+    while stack:
+        place, is_left = stack.pop()
+        node = graph.node[place]
+        if is_left:
+            order.append(node)
+        elif place not in seen:
+            seen.add(place)
+            stack.append((place, True))
+            stack.extend((before, False) for before in sorted({places[x] for x in node.input if x in places}))
+    return order
 
 
 def _can_leave_woven(node: Any) -> bool:

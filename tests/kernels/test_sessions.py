@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from structlog.testing import capture_logs
@@ -71,11 +73,36 @@ def test_the_shipped_model_runs_on_them_with_the_same_bits(kernels: str, tmp_pat
     expected = ort.InferenceSession(SHIPPED, make_options()).run(None, clips())
     for ours, theirs in zip(session.run(None, clips()), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    ours = {
-        operator for operator in operators(session, tmp_path / "profile.json") if "QLinearConv" in operator
-    }
+    found_operators = operators(session, tmp_path / "profile.json")
+    ours = {operator for operator in found_operators if "QLinearConv" in operator}
     both = set(graph.OPERATORS.values())
     assert ours == (both if kernels == "vnni" else {graph.OPERATORS["depthwise"], "QLinearConv"})
+
+
+def test_weights_lie_in_the_order_in_which_they_are_used(vnni: None, tmp_path: Path) -> None:
+    """Because a kernel asks memory for what lies behind its own."""
+    options = make_options()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    ort.InferenceSession(SHIPPED, options)
+    with library.Weights() as weights:
+        rewritten, _ = graph.hand_over((tmp_path / "optimised.onnx").read_bytes(), weights.keep)
+        options = make_options()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.register_custom_ops_library(str(library.LIBRARY))
+        options.enable_profiling = True
+        options.profile_file_prefix = str(tmp_path / "profile")
+        session = ort.InferenceSession(rewritten, options)
+    session.run(None, clips())
+    events = json.loads(Path(session.end_profiling()).read_text())
+    numbers = {
+        f"{node.name}_kernel_time": item.ints[0]
+        for node in onnx.load_from_string(rewritten).graph.node
+        for item in node.attribute
+        if item.name == "weights"
+    }
+    used = [numbers[event["name"]] for event in events if event["name"] in numbers]
+    assert len(used) == len(numbers) > 50
+    assert used == sorted(used)
 
 
 def test_the_engine_uses_them_on_one_core_and_on_all(kernels: str) -> None:
