@@ -22,8 +22,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 NO_COMPILER = "no C compiler: install gcc, or the Python package ziglang, and run make again"
 CODE = (
-    *("depthwise.c", "depthwise_avx2.c", "depthwise_vnni.c", "operator.c", "pointwise.c", "processor.c"),
-    "weights.c",
+    *("depthwise.c", "depthwise_avx2.c", "depthwise_vnni.c", "frames.c", "head_input.c", "operator.c"),
+    *("pointwise.c", "processor.c", "weights.c"),
 )
 SOURCES = (*CODE, "depthwise.h", "onnxruntime_abi.h", "operator.h", "processor.h", "weights.h")
 LIBRARY = "asr_kernels.so"

@@ -13,10 +13,10 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from api.kernels.ends import DOMAIN, POINTWISE, take_frames, take_head_input
 from api.kernels.library import Kind, Layout
 
-DOMAIN = "asr"
-OPERATORS: dict[Kind, str] = {"depthwise": "DepthwiseQLinearConv", "pointwise": "PointwiseQLinearConv"}
+OPERATORS: dict[Kind, str] = {"depthwise": "DepthwiseQLinearConv", "pointwise": POINTWISE}
 MAX_TAPS = 128  # as in weights.h
 WEIGHTS = 3  # place of QLinearConv's weights, which ours does not have: the library keeps them
 BIAS, MASK = 7, 8  # places of our optional inputs
@@ -126,6 +126,8 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
     if not taken:
         return model, 0
     _keep_only(graph.node, [node for node in graph.node if node.output[0] not in gone])
+    taken += take_frames(graph, tensors) + take_head_input(graph, tensors, _readers(graph))
+    _drop_unread(graph)
     unread = kept - _readers(graph).keys()
     _keep_only(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
     parsed.opset_import.add(domain=DOMAIN, version=1)
@@ -163,6 +165,16 @@ def _can_leave_woven(node: Any) -> bool:
 def _keep_only(items: Any, wanted: list[Any]) -> None:
     del items[:]
     items.extend(wanted)
+
+
+def _drop_unread(graph: Any) -> None:
+    """Take away nodes whose values nobody reads, and then those that only they read."""
+    while True:
+        readers = _readers(graph)
+        read = [node for node in graph.node if any(readers[name] for name in node.output)]
+        if len(read) == len(graph.node):
+            return
+        _keep_only(graph.node, read)
 
 
 def _readers(graph: Any) -> Counter[str]:

@@ -146,8 +146,9 @@ OrtStatus *create_kernel(size_t bytes, OrtStatus *(*prepare)(void *kernel, const
 
 const char *on_cpu(const OrtCustomOp *op) { return (void)op, "CPUExecutionProvider"; }
 size_t one_output(const OrtCustomOp *op) { return (void)op, 1; }
-int output_type(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_UINT8; }
-int output_kind(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_REQUIRED; }
+int bytes(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_UINT8; }
+int floats(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_FLOAT; }
+int required(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, ORT_REQUIRED; }
 int input_kind(const OrtCustomOp *op, size_t index) { return (void)op, index >= BIAS ? ORT_OPTIONAL : ORT_REQUIRED; }
 int default_memory(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, 0; }
 int input_type(const OrtCustomOp *op, size_t index) {
@@ -164,8 +165,9 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
   if (domain == NULL) {
     OrtCustomOpDomain *fresh;
     TRY(ORT_CALL(api, create_domain)("asr", &fresh));
-    TRY(ORT_CALL(api, domain_add)(fresh, &depthwise_operator));
-    TRY(ORT_CALL(api, domain_add)(fresh, &pointwise_operator));
+    const OrtCustomOp *operators[] = {&depthwise_operator, &pointwise_operator, &frames_operator, &head_input_operator};
+    for (size_t i = 0; i < sizeof operators / sizeof *operators; i++)
+      TRY(ORT_CALL(api, domain_add)(fresh, operators[i]));
     domain = fresh;
   }
   return ORT_CALL(api, add_domain)(options, domain);

@@ -56,20 +56,24 @@ int allocate_lanes(Convolution *convolution);
 /* Bias and scale of a channel. */
 void set_channel(Convolution *convolution, int64_t channel, int32_t bias, float scale);
 
-extern const OrtCustomOp depthwise_operator, pointwise_operator;
+extern const OrtCustomOp depthwise_operator, pointwise_operator, frames_operator, head_input_operator;
 
-/* What the tables of both have in common. */
+/* What the tables have in common. */
 const char *on_cpu(const OrtCustomOp *op);
 int input_type(const OrtCustomOp *op, size_t index);
 int input_kind(const OrtCustomOp *op, size_t index);
 int default_memory(const OrtCustomOp *op, size_t index);
 size_t one_output(const OrtCustomOp *op);
-int output_type(const OrtCustomOp *op, size_t index);
-int output_kind(const OrtCustomOp *op, size_t index);
+int bytes(const OrtCustomOp *op, size_t index);
+int floats(const OrtCustomOp *op, size_t index);
+int required(const OrtCustomOp *op, size_t index);
 
-#define CONVOLUTION_OPERATOR                                                                             \
-  .version = ORT_ABI_VERSION, .get_provider = on_cpu, .get_input_type = input_type,                      \
-  .get_output_type = output_type, .get_output_count = one_output, .destroy = destroy_kernel,             \
-  .get_input_kind = input_kind, .get_output_kind = output_kind, .get_input_memory = default_memory
+#define OPERATOR                                                                                 \
+  .version = ORT_ABI_VERSION, .get_provider = on_cpu, .get_input_memory = default_memory,        \
+  .get_output_kind = required
+
+#define CONVOLUTION_OPERATOR                                                                     \
+  OPERATOR, .get_input_type = input_type, .get_input_kind = input_kind, .get_output_type = bytes, \
+  .get_output_count = one_output, .destroy = destroy_kernel
 
 #endif

@@ -13,9 +13,10 @@ import pytest
 from api.kernels import build
 
 HERE = Path(build.__file__).parent
+FUZZED = ["depthwise_avx2", "depthwise_vnni", "frames", "head_input", "pointwise", "weights"]
 
 
-@pytest.mark.parametrize("operator", ["depthwise_avx2", "depthwise_vnni", "pointwise", "weights"])
+@pytest.mark.parametrize("operator", FUZZED)
 def test_no_byte_outside_of_the_buffers(tmp_path: Path, operator: str) -> None:
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None or platform.machine() != "x86_64":
