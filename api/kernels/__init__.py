@@ -1,9 +1,10 @@
 """Operators of our own for ONNX Runtime, where its own are far from what the processor can do.
 
-Two so far: the depthwise and the pointwise INT8 convolutions of QuartzNet and Citrinet (``depthwise.c``,
-``pointwise.c``). Bundles know nothing of them. ONNX Runtime optimises the graph as always, the nodes that it
-made are handed over to our operators, and the result is used only if it gives the same bits as ONNX Runtime
-alone.
+The depthwise and the pointwise INT8 convolutions of QuartzNet and Citrinet (``depthwise.c``,
+``pointwise.c``), and what is in float before and behind them: the front end's blocks and filters, the head's
+input (``frames.c``, ``mel.c``, ``head_input.c``). Bundles know nothing of them. ONNX Runtime optimises the
+graph as always, the nodes that it made are handed over to our operators, and the result is used only if it
+gives the same bits as ONNX Runtime alone.
 """
 
 from api.kernels.library import Kernels, instructions

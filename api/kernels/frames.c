@@ -5,8 +5,7 @@
  *   signal[t]  = waveform[t] - preemphasis * waveform[t - 1] where 0 <= t < length, else 0
  *   even[b, n] = signal[b * hop + n] + signal[b * hop - 1 - n], odd[b, n] = signal[b * hop + n] - signal[b * hop - 1 - n]
  *
- * ONNX Runtime takes a pass over all samples for each of about twenty nodes. The product and the difference have to
- * round one after the other, as they do there: AVX2 has no instruction for both in one.
+ * ONNX Runtime takes a pass over all samples for each of about twenty nodes.
  */
 #include <immintrin.h>
 #include <stdlib.h>

@@ -13,7 +13,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from api.kernels.ends import DOMAIN, POINTWISE, take_frames, take_head_input
+from api.kernels.ends import DOMAIN, POINTWISE, take_frames, take_head_input, take_mel
 from api.kernels.library import Kind, Layout
 
 OPERATORS: dict[Kind, str] = {"depthwise": "DepthwiseQLinearConv", "pointwise": POINTWISE}
@@ -83,7 +83,8 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
     ``keep`` takes int8 weights ``(channels, depth)`` and gives the number by which an operator finds them, 0
     if it does not want them (as ``library.Weights``); the model is written without them.
     A mask that only a depthwise convolution reads goes into it: it takes the minimum while it reads x. What
-    only a pointwise convolution reads of a depthwise one stays woven in between.
+    only a pointwise convolution reads of a depthwise one stays woven in between. Where there are convolutions
+    for them, our operators also take what ``ends.py`` finds.
     """
     parsed = _model_class().FromString(model)
     graph = parsed.graph
@@ -126,7 +127,8 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
     if not taken:
         return model, 0
     _keep_only(graph.node, [node for node in graph.node if node.output[0] not in gone])
-    taken += take_frames(graph, tensors) + take_head_input(graph, tensors, _readers(graph))
+    taken += take_frames(graph, tensors)
+    taken += take_mel(graph, tensors, readers) + take_head_input(graph, tensors, readers)
     _drop_unread(graph)
     unread = kept - _readers(graph).keys()
     _keep_only(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
@@ -139,7 +141,7 @@ def _in_order_of_execution(graph: Any) -> list[Any]:
 
     Weights are kept in this order, because a kernel asks memory for what lies behind its own.
     """
-    places = {name: place for place, node in enumerate(graph.node) for name in node.output}
+    places = {name: place for place, node in enumerate(graph.node) for name in node.output if name}
     order: list[Any] = []
     seen: set[int] = set()
     stack = [(place, False) for place in range(len(graph.node))]

@@ -165,7 +165,8 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
   if (domain == NULL) {
     OrtCustomOpDomain *fresh;
     TRY(ORT_CALL(api, create_domain)("asr", &fresh));
-    const OrtCustomOp *operators[] = {&depthwise_operator, &pointwise_operator, &frames_operator, &head_input_operator};
+    const OrtCustomOp *operators[] = {&depthwise_operator, &pointwise_operator, &frames_operator, &mel_operator,
+                                      &head_input_operator};
     for (size_t i = 0; i < sizeof operators / sizeof *operators; i++)
       TRY(ORT_CALL(api, domain_add)(fresh, operators[i]));
     domain = fresh;

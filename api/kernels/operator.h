@@ -56,7 +56,8 @@ int allocate_lanes(Convolution *convolution);
 /* Bias and scale of a channel. */
 void set_channel(Convolution *convolution, int64_t channel, int32_t bias, float scale);
 
-extern const OrtCustomOp depthwise_operator, pointwise_operator, frames_operator, head_input_operator;
+extern const OrtCustomOp depthwise_operator, pointwise_operator, frames_operator, mel_operator,
+    head_input_operator;
 
 /* What the tables have in common. */
 const char *on_cpu(const OrtCustomOp *op);

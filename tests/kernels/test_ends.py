@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from api.kernels.ends import MAX_HOP
-from api.kernels.graph import DOMAIN, hand_over
+from api.kernels.ends import DOMAIN, MAX_BINS, MAX_HOP
+from api.kernels.graph import hand_over
 from api.kernels.library import Weights
-from tests.kernels.conftest import Kept, Layer, feeds, instructions_of, open_graph
+from tests.kernels.conftest import Kept, Layer, feeds, open_graph
 
 SHIPPED = Path(__file__).parents[2] / "models" / "en-quartznet-small" / "model.int8.onnx"
 BLOCKED = "com.microsoft.nchwc"
@@ -82,6 +82,7 @@ def renamed(name: str) -> bytes:
     [
         *map(renamed, ("frontend.even", "frontend.odd", "frontend.preemphasis", "frontend.frames")),
         front_end([numpy_helper.from_array(np.ones((MAX_HOP + 1, 2), np.float32), "frontend.cosine")]),
+        front_end([numpy_helper.from_array(np.ones(160, np.float32), "frontend.cosine")]),
         front_end([numpy_helper.from_array(np.array([0.97]), "frontend.preemphasis")]),
     ],
 )
@@ -90,6 +91,79 @@ def test_frames_that_are_not_the_exporters_stay(model: bytes | onnx.ModelProto) 
     rewritten, taken = hand_over(content, Kept())
     assert taken == 1
     assert "Frames" not in kinds(rewritten)
+
+
+def mel(
+    shape: tuple[int, ...] = (64, 32),
+    sum_: str = "Add",
+    factor: str = "real",
+    extra: str = "",
+    kind: Any = np.float32,
+) -> bytes:
+    """The powers of two parts through filters, and a pointwise convolution."""
+    layer = Layer(channels=8, depth=8)
+    nodes = [
+        helper.make_node("Mul", ["real", factor], ["real_power"]),
+        helper.make_node("Mul", ["imaginary", "imaginary"], ["imaginary_power"]),
+        helper.make_node(sum_, ["real_power", "imaginary_power"], ["power"]),
+        helper.make_node("MatMul", ["power", "filters"], ["energies"]),
+        layer.node(),
+    ]
+    model = onnx.load_from_string(layer.model(nodes))
+    filters = np.zeros(shape, kind)
+    for feature in range(shape[1] if len(shape) == 2 else 0):  # a few bins each, as mel filters have
+        first = feature * shape[0] // shape[1]
+        filters[first : first + 5, feature] = np.random.default_rng(feature).uniform(0, 1)
+    model.graph.initializer.append(numpy_helper.from_array(filters, "filters"))
+    float_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    for name in ("real", "imaginary"):
+        model.graph.input.append(
+            helper.make_tensor_value_info(name, float_type, ["batch", "rows", shape[0] if shape else 1])
+        )
+    for name in ["energies", extra] if extra else ["energies"]:
+        model.graph.output.append(helper.make_tensor_value_info(name, float_type, None))
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 32), (240, 64), (MAX_BINS, 256)])
+@pytest.mark.parametrize("frames", [1, 7, 8, 504])
+def test_energies_have_the_same_bits(vnni: None, shape: tuple[int, int], frames: int) -> None:
+    model = mel(shape)
+    rewritten, sessions = open_ours(model)
+    assert kinds(rewritten) == ["Mel", "PointwiseQLinearConv"]
+    random = np.random.default_rng(frames)
+    given_: dict[str, Any] = feeds(Layer(depth=8), 1, 3)
+    for name in ("real", "imaginary"):
+        given_[name] = random.normal(0, 3, (2, frames, shape[0])).astype(np.float32)
+    expected = open_graph(model).run(None, given_)
+    for session in sessions:
+        for one, other in zip(session.run(None, given_), expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        mel((65, 32)),
+        mel((64, 33)),
+        mel((MAX_BINS + 16, 32)),
+        mel((64, 272)),
+        mel((2, 64, 32)),
+        mel(sum_="Sub"),
+        mel(factor="imaginary"),
+        mel(extra="power"),
+        mel(extra="real_power"),
+        mel(kind=np.float64),
+    ],
+)
+def test_other_products_stay(model: bytes) -> None:
+    rewritten, taken = hand_over(model, Kept())
+    assert taken == 1
+    assert "Mel" not in kinds(rewritten)
+
+
+def test_energies_are_left_alone_without_vnni(avx2: None) -> None:
+    assert open_ours(mel())[0] == mel()
 
 
 def head(
@@ -149,24 +223,27 @@ def test_other_inputs_of_a_head_stay(model: bytes) -> None:
     assert "HeadInput" not in kinds(rewritten)
 
 
-def test_the_input_of_the_head_is_left_alone_without_vnni() -> None:
-    with instructions_of("avx2"):
-        assert open_ours(head(16))[0] == head(16)
+def test_the_input_of_the_head_is_left_alone_without_vnni(avx2: None) -> None:
+    assert open_ours(head(16))[0] == head(16)
 
 
-def run_alone(operator: str, inputs: dict[str, np.ndarray], outputs: int, **attributes: Any) -> None:
-    """A node as no rewriting would leave it."""
+def run_alone(
+    operator: str, inputs: dict[str, np.ndarray], outputs: int, constant: str = "", **attributes: Any
+) -> None:
+    """A node as no rewriting would leave it; one of its inputs may be part of the model."""
     names = [f"y{place}" for place in range(outputs)]
     node = helper.make_node(operator, list(inputs), names, domain=DOMAIN, **attributes)
     values = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), None)
         for name, value in inputs.items()
+        if name != constant
     ]
+    tensors = [numpy_helper.from_array(inputs[constant], constant)] if constant else []
     results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
-    graph = helper.make_graph([node], operator, values, results)
+    graph = helper.make_graph([node], operator, values, results, tensors)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
-    open_graph(model, ours=True).run(None, inputs)
+    open_graph(model, ours=True).run(None, {name: inputs[name] for name in inputs if name != constant})
 
 
 FRAMES: dict[str, np.ndarray] = {
@@ -182,9 +259,20 @@ HEAD: dict[str, np.ndarray] = {
 }
 
 
-def test_both_run_alone(vnni: None) -> None:
+MEL: dict[str, np.ndarray] = {
+    "real": np.zeros((1, 9, 32), np.float32),
+    "imaginary": np.zeros((1, 9, 32), np.float32),
+    "filters": np.zeros((32, 16), np.float32),
+}
+
+
+def test_all_run_alone(vnni: None) -> None:
     run_alone("Frames", FRAMES, 2, hop=[160])
     run_alone("Frames", FRAMES | {"count": np.array([0])}, 2, hop=[MAX_HOP])
+    run_alone("Mel", MEL, 1, "filters")
+    run_alone(
+        "Mel", MEL | {name: np.zeros((0, 9, 32), np.float32) for name in ("real", "imaginary")}, 1, "filters"
+    )
     run_alone("HeadInput", HEAD, 1)
     run_alone("HeadInput", HEAD | {"x": np.zeros((0, 1, 9, 32), np.uint8)}, 1)
     run_alone("HeadInput", HEAD | {"x": np.zeros((1, 1, 0, 32), np.uint8)}, 1)
@@ -231,6 +319,34 @@ def test_inputs_of_a_head_of_another_shape(vnni: None, change: dict[str, np.ndar
         run_alone("HeadInput", HEAD | change, 1)
 
 
-def test_no_blocks_of_sixteen_without_vnni() -> None:
-    with instructions_of("avx2"), pytest.raises(Exception, match="blocks of sixteen"):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"real": np.zeros((1, 9, 16), np.float32)},
+        {"imaginary": np.zeros((1, 9, 48), np.float32)},
+        {"imaginary": np.zeros((1, 8, 32), np.float32)},
+        {"imaginary": np.zeros((2, 9, 32), np.float32)},
+        {"real": np.zeros((9, 32), np.float32)},
+        {"filters": np.zeros((16, 16), np.float32)},
+        {"filters": np.zeros((32, 17), np.float32)},
+        {"filters": np.zeros((MAX_BINS + 16, 16), np.float32)},
+        {"filters": np.zeros((32, 272), np.float32)},
+        {"filters": np.zeros((0, 16), np.float32)},
+        {"filters": np.zeros((1, 32, 16), np.float32)},
+    ],
+)
+def test_spectra_and_filters_of_another_shape(vnni: None, change: dict[str, np.ndarray]) -> None:
+    with pytest.raises(Exception, match="mel:"):
+        run_alone("Mel", MEL | change, 1, "filters")
+
+
+def test_filters_that_are_not_part_of_the_model(vnni: None) -> None:
+    with pytest.raises(Exception, match="mel: the filters are not constant"):
+        run_alone("Mel", MEL, 1)
+
+
+def test_what_needs_vnni_is_refused_without(avx2: None) -> None:
+    with pytest.raises(Exception, match="blocks of sixteen"):
         run_alone("HeadInput", HEAD, 1)
+    with pytest.raises(Exception, match="not for this processor"):
+        run_alone("Mel", MEL, 1, "filters")
