@@ -6,9 +6,10 @@ set -eu
 venv=$1
 shift
 site=$(find "$venv/lib" -maxdepth 2 -name site-packages)
+[ -d "$site" ] || { echo "error: there are no packages in $venv" >&2; exit 1; }
 before=$(du -sm "$venv" | cut -f1)
 for package in "$@"; do
-  rm -r "$site/$package" "$site/$package"-*.dist-info
+  rm -r "${site:?}/$package" "$site/$package"-*.dist-info
   rm -rf "$site/$package.libs"
 done
 find "$site" -type d \( -name tests -o -name include \) -prune -exec rm -rf {} +
