@@ -77,6 +77,12 @@ def ready_pods(cluster: Cluster) -> int:
     return sum(is_ready(pod) for pod in cluster.pods())
 
 
+def restarts(cluster: Cluster) -> int:
+    """How often the kubelet has started a container of the API again."""
+    states = [state for pod in cluster.pods() for state in pod["status"].get("containerStatuses", [])]
+    return sum(state["restartCount"] for state in states)
+
+
 def cgroup_files(pod: dict[str, Any], controller: str, name: str) -> int:
     """A number from the pod's cgroup (v1), or -1 when the layout is another."""
     for path in Path(f"/sys/fs/cgroup/{controller}").rglob(f"*pod{pod['metadata']['uid']}/{name}"):
@@ -97,7 +103,8 @@ async def during_load(
 
 
 async def kill_container(clips: list[Clip], headers: dict[str, str], cluster: Cluster) -> Tally:
-    """SIGKILL to the process of one API container; the kubelet starts it again."""
+    """SIGKILL to the process of one API container; the kubelet starts it again, and it gets ready."""
+    before = restarts(cluster)
     victim = cluster.pods()[0]["status"]["containerStatuses"][0]["containerID"].removeprefix("docker://")
     async with Load(URL, clips, CLIENTS, headers) as load:
         await load.answered(8)
@@ -105,8 +112,12 @@ async def kill_container(clips: list[Clip], headers: dict[str, str], cluster: Cl
         os.kill(pid, signal.SIGKILL)
         await load.answered(8)
         await asyncio.to_thread(
-            wait_for, "the killed container", lambda: ready_pods(cluster) == REPLICAS, 180
+            wait_for,
+            "the killed container",
+            lambda: restarts(cluster) > before and ready_pods(cluster) == REPLICAS,
+            180,
         )
+        await load.answered(8)
     return load.tally
 
 
