@@ -140,7 +140,7 @@ $(INFRA)/.done: requirements/infra.txt
 	$(INFRA)/bin/pip install -q --require-hashes -r requirements/infra.txt
 	@touch $@
 
-.PHONY: ci lint-infra terraform-validate images image-api image-ui image-training sbom audit scan registry-login registry-logout push sign
+.PHONY: ci lint-infra terraform-validate images image-api image-ui image-training image-lambda sbom audit scan registry-login registry-logout push sign
 ci: ## what a clean runner does: system packages, then every test
 	.ci/run
 
@@ -152,7 +152,7 @@ terraform-validate: ## init and validate terraform/ (fetches the providers)
 	terraform -chdir=terraform validate
 
 images: image-api image-ui ## build the images that are deployed; CACHE=gha uses the runner's build cache
-image-api image-ui image-training: image-%:
+image-api image-ui image-training image-lambda: image-%:
 	MODEL=$(MODEL) VERSION=$(VERSION) CACHE=$(CACHE) docker/build.sh $* $(REGISTRY_PREFIX)asr-$*
 
 sbom: ## build/sbom/: what is inside the images, as CycloneDX

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Build one image of this project with BuildKit.
-# usage: docker/build.sh api|ui|training [IMAGE_NAME]
+# usage: docker/build.sh api|ui|training|lambda [IMAGE_NAME]
 #   BASE_IMAGE   base of the image          (default: docker/base.env, pinned by digest)
 #   VERSION      tag and label              (default: version in pyproject.toml)
-#   MODEL        bundle inside the API      (default: en-quartznet-small)
+#   MODEL        bundle inside api, lambda   (default: en-quartznet-small)
 #   PIP_CONF     pip.conf for a mirror or a proxy; a build secret, so no layer keeps it
 #   CACHE=gha    use the runner's build cache (needs buildx)
 #   PUSH=1       push; with buildx also attach an SBOM and the provenance
 #   BUILD_ARGS   more words for the builder, for example --network=host
 set -euo pipefail
 cd "$(dirname "$0")/.."
-kind=${1:?"usage: docker/build.sh api|ui|training [IMAGE_NAME]"}
+kind=${1:?"usage: docker/build.sh api|ui|training|lambda [IMAGE_NAME]"}
 name=${2:-asr-$kind}
 file=docker/$kind.Dockerfile
+[ "$kind" != lambda ] || file=serverless/Dockerfile
 [ -f "$file" ] || { echo "error: there is no $file" >&2; exit 2; }
 
 if [ -z "${BASE_IMAGE:-}" ]; then
@@ -41,7 +42,7 @@ read -ra command <<<"$builder"
 arguments=(--file "$file" --tag "$name:$VERSION" --tag "$name:${REVISION}"
   --build-arg "BASE_IMAGE=$BASE_IMAGE" --build-arg "VERSION=$VERSION"
   --build-arg "REVISION=$REVISION" --build-arg "CREATED=$CREATED")
-[ "$kind" != api ] || arguments+=(--build-arg "MODEL=${MODEL:-en-quartznet-small}")
+case $kind in api | lambda) arguments+=(--build-arg "MODEL=${MODEL:-en-quartznet-small}") ;; esac
 [ -z "${PIP_CONF:-}" ] || arguments+=(--secret "id=pip-conf,src=$PIP_CONF")
 case $builder in
   *buildx*)

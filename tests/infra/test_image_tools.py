@@ -68,11 +68,14 @@ def test_warm_up_tone_is_a_wave_file_of_the_asked_length() -> None:
         assert (file.getframerate(), file.getnframes(), file.getnchannels()) == (48_000, 24_000, 1)
 
 
-@pytest.mark.parametrize("name", ["api", "ui", "training"])
+@pytest.mark.parametrize(
+    "name",
+    ["docker/api.Dockerfile", "docker/ui.Dockerfile", "docker/training.Dockerfile", "serverless/Dockerfile"],
+)
 def test_what_a_dockerfile_copies_is_in_the_build_context(name: str) -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     allowed = {line[1:].split("/")[0] for line in lines if line.startswith("!")}
-    for line in (ROOT / "docker" / f"{name}.Dockerfile").read_text().splitlines():
+    for line in (ROOT / name).read_text().splitlines():
         if line.startswith("COPY ") and "--from=" not in line:
             source = next(word for word in line.split()[1:] if not word.startswith("--"))
             assert source.split("/")[0] in allowed
@@ -123,14 +126,32 @@ def test_decoders_and_kernels_are_compiled_for_the_image_and_their_compilers_sta
     assert places == sorted(places), "what is taken away is taken away before the image is tried"
 
 
+@pytest.mark.parametrize(
+    ("kind", "dockerfile"),
+    [("api", "docker/api.Dockerfile"), ("ui", "docker/ui.Dockerfile"), ("lambda", "serverless/Dockerfile")],
+)
+def test_every_image_is_built_on_the_pinned_base(tmp_path: Path, kind: str, dockerfile: str) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/asked\n')
+    docker.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "VERSION": "1.2.3", "MODEL": "some-model"}
+    subprocess.run([str(ROOT / "docker/build.sh"), kind], env=environment, check=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[asked.index("--file") + 1] == dockerfile
+    assert f"asr-{kind}:1.2.3" in asked
+    assert any(re.fullmatch(r"BASE_IMAGE=\S+@sha256:[0-9a-f]{64}", word) for word in asked)
+    assert ("MODEL=some-model" in asked) == (kind != "ui")
+
+
 def test_what_was_compiled_here_stays_out_of_the_build_context() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     after = lines[lines.index("!api/**") :]  # of the lines that match a file, the last one counts
     assert "**/*.so" in after
 
 
-def test_the_api_image_says_its_version_and_revision() -> None:
-    final = (ROOT / "docker/api.Dockerfile").read_text().split(" AS final")[1]
+@pytest.mark.parametrize("dockerfile", ["docker/api.Dockerfile", "serverless/Dockerfile"])
+def test_an_image_says_its_version_and_revision(dockerfile: str) -> None:
+    final = (ROOT / dockerfile).read_text().split(" AS final")[1]
     for name in ("VERSION", "REVISION"):
         assert f"ARG {name}=" in final
         assert f"ASR_{name}=${{{name}}}" in final
