@@ -41,6 +41,16 @@ FIRING_TIMEOUT_S = 300.0
 RESOLVED_TIMEOUT_S = 420.0
 
 
+PLAN = f"""\
+service {{api}}, Prometheus {{prometheus}}, Alertmanager {{alertmanager}}: open them meanwhile
+
+Two callers send clips of {CLIP_S:.0f} s. {ARCHIVISTS} more upload recordings of {ARCHIVE_S / 60:.0f} minutes
+without pause: the queue ({QUEUE_LIMIT_AUDIO_S} s of audio) fills up, and who comes then is refused.
+An alert is pending for two minutes, then fires. `page` wakes somebody, `ticket` waits for
+the morning. When both have been told the uploads stop, and every alert must end.
+"""
+
+
 class Timeline:
     """Events with the seconds since the start, printed as they come."""
 
@@ -49,12 +59,18 @@ class Timeline:
         self._lock = threading.Lock()
         self.seen: dict[str, float] = {}
 
-    def once(self, event: str) -> None:
-        """Print `event` if it is new."""
+    def once(self, event: str, *details: str) -> None:
+        """Print `event` if it is new, with `details` below it."""
         with self._lock:
             if event not in self.seen:
                 self.seen[event] = round(time.monotonic() - self._start_s, 1)
-                print(f"  {self.seen[event]:7.1f} s  {event}", flush=True)
+                print(f"  {self.seen[event]:7.1f} s  {event}", *details, sep="\n             ", flush=True)
+
+
+def says(alert: dict[str, Any]) -> tuple[str, str]:
+    """What a notification tells the person on duty: what is wrong, and where to read on."""
+    notes = alert["annotations"]
+    return notes["summary"], f"runbook: {notes['runbook_url']}"
 
 
 class Webhooks:
@@ -65,8 +81,9 @@ class Webhooks:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 for alert in body["alerts"]:
-                    name = alert["labels"]["alertname"]
-                    timeline.once(f"notification to `{self.path[1:]}`: {name} {alert['status']}")
+                    event = f"{alert['labels']['alertname']} {alert['status']}"
+                    details = says(alert) if alert["status"] == "firing" else ()
+                    timeline.once(f"notification to `{self.path[1:]}`: {event}", *details)
                 self.send_response(200)
                 self.send_header("content-length", "0")
                 self.end_headers()
@@ -141,7 +158,7 @@ class Watch:
         if fill >= 0.8:
             self._timeline.once("the queue is at 80 % of its limit")
         if (self._prometheus.value('sum(asr_rejections_total{reason="queue_full"})') or 0) > 0:
-            self._timeline.once("first clip refused: 429 queue_full")
+            self._timeline.once("first request refused: 429 queue_full")
         states = {
             alert["labels"]["alertname"]: alert["state"] for alert in self._prometheus.get("alerts")["alerts"]
         }
@@ -208,6 +225,7 @@ def run(model: str) -> dict[str, Any]:
         monitor = stack.prometheus({"asr-api": [api.address]}, interval_s=5.0, alertmanager=alertmanager)
         prometheus = PrometheusApi(monitor.url)
         wait_for_scrape(prometheus)
+        print(PLAN.format(api=api.url, prometheus=monitor.url, alertmanager=alertmanager.url), flush=True)
         watch = Watch(timeline, prometheus, alertmanager.url)
         users = Load(api.url, clip.content, clients=2, pause_s=0.5)
         watch.until(lambda: users.answers[200] >= 5, 60.0)
@@ -224,7 +242,7 @@ def run(model: str) -> dict[str, Any]:
         timeline.once("the last long recording is done")
         refused, answered = users.answers[429], users.answers[200]
         served_again = watch.until(lambda: users.answers[200] >= answered + 5, 60.0)
-        timeline.once("calm again: clips are answered")
+        timeline.once("calm again: clips are answered", "the alerts look back five minutes, and end then")
         resolved = watch.until(
             lambda: (
                 "firing" not in watch.states.values()
