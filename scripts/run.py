@@ -196,7 +196,10 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"\n  Page        http://{shown_host}:{arguments.page_port}   drop a file, or speak")
         print(f"  API         http://{shown_host}:{arguments.port}")
         print(f"  Reference   http://{shown_host}:{arguments.port}/docs")
-        print(f"  Your file   curl -F file=@FILE http://{shown_host}:{arguments.port}/transcribe")
+        credentials = "-H 'Authorization: Bearer KEY' " if key else ""
+        print(
+            f"  Your file   curl {credentials}-F file=@FILE http://{shown_host}:{arguments.port}/transcribe"
+        )
         print(f"  Logs        {logs}\n\nCtrl-C stops everything.", flush=True)
         if arguments.once:
             return

@@ -77,6 +77,17 @@ def test_keys_without_one_for_the_page_are_named(tmp_path: Path) -> None:
     assert "set ASR_API_KEY" in line
 
 
+def test_the_command_that_is_shown_names_the_key_where_one_is_needed(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    secret = "sesame-sesame-sesame"
+    keys = {"ASR_MODELS_DIR": str(tmp_path), "ASR_API_KEYS": f"me:{secret}", "ASR_API_KEY": secret}
+    process = start("--model", "tiny", "--port", str(free_port()), "--once", **keys)
+    said, _ = process.communicate(timeout=120)
+    (line,) = [line for line in said.splitlines() if "curl " in line]
+    assert "curl -H 'Authorization: Bearer KEY' -F file=@FILE" in line
+    assert secret not in said
+
+
 def test_the_pages_key_may_stand_in_the_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("run", ROOT / "scripts" / "run.py")
     assert spec is not None
