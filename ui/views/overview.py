@@ -107,14 +107,17 @@ def _models(models: Sequence[Model], strings: Strings) -> str:
 
 
 def _evaluations(value: Any) -> str:
-    """Rates by way of decoding: a model with a language model is measured with it and without."""
+    """A line for each way of decoding: a model with a language model is measured with it and without.
+
+    Lines break between the test sets, not inside of a rate.
+    """
     ways: dict[str, list[str]] = {}
     for entry in value if isinstance(value, list) else []:
         if isinstance(entry, dict) and isinstance(entry.get("wer"), int | float) and "test_set" in entry:
             rates = ways.setdefault(str(entry.get("decoding") or ""), [])
-            rates.append(f"{entry['test_set']} {entry['wer'] * 100:.1f} %")
+            rates.append(f"{entry['test_set']}\N{NO-BREAK SPACE}{entry['wer'] * 100:.1f}\N{NO-BREAK SPACE}%")
     texts = [f"{way}: {', '.join(rates)}" if way else ", ".join(rates) for way, rates in ways.items()]
-    return "; ".join(texts) or "–"
+    return "\n".join(texts) or "–"
 
 
 def _recent(tasks: Sequence[Task], strings: Strings) -> str:
