@@ -151,7 +151,7 @@ terraform-validate: ## init and validate terraform/ (fetches the providers)
 	terraform -chdir=terraform init -backend=false -input=false
 	terraform -chdir=terraform validate
 
-images: image-api image-ui ## build the images that are deployed; CACHE=gha uses the runner's build cache
+images: image-api image-ui ## build the images that are deployed (image-training, image-lambda: the others); CACHE=gha uses the runner's build cache
 image-api image-ui image-training image-lambda: image-%:
 	MODEL=$(MODEL) VERSION=$(VERSION) CACHE=$(CACHE) docker/build.sh $* $(REGISTRY_PREFIX)asr-$*
 
