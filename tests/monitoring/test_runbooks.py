@@ -33,6 +33,7 @@ def test_the_commands_of_a_runbook_exist(path: Path) -> None:
             assert label.replace("=", ": ") in manifests, label
             assert "--prefix" in line
             assert "--tail=" in line, "with a selector kubectl shows ten lines"
+            assert "--ignore-errors" in line, "one pod that has not started yet would hide all the others"
 
 
 def test_the_queries_of_runbooks_hide_nothing() -> None:
