@@ -225,8 +225,12 @@ def form_schema(model: type[_Fields], *, files: str = "file", many: bool = False
         "format": "binary",
         "contentMediaType": "application/octet-stream",
     }
+    meaning = "Audio or video in any common format, judged by its bytes."
     part = {"type": "array", "items": binary, "minItems": 1} if many else binary
-    properties = {**_inline(schema.get("properties", {}), definitions), files: part}
+    properties = {
+        **_inline(schema.get("properties", {}), definitions),
+        files: {**part, "description": meaning},
+    }
     required = [*schema.get("required", []), files]
     content = {"schema": {"type": "object", "properties": properties, "required": required}}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": content}}}

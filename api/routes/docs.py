@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from html import escape
 from typing import Any
@@ -18,10 +20,17 @@ h2 { border-bottom: 1px solid #8888; margin-top: 2.5rem; }
 h3 { margin: 1.5rem 0 .25rem; } code, pre { font: .875rem/1.4 ui-monospace, monospace; }
 pre { background: #8881; padding: .75rem; overflow-x: auto; border-radius: .375rem; }
 .verb { display: inline-block; min-width: 3.5rem; font-weight: 700; }
-table { border-collapse: collapse; width: 100%; margin: .5rem 0; }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: .5rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; }
 tr { border-top: 1px solid #8883; }
 """
+
+
+# OpenAPI has no words for these.
+_LIVE = {
+    "/v1/realtime": "OpenAI's realtime API, for sessions of type <code>transcription</code>",
+    "/vosk": "the protocol of Vosk's server",
+}
 
 
 @router.get("/docs")
@@ -48,15 +57,18 @@ def _page(document: dict[str, Any], base: str) -> Iterator[str]:
         yield f"<h2>{escape(tag)}</h2>"
         for path, verb, operation in operations:
             yield from _operation(path, verb, operation)
-    yield "</body></html>"
+    yield "<h2>live sessions</h2><table>"
+    for path, meaning in _LIVE.items():
+        yield f"<tr><td>WebSocket <code>{path}</code><td>{meaning}"
+    yield "</table></body></html>"
 
 
 def _curl(base: str) -> str:
     return (
         f"curl -F file=@speech.mp3 {base}/transcribe\n"
         f"curl -F file=@speech.mp3 -F format=srt {base}/transcribe\n"
-        f"curl -F model=whisper-1 -F response_format=verbose_json -F file=@speech.mp3 "
-        f"{base}/v1/audio/transcriptions"
+        f"curl -F model=whisper-1 -F response_format=verbose_json -F file=@speech.mp3 \\\n"
+        f"    {base}/v1/audio/transcriptions"
     )
 
 
@@ -64,17 +76,33 @@ def _operation(path: str, verb: str, operation: dict[str, Any]) -> Iterator[str]
     summary = escape(operation.get("summary", ""))
     yield f'<h3><span class="verb">{verb.upper()}</span> <code>{escape(path)}</code></h3><p>{summary}'
     if operation.get("description"):
-        yield f"<br>{escape(operation['description'])}"
+        yield f"<br>{_prose(operation['description'])}"
     yield "</p>"
     content = operation.get("requestBody", {}).get("content", {})
     for schema in (entry.get("schema", {}) for entry in content.values()):
         required = schema.get("required", [])
         yield "<table><tr><th>field<th>type<th>default<th>meaning"
-        for name, field in schema.get("properties", {}).items():
-            default = "required" if name in required else repr(field.get("default", ""))
-            yield f"<tr><td><code>{escape(name)}</code><td>{escape(_kind(field))}"
-            yield f"<td>{escape(default)}<td>{escape(field.get('description', ''))}"
+        fields = schema.get("properties", {})
+        for name in sorted(fields, key=lambda name: name not in required):
+            default = "required" if name in required else _sent(fields[name].get("default"))
+            yield f"<tr><td><code>{escape(name)}</code><td>{escape(_kind(fields[name]))}"
+            yield f"<td>{escape(default)}<td>{_prose(fields[name].get('description', ''))}"
         yield "</table>"
+
+
+def _prose(text: str) -> str:
+    """HTML of a docstring's text: ``code`` and paragraphs."""
+    marked = re.sub(r"``(.+?)``", r"<code>\1</code>", escape(text))
+    return re.sub(r"\n\s*\n", "<br>", marked)
+
+
+def _sent(default: Any) -> str:
+    """A default as a caller would send it in a form; empty where it would send nothing."""
+    if default in (None, "", []):
+        return ""
+    if isinstance(default, list):
+        return ", ".join(map(_sent, default))
+    return default if isinstance(default, str) else json.dumps(default)
 
 
 def _kind(field: dict[str, Any]) -> str:
@@ -85,7 +113,8 @@ def _kind(field: dict[str, Any]) -> str:
     if "const" in field:
         return str(field["const"])
     if options := field.get("anyOf") or field.get("oneOf"):
-        return " or ".join(_kind(option) for option in options)
+        # A form cannot send null.
+        return " or ".join(_kind(option) for option in options if option.get("type") != "null")
     if field.get("type") == "array":
         return f"list of {_kind(field.get('items', {}))}"
     return str(field.get("title") if field.get("type") == "object" else field.get("type", "any"))

@@ -232,6 +232,23 @@ def test_docs_load_nothing_from_other_hosts(client: httpx.Client, server: LiveSe
         assert path in page
 
 
+def test_docs_are_written_for_callers_not_for_python(client: httpx.Client) -> None:
+    page = client.get("/docs").text
+    rows = dict(re.findall(r"<tr><td><code>(\w+)</code>(.*)", page.replace("<tr>", "\n<tr>")))
+    assert rows["stream"].startswith("<td>boolean<td>false<td>")
+    assert rows["format"].endswith("<td>json<td>verbose_json is the same as json here.")
+    assert rows["language"].startswith("<td>string<td><td>"), "nothing is sent"
+    assert rows["file"].startswith("<td>file<td>required<td>Audio or video")
+    first = page.split("<table>")[1]
+    assert first.index("<code>file</code>") < first.index("<code>model</code>"), (
+        "what is required comes first"
+    )
+    assert "<td>segment<td>With verbose_json" in page
+    assert "``" not in page
+    for path in client.get("/").json()["websockets"].values():
+        assert f"<code>{path}</code>" in page
+
+
 def test_openapi_describes_the_fields(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     body = paths["/v1/audio/transcriptions"]["post"]["requestBody"]["content"]["multipart/form-data"][
