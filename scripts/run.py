@@ -201,9 +201,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"  Your file   curl {credentials}-F file=@FILE http://{shown_host}:{arguments.port}/transcribe"
         )
         print(f"  Logs        {logs}\n\nCtrl-C stops everything.", flush=True)
-        if arguments.once:
-            return
-        while True:
+        while not arguments.once:
             for child in children:
                 child.check()
             time.sleep(0.5)
@@ -214,6 +212,7 @@ def run(arguments: argparse.Namespace) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         for child in reversed(children):
             child.stop()
+    shutil.rmtree(logs, ignore_errors=True)  # kept where something failed
     print("Stopped.")
 
 

@@ -63,6 +63,8 @@ def test_the_sample_is_transcribed_and_sigterm_stops_everything(tmp_path: Path) 
     assert process.returncode == 0
     assert any("samples/hello.flac" in line for line in said)
     assert said[-1] == "Stopped.\n"
+    (logs,) = [line.split()[1] for line in said if line.split()[:1] == ["Logs"]]
+    assert not Path(logs).exists()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(port)))
 

@@ -180,7 +180,7 @@ def test_the_autoscaler_reads_a_metric_that_the_service_has_and_the_adapter_serv
 
 
 def test_the_autoscaler_adds_a_pod_while_waits_are_short(production: list[dict[str, Any]]) -> None:
-    """docs/capacity.md: nothing happens within 10 % of the target; a pod is full at 0.91 to 0.99 of its CPU."""
+    """docs/capacity.md: nothing happens within 10 % of the target; a pod is full at 0.91 to 0.99 CPU."""
     container = of_kind(production, "Deployment")["asr-api"]["spec"]["template"]["spec"]["containers"][0]
     workers = int(container["resources"]["limits"]["cpu"])
     autoscaler = of_kind(production, "HorizontalPodAutoscaler")["asr-api"]
