@@ -221,8 +221,11 @@ class WorkerPool:
                         continue
                     self._running[thread] = _Running(entries, self._clock())
                     alone = len(self._running) == 1 and not self.waiting
-                with self._telemetry.busy.working():
+                self._telemetry.busy.begin()
+                try:
                     self._run(queue.engine, entries, alone=alone)
+                finally:
+                    self._telemetry.busy.end()
                 audio_s = sum(entry.audio_s for entry in entries)
                 with self._changed:
                     del self._running[thread]

@@ -115,7 +115,8 @@ class Switch:
             (Stage, "__exit__"): _nothing,
             (Batch, "__enter__"): _itself,
             (Batch, "__exit__"): _nothing,
-            (BusyWindow, "working"): contextlib.nullcontext,
+            (BusyWindow, "begin"): _nothing,
+            (BusyWindow, "end"): _nothing,
             **{(Telemetry, name): _nothing for name in ("record_stage", "transcribed", "origin")},
         }
         real = {(owner, name): vars(owner)[name] for owner, name in silenced}

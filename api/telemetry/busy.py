@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 
 
 class BusyWindow:
-    """Share of the workers' time inside :meth:`working`, over a trailing window. Thread-safe.
+    """Share of the workers' time from :meth:`begin` to :meth:`end`, over a trailing window. Thread-safe.
 
     A window and not "since the last scrape": two scrapers must not spoil each other's value.
     """
@@ -23,19 +21,17 @@ class BusyWindow:
         self._finished: deque[tuple[float, float]] = deque()
         self._born_s = time.monotonic()
 
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """Around what a worker does."""
-        worker = threading.get_ident()
+    def begin(self) -> None:
+        """The worker whose thread calls this has something to do."""
         with self._lock:
-            self._running[worker] = time.monotonic()
-        try:
-            yield
-        finally:
-            with self._lock:
-                now_s = time.monotonic()
-                self._finished.append((self._running.pop(worker), now_s))
-                self._prune(now_s)
+            self._running[threading.get_ident()] = time.monotonic()
+
+    def end(self) -> None:
+        """It has done it."""
+        with self._lock:
+            now_s = time.monotonic()
+            self._finished.append((self._running.pop(threading.get_ident()), now_s))
+            self._prune(now_s)
 
     def ratio(self) -> float:
         """Busy time over available time in the window, 0 to 1."""

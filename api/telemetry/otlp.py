@@ -86,7 +86,25 @@ def _fill(message: Span, span: ReadableSpan) -> None:
     message.flags = _flags(parent)
     if parent is not None:
         message.parent_span_id = _span_id(parent)
-    for key, value in _attributes(span).items():
+    if isinstance(span, FinishedSpan):
+        shared = span.shared_attributes
+        if shared:
+            if shared.encoded is None:
+                shared.encoded = _filled(Span(), shared).attributes
+            message.attributes.extend(shared.encoded)
+        _filled(message, span.own_attributes)
+    else:
+        _filled(message, _attributes(span))
+    for link in span.links:
+        message.links.add(
+            trace_id=link.context.trace_id.to_bytes(16, "big"),
+            span_id=_span_id(link.context),
+            flags=_flags(link.context),
+        )
+
+
+def _filled(message: Span, attributes: Mapping[str, object]) -> Span:
+    for key, value in attributes.items():
         item = message.attributes.add(key=key).value
         if isinstance(value, str):
             item.string_value = value
@@ -94,14 +112,9 @@ def _fill(message: Span, span: ReadableSpan) -> None:
             item.bool_value = value
         elif isinstance(value, int):
             item.int_value = value
-        else:
+        elif isinstance(value, float):
             item.double_value = value
-    for link in span.links:
-        message.links.add(
-            trace_id=link.context.trace_id.to_bytes(16, "big"),
-            span_id=_span_id(link.context),
-            flags=_flags(link.context),
-        )
+    return message
 
 
 def _span_id(context: SpanContext) -> bytes:

@@ -35,7 +35,7 @@ def outcome_of(status: int, code: str | None = None) -> str:
     return "invalid" if status < 500 else "error"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestEnd:
     """How an HTTP request of any route ended.
 

@@ -32,7 +32,7 @@ from opentelemetry.trace import (
 from opentelemetry.util.http import sanitize_method
 
 from api.telemetry.record import RequestEnd
-from api.telemetry.spans import AttributeValue, RequestSpan, without_query
+from api.telemetry.spans import AttributeValue, RequestSpan, SharedAttributes, without_query
 
 if TYPE_CHECKING:
     from api.telemetry.tracing import Tracing
@@ -54,7 +54,7 @@ class RequestSpans:
         self._sampler = tracing.provider.sampler
         self._ids = tracing.provider.id_generator
         self._fields = {name.encode() for name in propagate.get_global_textmap().fields}
-        self._known: dict[object, dict[str, Any]] = {}
+        self._known: dict[object, SharedAttributes] = {}
         self._given = _GivenIds()
         late = TracerProvider(
             resource=tracing.resource,
@@ -97,21 +97,22 @@ class RequestSpans:
 
     def end(self, request: RequestSpan, end: RequestEnd, attributes: Mapping[str, AttributeValue]) -> None:
         """Make the span of a request that is over."""
-        told = {**self._attributes(request.scope), **attributes}
+        shared = self._attributes(request.scope)
         context, status = request.get_span_context(), end.answered
         if end.error is None and 0 < status < 500:
-            told.update(dict.fromkeys(self._status_names, status))
             self._tracing.finished(
                 _name(request.scope),
                 context,
                 _context_of(request.parent),
                 start_ns=request.start_ns,
                 end_ns=end.end_ns,
-                attributes=told,
+                attributes={**attributes, **dict.fromkeys(self._status_names, status)},
+                shared=shared,
                 kind=SpanKind.SERVER,
             )
             return
         self._given.context = context
+        told = {**shared, **attributes}
         span = self._tracer.start_span(
             _name(request.scope), request.parent, SpanKind.SERVER, told, start_time=request.start_ns
         )
@@ -132,19 +133,19 @@ class RequestSpans:
         self._set_status(span, 200)
         return tuple(span.attributes or ()) if isinstance(span, ReadableSpan) else ()
 
-    def _attributes(self, scope: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _attributes(self, scope: Mapping[str, Any]) -> SharedAttributes:
         """What the instrumentation tells of a request; put together once for those that look the same."""
         headers = tuple([header for header in scope["headers"] if header[0] in _TOLD_HEADERS])
         key = (tuple([scope.get(name) for name in _TOLD]), headers)
         known = self._known.get(key)
         if known is not None:
             return known
-        attributes: dict[str, Any] = collect_request_attributes(  # type: ignore[no-untyped-call]
-            scope, self._convention
+        attributes = SharedAttributes(
+            collect_request_attributes(scope, self._convention)  # type: ignore[no-untyped-call]
         )
         attributes["http.route"] = scope["path"]
         if scope.get("query_string"):
-            return without_query(attributes)
+            return SharedAttributes(without_query(attributes))
         if sum(len(value) for _, value in headers) <= _LONGEST_REMEMBERED:
             if len(self._known) >= _MOST_REMEMBERED:
                 self._known.clear()

@@ -151,18 +151,25 @@ def root_context() -> SpanContext:
     return SpanContext(random.getrandbits(128) or 1, random.getrandbits(64) or 1, False, SAMPLED)
 
 
+class SharedAttributes(dict[str, AttributeValue]):
+    """Attributes that many spans have in common. ``encoded`` is the exporter's: what they look like to it."""
+
+    encoded: Any = None
+
+
 class FinishedSpan:
     """What an exporter reads; times in nanoseconds since the epoch."""
 
     __slots__ = (
-        "attributes",
         "context",
         "end_time",
         "kind",
         "links",
         "name",
+        "own_attributes",
         "parent",
         "resource",
+        "shared_attributes",
         "start_time",
         "status",
     )
@@ -181,6 +188,7 @@ class FinishedSpan:
         start_ns: int,
         end_ns: int,
         attributes: Mapping[str, AttributeValue] | None = None,
+        shared: SharedAttributes | None = None,
         links: Sequence[Link] = (),
         failed: bool = False,
         kind: SpanKind = SpanKind.INTERNAL,
@@ -192,9 +200,15 @@ class FinishedSpan:
         self.resource = resource
         self.start_time = start_ns
         self.end_time = end_ns
-        self.attributes = attributes
+        self.own_attributes = attributes or {}
+        self.shared_attributes = shared
         self.links = links
         self.status = _ERROR if failed else _UNSET
+
+    @property
+    def attributes(self) -> Mapping[str, AttributeValue]:
+        """Those of its own and those it shares."""
+        return {**(self.shared_attributes or {}), **self.own_attributes}
 
     def get_span_context(self) -> SpanContext:
         """Its own ids."""

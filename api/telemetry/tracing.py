@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.trace import Link, SpanContext, SpanKind
 
-from api.telemetry.spans import AttributeValue, FinishedSpan, HashedResource
+from api.telemetry.spans import AttributeValue, FinishedSpan, HashedResource, SharedAttributes
 
 _log = structlog.get_logger("api.telemetry")
 
@@ -107,7 +107,14 @@ class CountingProcessor(BatchSpanProcessor):
     """Counts the spans that a full queue pushes out; the SDK by itself only logs that it happens."""
 
     def __init__(self, exporter: SpanExporter, count: CountSpans) -> None:
-        super().__init__(exporter)
+        # Four times the SDK's sizes, where the environment names none: a request makes nine spans, and an
+        # export takes a millisecond however many it brings.
+        sized = {"OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"} & os.environ.keys()
+        super().__init__(
+            exporter,
+            max_queue_size=None if sized else 8192,
+            max_export_batch_size=None if sized else 2048,
+        )
         self._count = count
 
     def on_end(self, span: ReadableSpan) -> None:
@@ -158,6 +165,7 @@ class Tracing:
         start_ns: int,
         end_ns: int,
         attributes: Mapping[str, AttributeValue] | None = None,
+        shared: SharedAttributes | None = None,
         links: Sequence[Link] = (),
         failed: bool = False,
         kind: SpanKind = SpanKind.INTERNAL,
@@ -171,6 +179,7 @@ class Tracing:
             start_ns=start_ns,
             end_ns=end_ns,
             attributes=attributes,
+            shared=shared,
             links=links,
             failed=failed,
             kind=kind,

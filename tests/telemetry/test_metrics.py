@@ -174,8 +174,9 @@ def test_busy_window_counts_running_and_finished_work() -> None:
     done = threading.Event()
 
     def work() -> None:
-        with window.working():
-            done.wait(20)
+        window.begin()
+        done.wait(20)
+        window.end()
 
     workers = [threading.Thread(target=work) for _ in range(2)]
     for worker in workers:
@@ -193,8 +194,8 @@ def test_busy_window_counts_running_and_finished_work() -> None:
 def test_busy_window_forgets() -> None:
     window = BusyWindow(window_s=0.05)
     window.workers = 1
-    with window.working():
-        pass
+    window.begin()
+    window.end()
     time.sleep(0.1)
     assert window.ratio() == 0
 
