@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.errors import CheckpointError
@@ -16,6 +19,14 @@ def from_hub(kind: Any, source: str, revision: str | None, **options: Any) -> An
         return kind.from_pretrained(source, revision=revision or "main", **options)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: no {kind.__name__} there: {str(error).splitlines()[0]}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """What another run left as `weights.safetensors`. Raises CheckpointError."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: no weights can be read: {error}") from error
 
 
 def fill(

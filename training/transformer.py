@@ -12,13 +12,18 @@ from torch.nn import functional
 from training.masks import frame_mask
 
 
+def check_heads(width: int, heads: int) -> None:
+    """Raises ValueError where the heads do not share the width evenly."""
+    if heads < 1 or width < 1 or width % heads:
+        raise ValueError(f"width {width} is not a multiple of {heads} heads")
+
+
 class Attention(nn.Module):
     """Multi-head attention of (batch, frames, width) on itself or on another sequence."""
 
     def __init__(self, width: int, heads: int, key_bias: bool = True) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        check_heads(width, heads)
         self.heads = heads
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width, bias=key_bias)

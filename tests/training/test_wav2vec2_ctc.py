@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Wav2Vec2Config as TheirConfig
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Model
 
-from training.errors import CheckpointError
+from training.config import load_config
+from training.errors import CheckpointError, ConfigError
 from training.inference import compare, cpu_session, run_graph
 from training.pretrained import fill
 from training.recipes.rehearsal import tiny_wav2vec2
 from training.recipes.wav2vec2_ctc.export import export_graph
 from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc, from_published
+from training.recipes.wav2vec2_ctc.recipe import Wav2Vec2Recipe
+from training.stages.command import main
 from training.transformer import EncoderLayer, key_bias
 from training.transformer_quantize import dynamic, static
 
@@ -160,3 +165,61 @@ def test_missing_and_foreign_tensors_are_named(base: Path, network: Wav2Vec2Ctc)
         fill(fresh, {**state, "projection.weight": torch.zeros(1)}, new=new)
     with pytest.raises(CheckpointError, match=r"layers\.2\.fc1\.bias: the network has no such tensor"):
         fill(fresh, {**state, "layers.2.fc1.bias": torch.zeros(1)}, new=new)
+
+
+# --- from random weights -----------------------------------------------------------------------------
+
+FROM_RANDOM = """
+name: ru-from-random
+language: ru
+data: {{manifest: {manifest}, fractions: [0.6, 0.2, 0.2]}}
+model:
+  shape: {{width: 32, layers: 1, heads: 2, inner: 64, channels: [8, 8, 8, 8, 8, 8, 8], position_groups: 4}}
+training: {{epochs: 1, workers: 0, threads: 1}}
+benchmark: {{clip_s: 1, repeats: 1, max_wer_loss: 1}}
+bundle: {{licence: MIT}}
+"""
+
+
+def from_random(folder: Path, manifest: Path, *changes: str) -> Wav2Vec2Recipe:
+    path = folder / "random.yaml"
+    path.write_text(FROM_RANDOM.format(manifest=manifest))
+    return Wav2Vec2Recipe(load_config(path, changes))
+
+
+def test_a_shape_goes_from_random_weights_to_a_bundle_and_on_in_another_run(
+    tmp_path: Path, corpus: Callable[[str], Path]
+) -> None:
+    recipe = from_random(tmp_path, corpus("ru"))
+    network = recipe.network(recipe.codec())
+    assert all(value.requires_grad for value in network.parameters())
+    arguments = ["all", "--config", str(tmp_path / "random.yaml"), "--run", str(tmp_path / "run")]
+    assert main(Wav2Vec2Recipe, arguments) == 0
+    assert (tmp_path / "run" / "bundle" / "ru-from-random" / "model.onnx").is_file()
+    further = from_random(
+        tmp_path, corpus("ru"), "model.checkpoint=run/weights.safetensors", "model.dropout=0"
+    )
+    trained = load_file(tmp_path / "run" / "weights.safetensors")
+    state = further.network(further.codec()).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in trained.items())
+
+
+def test_facts_are_those_of_the_shape(tmp_path: Path) -> None:
+    strides = "model.shape.strides=[5, 2, 2, 2, 2, 2, 4]"
+    facts = from_random(tmp_path, tmp_path / "manifest.jsonl", strides).facts()
+    assert facts.frame_stride_s == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("model.shape.heads=3", "width 32 is not a multiple of 3 heads"),
+        ("model.shape.position_groups=5", "width 32 is not a multiple of 5 position_groups"),
+        ("model.shape.channels=[8, 8]", "one number per convolution each"),
+        ("model.shape.kernel=3", r"model: shape\.kernel"),
+        ("model={checkpoint: weights.safetensors}", "checkpoint needs the shape it has"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_named(tmp_path: Path, change: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        from_random(tmp_path, tmp_path / "manifest.jsonl", change)

@@ -15,17 +15,18 @@ import onnx
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 from transformers import WhisperFeatureExtractor, WhisperModel, WhisperProcessor
 
 from training import convert
 from training.config import load_config
 from training.data.manifest import Utterance, write_manifest
-from training.errors import CheckpointError
+from training.errors import CheckpointError, ConfigError
 from training.inference import compare, cpu_session, run_graph
 from training.loop.run_folder import RunFolder
 from training.recipes.rehearsal import tiny_whisper
 from training.recipes.whisper_ctc.export import export_graph
-from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc
+from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc, sinusoids
 from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
 from training.restricted_pickle import Inert, load_state_dict
 from training.stages.command import main
@@ -264,3 +265,70 @@ def test_a_configuration_of_a_smaller_network_is_refused(
     assert convert.main([*arguments, "--models-dir", str(tmp_path / "models")]) == 2
     assert "encoder.layers.1.self_attn.q_proj.weight: the network has no such" in capsys.readouterr().err
     assert not (tmp_path / "models").exists()
+
+
+# --- from random weights -----------------------------------------------------------------------------
+
+FROM_RANDOM = """
+name: ru-from-random
+language: ru
+data: {{manifest: {manifest}, fractions: [0.6, 0.2, 0.2]}}
+model: {{shape: {{width: 32, layers: 1, heads: 2, inner: 64}}}}
+training: {{epochs: 1, workers: 0, threads: 1}}
+benchmark: {{clip_s: 1, repeats: 1, max_wer_loss: 1}}
+bundle: {{licence: MIT}}
+"""
+
+
+def from_random(folder: Path, manifest: Path, *changes: str) -> WhisperCtcRecipe:
+    path = folder / "random.yaml"
+    path.write_text(FROM_RANDOM.format(manifest=manifest))
+    return WhisperCtcRecipe(load_config(path, changes))
+
+
+def test_positions_are_whispers(base: Path) -> None:
+    theirs = WhisperModel.from_pretrained(base).encoder.embed_positions.weight
+    torch.testing.assert_close(sinusoids(*theirs.shape), theirs, atol=2e-4, rtol=0)
+    assert torch.equal(WhisperCtc(EncoderConfig(), 5).encoder.embed_positions.weight, sinusoids(1500, 384))
+
+
+def test_a_shape_starts_from_random_weights_that_all_learn(tmp_path: Path) -> None:
+    recipe = from_random(tmp_path, tmp_path / "manifest.jsonl")
+    codec = recipe.codec()
+    assert codec.vocabulary.kind == "chars"
+    network = recipe.network(codec)
+    still = {name for name, value in network.named_parameters() if not value.requires_grad}
+    assert still == {"encoder.embed_positions.weight"}
+
+
+def test_a_shape_goes_from_recordings_to_a_bundle_and_on_in_another_run(
+    tmp_path: Path, corpus: Callable[[str], Path]
+) -> None:
+    from_random(tmp_path, corpus("ru"))
+    arguments = ["--config", str(tmp_path / "random.yaml"), "--run", str(tmp_path / "first")]
+    assert main(WhisperCtcRecipe, ["all", *arguments]) == 0
+    trained = load_file(tmp_path / "first" / "weights.safetensors")
+    changes = ("model.checkpoint=first/weights.safetensors", "model.length=fixed30")
+    padded = from_random(tmp_path, corpus("ru"), *changes)
+    network = padded.network(padded.codec())
+    assert all(torch.equal(value, trained[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("model.shape.heads=3", "width 32 is not a multiple of 3 heads"),
+        ("model.shape.kernel=3", r"model: shape\.kernel"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_named(tmp_path: Path, change: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        from_random(tmp_path, tmp_path / "manifest.jsonl", change)
+
+
+def test_weights_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"nothing")
+    changes = ["model.checkpoint=weights.safetensors"]
+    recipe = from_random(tmp_path, tmp_path / "manifest.jsonl", *changes)
+    with pytest.raises(CheckpointError, match="no weights can be read"):
+        recipe.network(recipe.codec())

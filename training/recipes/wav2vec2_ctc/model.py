@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from training.errors import CheckpointError
 from training.masks import frame_mask
-from training.transformer import EncoderLayer, key_bias
+from training.transformer import EncoderLayer, check_heads, key_bias
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,15 @@ class Wav2Vec2Config:
     position_kernel: int = 128
     position_groups: int = 16
     norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_heads(self.width, self.heads)
+        if not len(self.channels) == len(self.kernels) == len(self.strides):
+            raise ValueError("channels, kernels and strides are one number per convolution each")
+        if self.width % self.position_groups:
+            raise ValueError(
+                f"width {self.width} is not a multiple of {self.position_groups} position_groups"
+            )
 
     @classmethod
     def from_transformers(cls, config: Any) -> Wav2Vec2Config:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import onnx
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from training.config import Section
-from training.pretrained import fill, from_hub
+from training.pretrained import fill, from_hub, read_weights
 from training.recipes.wav2vec2_ctc.export import export_graph
 from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc, from_published
 from training.stages.recipe import Facts, Recipe, Waveforms
@@ -27,6 +27,13 @@ class Wav2Vec2Settings(Section):
         description="Pre-trained checkpoint: a folder, or its hub name.",
     )
     revision: str | None = Field(default=None, description="Commit of the hub checkpoint.")
+    shape: Wav2Vec2Config | None = Field(
+        default=None,
+        description="Start from random weights of this shape instead of `base`; all of them learn.",
+    )
+    checkpoint: Path | None = Field(
+        default=None, description="Another run's weights.safetensors of this `shape` to start from."
+    )
     frozen_features: bool = Field(
         default=True, description="The convolutional feature encoder does not learn."
     )
@@ -35,6 +42,12 @@ class Wav2Vec2Settings(Section):
         default=0.05, ge=0, lt=1, description="Share of the frames masked while training."
     )
     max_window_s: float = Field(default=30.0, gt=0, description="Longest window the service gives at once.")
+
+    @model_validator(mode="after")
+    def _of_a_shape(self) -> Wav2Vec2Settings:
+        if self.checkpoint is not None and self.shape is None:
+            raise ValueError("checkpoint needs the shape it has; published checkpoints are a base")
+        return self
 
 
 class Wav2Vec2Recipe(Recipe):
@@ -45,27 +58,35 @@ class Wav2Vec2Recipe(Recipe):
     settings: Wav2Vec2Settings
 
     def facts(self) -> Facts:
-        """Every variant has the same convolutions: 20 ms per frame, 25 ms for the first."""
-        config = Wav2Vec2Config()
+        """Every published variant has the same convolutions: 20 ms per frame, 25 ms for the first."""
+        config = self.settings.shape or Wav2Vec2Config()
         return Facts(
             config.stride_samples / 16_000, self.settings.max_window_s, min_samples=config.min_samples
         )
 
     def network(self, codec: TokenCodec) -> nn.Module:
-        """The pre-trained network with a new head."""
+        """The pre-trained network with a new head, or a new network."""
+        if self.settings.shape is not None:
+            network = self._made(self.settings.shape, codec)
+            if self.settings.checkpoint is not None:
+                fill(network, read_weights(self.settings.checkpoint))
+            return network
         from transformers import Wav2Vec2Model
 
         model = from_hub(Wav2Vec2Model, self.settings.base, self.settings.revision, dtype=torch.float32)
-        network = Wav2Vec2Ctc(
-            Wav2Vec2Config.from_transformers(model.config),
-            len(codec.vocabulary),
-            dropout=self.settings.dropout,
-            mask_share=self.settings.mask_share,
-        )
+        network = self._made(Wav2Vec2Config.from_transformers(model.config), codec)
         fill(network, from_published(model.state_dict()), new=("head.",), optional=("masked",))
         if self.settings.frozen_features:
             network.features.requires_grad_(False)
         return network
+
+    def _made(self, config: Wav2Vec2Config, codec: TokenCodec) -> Wav2Vec2Ctc:
+        return Wav2Vec2Ctc(
+            config,
+            len(codec.vocabulary),
+            dropout=self.settings.dropout,
+            mask_share=self.settings.mask_share,
+        )
 
     def export(self, network: nn.Module) -> onnx.ModelProto:
         """Normalisation, feature encoder, Transformer and head in one graph."""

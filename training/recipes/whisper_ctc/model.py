@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,9 +18,10 @@ from torch.nn import functional
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
 from training.errors import CheckpointError
 from training.masks import frame_mask
+from training.pretrained import read_weights
 from training.recipes.whisper_ctc.frontend import WhisperLogMel
 from training.restricted_pickle import load_state_dict
-from training.transformer import EncoderLayer, key_bias
+from training.transformer import EncoderLayer, check_heads, key_bias
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class EncoderConfig:
     heads: int = 6
     inner: int = 1536
     positions: int = 1500
+
+    def __post_init__(self) -> None:
+        check_heads(self.width, self.heads)
 
     @classmethod
     def from_transformers(cls, config: Any) -> EncoderConfig:
@@ -46,6 +51,14 @@ class EncoderConfig:
         )
 
 
+def sinusoids(positions: int, width: int) -> Tensor:
+    """Whisper's positions (positions, width): sines, then cosines, of 2 pi to 20,000 pi frames."""
+    half = width // 2
+    rates = np.exp(-np.log(10_000.0) / (half - 1) * np.arange(half))
+    angles = np.arange(positions)[:, None] * rates[None, :]
+    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()
+
+
 class WhisperEncoder(nn.Module):
     """Two convolutions, positions, pre-norm layers."""
 
@@ -54,7 +67,8 @@ class WhisperEncoder(nn.Module):
         self.config = config
         self.conv1 = nn.Conv1d(config.bands, config.width, 3, padding=1)
         self.conv2 = nn.Conv1d(config.width, config.width, 3, stride=2, padding=1)
-        self.embed_positions = nn.Embedding(config.positions, config.width)
+        positions = sinusoids(config.positions, config.width)
+        self.embed_positions = nn.Embedding(config.positions, config.width, _weight=positions)
         self.layers = nn.ModuleList(
             EncoderLayer(config.width, config.heads, config.inner, key_bias=False, dropout=dropout)
             for _ in range(config.layers)
@@ -67,6 +81,14 @@ class WhisperEncoder(nn.Module):
         super().requires_grad_(requires_grad)
         self.embed_positions.requires_grad_(False)
         return self
+
+    def start_from_random(self) -> None:
+        """Let the convolutions keep the size of what they are given (He et al. 2015).
+
+        With torch's own start what was heard is a 25th of the positions, and CTC stays at blanks.
+        """
+        for convolution in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
 
     def forward(self, features: Tensor, lengths: Tensor, *, fixed: bool = False) -> tuple[Tensor, Tensor]:
         """(batch, frames, bands), (batch,) -> (batch, frames / 2 rounded up, width), (batch,).
@@ -131,8 +153,8 @@ class WhisperCtc(nn.Module):
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
-    """`encoder.*` and `ctc_head.*` of a Lightning checkpoint. Raises CheckpointError."""
-    state = load_state_dict(path)
+    """`encoder.*` and `ctc_head.*` of a Lightning checkpoint or a run's weights. Raises CheckpointError."""
+    state = read_weights(path) if path.suffix == ".safetensors" else load_state_dict(path)
     for name in ("ctc_head.0.weight", "ctc_head.3.weight"):
         if name not in state:
             raise CheckpointError(f"{path.name}: {name} is missing; it has {sorted(state)[:3]} and more")

@@ -29,9 +29,15 @@ class WhisperCtcSettings(Section):
         description="Whisper checkpoint with tokenizer: a folder, or its hub name.",
     )
     revision: str | None = Field(default=None, description="Commit of the hub checkpoint.")
+    shape: EncoderConfig | None = Field(
+        default=None,
+        description="Start from random weights of this shape instead of `base`. The encoder then learns, "
+        "too, and the outputs are the language's characters.",
+    )
     checkpoint: Path | None = Field(
         default=None,
-        description="A published Lightning checkpoint (`encoder.*`, `ctc_head.*`) to start from.",
+        description="A published Lightning checkpoint (`encoder.*`, `ctc_head.*`), or another run's "
+        "weights.safetensors, to start from.",
     )
     head_width: int | None = Field(
         default=None, ge=1, description="Hidden width of the head; default: encoder's."
@@ -53,8 +59,13 @@ class WhisperCtcRecipe(Recipe):
     def _published(self) -> dict[str, Tensor] | None:
         return read_published(self.settings.checkpoint) if self.settings.checkpoint else None
 
-    def codec(self) -> ByteLevelCodec:
-        """The checkpoint's tokenizer; the blank is its pad token, the outputs are those of `ctc_head.3`."""
+    def codec(self) -> TokenCodec:
+        """The checkpoint's tokenizer; the blank is its pad token, the outputs are those of `ctc_head.3`.
+
+        Characters where the weights start from random.
+        """
+        if self.settings.shape is not None:
+            return super().codec()
         tokenizer = load_tokenizer(self.settings.base, self.settings.revision)
         published = self._published()
         return ByteLevelCodec(tokenizer, head_shape(published)[1] if published else None)
@@ -67,30 +78,31 @@ class WhisperCtcRecipe(Recipe):
         """The base's encoder with a new head, or encoder and head of a published checkpoint."""
         config, encoder = self._base()
         published = self._published()
-        hidden, outputs = self.settings.head_width, len(codec.vocabulary)
-        if published is not None:
-            hidden, outputs = head_shape(published)
         network = WhisperCtc(
             config,
-            outputs,
-            hidden=hidden,
+            len(codec.vocabulary),
+            hidden=head_shape(published)[0] if published is not None else self.settings.head_width,
             fixed=self.settings.length == "fixed30",
             dropout=self.settings.dropout,
             augment=self.config.augment.features if self.config.augment else None,
         )
         if published is not None:
             fill(network, published)
-        else:
+        elif encoder is not None:
             fill(network.encoder, encoder)
-        network.encoder.requires_grad_(not self.settings.frozen_encoder)
+        else:
+            network.encoder.start_from_random()
+        network.encoder.requires_grad_(self.settings.shape is not None or not self.settings.frozen_encoder)
         return network
 
-    def _base(self) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    def _base(self) -> tuple[EncoderConfig, dict[str, Tensor] | None]:
+        if self.settings.shape is not None:
+            return self.settings.shape, None
         from transformers import WhisperConfig, WhisperModel
 
         source, revision = self.settings.base, self.settings.revision
         if self.settings.checkpoint is not None:
-            return EncoderConfig.from_transformers(from_hub(WhisperConfig, source, revision)), {}
+            return EncoderConfig.from_transformers(from_hub(WhisperConfig, source, revision)), None
         model = from_hub(WhisperModel, source, revision, dtype=torch.float32)
         return EncoderConfig.from_transformers(model.config), model.encoder.state_dict()
 
