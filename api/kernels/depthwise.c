@@ -17,14 +17,11 @@ DepthwiseTask depthwise_task(const DepthwiseCall *call, size_t task) {
 static OrtStatus *compute(void *data, OrtKernelContext *context) {
   const Depthwise *kernel = data;
   const OrtApi *api = kernel->convolution.api;
-  const OrtValue *x;
-  OrtValue *y;
   int64_t shape[4];
   size_t count;
   DepthwiseCall call = {.kernel = kernel, .groups = (kernel->channels + LINE - 1) / LINE};
   look_ahead(&kernel->convolution);
-  TRY(ORT_CALL(api, context_input)(context, X, &x));
-  TRY(shape_of(api, x, shape, &count));
+  TRY(read_input(api, context, X, shape, &count, (void **)&call.x));
   if (count != 4 || shape[1] != 1 || shape[3] != kernel->channels)
     return refuse(api, "depthwise: x is not (batch, 1, frames, channels)");
   call.frames = shape[2];
@@ -39,9 +36,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
     TRY(ORT_CALL(api, tensor_data)((OrtValue *)mask, (void **)&call.mask));
   }
   if (kernel->woven) shape[2] += WOVEN_MORE, shape[3] = whole_lines(shape[3]);
-  TRY(ORT_CALL(api, context_output)(context, 0, shape, 4, &y));
-  TRY(ORT_CALL(api, tensor_data)((OrtValue *)x, (void **)&call.x));
-  TRY(ORT_CALL(api, tensor_data)(y, (void **)&call.y));
+  TRY(make_output(api, context, 0, shape, 4, (void **)&call.y));
   const size_t tasks = (size_t)(shape[0] * call.groups);
   if (tasks == 0 || call.frames == 0) return NULL;
   return ORT_CALL(api, parallel_for)(context, kernel->run, tasks, 0, &call);

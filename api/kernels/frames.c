@@ -85,15 +85,10 @@ enum { WAVEFORM, LENGTHS, PREEMPHASIS, COUNT, FRAMES_INPUTS };
 static OrtStatus *compute(void *data, OrtKernelContext *context) {
   const Frames *kernel = data;
   const OrtApi *api = kernel->api;
-  const OrtValue *inputs[FRAMES_INPUTS];
   int64_t shapes[FRAMES_INPUTS][4];
   size_t counts[FRAMES_INPUTS];
   void *values[FRAMES_INPUTS];
-  for (size_t i = 0; i < FRAMES_INPUTS; i++) {
-    TRY(ORT_CALL(api, context_input)(context, i, &inputs[i]));
-    TRY(shape_of(api, inputs[i], shapes[i], &counts[i]));
-    TRY(ORT_CALL(api, tensor_data)((OrtValue *)inputs[i], &values[i]));
-  }
+  for (size_t i = 0; i < FRAMES_INPUTS; i++) TRY(read_input(api, context, i, shapes[i], &counts[i], &values[i]));
   if (counts[WAVEFORM] != 2 || counts[LENGTHS] != 1 || shapes[LENGTHS][0] != shapes[WAVEFORM][0] ||
       counts[PREEMPHASIS] != 0 || counts[COUNT] != 1 || shapes[COUNT][0] != 1)
     return refuse(api, "frames: not (batch, samples), (batch), a number and (1)");
@@ -103,11 +98,8 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   call.hop = kernel->hop;
   if (call.count < 0 || call.count > INT32_MAX) return refuse(api, "frames: too many blocks");
   const int64_t batch = shapes[WAVEFORM][0], shape[3] = {batch, call.count, call.hop};
-  OrtValue *even, *odd;
-  TRY(ORT_CALL(api, context_output)(context, 0, shape, 3, &even));
-  TRY(ORT_CALL(api, context_output)(context, 1, shape, 3, &odd));
-  TRY(ORT_CALL(api, tensor_data)(even, (void **)&call.even));
-  TRY(ORT_CALL(api, tensor_data)(odd, (void **)&call.odd));
+  TRY(make_output(api, context, 0, shape, 3, (void **)&call.even));
+  TRY(make_output(api, context, 1, shape, 3, (void **)&call.odd));
   call.chunks = (call.count + CHUNK - 1) / CHUNK;
   if (batch * call.chunks == 0) return NULL;
   return ORT_CALL(api, parallel_for)(context, run_frames, (size_t)(batch * call.chunks), 0, &call);
@@ -133,12 +125,10 @@ static int type(const OrtCustomOp *op, size_t index) {
 }
 
 const OrtCustomOp frames_operator = {
-    OPERATOR,
+    FLOAT_OPERATOR,
     .get_name = name,
     .get_input_type = type,
     .get_input_count = input_count,
-    .get_input_kind = required,
-    .get_output_type = floats,
     .get_output_count = output_count,
     .create_kernel_v2 = create,
     .compute_v2 = compute,

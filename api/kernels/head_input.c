@@ -42,24 +42,17 @@ enum { HEAD_INPUTS = X_ZERO + 1 };
 
 static OrtStatus *compute(void *data, OrtKernelContext *context) {
   const OrtApi *api = data;
-  const OrtValue *inputs[HEAD_INPUTS];
   int64_t shapes[HEAD_INPUTS][4];
   size_t counts[HEAD_INPUTS];
   void *values[HEAD_INPUTS];
-  for (size_t i = 0; i < HEAD_INPUTS; i++) {
-    TRY(ORT_CALL(api, context_input)(context, i, &inputs[i]));
-    TRY(shape_of(api, inputs[i], shapes[i], &counts[i]));
-    TRY(ORT_CALL(api, tensor_data)((OrtValue *)inputs[i], &values[i]));
-  }
+  for (size_t i = 0; i < HEAD_INPUTS; i++) TRY(read_input(api, context, i, shapes[i], &counts[i], &values[i]));
   if (counts[X] != 4 || shapes[X][1] != 1 || shapes[X][3] % LANES != 0 || counts[X_SCALE] != 0 || counts[X_ZERO] != 0)
     return refuse(api, "head input: x is not (batch, 1, frames, sixteens of channels) with one scale");
   HeadInputCall call = {.x = values[X], .frames = shapes[X][2], .channels = shapes[X][3]};
   call.scale = *(float *)values[X_SCALE];
   call.zero = *(uint8_t *)values[X_ZERO];
   const int64_t shape[4] = {shapes[X][0], call.channels, 1, call.frames};
-  OrtValue *y;
-  TRY(ORT_CALL(api, context_output)(context, 0, shape, 4, &y));
-  TRY(ORT_CALL(api, tensor_data)(y, (void **)&call.y));
+  TRY(make_output(api, context, 0, shape, 4, (void **)&call.y));
   const int64_t groups = (call.channels / LANES + GROUP - 1) / GROUP, tasks = shape[0] * groups;
   if (tasks == 0 || call.frames == 0) return NULL;
   return ORT_CALL(api, parallel_for)(context, run_head_input, (size_t)tasks, 0, &call);
@@ -77,12 +70,10 @@ static const char *name(const OrtCustomOp *op) { return (void)op, "HeadInput"; }
 static size_t input_count(const OrtCustomOp *op) { return (void)op, HEAD_INPUTS; }
 
 const OrtCustomOp head_input_operator = {
-    OPERATOR,
+    FLOAT_OPERATOR,
     .get_name = name,
     .get_input_type = input_type,
     .get_input_count = input_count,
-    .get_input_kind = required,
-    .get_output_type = floats,
     .get_output_count = one_output,
     .create_kernel_v2 = create,
     .compute_v2 = compute,

@@ -88,20 +88,15 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   int64_t shapes[FILTERS][4];
   void *values[FILTERS];
   for (size_t i = 0; i < FILTERS; i++) {
-    const OrtValue *input;
     size_t count;
-    TRY(ORT_CALL(api, context_input)(context, i, &input));
-    TRY(shape_of(api, input, shapes[i], &count));
+    TRY(read_input(api, context, i, shapes[i], &count, &values[i]));
     if (count != 3 || shapes[i][2] != kernel->bins) return refuse(api, "mel: not (batch, frames, bins)");
-    TRY(ORT_CALL(api, tensor_data)((OrtValue *)input, &values[i]));
   }
   const int64_t shape[3] = {shapes[REAL][0], shapes[REAL][1], kernel->features};
   if (shapes[IMAGINARY][0] != shape[0] || shapes[IMAGINARY][1] != shape[1])
     return refuse(api, "mel: real and imaginary parts of different shapes");
   MelCall call = {.kernel = kernel, .real = values[REAL], .imaginary = values[IMAGINARY]};
-  OrtValue *y;
-  TRY(ORT_CALL(api, context_output)(context, 0, shape, 3, &y));
-  TRY(ORT_CALL(api, tensor_data)(y, (void **)&call.y));
+  TRY(make_output(api, context, 0, shape, 3, (void **)&call.y));
   call.frames = shape[0] * shape[1];
   if (call.frames == 0) return NULL;
   return ORT_CALL(api, parallel_for)(context, run_mel, (size_t)((call.frames + CHUNK - 1) / CHUNK), 0, &call);
@@ -114,19 +109,14 @@ static void destroy(void *kernel) {
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {
   (void)op;
-  int is_constant = 0;
-  const OrtValue *filters;
   int64_t shape[4];
   size_t count;
   void *values;
   if (!is_vnni()) return refuse(api, "mel: not for this processor");
-  TRY(ORT_CALL(api, info_constant)(info, FILTERS, &is_constant, &filters));
-  if (!is_constant) return refuse(api, "mel: the filters are not constant");
-  TRY(shape_of(api, filters, shape, &count));
+  TRY(read_constant(api, info, FILTERS, "mel: the filters are not constant", shape, &count, &values));
   if (count != 2 || shape[0] < 1 || shape[0] > MAX_BINS || shape[0] % LANES != 0 || shape[1] < 1 ||
       shape[1] > MAX_FEATURES || shape[1] % LANES != 0)
     return refuse(api, "mel: the filters are not sixteens of bins by sixteens of features");
-  TRY(ORT_CALL(api, tensor_data)((OrtValue *)filters, &values));
   const size_t bytes = (size_t)(shape[0] * shape[1]) * sizeof(float);
   Mel *kernel = calloc(1, sizeof *kernel);
   if (kernel != NULL) kernel->filters = malloc(bytes);
@@ -147,12 +137,10 @@ static const char *name(const OrtCustomOp *op) { return (void)op, "Mel"; }
 static size_t input_count(const OrtCustomOp *op) { return (void)op, MEL_INPUTS; }
 
 const OrtCustomOp mel_operator = {
-    OPERATOR,
+    FLOAT_OPERATOR,
     .get_name = name,
     .get_input_type = floats,
     .get_input_count = input_count,
-    .get_input_kind = required,
-    .get_output_type = floats,
     .get_output_count = one_output,
     .create_kernel_v2 = create,
     .compute_v2 = compute,

@@ -18,6 +18,31 @@ OrtStatus *shape_of(const OrtApi *api, const OrtValue *value, int64_t shape[4], 
   return status;
 }
 
+OrtStatus *read_input(const OrtApi *api, const OrtKernelContext *context, size_t index, int64_t shape[4], size_t *count,
+                      void **data) {
+  const OrtValue *value;
+  TRY(ORT_CALL(api, context_input)(context, index, &value));
+  TRY(shape_of(api, value, shape, count));
+  return ORT_CALL(api, tensor_data)((OrtValue *)value, data);
+}
+
+OrtStatus *read_constant(const OrtApi *api, const OrtKernelInfo *info, size_t index, const char *missing,
+                         int64_t shape[4], size_t *count, void **data) {
+  int is_constant = 0;
+  const OrtValue *value;
+  TRY(ORT_CALL(api, info_constant)(info, index, &is_constant, &value));
+  if (!is_constant) return refuse(api, missing);
+  TRY(shape_of(api, value, shape, count));
+  return ORT_CALL(api, tensor_data)((OrtValue *)value, data);
+}
+
+OrtStatus *make_output(const OrtApi *api, OrtKernelContext *context, size_t index, const int64_t *shape, size_t count,
+                       void **data) {
+  OrtValue *value;
+  TRY(ORT_CALL(api, context_output)(context, index, shape, count, &value));
+  return ORT_CALL(api, tensor_data)(value, data);
+}
+
 OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const char *name, int64_t *out, size_t count) {
   size_t found = count;
   TRY(ORT_CALL(api, info_int64s)(info, name, out, &found));
@@ -41,16 +66,11 @@ OrtStatus *read_frames(const OrtApi *api, const OrtKernelInfo *info, int64_t tap
 
 /* The data of an input that is part of the model. */
 static OrtStatus *constant(const OrtApi *api, const OrtKernelInfo *info, size_t index, size_t expected, void **data) {
-  int is_constant = 0;
-  const OrtValue *value;
   int64_t shape[4];
   size_t count, elements = 1;
-  TRY(ORT_CALL(api, info_constant)(info, index, &is_constant, &value));
-  if (!is_constant) return refuse(api, "a parameter is not constant");
-  TRY(shape_of(api, value, shape, &count));
+  TRY(read_constant(api, info, index, "a parameter is not constant", shape, &count, data));
   for (size_t i = 0; i < count && count <= 4; i++) elements *= (size_t)shape[i];
-  if (count > 4 || elements != expected) return refuse(api, "a parameter has not one value per channel");
-  return ORT_CALL(api, tensor_data)((OrtValue *)value, data);
+  return count > 4 || elements != expected ? refuse(api, "a parameter has not one value per channel") : NULL;
 }
 
 int allocate_lanes(Convolution *convolution) {

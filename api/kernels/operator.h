@@ -31,6 +31,18 @@ typedef struct {
 OrtStatus *refuse(const OrtApi *api, const char *problem);
 OrtStatus *shape_of(const OrtApi *api, const OrtValue *value, int64_t shape[4], size_t *count);
 
+/* An input that is always there: how many dimensions it has, what they are if they are at most four, and its data. */
+OrtStatus *read_input(const OrtApi *api, const OrtKernelContext *context, size_t index, int64_t shape[4], size_t *count,
+                      void **data);
+
+/* The same of an input that is part of the model; `missing` is what is said where it is not. */
+OrtStatus *read_constant(const OrtApi *api, const OrtKernelInfo *info, size_t index, const char *missing,
+                         int64_t shape[4], size_t *count, void **data);
+
+/* Where to write an output of this shape. */
+OrtStatus *make_output(const OrtApi *api, OrtKernelContext *context, size_t index, const int64_t *shape, size_t count,
+                       void **data);
+
 /* An attribute of exactly `count` whole numbers. */
 OrtStatus *numbers(const OrtApi *api, const OrtKernelInfo *info, const char *name, int64_t *out, size_t count);
 
@@ -72,6 +84,8 @@ int required(const OrtCustomOp *op, size_t index);
 #define OPERATOR                                                                                 \
   .version = ORT_ABI_VERSION, .get_provider = on_cpu, .get_input_memory = default_memory,        \
   .get_output_kind = required
+
+#define FLOAT_OPERATOR OPERATOR, .get_input_kind = required, .get_output_type = floats
 
 #define CONVOLUTION_OPERATOR                                                                     \
   OPERATOR, .get_input_type = input_type, .get_input_kind = input_kind, .get_output_type = bytes, \

@@ -170,14 +170,11 @@ static int64_t share_out(PointwiseCall *call, int64_t items) {
 static OrtStatus *compute(void *data, OrtKernelContext *context) {
   const Pointwise *kernel = data;
   const OrtApi *api = kernel->convolution.api;
-  const OrtValue *x;
-  OrtValue *y;
   int64_t shape[4];
   size_t count;
   PointwiseCall call = {.kernel = kernel};
   look_ahead(&kernel->convolution);
-  TRY(ORT_CALL(api, context_input)(context, X, &x));
-  TRY(shape_of(api, x, shape, &count));
+  TRY(read_input(api, context, X, shape, &count, (void **)&call.x));
   if (count != 4 || shape[3] != kernel->depth || (kernel->woven && (shape[1] != 1 || shape[2] < WOVEN_MORE)))
     return refuse(api, "pointwise: x is not (batch, height, frames, depth)");
   int64_t items = 1;
@@ -190,9 +187,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
   }
   TRY(check_bias(&kernel->convolution, context));
   shape[3] = kernel->channels;
-  TRY(ORT_CALL(api, context_output)(context, 0, shape, 4, &y));
-  TRY(ORT_CALL(api, tensor_data)((OrtValue *)x, (void **)&call.x));
-  TRY(ORT_CALL(api, tensor_data)(y, (void **)&call.y));
+  TRY(make_output(api, context, 0, shape, 4, (void **)&call.y));
   if (call.rows == 0 || items == 0) return NULL;
   return ORT_CALL(api, parallel_for)(context, run_task, (size_t)share_out(&call, items), 0, &call);
 }
