@@ -7,11 +7,12 @@
                    stop: telemetry.shutdown(), last
     engine         telemetry.model_not_loaded(name) before loading, .model_loaded(name, ...) when warm,
                    telemetry.engine_configured(...), metrics.ready.set(1) when ready, 0 when draining
-                   in the worker's thread: with telemetry.batch(model=, lengths_s=, requests=) as batch: ...
+                   in the worker's thread: with telemetry.batch(model=, lengths_s=, requests=) as batch: ...;
+                   telemetry.busy.begin(), .end() around it and its decoding
     batcher        metrics.queue_depth / queue_audio / queue_limit; telemetry.origin() when a segment
-                   is submitted; telemetry.record_stage("queue", s), record_stage("inference", s, links=[...])
-                   in the submitter's context when its result is there
-    transcriber    with telemetry.stage("decode"): ...; telemetry.transcribed(...) once per recording
+                   is submitted
+    transcriber    telemetry.record_stage("queue", s), record_stage("inference", s, links=[batch]), ... when a
+                   result is there; telemetry.transcribed(...) once per recording
     asr serve      configure_logging(...); uvicorn with log_config=None, access_log=False
 
 Requests are counted in one place, the middleware, so that the sums on /metrics are the requests sent.

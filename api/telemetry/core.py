@@ -28,6 +28,7 @@ from api.telemetry.spans import (
     Origin,
     RequestSpan,
     child_context,
+    kept,
     links_to,
     named,
 )
@@ -173,13 +174,13 @@ class Telemetry:
         function: Callable[[SpanContext | None, *Args], None],
         args: tuple[*Args],
     ) -> None:
-        function(origin.kept() if origin is not None else None, *args)
+        function(kept(origin), *args)
 
     def _write_notes(self, record: RequestRecord) -> None:
-        kept = record.origin.kept() if record.origin is not None else None
+        span = kept(record.origin)
         while record.notes:
             function, args = record.notes.popleft()
-            write(function, (kept, *args))
+            write(function, (span, *args))
 
     def origin(self) -> Origin | None:
         """The request that the caller works for, as what its spans belong to; None without tracing."""
@@ -264,7 +265,7 @@ class Telemetry:
 
     def _write_transcript(
         self,
-        kept: SpanContext | None,
+        span: SpanContext | None,
         model: str,
         language: str | None,
         audio_s: float,
@@ -273,12 +274,12 @@ class Telemetry:
     ) -> None:
         metrics = self.metrics
         model, language = metrics.model_label(model), metrics.language_label(language)
-        metrics.audio_duration.labels(model).record(audio_s, kept)
+        metrics.audio_duration.labels(model).record(audio_s, span)
         metrics.audio_processed.labels(model, language).inc(audio_s)
         if real_time_factor is not None:
-            metrics.real_time_factor.labels(model).record(real_time_factor, kept)
+            metrics.real_time_factor.labels(model).record(real_time_factor, span)
         if confidence is not None:
-            metrics.confidence.labels(model, language).record(confidence, kept)
+            metrics.confidence.labels(model, language).record(confidence, span)
 
     def request_began(self) -> None:
         """A transcription request is being served, until ``request_ended``. Called on the event loop."""
@@ -298,26 +299,26 @@ class Telemetry:
         self.journal.note(self._write_request, end, record)
 
     def _write_request(self, end: RequestEnd, record: RequestRecord | None) -> None:
-        kept = end.origin.kept() if end.origin is not None else None
+        span = kept(end.origin)
         status = str(end.status)
         labels = (end.method, end.route, status, status if end.status >= 500 else "")
-        self.metrics.http_duration.labels(*labels).record(end.elapsed_s, kept)
+        self.metrics.http_duration.labels(*labels).record(end.elapsed_s, span)
         if record is not None:
             self._write_notes(record)
-            self._write_record(record, end.elapsed_s, kept)
-        if self.tracing is not None and kept is not None and isinstance(end.origin, RequestSpan):
+            self._write_record(record, end.elapsed_s, span)
+        if self.tracing is not None and span is not None and isinstance(end.origin, RequestSpan):
             told = named(_final_attributes(record)) if record is not None else None
             self.tracing.requests.end(end.origin, end, told or {})
 
-    def _write_record(self, record: RequestRecord, elapsed_s: float, kept: SpanContext | None) -> None:
+    def _write_record(self, record: RequestRecord, elapsed_s: float, span: SpanContext | None) -> None:
         outcome = record.outcome
         model = self.metrics.model_label(record.model)
         self._count(record.route, model, outcome, record.error_code)
         if outcome in TIMED_OUTCOMES:
-            self.metrics.request_duration.labels(record.route, model).record(elapsed_s, kept)
+            self.metrics.request_duration.labels(record.route, model).record(elapsed_s, span)
         if outcome == "ok":
             first_s = record.first_result_s if record.first_result_s is not None else elapsed_s
-            self.metrics.time_to_first_result.labels(record.transport).record(first_s, kept)
+            self.metrics.time_to_first_result.labels(record.transport).record(first_s, span)
 
     def utterance_ended(
         self, protocol: str, model: str, *, elapsed_s: float, status: int = 200, code: str | None = None
@@ -334,9 +335,7 @@ class Telemetry:
         self._count(route, model, outcome, code)
         self.scrapes.changed()
         if outcome in TIMED_OUTCOMES:
-            origin = self.origin()
-            kept = origin.kept() if origin is not None else None
-            self.metrics.request_duration.labels(route, model).record(elapsed_s, kept)
+            self.metrics.request_duration.labels(route, model).record(elapsed_s, kept(self.origin()))
 
     def refused(self, status: int, code: str) -> None:
         """Count a request that was refused before the application saw it, with `status` and error `code`.

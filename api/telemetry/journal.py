@@ -26,6 +26,8 @@ MOST_NOTES = 20_000
 """Notes that may wait, about 10 MB; more are worked off by whoever makes them."""
 
 Args = TypeVarTuple("Args")
+Note = tuple[Callable[..., None], tuple[object, ...]]
+"""A function and its arguments."""
 
 
 def write(function: Callable[..., None], args: tuple[object, ...]) -> None:
@@ -41,7 +43,7 @@ class Journal:
 
     def __init__(self, every_s: float = EVERY_S) -> None:
         self._every_s = every_s
-        self._notes: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
+        self._notes: deque[Note] = deque()
         self._working = threading.Lock()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None

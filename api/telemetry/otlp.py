@@ -112,7 +112,7 @@ def _filled(message: Span, attributes: Mapping[str, object]) -> Span:
             item.bool_value = value
         elif isinstance(value, int):
             item.int_value = value
-        elif isinstance(value, float):
+        else:
             item.double_value = value
     return message
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from api.telemetry.journal import Note
 from api.telemetry.spans import Origin
 
 # Error codes whose outcome is not the one their status alone would give.
@@ -81,7 +81,7 @@ class RequestRecord:
     first_result_s: float | None = None
     stages_s: dict[str, float] = field(default_factory=dict)
     batch_size: int = 0
-    notes: deque[tuple[Callable[..., None], tuple[object, ...]]] = field(default_factory=deque)
+    notes: deque[Note] = field(default_factory=deque)
     ended: bool = False
 
     def add_stage(self, stage: str, elapsed_s: float) -> None:

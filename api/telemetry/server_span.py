@@ -1,9 +1,9 @@
-"""The server span of a transcription request: its ids at the beginning, all the rest when it is over.
+"""The server span of a transcription request: its trace at the beginning, all the rest when it is over.
 
-While a request runs, others need no more of its span than where it belongs: stages, batches, log lines. So
-the sampler decides and the ids are drawn at the beginning; the span itself, with the attributes that
-OpenTelemetry's instrumentation would give it, is the SDK's and is made from the journal. Every other route
-is instrumented in the usual way, which costs more than all other telemetry of a request (ADR 11).
+While a request runs, others need no more of its span than where it belongs: stages, batches, log lines. The
+sampler decides, and its own id is drawn, when one of them asks, which is in the journal as a rule. The span
+itself, with the attributes that OpenTelemetry's instrumentation would give it, is made there, too. Every
+other route is instrumented in the usual way, which costs more than all other telemetry of a request (ADR 11).
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _name(scope: Mapping[str, Any]) -> str:
 
 
 class _GivenIds(IdGenerator):
-    """Ids that were drawn when the request began."""
+    """Ids that the request has already."""
 
     context = INVALID_SPAN_CONTEXT
 

@@ -134,11 +134,14 @@ class HashedResource(Resource):
         return self is other or super().__eq__(other)
 
 
+def kept(origin: Origin | None) -> SpanContext | None:
+    """The ids of the origin's span; None where there is none, or it is not kept."""
+    return origin.kept() if origin is not None else None
+
+
 def links_to(origins: Sequence[Origin | None]) -> list[Link]:
     """Links to those that are kept."""
-    return [
-        Link(context) for origin in origins if origin is not None and (context := origin.kept()) is not None
-    ]
+    return [Link(context) for context in map(kept, origins) if context is not None]
 
 
 def child_context(parent: SpanContext) -> SpanContext:
