@@ -115,7 +115,8 @@ class Engine:
         self._most = int(manifest.max_window_s * manifest.sample_rate_hz)
         self.allow_padded(max_batch_audio_s)
         self._max_batch = max_batch
-        self._set_buckets(BUCKET_RATIOS[-1])
+        self._shapes_cost = self.provider != "cpu"
+        self._buckets = self._make_buckets(BUCKET_RATIOS[-1])
 
     # -- what others ask
 
@@ -148,9 +149,8 @@ class Engine:
     def _least_bucket(self) -> int:
         return max(self._least, min(self._most, self.sample_rate_hz // 2))
 
-    def _set_buckets(self, ratio: float) -> None:
-        on_cpu = self.provider == "cpu"
-        self._buckets = () if on_cpu else make_buckets(self._least_bucket, self._most, ratio)
+    def _make_buckets(self, ratio: float) -> tuple[int, ...]:
+        return make_buckets(self._least_bucket, self._most, ratio) if self._shapes_cost else ()
 
     # -- what calibration decides
 
@@ -180,10 +180,10 @@ class Engine:
         samples = min(self._most, max(self._least, int(WARM_UP_CLIP_S * self.sample_rate_hz)))
         clip = np.zeros((1, samples), np.float32)
         self._checked_first_run(clip)
-        clip_s = self._timed(clip)
-        speed = workers * samples / clip_s
-        ratio = choose_ratio(self._least_bucket, self._most, speed, WARM_UP_BUDGET_S)
-        self._set_buckets(ratio)
+        if self._shapes_cost:
+            speed = workers * samples / self._timed(clip)
+            ratio = choose_ratio(self._least_bucket, self._most, speed, WARM_UP_BUDGET_S)
+            self._buckets = self._make_buckets(ratio)
         ends = (self._least_bucket, self._most)
         with ThreadPoolExecutor(workers, thread_name_prefix="warm-up") as pool:
             # Largest first, so that the threads end together.
@@ -314,7 +314,7 @@ def _sessions(bundle: Bundle, path: str, provider: str, threads: int, wide: int,
     wanted = [threads, wide] if wide and provider == "cpu" else [threads]
     try:
         if kernels and provider == "cpu":
-            make_options = [partial(session_options, count, plan_shapes=False) for count in wanted]
+            make_options = [partial(session_options, count) for count in wanted]
             least = bundle.manifest.input.min_samples
             sessions, found = open_sessions(path, make_options, least_samples=least)
         else:
@@ -337,7 +337,7 @@ def _session(path: str, provider: str, threads: int) -> ort.InferenceSession:
     )
 
 
-def session_options(threads: int, *, plan_shapes: bool) -> ort.SessionOptions:
+def session_options(threads: int, *, plan_shapes: bool = False) -> ort.SessionOptions:
     """Fresh options as every session of the service has them; ``threads`` inside one inference.
 
     ``plan_shapes``: remember where in memory everything goes, for each shape.

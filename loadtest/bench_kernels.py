@@ -38,7 +38,7 @@ PLAIN = "ONNX Runtime"
 
 def options(profile: str = "") -> ort.SessionOptions:
     """The engine's, for one thread; ``profile``: prefix of the files of a profile."""
-    chosen = session_options(1, plan_shapes=False)
+    chosen = session_options(1)
     if profile:
         chosen.enable_profiling = True
         chosen.profile_file_prefix = profile
