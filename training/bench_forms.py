@@ -36,13 +36,13 @@ from training.recipes.wav2vec2_ctc.recipe import Wav2Vec2Recipe
 from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
 from training.stages.export import load_part
 from training.stages.prepare import prepare
+from training.stages.quantize import calibration_clips
 from training.stages.recipe import Recipe
 from training.stages.train import load_weights
 
 RECIPES: dict[str, type[Recipe]] = {
     recipe.name: recipe for recipe in (QuartzNetRecipe, Wav2Vec2Recipe, WhisperCtcRecipe)
 }
-CALIBRATION = 32
 COLUMNS = (
     "form",
     "MB",
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not rows["test"]:
                 raise EmptyManifestError("the test part is empty")
             rate_hz = recipe.facts().sample_rate_hz
-            calibration = [clip for clip, _ in load_part(rows["train"], rate_hz, CALIBRATION)]
+            calibration = calibration_clips(rows, rate_hz)
             place = Path(folder) / str(index)
             place.mkdir()
             prefix = f"{variant}: " if variant else ""

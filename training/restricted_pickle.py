@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from training.errors import CheckpointError
+from training.pretrained import read_weights
 
 _TENSOR_BUILDERS = {
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -94,11 +95,9 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        return read_weights(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
         content = torch.load(path, map_location="cpu", pickle_module=_module(), weights_only=False)
     except Exception as error:
         raise CheckpointError(f"{path.name}: not a checkpoint that can be read: {error}") from error

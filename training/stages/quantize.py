@@ -48,6 +48,11 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
     return min(close, key=lambda candidate: (candidate.wer, -candidate.speedup), default=None)
 
 
+def calibration_clips(rows: dict[str, list[Utterance]], rate_hz: int) -> list[Waveform]:
+    """What ranges of activations are measured on."""
+    return [clip for clip, _ in load_part(rows["train"], rate_hz, limit=32)]
+
+
 def quantize(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -> Path | None:
     """Try the recipe's ways to INT8; the fastest that passes becomes `export/model.int8.onnx`.
 
@@ -61,7 +66,7 @@ def quantize(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder
         raise CheckpointError(f"{graph}: no graph; run the export stage first")
     folder.forget(INT8, "quantize.json", "benchmark.json")
     gate = _Gate(recipe, graph, load_part(rows["validation"], rate_hz))
-    calibration = [clip for clip, _ in load_part(rows["train"], rate_hz, limit=32)]
+    calibration = calibration_clips(rows, rate_hz)
     work = folder.path / "export" / "candidates"
     work.mkdir(parents=True, exist_ok=True)
     files = dict(recipe.quantized(graph, work, calibration))

@@ -18,7 +18,6 @@ from torch.nn import functional
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
 from training.errors import CheckpointError
 from training.masks import frame_mask
-from training.pretrained import read_weights
 from training.recipes.whisper_ctc.frontend import WhisperLogMel
 from training.restricted_pickle import load_state_dict
 from training.transformer import EncoderLayer, check_heads, key_bias
@@ -154,7 +153,7 @@ class WhisperCtc(nn.Module):
 
 def read_published(path: Path) -> dict[str, Tensor]:
     """`encoder.*` and `ctc_head.*` of a Lightning checkpoint or a run's weights. Raises CheckpointError."""
-    state = read_weights(path) if path.suffix == ".safetensors" else load_state_dict(path)
+    state = load_state_dict(path)
     for name in ("ctc_head.0.weight", "ctc_head.3.weight"):
         if name not in state:
             raise CheckpointError(f"{path.name}: {name} is missing; it has {sorted(state)[:3]} and more")
