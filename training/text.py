@@ -33,7 +33,7 @@ _APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": 
 _TURKIC_CAPITALS = str.maketrans({"I": "ı", "\u0130": "i"})
 _DOTTED_TWICE = re.compile("i\u0307+")
 _STRESS = "\u0301"
-_LOOSE_APOSTROPHE = re.compile(r"(?<!\w)'+|'+(?!\w)")
+_LOOSE_APOSTROPHE = re.compile(r"(?<![^\W_])'+|'+(?![^\W_])")  # not \w: it has the underscore, which goes
 
 
 def nfc(text: str) -> str:
