@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import httpx
 from dotenv import dotenv_values
@@ -32,6 +33,39 @@ NEEDED_FREE_BYTES = 200 << 20  # logs, spooled uploads and, without a compiler, 
 
 class RunError(Exception):
     """One clear line for the person at the terminal."""
+
+
+class Interruption:
+    """SIGINT and SIGTERM as KeyboardInterrupt, but only inside its ``with`` blocks: around waiting.
+
+    A signal that comes at any other moment is kept until the next block begins. Raised inside Popen's own
+    code it could leave a lock behind there, and the child would be waited for without end.
+    """
+
+    def __init__(self) -> None:
+        self._asked = self._waiting = False
+
+    def install(self) -> None:
+        """Handle both signals from now on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self._waiting:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> None:
+        self._waiting = True  # first: a signal between the two lines is raised, not forgotten
+        if self._asked:
+            self._waiting = False
+            raise KeyboardInterrupt
+
+    def __exit__(self, *error: object) -> None:
+        self._waiting = False
+
+
+interruption = Interruption()
 
 
 def check_port(host: str, port: int, name: str, variable: str) -> None:
@@ -112,10 +146,11 @@ def wait_ready(url: str, children: Sequence[Child]) -> float:
                 f"  still starting after {said_at - started:.0f} s; the log is {children[0].log_path}",
                 flush=True,
             )
-        with contextlib.suppress(httpx.HTTPError):
+        with interruption, contextlib.suppress(httpx.HTTPError):
             if httpx.get(url, timeout=2.0).status_code == 200:
                 return time.monotonic() - started
-        time.sleep(0.1)
+        with interruption:
+            time.sleep(0.1)
     raise RunError(f"{url} was not ready after {READY_TIMEOUT_S:.0f} s; the log is {children[0].log_path}")
 
 
@@ -130,7 +165,7 @@ def caller_key(folder: Path = ROOT) -> str | None:
 def transcribe_sample(base_url: str, model: str, api_key: str | None) -> None:
     """Send the committed sample through the API and print what came back."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    with SAMPLE.open("rb") as file:
+    with interruption, SAMPLE.open("rb") as file:
         response = httpx.post(
             f"{base_url}/transcribe",
             files={"file": file},
@@ -204,12 +239,11 @@ def run(arguments: argparse.Namespace) -> None:
         while not arguments.once:
             for child in children:
                 child.check()
-            time.sleep(0.5)
+            with interruption:
+                time.sleep(0.5)
     except KeyboardInterrupt:
         print("\nStopping: requests that were accepted are finished first …", flush=True)
     finally:
-        # A second Ctrl-C must not leave children behind.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for child in reversed(children):
             child.stop()
     shutil.rmtree(logs, ignore_errors=True)  # kept where something failed
@@ -227,9 +261,10 @@ def main() -> int:
     parser.add_argument("--page-port", type=int, default=os.environ.get("PAGE_PORT", "8501"))
     parser.add_argument("--no-page", action="store_true", help="the API alone")
     parser.add_argument("--once", action="store_true", help="stop after the sample; for tests")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    given = parser.parse_args()
+    interruption.install()
     try:
-        run(parser.parse_args())
+        run(given)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

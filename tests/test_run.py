@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,28 @@ import pytest
 from loadtest.processes import ROOT, environment, free_port
 from tests.tiny_bundle import make_bundle
 
+SCRIPT = ROOT / "scripts" / "run.py"
 
-def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "run.py"), "--no-page", *arguments]
+SIGNAL_INSIDE_POLL = """
+import os, runpy, signal, subprocess, sys
+
+class Popen(subprocess.Popen):
+    def poll(self):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().poll()
+        except BaseException as error:
+            print("raised inside poll:", repr(error), flush=True)
+            os._exit(3)
+
+subprocess.Popen = Popen
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(*arguments: str, script: Sequence[str] = (str(SCRIPT),), **variables: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *script, "--no-page", *arguments]
     given = environment({"ASR_CALIBRATE": "false", **variables})
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=given, stdout=pipe, stderr=pipe, text=True)
@@ -56,10 +76,14 @@ def test_the_sample_is_transcribed_and_sigterm_stops_everything(tmp_path: Path) 
     with start("--model", "tiny", "--port", port, ASR_MODELS_DIR=str(tmp_path)) as process:
         assert process.stdout is not None
         said = []
-        for line in process.stdout:
-            said.append(line)
-            if "Ctrl-C stops everything" in line:
-                os.kill(process.pid, signal.SIGTERM)
+        try:
+            for line in process.stdout:
+                said.append(line)
+                if "Ctrl-C stops everything" in line:
+                    os.kill(process.pid, signal.SIGTERM)
+            process.wait(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert any("samples/hello.flac" in line for line in said)
     assert said[-1] == "Stopped.\n"
@@ -67,6 +91,17 @@ def test_the_sample_is_transcribed_and_sigterm_stops_everything(tmp_path: Path) 
     assert not Path(logs).exists()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(port)))
+
+
+def test_a_signal_is_kept_while_a_child_is_asked_for_its_state(tmp_path: Path) -> None:
+    """Popen holds a lock there: an exception at the wrong moment, and no child ends any more."""
+    make_bundle(tmp_path)
+    script = ("-c", SIGNAL_INSIDE_POLL, str(SCRIPT))
+    arguments = ("--model", "tiny", "--port", str(free_port()))
+    process = start(*arguments, script=script, ASR_MODELS_DIR=str(tmp_path))
+    said, _ = process.communicate(timeout=60)
+    assert said.endswith("Stopped.\n")
+    assert process.returncode == 0
 
 
 def test_keys_without_one_for_the_page_are_named(tmp_path: Path) -> None:
@@ -91,7 +126,7 @@ def test_the_command_that_is_shown_names_the_key_where_one_is_needed(tmp_path: P
 
 
 def test_the_pages_key_may_stand_in_the_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("run", ROOT / "scripts" / "run.py")
+    spec = importlib.util.spec_from_file_location("run", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     run = importlib.util.module_from_spec(spec)
