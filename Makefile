@@ -57,7 +57,7 @@ run: $(VENV)/.run ## set up, start API and page, transcribe a sample; MODEL=name
 	@exec $(BIN)/python scripts/run.py --model "$(MODEL)" $(ARGS)
 
 test: $(VENV)/.dev ## set up and run every test, in two processes; ARGS=...
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 2 $(ARGS)
 
 .PHONY: train-smoke
 train-smoke: $(VENV)/.dev ## all four recipes, from recordings to bundles that a live API serves
