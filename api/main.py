@@ -58,6 +58,8 @@ def create_app(
         openapi_url="/openapi.json" if settings.docs_enabled else None,
         lifespan=_lifespan(service, on_failed_start),
         responses=ERRORS,
+        # Its own spans and metrics would be second ones beside ours; it would ask for every request.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service = service
     for module in (transcribe, openai):

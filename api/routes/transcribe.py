@@ -9,14 +9,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
+from pydantic_core import to_json
 
 from api.errors import AsrError, ClientDisconnected, InvalidRequestError, RetryLaterError
 from api.forms import TranscribeForm, form_schema, parse_form
 from api.multipart import Upload
 from api.routes.intake import Intake, PlainRoute, only_file, request_id, unless_disconnected
 from api.routes.sse import stream_response
-from api.schemas import ERRORS, BatchBody, BatchItem, ErrorDetail, TranscriptionBody, transcription_body
+from api.schemas import ERRORS, BatchBody, TranscriptionBody, transcription_body
 from api.service import Service, service_of
 from api.subtitles import to_srt, to_vtt
 from api.telemetry import current_record
@@ -24,9 +25,6 @@ from api.transcriber import Transcriber
 from api.transcript import Segment, Transcript
 
 router = APIRouter(tags=["transcribe"], route_class=PlainRoute, responses=ERRORS)
-
-OPTIONAL = ("words", "segments", "warnings")
-"""Fields of a transcription that are there only when they were asked for or have something to say."""
 
 
 @router.post(
@@ -60,24 +58,15 @@ def render(transcript: Transcript, fields: TranscribeForm) -> Response:
         return Response(to_srt(transcript), media_type="application/x-subrip; charset=utf-8")
     if fields.format == "vtt":
         return Response(to_vtt(transcript), media_type="text/vtt; charset=utf-8")
-    body = _body(transcript, timestamps=fields.timestamps)
-    return Response(body.model_dump_json(exclude=_silent(body)), media_type="application/json")
+    return _json(_body(transcript, timestamps=fields.timestamps))
 
 
-def _body(transcript: Transcript, *, timestamps: bool) -> TranscriptionBody:
+def _body(transcript: Transcript, *, timestamps: bool) -> dict[str, Any]:
     return transcription_body(transcript, request_id=request_id(), timestamp=_now(), timestamps=timestamps)
 
 
-def _silent(body: TranscriptionBody) -> set[str]:
-    """The optional fields that have nothing to say."""
-    return {name for name in OPTIONAL if getattr(body, name) is None}
-
-
-def _leave_out(body: dict[str, Any], *names: str) -> None:
-    """Remove these fields where they are null; others that are null say so."""
-    for name in names:
-        if name in body and body[name] is None:
-            del body[name]
+def _json(body: dict[str, Any]) -> Response:
+    return Response(to_json(body), media_type="application/json")
 
 
 @dataclass(frozen=True)
@@ -94,8 +83,7 @@ class StreamDetails:
         """The body of the plain answer, and ``timings``: seconds per stage, too late for a header."""
         record = current_record()
         timings = {stage: round(s, 6) for stage, s in record.stages_s.items()} if record is not None else {}
-        body = _body(transcript, timestamps=self.timestamps)
-        return {**body.model_dump(mode="json", exclude=_silent(body)), "timings": timings}
+        return {**_body(transcript, timestamps=self.timestamps), "timings": timings}
 
 
 @router.post(
@@ -128,24 +116,23 @@ async def transcribe_batch(request: Request) -> Response:
         work = _all(service, transcriber, form.files, fields)
         results = await unless_disconnected(request, work)
     with service.telemetry.stage("render"):
-        failed = sum(item.error is not None for item in results)
-        body = BatchBody(id=request_id(), results=results, succeeded=len(results) - failed, failed=failed)
-        answer = body.model_dump(mode="json")
-        for item in answer["results"]:
-            _leave_out(item, "transcription", "error")
-            _leave_out(item.get("transcription", {}), *OPTIONAL)
-        return JSONResponse(answer)
+        failed = sum("error" in item for item in results)
+        succeeded = len(results) - failed
+        return _json({"id": request_id(), "results": results, "succeeded": succeeded, "failed": failed})
 
 
 async def _all(
     service: Service, transcriber: Transcriber, uploads: list[Upload], fields: TranscribeForm
-) -> list[BatchItem]:
-    """A few files at a time, so that one batch does not crowd out the other callers."""
+) -> list[dict[str, Any]]:
+    """What BatchItem says of each file.
+
+    A few files at a time, so that one batch does not crowd out the other callers."""
     options = fields.options(service.settings)
     slots = asyncio.Semaphore(service.settings.max_segments_in_flight)
     refusals: list[RetryLaterError] = []
 
-    async def one(index: int, upload: Upload) -> BatchItem:
+    async def one(index: int, upload: Upload) -> dict[str, Any]:
+        item = {"index": index, "filename": upload.filename}
         async with slots:
             try:
                 transcript = await transcriber.transcribe(upload.file, options, wait=index > 0)
@@ -154,12 +141,8 @@ async def _all(
             except AsrError as error:
                 if isinstance(error, RetryLaterError):
                     refusals.append(error)
-                detail = ErrorDetail(
-                    message=error.message, type=error.type, param=error.param, code=error.code
-                )
-                return BatchItem(index=index, filename=upload.filename, error=detail)
-        body = _body(transcript, timestamps=fields.timestamps)
-        return BatchItem(index=index, filename=upload.filename, transcription=body)
+                return {**item, **error.to_body()}
+        return {**item, "transcription": _body(transcript, timestamps=fields.timestamps)}
 
     results = await asyncio.gather(*(one(index, upload) for index, upload in enumerate(uploads)))
     if len(refusals) == len(uploads):  # nothing was done: let the caller's own retry handle it

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
+from api.schemas import BatchBody, TranscriptionBody
 from loadtest.processes import LiveServer
 from tests.api.test_audio import KINDS, file_of
 from tests.tiny_bundle import recite, sing, wav
@@ -31,6 +32,7 @@ def test_transcribe_answers_what_the_contract_says(client: httpx.Client) -> None
         "id", "text", "duration", "processing_time", "real_time_factor", "language", "model", "timestamp",
         "confidence", "words", "segments",
     }  # fmt: skip
+    assert TranscriptionBody.model_validate(body).model_dump(exclude_unset=True) == body  # as documented
     assert body["text"] == TEXT
     assert body["id"] == response.headers["x-request-id"]
     assert body["duration"] == pytest.approx(len(sing(TEXT)) / 16_000, abs=1e-4)
@@ -141,6 +143,7 @@ def test_batch_answers_in_order_with_errors_in_their_place(client: httpx.Client)
     response = client.post("/transcribe/batch", files=files, data={"model": "other"})
     body = response.json()
     assert response.status_code == 200
+    assert BatchBody.model_validate(body).model_dump(exclude_unset=True) == body  # as documented
     assert [item["index"] for item in body["results"]] == [0, 1, 2, 3]
     assert [item["filename"] for item in body["results"]] == [name for _, (name, _) in files]
     assert body["results"][0]["transcription"]["text"] == "abc"
