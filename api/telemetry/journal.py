@@ -66,7 +66,10 @@ class Journal:
         with self._starting:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="telemetry", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # no thread can be had just now; the next note tries again
+                    self._thread = None
 
     def _work(self) -> None:
         idle = 0

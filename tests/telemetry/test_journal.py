@@ -129,6 +129,23 @@ def test_the_thread_ends_when_idle_and_comes_back(monkeypatch: pytest.MonkeyPatc
     assert notes._thread is not first
 
 
+def test_without_a_thread_notes_wait_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near a container's limit of processes none can be started."""
+
+    class NoThread(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    done: list[int] = []
+    notes = Journal(every_s=0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.threading, "Thread", NoThread)
+        notes.note(done.append, 1)
+    assert done == []
+    notes.note(done.append, 2)
+    wait_until(lambda: done == [1, 2])
+
+
 def test_no_note_is_lost_while_threads_end_and_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "IDLE_TURNS", 1)
     done: list[int] = []
