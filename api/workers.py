@@ -289,6 +289,9 @@ class WorkerPool:
             return
         end_s = self._clock()
         for entry, output in zip(entries, outputs, strict=True):
+            if entry.future.done():  # its caller has left
+                self._telemetry.segments_dropped("unclaimed")
+                continue
             begin_s = self._clock()
             try:
                 value = entry.decode(output)

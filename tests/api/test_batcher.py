@@ -354,6 +354,32 @@ async def test_a_caller_that_leaves_during_inference_harms_nobody() -> None:
         assert h.pool.abandoned == 0
 
 
+async def test_what_a_caller_left_behind_is_not_decoded() -> None:
+    decoded: list[float] = []
+
+    def decode(log_probs: NDArray[np.float32]) -> float:
+        decoded.append(first_value(log_probs))
+        return decoded[-1]
+
+    async with house(EchoEngine(limits=BatchLimits(8, 10**6))) as h:
+        running = await h.blocked()
+        leaves, stays = h.submit(1, decode=decode), h.submit(2, decode=decode)
+        await asyncio.sleep(0)
+        gate, h.engine.gate = h.engine.gate, threading.Event()
+        gate.set()
+        await running
+        await h.engine.wait_entered()
+        leaves.cancel()
+        await settle(leaves)
+        h.engine.gate.set()
+        await stays
+        assert decoded == [2.0]
+        dropped = h.telemetry.metrics.registry.get_sample_value(
+            "asr_segments_dropped_total", {"reason": "unclaimed"}
+        )
+        assert dropped == 1
+
+
 def poisoned_by_two() -> EchoEngine:
     """An engine that takes batches and fails on every batch with the value 2 in it."""
 
