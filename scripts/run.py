@@ -36,23 +36,26 @@ class RunError(Exception):
 
 
 class Interruption:
-    """SIGINT and SIGTERM as KeyboardInterrupt, but only inside its ``with`` blocks: around waiting.
+    """SIGINT, SIGTERM and SIGHUP (a closed terminal) as KeyboardInterrupt, but only around waiting.
 
-    A signal that comes at any other moment is kept until the next block begins. Raised inside Popen's own
-    code it could leave a lock behind there, and the child would be waited for without end.
+    That is inside its ``with`` blocks. A signal that comes at any other moment is kept until the next block
+    begins. Raised inside Popen's own code it could leave a lock behind there, and the child would be waited
+    for without end.
     """
 
     def __init__(self) -> None:
         self._asked = self._waiting = False
 
     def install(self) -> None:
-        """Handle both signals from now on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        """Handle them from now on, but for those that are to be ignored, as nohup and ``&`` have it."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         if self._waiting:
+            self._waiting = False  # what follows is the cleanup, which nothing interrupts
             raise KeyboardInterrupt
 
     def __enter__(self) -> None:
@@ -242,12 +245,14 @@ def run(arguments: argparse.Namespace) -> None:
             with interruption:
                 time.sleep(0.5)
     except KeyboardInterrupt:
-        print("\nStopping: requests that were accepted are finished first …", flush=True)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            print("\nStopping: requests that were accepted are finished first …", flush=True)
     finally:
         for child in reversed(children):
             child.stop()
     shutil.rmtree(logs, ignore_errors=True)  # kept where something failed
-    print("Stopped.")
+    with contextlib.suppress(OSError):
+        print("Stopped.", flush=True)
 
 
 def main() -> int:

@@ -70,7 +70,12 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     assert error.startswith(f"error: port {port} for the API is not free")
 
 
-def test_the_sample_is_transcribed_and_sigterm_stops_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_sample_is_transcribed_and_a_signal_stops_everything(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip(f"{number.name} is ignored here, and so it is by what is started")
     make_bundle(tmp_path)
     port = str(free_port())
     with start("--model", "tiny", "--port", port, ASR_MODELS_DIR=str(tmp_path)) as process:
@@ -80,7 +85,7 @@ def test_the_sample_is_transcribed_and_sigterm_stops_everything(tmp_path: Path) 
             for line in process.stdout:
                 said.append(line)
                 if "Ctrl-C stops everything" in line:
-                    os.kill(process.pid, signal.SIGTERM)
+                    os.kill(process.pid, number)
             process.wait(timeout=60)
         finally:
             process.kill()
