@@ -24,6 +24,7 @@ from api.telemetry.logs import is_logged
 from api.telemetry.metrics import TRANSCRIPTION_ROUTES, UNMATCHED_ROUTE, is_transcription
 from api.telemetry.record import RequestEnd, RequestRecord, _current, current_record, request_id_in_logs
 from api.telemetry.scrape import SCRAPER_HEADER
+from api.telemetry.server_span import in_utf8
 from api.telemetry.spans import RequestSpan, without_query
 
 _log = structlog.get_logger("api.request")
@@ -63,7 +64,10 @@ def instrument(app: FastAPI, telemetry: Telemetry, on_error: OnError) -> None:
 
 
 def _around_instrumentation(build: Callable[[], ASGIApp]) -> Callable[[], ASGIApp]:
-    """Requests whose spans are ours go past the instrumentation, which would look at their URL first."""
+    """Requests whose spans are ours go past the instrumentation, which would look at their URL first.
+
+    So does one with a header that the instrumentation cannot read: it would fail, and nobody would count it.
+    """
 
     def build_middleware_stack() -> ASGIApp:
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
@@ -75,7 +79,8 @@ def _around_instrumentation(build: Callable[[], ASGIApp]) -> Callable[[], ASGIAp
         instrumented, plain = middleware, middleware.app
 
         async def way(scope: Scope, receive: Receive, send: Send) -> None:
-            await (plain if _makes_own_span(scope) else instrumented)(scope, receive, send)
+            past = _makes_own_span(scope) or ("headers" in scope and in_utf8(scope) is not scope)
+            await (plain if past else instrumented)(scope, receive, send)
 
         vars(stack)["app"] = way
         return stack

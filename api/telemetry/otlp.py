@@ -35,7 +35,17 @@ class DirectSpanExporter(OTLPSpanExporter):
 
 
 def encode(spans: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
-    """The same spans as ``encode_spans`` gives, in another order."""
+    """The same spans as ``encode_spans`` gives, in another order.
+
+    A value that no message can hold (half of a surrogate pair) costs this way, and not the other spans.
+    """
+    try:
+        return _encode(spans)
+    except ValueError:
+        return encode_spans(spans)  # leaves out such an attribute, and says so in the log
+
+
+def _encode(spans: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
     groups: defaultdict[tuple[int, int], list[ReadableSpan]] = defaultdict(list)
     unusual = []
     for span in spans:
@@ -58,7 +68,7 @@ def encode(spans: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
 
 
 def _is_plain(span: ReadableSpan) -> bool:
-    if span.context is None or span.context.trace_state:
+    if span.context is None:
         return False
     if isinstance(span, FinishedSpan):
         return True
@@ -84,6 +94,8 @@ def _fill(message: Span, span: ReadableSpan) -> None:
     message.end_time_unix_nano = span.end_time or 0
     message.status.code = span.status.status_code.value  # type: ignore[assignment]
     message.flags = _flags(parent)
+    if context.trace_state:
+        message.trace_state = context.trace_state.to_header()
     if parent is not None:
         message.parent_span_id = _span_id(parent)
     if isinstance(span, FinishedSpan):

@@ -74,7 +74,7 @@ class RequestSpans:
         """The span of a request, in the trace that the caller names or in one of its own."""
         parent = _NOWHERE
         if not self._fields.isdisjoint([name for name, _ in scope["headers"]]):
-            parent = propagate.extract(dict(scope), getter=asgi_getter)
+            parent = propagate.extract(dict(in_utf8(scope)), getter=asgi_getter)
         above = _context_of(parent)
         trace_id = above.trace_id if above is not None else self._ids.generate_trace_id()
         return RequestSpan(scope, parent, trace_id, self._decide)
@@ -136,12 +136,14 @@ class RequestSpans:
     def _attributes(self, scope: Mapping[str, Any]) -> SharedAttributes:
         """What the instrumentation tells of a request; put together once for those that look the same."""
         headers = tuple([header for header in scope["headers"] if header[0] in _TOLD_HEADERS])
-        key = (tuple([scope.get(name) for name in _TOLD]), headers)
+        # The specification lets addresses be lists.
+        told = [tuple(value) if isinstance(value, list) else value for value in map(scope.get, _TOLD)]
+        key = (tuple(told), headers)
         known = self._known.get(key)
         if known is not None:
             return known
         attributes = SharedAttributes(
-            collect_request_attributes(scope, self._convention)  # type: ignore[no-untyped-call]
+            collect_request_attributes(in_utf8(scope), self._convention)  # type: ignore[no-untyped-call]
         )
         attributes["http.route"] = scope["path"]
         if scope.get("query_string"):
@@ -151,6 +153,28 @@ class RequestSpans:
                 self._known.clear()
             self._known[key] = attributes
         return attributes
+
+
+def in_utf8(scope: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`scope` itself, or a copy in which headers that are not UTF-8 are, read as Latin-1.
+
+    OpenTelemetry would take such a header for one with escapes: it may fail at that, or make half of a
+    surrogate pair, which no exporter can send.
+    """
+    if all(_is_utf8(value) for _, value in scope["headers"]):
+        return scope
+    headers = [
+        (name, value if _is_utf8(value) else value.decode("latin-1").encode())
+        for name, value in scope["headers"]
+    ]
+    return {**scope, "headers": headers}
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        return value.isascii() or bool(value.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def _context_of(parent: Context) -> SpanContext | None:

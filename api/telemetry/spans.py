@@ -146,7 +146,8 @@ def links_to(origins: Sequence[Origin | None]) -> list[Link]:
 
 def child_context(parent: SpanContext) -> SpanContext:
     """The context of a new span under `parent`."""
-    return SpanContext(parent.trace_id, random.getrandbits(64) or 1, False, parent.trace_flags)
+    span_id = random.getrandbits(64) or 1
+    return SpanContext(parent.trace_id, span_id, False, parent.trace_flags, parent.trace_state)
 
 
 def root_context() -> SpanContext:

@@ -69,6 +69,28 @@ def test_a_request_is_one_trace_through_every_stage(stack: LocalStack, protocol:
     assert answer.headers["x-request-id"] == TRACE_ID == attributes["asr.request_id"]
 
 
+ODD = {b"user-agent": b"\\xff\\ud800\xff", b"traceparent": b"\xff\\x", b"baggage": b"\xff\\u1"}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_headers_that_are_not_utf8_cost_no_answer_no_count_and_no_span(
+    stack: LocalStack, name: bytes
+) -> None:
+    """OpenTelemetry takes them for escapes, and fails at that, or makes what cannot be sent."""
+    with OtlpReceiver() as receiver:
+        api = stack.api(settings(stack.folder / "models", **tracing(receiver, "grpc")))
+        odd = {name: ODD[name]}
+        posted = httpx.post(f"{api.url}/transcribe", files={"file": clip("bad cafe")}, headers=odd)
+        assert (posted.status_code, posted.json()["text"]) == (200, "bad cafe")
+        assert httpx.get(f"{api.url}/models", headers=odd).status_code == 200
+        spans = receiver.wait_for(server_ended)
+        assert metric_sum(api, "asr_trace_spans_total", result="failed") == 0
+        assert metric_sum(api, "http_server_request_duration_seconds_count", http_route="/models") == 1
+    server = next(span for span in spans if span.name == "POST /transcribe")
+    assert {span.parent_id for span in spans if span.name in STAGES} == {server.span_id}
+    assert [line for line in api.log_lines() if line["level"] == "error"] == []
+
+
 def test_the_page_and_the_service_share_one_trace(stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> None:
     with OtlpReceiver() as receiver:
         variables = tracing(receiver, "http/protobuf")

@@ -62,6 +62,7 @@ def all_kinds_of_spans() -> list[ReadableSpan]:
     tracing.finished("batch", root, None, start_ns=1, end_ns=2, attributes={"asr.model": "m"}, links=links)
     for name in ("decode", "ctc"):
         tracing.finished(name, child_context(root), root, start_ns=3, end_ns=4, failed=name == "ctc")
+    tracing.finished("queue", child_context(remote), remote, start_ns=3, end_ns=4, links=[Link(remote)])
     told = {"text": "ä", "count": 3}
     tracing.finished(
         "GET /", remote, plain_remote, start_ns=5, end_ns=6, attributes=told, kind=SpanKind.SERVER
@@ -89,8 +90,24 @@ def flat(request: ExportTraceServiceRequest) -> list[tuple[bytes, bytes]]:
 def test_the_encoding_is_the_librarys() -> None:
     spans = all_kinds_of_spans()
     assert {type(span) for span in spans} == {ReadableSpan, FinishedSpan}
-    assert len(spans) == 20
+    assert len(spans) == 21
     assert flat(encode(spans)) == flat(encode_spans(spans))
+
+
+def test_the_state_of_a_callers_trace_is_that_of_its_spans_too() -> None:
+    (span,) = [span for span in all_kinds_of_spans() if span.name == "queue"]
+    assert span.context is not None
+    assert span.context.trace_state.to_header() == "vendor=x"
+
+
+def test_a_value_that_cannot_be_sent_takes_no_span_along() -> None:
+    spans = all_kinds_of_spans()
+    name, context = "odd", root_context()
+    resource = spans[0].resource
+    odd = FinishedSpan(name, context, None, resource, start_ns=1, end_ns=2, attributes={"agent": "\ud800"})
+    sent = flat(encode([*spans, odd]))  # type: ignore[list-item]
+    assert len(sent) == len(spans) + 1
+    assert set(flat(encode(spans))) < set(sent)
 
 
 def test_every_span_alone_and_none_at_all() -> None:

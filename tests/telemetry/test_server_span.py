@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from api.errors import AsrError, QueueFullError, to_response
 from api.telemetry import Telemetry, instrument
@@ -112,6 +113,22 @@ async def test_a_span_of_ours_tells_what_the_instrumentation_would_tell(
         wanted["attributes"]["url.query"] = "[removed]"
     assert span["kind"] is SpanKind.SERVER
     assert span == wanted
+
+
+async def test_addresses_may_be_lists() -> None:
+    app = make_app()
+
+    async def listed(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "server": list(scope["server"]), "client": list(scope["client"])}, receive, send)
+
+    kept = InMemorySpanExporter()
+    telemetry = Telemetry(tracing=Tracing(kept, "memory", lambda *_: None, "1", "test"))
+    instrument(app, telemetry, lambda error, request_id: to_response(error, request_id=request_id))
+    transport = httpx.ASGITransport(listed)
+    async with httpx.AsyncClient(transport=transport, base_url="http://asr.test:8000") as client:
+        await client.post("/transcribe")
+    telemetry.flush()
+    assert len(kept.get_finished_spans()) == 1
 
 
 async def test_an_exception_that_nobody_handled_is_in_the_span() -> None:
