@@ -177,7 +177,7 @@ push: ## push the images under REGISTRY, tagged with the version and the commit
 sign: ## sign what was pushed, by digest, and attach the bill of materials
 	docker/sign.sh $(REGISTRY)
 
-.PHONY: up down deploy-compose rollback-compose scale-compose deploy-k8s rollback-k8s monitoring-k8s smoke smoke-k8s e2e e2e-k8s sizing pin-images check-version github-release
+.PHONY: up down deploy-compose rollback-compose scale-compose deploy-k8s rollback-k8s monitoring-k8s smoke smoke-k8s e2e e2e-k8s e2e-lambda sizing pin-images check-version github-release
 up: ## the whole stack on this machine with Compose; REPLICAS=3
 	docker/make_env.sh
 	ASR_API_IMAGE=$(REGISTRY_PREFIX)asr-api:$(VERSION) ASR_UI_IMAGE=$(REGISTRY_PREFIX)asr-ui:$(VERSION) docker/compose.sh up --detach --scale api=$(REPLICAS)
@@ -207,6 +207,8 @@ e2e: $(VENV)/.run ## proof on a real Docker: replicas, rolling restart and kill 
 	$(BIN)/python -m tests.e2e_docker.compose_e2e
 e2e-k8s: $(VENV)/.run ## the same on a real Kubernetes API server and kubelet
 	$(BIN)/python -m tests.e2e_docker.kube_e2e
+e2e-lambda: $(VENV)/.dev ## the Lambda image on a real Docker, invoked as Lambda does; start, event times, memory
+	$(BIN)/python -m tests.e2e_docker.lambda_e2e
 
 sizing: $(VENV)/.run ## what one replica with one CPU serves (after make e2e)
 	$(BIN)/python -m tests.e2e_docker.sizing

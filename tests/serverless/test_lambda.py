@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
 import os
@@ -12,25 +11,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import av
-import httpx
 import numpy as np
 import pytest
 import yaml
 
 from api.settings import load_settings
 from tests.serverless.emulators import Bucket, LambdaService, bucket, lambda_service
+from tests.serverless.events import SECRET, coded, event, posted
 from tests.tiny_bundle import SAMPLE_RATE_HZ, make_bundle, sing, wav
 
 pytest.importorskip("boto3")
 ROOT = Path(__file__).resolve().parents[2]
-EVENTS = ROOT / "serverless" / "events"
-
-
-def event(name: str) -> dict[str, Any]:
-    return json.loads((EVENTS / f"{name}.json").read_text())
 
 
 def environment(models: Path, address: str, url: str) -> dict[str, str]:
@@ -46,7 +38,7 @@ def environment(models: Path, address: str, url: str) -> dict[str, str]:
         "AWS_EC2_METADATA_DISABLED": "true",
         "ASR_MODELS_DIR": str(models),
         "ASR_MODELS": "tiny",
-        "ASR_API_KEYS": "tester:a-secret-of-the-test",
+        "ASR_API_KEYS": f"tester:{SECRET}",
         "ASR_CALIBRATE": "false",
         "ASR_WORKERS": "1",
         "OTEL_SDK_DISABLED": "true",
@@ -92,41 +84,6 @@ def function(
             process.wait(timeout=30)
 
 
-def posted(path: str, audio: bytes, **fields: str) -> dict[str, Any]:
-    """An HTTP API event with the body that a real client makes."""
-    request = httpx.Request("POST", f"https://lambda{path}", data=fields, files={"file": ("a.bin", audio)})
-    made = event("http_api")
-    made["rawPath"] = made["requestContext"]["http"]["path"] = path
-    made["headers"] |= {
-        "content-type": request.headers["content-type"],
-        "authorization": "Bearer a-secret-of-the-test",
-    }
-    made["headers"]["content-length"] = str(len(request.read()))
-    made["body"] = base64.b64encode(request.read()).decode()
-    return made
-
-
-def coded(samples: np.ndarray, container: str, codec: str, rate_hz: int) -> bytes:
-    """Compressed audio, by FFmpeg's libraries inside PyAV: there is no ffmpeg program in the image."""
-    import io
-
-    import soxr
-
-    sink = io.BytesIO()
-    with av.open(sink, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=rate_hz, layout="mono")
-        resampled = soxr.resample(samples, SAMPLE_RATE_HZ, rate_hz).astype(np.float32)
-        frame = av.AudioFrame.from_ndarray(resampled[None], format="fltp", layout="mono")
-        frame.sample_rate = rate_hz
-        resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=rate_hz)
-        for part in resampler.resample(frame):
-            for packet in stream.encode(part):
-                out.mux(packet)
-        for packet in stream.encode(None):
-            out.mux(packet)
-    return sink.getvalue()
-
-
 def test_http_api_transcribes(function: LambdaService) -> None:
     started_s = time.perf_counter()
     kind, answer = function.invoke(posted("/transcribe", wav(sing("abc def"))))
@@ -164,7 +121,7 @@ def _mp4(samples: np.ndarray, rate_hz: int) -> bytes:
 
 def test_rest_api_lists_models(function: LambdaService) -> None:
     made = event("rest_api")
-    made["multiValueHeaders"]["Authorization"] = ["Bearer a-secret-of-the-test"]
+    made["multiValueHeaders"]["Authorization"] = [f"Bearer {SECRET}"]
     kind, answer = function.invoke(made)
     assert (kind, answer["statusCode"]) == ("response", 200)
     assert "tiny" in answer["body"]
@@ -298,7 +255,7 @@ def test_the_templates_functions_can_start(monkeypatch: pytest.MonkeyPatch, name
         monkeypatch.delenv(variable)
     properties = template["Resources"][name]["Properties"]
     for variable, value in properties["Environment"]["Variables"].items():
-        monkeypatch.setenv(variable, "tester:a-secret-of-the-test" if "resolve:" in value else value)
+        monkeypatch.setenv(variable, f"tester:{SECRET}" if "resolve:" in value else value)
     settings = load_settings(env_file=None, host=os.environ.get("ASR_HOST", "0.0.0.0"))
     disk_bytes = template["Globals"]["Function"]["EphemeralStorage"]["Size"] * 2**20
     assert settings.max_upload_bytes < disk_bytes
