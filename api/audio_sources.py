@@ -25,6 +25,7 @@ BLOCK_VALUES = 1 << 18  # float32 values per block, all channels together: 1 MiB
 _FLAC_BLOCK_VALUES = 1 << 14
 _PLAIN_WAV = struct.Struct("<4sI4s 4sIHHIIHH 4sI")  # RIFF, the fmt chunk, the head of the data chunk
 _PLAIN_WAV_CHANNELS = 8
+_MOST_CHUNKS = 64  # that are looked at in a wav, up to its data
 
 _CUT_SHORT = re.compile(
     r"data\s*:\s*(\d+)\s*\(should be"
@@ -64,13 +65,17 @@ def open_source(file: BinaryIO) -> Source:
     if not head:
         raise UndecodableAudioError("The file is empty.", code="empty_file")
     if head in (b"RIFF", b"RF64", b"fLaC"):
+        goes_on = head == b"RIFF" and _goes_on_behind_its_data(file)
         try:
             source = SoundfileSource(file)
         except soundfile.SoundFileError:  # a codec libsndfile lacks, or damage that FFmpeg may step over
             file.seek(0)
         else:
-            if source.frames or not _is_unfinished_wav(file):
+            if source.frames or not goes_on:
+                if goes_on:
+                    source.warnings.append("The file goes on behind the audio that its header tells of.")
                 return source
+            # A recorder that is cut off leaves a length of zero. FFmpeg finds all that is there.
             source.close()
             file.seek(0)
     return _with_ffmpeg(file)
@@ -83,17 +88,27 @@ def _with_ffmpeg(file: BinaryIO) -> Source:
     return AvSource(file)
 
 
-def _is_unfinished_wav(file: BinaryIO) -> bool:
-    """Whether a wav goes on behind the length in its header: a recorder that is cut off leaves zero there.
+def _goes_on_behind_its_data(file: BinaryIO) -> bool:
+    """Whether a wav holds something else than a further chunk behind its data chunk: its length is wrong.
 
-    libsndfile then finds no audio, FFmpeg all of it.
+    ``file`` stands at its start, before and after.
     """
-    position = file.tell()
     size_bytes = file.seek(0, io.SEEK_END)
+    at, found = 12, False
+    head = b""
+    for _ in range(_MOST_CHUNKS):
+        file.seek(at)
+        head = file.read(8)
+        if found or len(head) < 8:
+            break
+        found = head[:4] == b"data"
+        chunk_bytes = int.from_bytes(head[4:], "little")
+        at += 8 + chunk_bytes + chunk_bytes % 2
     file.seek(0)
-    head = file.read(8)
-    file.seek(position)
-    return head[:4] == b"RIFF" and int.from_bytes(head[4:], "little") + len(head) < size_bytes
+    if not found or len(head) < 8:
+        return False
+    is_chunk = head[:4].isascii() and head[:4].decode().isprintable()
+    return not (is_chunk and at + 8 + int.from_bytes(head[4:], "little") <= size_bytes)
 
 
 class PlainWavSource:

@@ -22,7 +22,9 @@ _UNSAFE_PLANES = 8
 # FFmpeg sizes tables by counts in the header: a kilobyte of MP4 that claims eighty million samples made it
 # take a gigabyte. The index of two hours of AAC at 96 kHz takes 16 MiB.
 _MAX_ALLOCATION_BYTES = 32 * 2**20
-_MAX_STREAMS = 16
+# FFmpeg's own default. Where a file has more, it drops what belongs to the others, and in Matroska whole
+# stretches of the rest with it.
+_MAX_STREAMS = 1000
 
 # Containers and bare streams FFmpeg may try. Playlists and other formats that name further files or hosts
 # (hls, concat, dash, sdp) stay out: an upload must never make this process open anything else.
@@ -68,6 +70,11 @@ class AvSource:
             raise _unreadable() from error
         self.container = str(self._container.format.name)
         self.warnings: list[str] = []
+        if (count := len(self._container.streams)) >= _MAX_STREAMS:
+            self._container.close()
+            raise UndecodableAudioError(
+                f"The file holds {count} streams or more; fewer than {_MAX_STREAMS} can be read."
+            )
         if not self._container.streams.audio:
             self._container.close()
             raise UndecodableAudioError("The file holds no audio stream.", code="no_audio_stream")

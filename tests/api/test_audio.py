@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from api import ffmpeg
 from api.audio import AudioReader, decode, is_quick
 from api.audio_sources import PlainWavSource, open_source
 from api.errors import AudioTooLongError, UndecodableAudioError
@@ -256,7 +257,7 @@ def test_wav_header_that_claims_four_gigabytes_costs_what_is_there() -> None:
     assert peak_bytes < 20_000_000
 
 
-@pytest.mark.parametrize("riff_bytes", [0, 36])
+@pytest.mark.parametrize("riff_bytes", [0, 36, 32_036])
 def test_wav_of_a_recorder_that_was_cut_off_is_read(riff_bytes: int) -> None:
     """Such a program writes the lengths last: until then the header says that there is nothing."""
     data = bytearray(wav(tone(1000, RATE_HZ)))
@@ -283,9 +284,21 @@ def test_decompression_bomb_stops_at_the_cap() -> None:
 def test_cap_is_counted_on_samples_not_on_the_header() -> None:
     data = bytearray(wav(tone(1000, RATE_HZ, 3.0)))
     struct.pack_into("<I", data, data.index(b"data") + 4, 1000)  # claims 31 ms; libsndfile believes it
-    assert decode(bytes(data), sample_rate_hz=RATE_HZ, max_audio_s=1.0).duration_s < 1.0
+    believed = decode(bytes(data), sample_rate_hz=RATE_HZ, max_audio_s=1.0)
+    assert believed.duration_s < 1.0
+    assert believed.warnings == ("The file goes on behind the audio that its header tells of.",)
     with pytest.raises(AudioTooLongError):
         decode(wav(tone(1000, RATE_HZ, 3.0)), sample_rate_hz=RATE_HZ, max_audio_s=1.0)
+
+
+@pytest.mark.parametrize("comment", [b"", b"LIST\x04\x00\x00\x00INFO"])
+def test_chunks_behind_the_samples_are_no_cause_to_warn(comment: bytes) -> None:
+    data = bytearray(wav(tone(1000, RATE_HZ)) + comment)
+    data[36:36] = b"fact\x04\x00\x00\x00\x80\x3e\x00\x00"  # so that it is no plain wav
+    struct.pack_into("<I", data, 4, len(data) - 8)
+    decoded = decode(bytes(data), sample_rate_hz=RATE_HZ)
+    assert decoded.duration_s == pytest.approx(1.0)
+    assert decoded.warnings == ()
 
 
 def empty_wav_with_a_comment() -> bytes:
@@ -433,6 +446,34 @@ def test_counts_in_a_header_cost_no_memory() -> None:
     code, grown_mb = refusal(imports, "decode(data, sample_rate_hz=16000)", "UndecodableAudioError", data)
     assert code == "no_audio_samples"
     assert grown_mb < 100
+
+
+def many_tracks(count: int) -> bytes:
+    """Matroska with `count` audio tracks of a second each, as recordings of meetings and films have."""
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="matroska") as out:
+        streams = [out.add_stream("libopus", rate=48_000, layout="mono") for _ in range(count)]
+        samples = tone(440, 48_000, 1.0)
+        for at in range(0, len(samples), 960):
+            frame = av.AudioFrame.from_ndarray(samples[None, at : at + 960], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 48_000, at
+            for stream in streams:
+                out.mux(stream.encode(frame))
+        for stream in streams:
+            out.mux(stream.encode(None))
+    return sink.getvalue()
+
+
+def test_the_first_of_many_tracks_is_whole() -> None:
+    decoded = decode(many_tracks(20), sample_rate_hz=RATE_HZ)
+    assert decoded.duration_s == pytest.approx(1.0, abs=0.02)
+    assert not decoded.warnings
+
+
+def test_more_tracks_than_ffmpeg_reads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffmpeg, "_MAX_STREAMS", 5)
+    with pytest.raises(UndecodableAudioError, match=r"5 streams or more; fewer than 5"):
+        decode(many_tracks(6), sample_rate_hz=RATE_HZ)
 
 
 def test_ffmpeg_is_found_in_this_process() -> None:
