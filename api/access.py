@@ -182,7 +182,8 @@ def _bearer(scope: Scope) -> str | None:
     for name, value in scope["headers"]:
         if name == b"authorization":
             scheme, _, secret = bytes(value).decode("utf-8", "surrogateescape").partition(" ")
-            return secret.strip() if scheme.lower() == "bearer" else None
+            if scheme.lower() == "bearer":
+                return secret.strip()
         if name == b"x-api-key":
             return bytes(value).decode("utf-8", "surrogateescape").strip()
     # The only place where a browser can put it when it opens a WebSocket; OpenAI's clients do.

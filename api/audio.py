@@ -90,7 +90,10 @@ class AudioReader:
         for block in self._source.blocks():
             rate_hz = block.sample_rate_hz
             if not MIN_SAMPLE_RATE_HZ <= rate_hz <= MAX_SAMPLE_RATE_HZ:
-                raise UndecodableAudioError(f"A sample rate of {rate_hz} Hz is not supported.")
+                raise UndecodableAudioError(
+                    f"A sample rate of {rate_hz} Hz is not supported; it may be {MIN_SAMPLE_RATE_HZ} to "
+                    f"{MAX_SAMPLE_RATE_HZ} Hz."
+                )
             self.duration_s += len(block.samples) / rate_hz
             if self.duration_s > self.max_audio_s:
                 raise AudioTooLongError(self.max_audio_s)

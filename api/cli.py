@@ -13,6 +13,7 @@ service could not start, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parsed = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter or a file's name that a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         return int(parsed.run(parsed))
     except (SettingsError, InstallationError, BundleError, AsrError) as error:
@@ -37,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stderr.close()
         return OK
+    except OSError as error:
+        print(f"asr: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:

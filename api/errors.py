@@ -343,16 +343,28 @@ _RANGE_ERRORS = frozenset(
 )
 
 
+_LONGEST_SHOWN = 40
+
+
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ClientError:
     """FastAPI's (pydantic's) validation errors as one error of ours, blaming the first field.
 
-    A value out of range is 422; a missing field or a wrong type is 400. The offending input is not echoed.
+    A value out of range is 422; a missing field or a wrong type is 400. A short value is named.
     """
-    lines = [f"{_field_of(error)}: {error.get('msg', 'invalid')}" for error in errors[:5]]
+    lines = [f"{_field_of(error)}: {error.get('msg', 'invalid')}{_given(error)}" for error in errors[:5]]
     message = "; ".join(lines) or "The request is not valid."
     param = _field_of(errors[0]) if errors else None
     in_range_only = bool(errors) and all(error.get("type") in _RANGE_ERRORS for error in errors)
     return (InvalidValueError if in_range_only else InvalidRequestError)(message, param=param)
+
+
+def _given(error: Mapping[str, Any]) -> str:
+    """The value at fault, where it is short and no text of its own (a prompt, a list, a whole form)."""
+    value = error.get("input")
+    if error.get("type") == "missing" or not isinstance(value, str | int | float):
+        return ""
+    shown = repr(value)
+    return f" (given: {shown})" if len(shown) <= _LONGEST_SHOWN else ""
 
 
 def _field_of(error: Mapping[str, Any]) -> str:

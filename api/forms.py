@@ -21,7 +21,8 @@ from api.vad import VadOptions
 _NESTED = re.compile(r"^([A-Za-z_]+)\[([A-Za-z_]+)\]$")
 
 F = TypeVar("F", bound="_Fields")
-Hotword = Annotated[str, Field(min_length=1, max_length=200)]
+MAX_HOTWORD_CHARACTERS = 200
+Hotword = Annotated[str, Field(min_length=1, max_length=MAX_HOTWORD_CHARACTERS)]
 OutputFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
 
 

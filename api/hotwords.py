@@ -39,6 +39,9 @@ DEPTH, TERMINAL, FAIL, KEPT = range(4)  # columns of the states
 DEFAULT_BOOST = 1.0
 MAX_BOOST = 5.0
 
+_MOST_KEPT_CHARACTERS = 20_000
+"""Longer lists are built anew each time: a megabyte of memory each for sixteen of these, not sixty."""
+
 IntArray = NDArray[np.int32]
 
 
@@ -105,7 +108,10 @@ def build_hotwords(
     if not 0.0 <= boost <= MAX_BOOST:
         raise ValueError(f"boost = {boost}: expected 0 to {MAX_BOOST} nats per character")
     cleaned = tuple(sorted({" ".join(word.split()) for word in hotwords} - {""}))
-    return _build_cached(cleaned, vocabulary, boost) if cleaned and boost > 0.0 else None
+    if not cleaned or boost == 0.0:
+        return None
+    build = _build_cached if sum(map(len, cleaned)) <= _MOST_KEPT_CHARACTERS else _build_cached.__wrapped__
+    return build(cleaned, vocabulary, boost)
 
 
 @lru_cache(maxsize=16)

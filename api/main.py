@@ -40,6 +40,7 @@ def create_app(
 ) -> FastAPI:
     """The application. ``on_failed_start`` is called when a model is refused, after it was logged."""
     keys = settings.load_keys()
+    settings.check_spool_dir()
     telemetry = telemetry or Telemetry(
         version=app_version(),
         commit=os.environ.get("ASR_REVISION") or "unknown",

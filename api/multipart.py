@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import structlog
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
@@ -23,6 +24,8 @@ from api.errors import (
     UploadTimeoutError,
     UploadTooLargeError,
 )
+
+_log = structlog.get_logger("api.multipart")
 
 _SPOOL_MEMORY_BYTES = 1 << 20
 _MAX_FIELD_BYTES = 1 << 16
@@ -90,6 +93,7 @@ async def read_form(request: Request, limits: Limits) -> Form:
         if isinstance(error, FormParserError):
             raise InvalidRequestError(f"The multipart body is malformed: {error}") from error
         if isinstance(error, OSError):
+            _log.error("upload_not_stored", folder=str(limits.spool_dir), problem=str(error))
             raise OutOfResourcesError("There is no room to store the upload; try again later.") from error
         raise
     return form
@@ -221,6 +225,10 @@ class _Reader:
             return
         self._field_bytes += end - start
         self._value += data[start:end]
+        if len(self._value) > _MAX_FIELD_BYTES and self._field_name.removesuffix("[]") in ("file", "files"):
+            raise InvalidRequestError(
+                f"Field {self._field_name!r} must be a file part (with a filename).", param=self._field_name
+            )
         if len(self._value) > _MAX_FIELD_BYTES or self._field_bytes > _MAX_FIELDS_BYTES:
             raise InvalidRequestError(
                 f"A field is longer than {_MAX_FIELD_BYTES} bytes.", param=self._field_name[:64]

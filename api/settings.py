@@ -323,6 +323,14 @@ class Settings(BaseSettings):
         lines = self.api_keys_file.read_text(encoding="utf-8").splitlines()
         return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
+    def check_spool_dir(self) -> None:
+        """Raise SettingsError where no file can be made in ``spool_dir``: only large uploads would notice."""
+        try:
+            with tempfile.TemporaryFile(dir=self.spool_dir):
+                pass
+        except OSError as error:
+            raise SettingsError(f"ASR_SPOOL_DIR={self.spool_dir}: {error.strerror}") from error
+
     def load_keys(self) -> tuple[ApiKey, ...]:
         """Keys from the variable and the file. Raises SettingsError when the file is unreadable or empty."""
         if self.api_keys_file is None:
@@ -352,6 +360,8 @@ def load_settings(env_file: Path | str | None = ENV_FILE, **overrides: Any) -> S
         return Settings(_env_file=env_file, **overrides)  # type: ignore[call-arg]  # known to pydantic-settings
     except ValidationError as error:
         raise SettingsError("\n".join(_problem_line(problem) for problem in error.errors())) from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{env_file}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _problem_line(problem: Any) -> str:

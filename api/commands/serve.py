@@ -50,6 +50,7 @@ def run(settings: Settings) -> int:
     server = make_server(app, settings)
     servers.append(server)
     host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
     structlog.get_logger("api.serve").info(
         "listening", address=f"http://{host}:{port}", models=settings.models
     )

@@ -105,7 +105,7 @@ async def transcribe_batch(request: Request) -> Response:
             param, value = ("stream", "true") if fields.stream else ("format", fields.format)
             raise InvalidRequestError(f"{param}: {value} cannot be had, a batch is JSON only.", param=param)
         transcriber = service.transcriber(fields.model)
-        fields.options(service.settings)
+        transcriber.language_of(fields.options(service.settings).language)  # at fault for all of them
         if not form.files:
             raise InvalidRequestError("The form has no file part.", param="files")
         for upload in form.files:

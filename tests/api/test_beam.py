@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from api import hotwords as hotwords_module
 from api.beam import EXACT, MAX_BEAM, beam_search
 from api.ctc import greedy
 from api.hotwords import MAX_BOOST, build_hotwords
@@ -225,3 +226,10 @@ def test_boosts_out_of_range_are_refused() -> None:
         build_hotwords(["a"], LETTERS, MAX_BOOST + 1)
     assert build_hotwords([], LETTERS) is None
     assert build_hotwords(["  "], LETTERS) is None
+
+
+def test_short_lists_are_kept_and_long_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest lists take megabytes, and callers may send as many different ones as they like."""
+    monkeypatch.setattr(hotwords_module, "_MOST_KEPT_CHARACTERS", 4)
+    assert build_hotwords(["abab"], LETTERS) is build_hotwords(["abab"], LETTERS)
+    assert build_hotwords(["ababa"], LETTERS) is not build_hotwords(["ababa"], LETTERS)

@@ -148,11 +148,17 @@ def test_starlettes_own_errors_get_the_envelope(status: int) -> None:
 )
 def test_validation_errors_are_400_for_form_and_422_for_range(kind: str, status: int) -> None:
     error = errors.from_validation(
-        [{"type": kind, "loc": ("body", "beam"), "msg": "no good", "input": "secret"}]
+        [{"type": kind, "loc": ("body", "beam"), "msg": "no good", "input": "many"}]
     )
     assert error.status == status
     assert error.param == "beam"
-    assert "secret" not in error.message
+    assert error.message == "beam: no good" + (" (given: 'many')" if kind != "missing" else "")
+
+
+@pytest.mark.parametrize("value", ["what somebody said, at some length " * 2, ["a"], {"beam": 1}, None])
+def test_validation_errors_repeat_no_long_text_and_no_form(value: object) -> None:
+    error = errors.from_validation([{"type": "literal_error", "loc": ("x",), "msg": "no", "input": value}])
+    assert error.message == "x: no"
 
 
 def test_bundle_error_names_bundle_field_and_value() -> None:

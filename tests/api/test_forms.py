@@ -114,11 +114,15 @@ class TestFields:
     @pytest.mark.parametrize(
         ("fields", "message", "param"),
         [
-            ({"": "server_vad"}, "chunking_strategy: Input should be 'auto'", "chunking_strategy"),
+            (
+                {"": "server_vad"},
+                "chunking_strategy: Input should be 'auto' (given: 'server_vad')",
+                "chunking_strategy",
+            ),
             (
                 {"[type]": "server_vad", "[threshold]": "5", "[silence_duration_ms]": "1"},
-                "chunking_strategy.threshold: Input should be less than 1; "
-                "chunking_strategy.silence_duration_ms: Input should be greater than or equal to 50",
+                "chunking_strategy.threshold: Input should be less than 1 (given: '5'); "
+                "chunking_strategy.silence_duration_ms: Input should be greater than or equal to 50 (given: '1')",
                 "chunking_strategy.threshold",
             ),
         ],

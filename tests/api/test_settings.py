@@ -86,6 +86,18 @@ def test_env_file_is_read_and_the_environment_wins(monkeypatch: pytest.MonkeyPat
     assert (settings.port, settings.max_beam) == (9002, 32)
 
 
+def test_an_env_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"ASR_MODELS=caf\xe9\n")
+    with pytest.raises(SettingsError, match=r"\.env: is not UTF-8 text"):
+        load_settings(tmp_path / ".env")
+
+
+def test_a_spool_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    load_settings(spool_dir=tmp_path).check_spool_dir()
+    with pytest.raises(SettingsError, match=r"ASR_SPOOL_DIR=/no/such: No such file or directory"):
+        load_settings(spool_dir="/no/such").check_spool_dir()
+
+
 def test_empty_values_mean_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASR_PORT", "")
     assert load_settings().port == 8000

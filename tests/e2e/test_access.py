@@ -66,7 +66,15 @@ def test_listings_need_a_key_too_and_probes_do_not(http: httpx.Client) -> None:
         assert http.get(path).status_code == 200
 
 
-@pytest.mark.parametrize("headers", [bearer(ALICE), bearer(BOB), {"x-api-key": ALICE}])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        bearer(ALICE),
+        bearer(BOB),
+        {"x-api-key": ALICE},
+        {"authorization": "Basic for-a-proxy", "x-api-key": ALICE},
+    ],
+)
 def test_known_keys_are_let_in(http: httpx.Client, headers: dict[str, str]) -> None:
     time.sleep(1.1)  # the rate limit below is shared
     assert http.post("/transcribe", files=AUDIO, headers=headers).json()["text"] == "abc"

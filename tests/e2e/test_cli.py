@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,34 @@ def files(tmp_path: Path) -> dict[str, Path]:
 def test_one_file_to_text(models_dir: Path, files: dict[str, Path]) -> None:
     result = asr(models_dir, "transcribe", files["one.wav"])
     assert (result.returncode, result.stdout, result.stderr) == (0, "abc de\n", "")
+
+
+def test_output_that_cannot_be_written_is_one_line(models_dir: Path, files: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "api.cli", "transcribe", str(files["one.wav"])]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            command,
+            env=environment(models_dir),
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert result.returncode != 0
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_file_whose_name_is_no_text_is_transcribed(
+    models_dir: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.wav")
+    Path(odd).write_bytes(files["one.wav"].read_bytes())
+    command = [sys.executable, "-m", "api.cli", "transcribe", odd, str(files["one.wav"])]
+    strict = environment(models_dir) | {"PYTHONIOENCODING": "utf-8:strict"}
+    result = subprocess.run(command, env=strict, cwd=ROOT, capture_output=True, timeout=120)
+    assert (result.returncode, result.stdout.count(b"abc de")) == (0, 2), result.stderr
 
 
 def test_srt_and_json(models_dir: Path, files: dict[str, Path]) -> None:

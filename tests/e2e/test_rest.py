@@ -182,6 +182,18 @@ def test_bad_batches(
     assert response.json()["error"]["param"] == param
 
 
+def test_a_batch_in_a_language_that_the_model_does_not_know_is_refused_whole(client: httpx.Client) -> None:
+    files = [("files", ("one.wav", AUDIO)), ("files", ("two.wav", AUDIO))]
+    response = client.post("/transcribe/batch", files=files, data={"language": "fr"})
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "unsupported_language")
+
+
+def test_a_large_file_without_a_filename_is_told_apart_from_a_field(client: httpx.Client) -> None:
+    response = client.post("/transcribe", files={"file": (None, bytes(100_000))})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "Field 'file' must be a file part (with a filename)."
+
+
 def test_a_field_in_the_query_is_refused(client: httpx.Client) -> None:
     files = {"file": ("a.wav", AUDIO)}
     for path, name in (
