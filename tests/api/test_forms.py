@@ -122,7 +122,8 @@ class TestFields:
             (
                 {"[type]": "server_vad", "[threshold]": "5", "[silence_duration_ms]": "1"},
                 "chunking_strategy.threshold: Input should be less than 1 (given: '5'); "
-                "chunking_strategy.silence_duration_ms: Input should be greater than or equal to 50 (given: '1')",
+                "chunking_strategy.silence_duration_ms: "
+                "Input should be greater than or equal to 50 (given: '1')",
                 "chunking_strategy.threshold",
             ),
         ],
