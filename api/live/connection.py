@@ -8,6 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import chain
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +31,7 @@ _log = structlog.get_logger("api.live")
 NORMAL, POLICY, FAILED, RESTART = 1000, 1008, 1011, 1012
 """Close codes of RFC 6455, section 7.4.1, and of its registry at IANA."""
 
+_KEY_SUBPROTOCOL = "openai-insecure-api-key."  # a browser's only place for its key; access.py reads it there
 _WRITE_TIMEOUT_S = 60.0  # a caller that does not read is let go
 
 
@@ -68,9 +70,7 @@ class Connection:
             self._count(UNKNOWN, 0.0, error)
             raise
         try:
-            offered = self._websocket.scope.get("subprotocols", [])
-            chosen = next((name for name in self._subprotocols if name in offered), None)
-            await self._websocket.accept(subprotocol=chosen)
+            await self._websocket.accept(subprotocol=self._chosen_subprotocol())
         except BaseException:
             self._service.leave_stream(self)
             raise
@@ -93,6 +93,17 @@ class Connection:
             self._service.leave_stream(self)
             self._log()
         return isinstance(error, Exception)
+
+    def _chosen_subprotocol(self) -> str | None:
+        """One of ours where it is offered, else the one that holds the key, else none.
+
+        A browser that offers some and is answered with none fails the handshake ("establish a WebSocket
+        connection" in WHATWG's WebSockets standard).
+        """
+        offered: Sequence[str] = self._websocket.scope.get("subprotocols", ())
+        ours = (name for name in self._subprotocols if name in offered)
+        keys = (name for name in offered if name.startswith(_KEY_SUBPROTOCOL))
+        return next(chain(ours, keys), None)
 
     def utterance_ended(self, model: str, ended_s: float, error: AsrError | None = None) -> None:
         """Count one that is about to be told, or has failed; ``ended_s`` is of ``time.perf_counter``."""

@@ -25,5 +25,5 @@ async def realtime(websocket: WebSocket, model: str = "", intent: str = "transcr
 async def vosk(websocket: WebSocket) -> None:
     """The protocol of Vosk's server."""
     service = service_of(websocket)
-    async with Connection(websocket, service, "vosk", Vosk.error_message) as connection:
+    async with Connection(websocket, service, "vosk", Vosk.error_message, ("vosk",)) as connection:
         await Vosk(connection, service).run()

@@ -439,6 +439,26 @@ def test_a_key_is_needed_and_a_browser_may_send_it_its_own_way(guarded: LiveServ
     assert SECRET not in guarded.log
 
 
+@pytest.mark.parametrize(
+    ("path", "protocols", "selected"),
+    [
+        ("/v1/realtime", (), "key"),
+        ("/vosk", (), "key"),
+        ("/vosk", ("vosk",), "vosk"),
+        ("/vosk", ("realtime",), "key"),
+    ],
+)
+def test_one_of_the_offered_subprotocols_is_selected_as_browsers_demand(
+    guarded: LiveServer, path: str, protocols: tuple[str, ...], selected: str
+) -> None:
+    with guarded.client(headers={"authorization": f"Bearer {SECRET}"}) as http:
+        wait_for_sessions(http, 0)
+    key = f"openai-insecure-api-key.{SECRET}"
+    with connect(socket_url(guarded, path), proxy=None, subprotocols=[*protocols, key]) as socket:
+        assert socket.subprotocol == (key if selected == "key" else selected)
+    assert SECRET not in guarded.log
+
+
 def test_pages_of_other_origins_are_kept_out(guarded: LiveServer) -> None:
     header = {"authorization": f"Bearer {SECRET}"}
     found = refusal(guarded, additional_headers=header, origin="https://elsewhere.example")
