@@ -51,9 +51,12 @@ class Listener:
         form: AudioForm,
         vad: VadOptions | None,
         *,
-        from_s: float = 0.0,
+        after: Listener | None = None,
     ) -> Self:
-        """`from_s` seconds were heard before. Raises ModelNotFoundError, InvalidValueError (language)."""
+        """`after` listened to the same recording until now.
+
+        Raises ModelNotFoundError, InvalidValueError (language).
+        """
         transcriber = service.transcriber(model)
         transcriber.language_of(options.language)
         new_recogniser = partial(
@@ -70,9 +73,10 @@ class Listener:
             sample_rate_hz=rate_hz,
             max_window_s=manifest.max_window_s,
             vad=vad,
-            samples_heard=round(from_s * rate_hz),
+            samples_heard=round(after.heard_s * rate_hz) if after is not None else 0,
         )
-        return cls(service, PcmInput(form.encoding, form.rate_hz, rate_hz), utterances, new_recogniser)
+        pcm = PcmInput(form.encoding, form.rate_hz, rate_hz, after._pcm if after is not None else None)
+        return cls(service, pcm, utterances, new_recogniser)
 
     async def feed(self, data: bytes) -> list[Happening]:
         """What `data` brings, in order."""
@@ -91,7 +95,7 @@ class Listener:
 
     def clear(self) -> None:
         """Forget the open utterance."""
-        self._pcm.flush()
+        self._pcm.clear()
         self._utterances.clear()
 
     def look(self, recogniser: Recogniser) -> Window | None:

@@ -37,13 +37,17 @@ _G711 = {"audio/pcmu": _mu_law(), "audio/pcma": _a_law()}
 class PcmInput:
     """A stream of mono samples: 16-bit little-endian (``audio/pcm``) or G.711 bytes.
 
-    Pieces may end anywhere, also in the middle of a sample.
+    Pieces may end anywhere, also in the middle of a sample. `after` is an input of the same caller, before:
+    where its last sample was sent by half, the other half comes here.
     """
 
-    def __init__(self, encoding: Encoding, input_rate_hz: int, sample_rate_hz: int) -> None:
+    def __init__(
+        self, encoding: Encoding, input_rate_hz: int, sample_rate_hz: int, after: PcmInput | None = None
+    ) -> None:
+        self._encoding = encoding
         self._table = _G711.get(encoding)
         self._rates_hz = (input_rate_hz, sample_rate_hz)
-        self._odd = b""
+        self._odd: bytes = after._odd if after is not None and after._encoding == encoding else b""
         self._resampler = self._new_resampler()
 
     def feed(self, data: bytes) -> FloatArray:
@@ -60,13 +64,17 @@ class PcmInput:
         return self._resampler.feed(samples)
 
     def flush(self) -> FloatArray:
-        """The resampler's last samples; what comes next begins anew. Half a sample is dropped."""
-        self._odd = b""
+        """The resampler's last samples; what comes next begins anew. Half a sample waits for the rest."""
         if self._resampler is None:
             return np.zeros(0, np.float32)
         tail = self._resampler.finish()
         self._resampler = self._new_resampler()
         return tail
+
+    def clear(self) -> None:
+        """Forget the resampler's last samples, and half a sample."""
+        self._odd = b""
+        self._resampler = self._new_resampler()
 
     def _new_resampler(self) -> Resampler | None:
         input_rate_hz, sample_rate_hz = self._rates_hz

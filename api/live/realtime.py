@@ -145,7 +145,7 @@ class Realtime:
 
     async def _update(self, listener: Listener, event: dict[str, Any]) -> Listener:
         session = updated(self._session, event.get("session"))
-        new = await self._listen(session, from_s=listener.heard_s)
+        new = await self._listen(session, after=listener)
         await self._happened(listener, listener.commit())
         self._session = session
         await self._send("session.updated", session=self._described())
@@ -180,7 +180,7 @@ class Realtime:
 
     # -- audio
 
-    async def _listen(self, session: Session, from_s: float = 0.0) -> Listener:
+    async def _listen(self, session: Session, after: Listener | None = None) -> Listener:
         """Raises what a wrong model, language or hotword does."""
         return await Listener.open(
             self._service,
@@ -188,7 +188,7 @@ class Realtime:
             session.options(self._service.settings),
             session.audio_form,
             session.vad,
-            from_s=from_s,
+            after=after,
         )
 
     async def _happened(self, listener: Listener, happenings: Iterable[Happening]) -> None:

@@ -57,6 +57,31 @@ def test_resampling_in_pieces_is_resampling_at_once() -> None:
     assert np.abs(heard[: len(expected)] - expected[: len(heard)]).max() < 1e-4
 
 
+@pytest.mark.parametrize("rate_hz", [RATE_HZ, 24_000])
+def test_half_a_sample_waits_for_its_other_half_over_a_flush_and_a_change(rate_hz: int) -> None:
+    data = pcm16(noise(0.25))
+    stream = PcmInput("audio/pcm", rate_hz, RATE_HZ)
+    first = [stream.feed(data[:4001]), stream.flush()]
+    second = [stream.feed(data[4001:6001]), stream.flush()]
+    other = PcmInput("audio/pcm", rate_hz, RATE_HZ, stream)
+    third = [other.feed(data[6001:]), other.flush()]
+    for heard, part in ((first, data[:4000]), (second, data[4000:6000]), (third, data[6000:])):
+        alone = PcmInput("audio/pcm", rate_hz, RATE_HZ)
+        np.testing.assert_array_equal(np.concatenate(heard), [*alone.feed(part), *alone.flush()])
+
+
+def test_half_a_sample_is_forgotten_with_the_rest_and_no_part_of_another_encoding() -> None:
+    data = pcm16(noise(0.0125))
+    stream = PcmInput("audio/pcm", RATE_HZ, RATE_HZ)
+    stream.feed(b"x")
+    in_mu_law = PcmInput("audio/pcmu", RATE_HZ, RATE_HZ, stream)
+    assert len(in_mu_law.feed(b"")) == 0
+    back = PcmInput("audio/pcm", RATE_HZ, RATE_HZ, in_mu_law)
+    stream.clear()
+    for each in (stream, back):
+        np.testing.assert_array_equal(each.feed(data), PcmInput("audio/pcm", RATE_HZ, RATE_HZ).feed(data))
+
+
 def g711_by_the_book(code: int, law: str) -> int:
     """One byte of G.711 to a 16-bit sample, bit by bit."""
     if law == "audio/pcmu":

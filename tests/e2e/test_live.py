@@ -202,6 +202,19 @@ def test_clear_forgets_what_was_not_committed(server: LiveServer) -> None:
         assert session.transcript() == "cafe"
 
 
+def test_half_a_sample_before_an_event_shifts_nothing_that_comes_after(server: LiveServer) -> None:
+    data = pcm(sing("bad "), 1.0, sing("cafe"))
+    with realtime(server) as session:
+        session.listen(turn_detection=None)
+        session.append(bytes(4001))
+        session.send("input_audio_buffer.commit")
+        session.append(bytes(4000))
+        session.send("session.update", session={"audio": {"input": {"transcription": {"model": "other"}}}})
+        session.append(b"\0" + data)
+        session.send("input_audio_buffer.commit")
+        assert [session.transcript() for _ in range(3)] == ["", "", "bad cafe"]
+
+
 def test_a_change_of_the_session_loses_nothing_that_was_heard(server: LiveServer) -> None:
     with realtime(server) as session:
         session.listen(turn_detection=None)
@@ -310,6 +323,22 @@ def test_vosk_reset_tells_the_rest_and_goes_on(server: LiveServer) -> None:
             assert "partial" in json.loads(socket.recv(timeout=60))
             socket.send('{"reset": 1}')
             assert json.loads(socket.recv(timeout=60)) == {"text": word}
+
+
+def test_vosk_half_a_sample_before_a_reset_shifts_nothing(server: LiveServer) -> None:
+    data = pcm(0.5, sing("bad cafe"))
+    with connect(socket_url(server, "/vosk"), proxy=None) as socket:
+        socket.send(json.dumps({"config": {"sample_rate": SAMPLE_RATE_HZ, "words": 0}}))
+        # A reset with an utterance open, and one before it with none.
+        for piece, text in (
+            (bytes(4001), ""),
+            (b"\0" + data + b"\0", "bad cafe"),
+            (b"\0" + data, "bad cafe"),
+        ):
+            socket.send(piece)
+            assert "partial" in json.loads(socket.recv(timeout=60))
+            socket.send('{"reset": 1}')
+            assert json.loads(socket.recv(timeout=60)) == {"text": text}
 
 
 @pytest.mark.parametrize(
