@@ -13,7 +13,7 @@ from api.live.recogniser import Recogniser
 from api.live.utterances import Happening, Utterances
 from api.segmenter import Window
 from api.service import Service
-from api.transcriber import Options
+from api.transcriber import Options, Transcriber
 from api.vad import VadOptions
 
 _LONG_BYTES = 32_000  # resampling and finding speech in more than this is left to a thread
@@ -33,11 +33,13 @@ class Listener:
     def __init__(
         self,
         service: Service,
+        transcriber: Transcriber,
         pcm: PcmInput,
         utterances: Utterances,
         new_recogniser: Callable[[], Recogniser],
     ) -> None:
         self._service = service
+        self._transcriber = transcriber
         self._pcm = pcm
         self._utterances = utterances
         self.new_recogniser = new_recogniser  # for one more utterance
@@ -58,15 +60,7 @@ class Listener:
         Raises ModelNotFoundError, InvalidValueError (language).
         """
         transcriber = service.transcriber(model)
-        transcriber.language_of(options.language)
-        new_recogniser = partial(
-            Recogniser,
-            transcriber,
-            options,
-            await transcriber.hotwords(options),
-            service.telemetry,
-            service.settings.request_timeout_s,
-        )
+        new_recogniser = await _recognisers(service, transcriber, options)
         manifest = transcriber.model.bundle.manifest
         rate_hz = manifest.sample_rate_hz
         utterances = Utterances(
@@ -76,7 +70,11 @@ class Listener:
             samples_heard=round(after.heard_s * rate_hz) if after is not None else 0,
         )
         pcm = PcmInput(form.encoding, form.rate_hz, rate_hz, after._pcm if after is not None else None)
-        return cls(service, pcm, utterances, new_recogniser)
+        return cls(service, transcriber, pcm, utterances, new_recogniser)
+
+    async def change(self, options: Options) -> None:
+        """Use `options` for what begins from here on. Raises InvalidValueError (language)."""
+        self.new_recogniser = await _recognisers(self._service, self._transcriber, options)
 
     async def feed(self, data: bytes) -> list[Happening]:
         """What `data` brings, in order."""
@@ -116,3 +114,18 @@ class Listener:
     def seconds(self, samples: int) -> float:
         """At the model's sample rate."""
         return samples / self._utterances.sample_rate_hz
+
+
+async def _recognisers(
+    service: Service, transcriber: Transcriber, options: Options
+) -> Callable[[], Recogniser]:
+    """What makes one for each utterance. Raises InvalidValueError (language)."""
+    transcriber.language_of(options.language)
+    return partial(
+        Recogniser,
+        transcriber,
+        options,
+        await transcriber.hotwords(options),
+        service.telemetry,
+        service.settings.request_timeout_s,
+    )

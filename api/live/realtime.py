@@ -35,6 +35,7 @@ from api.live.utterances import Began, Ended, Happening, Piece
 from api.openai_format import logprob_list, usage
 from api.segmenter import Window
 from api.service import Service
+from api.transcriber import Transcriber
 
 _log = structlog.get_logger("api.live")
 
@@ -145,11 +146,14 @@ class Realtime:
 
     async def _update(self, listener: Listener, event: dict[str, Any]) -> Listener:
         session = updated(self._session, event.get("session"))
-        new = await self._listen(session, after=listener)
-        await self._happened(listener, listener.commit())
+        if self._is_heard_alike(session):
+            await listener.change(session.options(self._service.settings))
+        else:
+            old, listener = listener, await self._listen(session, after=listener)
+            await self._happened(old, old.commit())
         self._session = session
         await self._send("session.updated", session=self._described())
-        return new
+        return listener
 
     async def _append(self, listener: Listener, event: dict[str, Any]) -> None:
         encoded = event.get("audio")
@@ -190,6 +194,19 @@ class Realtime:
             session.vad,
             after=after,
         )
+
+    def _is_heard_alike(self, session: Session) -> bool:
+        """Whether the open utterance can go on in `session`. Raises ModelNotFoundError."""
+        return all(
+            (
+                session.audio_form == self._session.audio_form,
+                session.vad == self._session.vad,
+                self._transcriber_of(session) is self._transcriber_of(self._session),
+            )
+        )
+
+    def _transcriber_of(self, session: Session) -> Transcriber:
+        return self._service.transcriber(session.transcription.model)
 
     async def _happened(self, listener: Listener, happenings: Iterable[Happening]) -> None:
         for happening in happenings:
@@ -276,7 +293,7 @@ class Realtime:
         await self._connection.send(_event(kind, **fields))
 
     def _described(self) -> dict[str, Any]:
-        model = self._service.transcriber(self._session.transcription.model).model.name
+        model = self._transcriber_of(self._session).model.name
         return {
             "id": self._connection.id,
             "object": "realtime.transcription_session",

@@ -225,6 +225,60 @@ def test_a_change_of_the_session_loses_nothing_that_was_heard(server: LiveServer
         assert [session.transcript(), session.transcript()] == ["bad", "cafe"]
 
 
+def test_an_update_that_changes_nothing_of_how_it_is_heard_commits_nothing(server: LiveServer) -> None:
+    data = pcm(sing("dead bee"))
+    half = len(data) // 4 * 2 + 1
+    with realtime(server) as session:
+        session.listen(turn_detection=None)
+        session.append(data[:half])
+        for changes in (
+            {"audio": {"input": {"transcription": {"model": "tiny", "language": "en", "keywords": ["bee"]}}}},
+            {"include": ["item.input_audio_transcription.logprobs"]},
+            {"audio": {"input": {"turn_detection": None, "format": {"rate": SAMPLE_RATE_HZ}}}},
+        ):
+            session.send("session.update", session=changes)
+            session.until("session.updated")
+        session.append(data[half:])
+        session.send("input_audio_buffer.commit")
+        assert session.until("input_audio_buffer.committed")["previous_item_id"] is None
+        assert session.transcript() == "dead bee"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"turn_detection": {"type": "server_vad"}},
+        {"format": {"type": "audio/pcm", "rate": 24_000}},
+        {"transcription": {"model": "other"}},
+    ],
+)
+def test_an_update_that_changes_how_it_is_heard_commits(server: LiveServer, changes: dict[str, Any]) -> None:
+    with realtime(server) as session:
+        session.listen(turn_detection=None)
+        session.append(pcm(sing("bad")))
+        session.send("session.update", session={"audio": {"input": changes}})
+        session.until("input_audio_buffer.committed")
+        session.until("session.updated")
+        assert session.transcript() == "bad"
+
+
+def test_the_open_utterance_keeps_its_keywords_and_the_next_has_the_new_ones(server: LiveServer) -> None:
+    """Between two tones, at equal strength, the hotword decides; what is refused changes nothing."""
+    mixed = pcm(sing("ca"), (sing("b") + sing("d")) / 2, sing("e"))
+    with realtime(server) as session:
+        session.listen(turn_detection=None, transcription={"keywords": ["cabe"]})
+        session.append(mixed[:4000])
+        session.listen(transcription={"keywords": ["cade"]})
+        session.send("session.update", session={"audio": {"input": {"transcription": {"language": "vi"}}}})
+        assert session.receive()["error"]["code"] == "unsupported_language"
+        session.append(mixed[4000:])
+        session.send("input_audio_buffer.commit")
+        assert session.transcript() == "cabe"
+        session.append(mixed)
+        session.send("input_audio_buffer.commit")
+        assert session.transcript() == "cade"
+
+
 def transcribing_with(**fields: str) -> str:
     return json.dumps({"type": "session.update", "session": {"audio": {"input": {"transcription": fields}}}})
 
