@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -81,10 +82,16 @@ class PcmInput:
         return None if input_rate_hz == sample_rate_hz else Resampler(input_rate_hz, sample_rate_hz)
 
 
-def check_rate(rate_hz: float, param: str) -> int:
-    """A sample rate that a caller sent, in Hz. Raises InvalidValueError outside 8 to 48 kHz."""
-    if not (8000 <= rate_hz <= 48000 and rate_hz == int(rate_hz)):
-        raise InvalidValueError(
-            f"{param}: {rate_hz} is not a sample rate from 8000 to 48000 Hz.", param=param
-        )
+def check_rate(value: object, param: str) -> int:
+    """A sample rate in Hz that a caller sent, as a number or the text of one.
+
+    Raises InvalidValueError outside 8 to 48 kHz.
+    """
+    try:
+        rate_hz = float(value) if isinstance(value, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        rate_hz = math.nan
+    if not (8000 <= rate_hz <= 48000 and rate_hz.is_integer()):
+        shown = f"{value!r:.40}" if isinstance(value, int | float | str) else "this"
+        raise InvalidValueError(f"{param}: {shown} is not a sample rate from 8000 to 48000 Hz.", param=param)
     return int(rate_hz)

@@ -1,7 +1,8 @@
 """Vosk's protocol: every message of audio gets one answer, a partial text or the text of an utterance.
 
 ``{"config": ...}`` first (no answer), then 16-bit little-endian mono. ``{"eof": 1}`` gives the rest and ends
-the session, ``{"reset": 1}`` gives the rest and goes on.
+the session, ``{"reset": 1}`` gives the rest and goes on. A second config adds to the first; after the first
+audio only its ``words`` still count.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import time
 from typing import Any
 
 from api.errors import AsrError, DrainingError, InvalidRequestError, InvalidValueError, StreamTimeoutError
-from api.forms import check_options
+from api.forms import MAX_HOTWORD_CHARACTERS, check_options
 from api.live.connection import Connection, json_object
 from api.live.listener import AudioForm, Listener
 from api.live.pcm import check_rate
 from api.live.recogniser import Recogniser
 from api.live.utterances import Began, Happening, Piece
 from api.service import Service
+from api.transcriber import Options
 from api.transcript import Transcript
 from api.vad import VadOptions
 
@@ -30,6 +32,9 @@ class Vosk:
         self._connection = connection
         self._service = service
         self._shows_words = True
+        self._model = ""
+        self._form = AudioForm("audio/pcm", _DEFAULT_RATE_HZ)
+        self._options = Options()
         self._listener: Listener | None = None
         self._recogniser: Recogniser | None = None
         self._partial = ""
@@ -55,9 +60,7 @@ class Vosk:
         """Obey; True when that was the last."""
         command = json_object(message, "The message is neither audio nor valid JSON.")
         if "config" in command:
-            if self._listener is not None:
-                raise InvalidRequestError("config comes before the audio, once.", param="config")
-            self._listener = await self._open(command["config"])
+            self._configure(command["config"])
         elif command.get("eof"):
             await self._connection.send(await self._rest())
             return True
@@ -67,30 +70,33 @@ class Vosk:
             raise InvalidRequestError("A text message is {'config': {...}}, {'eof': 1} or {'reset': 1}.")
         return False
 
-    async def _open(self, config: object) -> Listener:
+    def _configure(self, config: object) -> None:
+        """Take over what `config` names; it is checked at once, and used when the audio begins."""
         if not isinstance(config, dict):
             raise InvalidRequestError("config is not an object.", param="config")
-        phrases = config.get("phrase_list", [])
-        if not (isinstance(phrases, list) and all(isinstance(each, str) for each in phrases)):
-            raise InvalidRequestError("phrase_list is not a list of texts.", param="phrase_list")
-        hotwords = tuple(each for each in phrases if each.strip() and each != "[unk]")
-        options = check_options(
-            self._service.settings, None, None, hotwords, None, hotwords_field="phrase_list"
-        )
-        rate = config.get("sample_rate", _DEFAULT_RATE_HZ)
-        if isinstance(rate, bool) or not isinstance(rate, int | float):
-            raise InvalidValueError("sample_rate is not a number.", param="sample_rate")
-        form = AudioForm("audio/pcm", check_rate(rate, "sample_rate"))
-        model = config.get("model", "")
-        if not isinstance(model, str):
-            raise InvalidRequestError("model is not text.", param="model")
-        self._shows_words = bool(config.get("words", True))
-        return await Listener.open(self._service, model, options, form, VadOptions())
+        if "words" in config:
+            self._shows_words = bool(config["words"])
+        if self._listener is not None:
+            return
+        if "sample_rate" in config:
+            self._form = AudioForm("audio/pcm", check_rate(config["sample_rate"], "sample_rate"))
+        if "phrase_list" in config:
+            phrases = _phrases(config["phrase_list"])
+            self._options = check_options(
+                self._service.settings, None, None, phrases, None, hotwords_field="phrase_list"
+            )
+        if "model" in config:
+            self._model = config["model"]
+            if not isinstance(self._model, str):
+                raise InvalidRequestError("model is not text.", param="model")
+            self._service.transcriber(self._model)
 
     async def _hear(self, data: bytes) -> dict[str, Any]:
         """The answer to a message of audio."""
         if self._listener is None:
-            self._listener = await self._open({})
+            self._listener = await Listener.open(
+                self._service, self._model, self._options, self._form, VadOptions()
+            )
         happenings = await self._listener.feed(data)
         self._connection.audio_s = self._listener.heard_s
         if ended := await self._follow(self._listener, happenings):
@@ -146,3 +152,22 @@ class Vosk:
                 for word in words
             ]
         return body
+
+
+def _phrases(value: object) -> tuple[str, ...]:
+    """Vosk's ``phrase_list`` as hotwords, without what stands for any other word.
+
+    Raises InvalidRequestError (no list of texts) or InvalidValueError (a phrase that is too long or no text).
+    """
+    if not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        raise InvalidRequestError("phrase_list is not a list of texts.", param="phrase_list")
+    for index, phrase in enumerate(value):
+        is_text = not any("\ud800" <= character <= "\udfff" for character in phrase[:MAX_HOTWORD_CHARACTERS])
+        if len(phrase) > MAX_HOTWORD_CHARACTERS or not is_text:
+            problem = "are too many" if is_text else "with half a surrogate pair are no text"
+            raise InvalidValueError(
+                f"phrase_list[{index}]: {len(phrase)} characters {problem}; a phrase is text of at most "
+                f"{MAX_HOTWORD_CHARACTERS}.",
+                param="phrase_list",
+            )
+    return tuple(each for each in value if each.strip() and each != "[unk]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -101,8 +102,31 @@ def test_g711_by_the_book(law: str) -> None:
     assert np.abs(heard).max() > 0.97
 
 
-@pytest.mark.parametrize("rate", [7999, 48001, 16000.5])
-def test_a_sample_rate_out_of_range_is_refused_by_name(rate: float) -> None:
+@pytest.mark.parametrize("rate", [16000, 16000.0, "16000", "16000.0", "1.6e4"])
+def test_a_sample_rate_is_a_number_or_its_text(rate: object) -> None:
+    assert check_rate(rate, "sample_rate") == 16_000
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        7999,
+        48001,
+        16000.5,
+        math.nan,
+        math.inf,
+        10**400,
+        "7999",
+        "nan",
+        "16k",
+        "",
+        "\ud800",
+        True,
+        None,
+        [16000],
+    ],
+)
+def test_a_sample_rate_out_of_range_is_refused_by_name(rate: object) -> None:
     with pytest.raises(InvalidValueError, match="from 8000 to 48000 Hz") as caught:
         check_rate(rate, "sample_rate")
     assert caught.value.param == "sample_rate"

@@ -379,6 +379,49 @@ def test_vosk_reset_tells_the_rest_and_goes_on(server: LiveServer) -> None:
             assert json.loads(socket.recv(timeout=60)) == {"text": word}
 
 
+def test_vosk_configs_add_up_until_the_audio_and_then_only_words_counts(server: LiveServer) -> None:
+    mixed = pcm(0.5, sing("ca"), (sing("b") + sing("d")) / 2, sing("e"))  # the phrase decides
+    with connect(socket_url(server, "/vosk"), proxy=None) as socket:
+        for config in (
+            {"sample_rate": str(SAMPLE_RATE_HZ), "phrase_list": ["cade"], "max_alternatives": 3},
+            {"phrase_list": ["cabe"]},
+            {"words": False},
+        ):
+            socket.send(json.dumps({"config": config}))
+        socket.send(mixed)
+        assert "partial" in json.loads(socket.recv(timeout=60))
+        socket.send('{"reset": 1}')
+        assert json.loads(socket.recv(timeout=60)) == {"text": "cabe"}
+        socket.send(
+            json.dumps({"config": {"words": 1, "phrase_list": 0, "sample_rate": 8000, "model": "no"}})
+        )
+        socket.send(mixed)
+        assert "partial" in json.loads(socket.recv(timeout=60))
+        socket.send('{"eof": 1}')
+        answer = json.loads(socket.recv(timeout=60))
+        assert answer["text"] == "cabe"
+        assert [word["word"] for word in answer["result"]] == ["cabe"]
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"sample_rate": "16k"}, ("sample_rate", "'16k'", "8000 to 48000")),
+        ({"phrase_list": ["cafe", "b" * 201]}, ("phrase_list[1]", "201", "at most 200")),
+        ({"phrase_list": ["[unk]", " " * 4_000_000]}, ("phrase_list[1]", "4000000", "at most 200")),
+        ({"phrase_list": ["bad\ud800"]}, ("phrase_list[0]", "4 characters", "surrogate", "at most 200")),
+    ],
+)
+def test_vosk_names_what_is_wrong_in_a_config(
+    server: LiveServer, config: dict[str, Any], named: tuple[str, ...]
+) -> None:
+    with connect(socket_url(server, "/vosk"), proxy=None) as socket:
+        socket.send(json.dumps({"config": config}))
+        error = json.loads(socket.recv(timeout=60))["error"]
+        assert error["code"] == "invalid_value"
+        assert all(part in error["message"] for part in named)
+
+
 def test_vosk_half_a_sample_before_a_reset_shifts_nothing(server: LiveServer) -> None:
     data = pcm(0.5, sing("bad cafe"))
     with connect(socket_url(server, "/vosk"), proxy=None) as socket:
@@ -405,6 +448,7 @@ def test_vosk_half_a_sample_before_a_reset_shifts_nothing(server: LiveServer) ->
         ('{"config": {"sample_rate": true}}', "invalid_value"),
         ('{"config": {"model": "../tiny"}}', "model_not_found"),
         ('{"config": {"phrase_list": "cafe"}}', "invalid_request"),
+        ('{"config": {"model": 1}}', "invalid_request"),
     ],
 )
 def test_vosk_says_what_is_wrong_and_closes(server: LiveServer, message: str, code: str) -> None:
