@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, WebSocket
 
+from api.errors import NotFoundError
 from api.live.connection import Connection
 from api.live.realtime import Realtime
 from api.live.vosk import Vosk
@@ -27,3 +28,11 @@ async def vosk(websocket: WebSocket) -> None:
     service = service_of(websocket)
     async with Connection(websocket, service, "vosk", Vosk.error_message, ("vosk",)) as connection:
         await Vosk(connection, service).run()
+
+
+@router.websocket("/{path:path}")
+async def unknown(websocket: WebSocket) -> None:
+    """Any other address; left to the router it would be refused as if a key were wrong (403), in no form."""
+    error = NotFoundError("There is no such live session; /v1/realtime and /vosk are offered.")
+    service_of(websocket).telemetry.refused(error.status, error.code)
+    raise error

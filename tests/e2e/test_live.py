@@ -96,6 +96,11 @@ def sessions(client: httpx.Client) -> int:
     return int(client.get("/health").json()["live_sessions"])
 
 
+def metric(client: httpx.Client, series: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return next(float(line.removeprefix(series)) for line in lines if line.startswith(series))
+
+
 def wait_for_sessions(client: httpx.Client, count: int) -> None:
     until_s = time.monotonic() + 30
     while sessions(client) != count:
@@ -323,6 +328,21 @@ def test_what_cannot_be_is_refused_before_the_socket_opens(
     response = caught.value.response
     assert response.status_code == status
     assert json.loads(response.body or b"")["error"]["code"] == code
+
+
+@pytest.mark.parametrize("path", ["/nope", "/", "/transcribe", "/v1/realtime/", "/vosk/x?y=1"])
+def test_an_unknown_address_is_not_found_in_the_form_of_all_errors(server: LiveServer, path: str) -> None:
+    series = 'asr_requests_total{model="unknown",outcome="invalid",route="unmatched"}'
+    with server.client() as http:
+        before = metric(http, series)
+        with pytest.raises(InvalidStatus) as caught:
+            connect(socket_url(server, path), proxy=None)
+        response = caught.value.response
+        assert response.status_code == 404
+        assert response.headers["content-type"] == "application/json"
+        error = json.loads(response.body or b"")["error"]
+        assert (error["code"], error["type"]) == ("not_found", "invalid_request_error")
+        assert metric(http, series) == before + 1
 
 
 # -- Vosk
