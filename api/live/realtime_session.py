@@ -49,13 +49,20 @@ class TurnDetection(ServerVad):
     idle_timeout_ms: None = None
 
 
+class NoiseReduction(_Shape):
+    """Accepted and without effect: the models hear what comes."""
+
+    type: Literal["near_field", "far_field"] | None = None
+    strength: float | None = Field(default=None, allow_inf_nan=False)
+
+
 class AudioInput(_Shape):
-    """``noise_reduction`` is not offered, so it must be null."""
+    """What the caller sends, and how it is heard."""
 
     format: AudioFormat = AudioFormat()
     transcription: Transcription = Transcription()
     turn_detection: TurnDetection | None = TurnDetection()
-    noise_reduction: None = None
+    noise_reduction: NoiseReduction | None = None
 
 
 class Audio(_Shape):
@@ -120,7 +127,13 @@ def updated(session: Session, changes: object) -> Session:
         return Session.model_validate(_merged(session.model_dump(exclude_unset=True), changes))
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
-        raise from_validation([{**one, "loc": ("session", *one["loc"])} for one in found]) from None
+        raise from_validation([_in_words_of_json(dict(one)) for one in found]) from None
+
+
+def _in_words_of_json(error: dict[str, Any]) -> dict[str, Any]:
+    """pydantic's `error` with its place in the event, and null by the name it has there."""
+    message = "Input should be null" if error["type"] == "none_required" else error["msg"]
+    return {**error, "loc": ("session", *error["loc"]), "msg": message}
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

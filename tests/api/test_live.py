@@ -280,9 +280,9 @@ def test_an_update_changes_what_it_names() -> None:
             "session.audio.input.turn_detection.threshold",
         ),
         (
-            {"audio": {"input": {"noise_reduction": {"type": "near_field"}}}},
-            InvalidRequestError,
-            "session.audio.input.noise_reduction",
+            {"audio": {"input": {"noise_reduction": {"type": "loud"}}}},
+            InvalidValueError,
+            "session.audio.input.noise_reduction.type",
         ),
     ],
 )
@@ -290,3 +290,18 @@ def test_a_wrong_update_names_the_field(changes: object, kind: type[ClientError]
     with pytest.raises(kind) as caught:
         updated(Session(), changes)
     assert caught.value.param == field
+
+
+def test_noise_reduction_is_accepted_and_told_back() -> None:
+    for chosen in ({"type": "near_field"}, {"type": "far_field", "strength": 0.5}, None):
+        session = updated(Session(), {"audio": {"input": {"noise_reduction": chosen}}})
+        told = session.described("small")["audio"]["input"]["noise_reduction"]
+        assert told == ({"strength": None, **chosen} if chosen is not None else None)
+
+
+def test_a_field_that_must_be_null_is_told_so_in_words_of_json() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        updated(Session(), {"audio": {"input": {"turn_detection": {"idle_timeout_ms": 5000}}}})
+    field = "session.audio.input.turn_detection.idle_timeout_ms"
+    assert caught.value.param == field
+    assert caught.value.message.startswith(f"{field}: Input should be null")
