@@ -13,13 +13,12 @@ from typing import NamedTuple
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import AsrError, AuthenticationError, PermissionDeniedError, RateLimitedError, to_response
-from api.keys import ApiKey, find_key
+from api.keys import KEY_SUBPROTOCOL, ApiKey, find_key
 from api.telemetry import TRANSCRIPTION_ROUTES, current_record, is_transcription
 
 # Open without a key: probes, and what has a switch of its own.
 _OPEN_PATHS = frozenset({"/", "/metrics", "/docs", "/openapi.json"})
 _MAX_BUCKETS = 10_000
-_KEY_SUBPROTOCOL = "openai-insecure-api-key."
 
 _SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -186,8 +185,8 @@ def _bearer(scope: Scope) -> str | None:
                 return secret.strip()
         if name == b"x-api-key":
             return bytes(value).decode("utf-8", "surrogateescape").strip()
-    # The only place where a browser can put it when it opens a WebSocket; OpenAI's clients do.
+    # Where browsers and OpenAI's clients put it when they open a WebSocket.
     for offered in scope.get("subprotocols", ()):
-        if offered.startswith(_KEY_SUBPROTOCOL):
-            return str(offered).removeprefix(_KEY_SUBPROTOCOL)
+        if offered.startswith(KEY_SUBPROTOCOL):
+            return str(offered).removeprefix(KEY_SUBPROTOCOL)
     return None

@@ -8,6 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+KEY_SUBPROTOCOL = "openai-insecure-api-key."
+"""What a key follows among the subprotocols that a caller offers: a browser's only place for it."""
+
 _KEY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _MIN_SECRET_LENGTH = 16
 

@@ -23,6 +23,7 @@ from api.errors import (
     StreamTimeoutError,
     public,
 )
+from api.keys import KEY_SUBPROTOCOL
 from api.service import Service
 from api.telemetry import UNKNOWN
 
@@ -31,7 +32,6 @@ _log = structlog.get_logger("api.live")
 NORMAL, POLICY, FAILED, RESTART = 1000, 1008, 1011, 1012
 """Close codes of RFC 6455, section 7.4.1, and of its registry at IANA."""
 
-_KEY_SUBPROTOCOL = "openai-insecure-api-key."  # a browser's only place for its key; access.py reads it there
 _WRITE_TIMEOUT_S = 60.0  # a caller that does not read is let go
 
 
@@ -102,7 +102,7 @@ class Connection:
         """
         offered: Sequence[str] = self._websocket.scope.get("subprotocols", ())
         ours = (name for name in self._subprotocols if name in offered)
-        keys = (name for name in offered if name.startswith(_KEY_SUBPROTOCOL))
+        keys = (name for name in offered if name.startswith(KEY_SUBPROTOCOL))
         return next(chain(ours, keys), None)
 
     def utterance_ended(self, model: str, ended_s: float, error: AsrError | None = None) -> None:
