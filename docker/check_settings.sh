@@ -53,7 +53,8 @@ if [ "$starts" = 1 ] && [ -n "$page_key" ] && ! is_loopback "$page"; then
   echo "warning: the page on $page asks nobody for a key and uses its own: put a login in front" >&2
 fi
 
-read_timeout_s=$(sed -n 's/.*proxy_read_timeout \([0-9]*\)s;.*/\1/p' docker/nginx/nginx.conf)
+# shellcheck disable=SC2154  # nginx_conf is compose.sh's as well
+read_timeout_s=$(sed -n 's/.*proxy_read_timeout \([0-9]*\)s;.*/\1/p' "$nginx_conf")
 request_timeout_s=$(setting ASR_REQUEST_TIMEOUT_S 300)
 ! at_least "$request_timeout_s" "$read_timeout_s" ||
   refuse "ASR_REQUEST_TIMEOUT_S=$request_timeout_s is not below the gateway's proxy_read_timeout of" \

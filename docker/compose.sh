@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Run Compose over the whole stack, or over a part of it, with whatever Compose is installed.
 # usage: docker/compose.sh [--part base,api,ui,monitoring] COMPOSE_ARGUMENTS...
+#   ENV_FILE       settings (default .env)
+#   DEPLOY_STATE   a folder that stays: containers get copies of their configuration from there, not the checkout's
 # Compose 2.20 or later reads docker/compose.yml; an older one gets the same files one by one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,8 +32,34 @@ if [ -z "${BASE_IMAGE:-}" ]; then
   . docker/base.env
   export BASE_IMAGE
 fi
-ASR_NGINX_CONF_SUM=$(cksum <docker/nginx/nginx.conf | tr ' ' -)
+# Docker mounts these again at every start, when a CI server's checkout is long gone. Each copy is named by its
+# content: what runs starts again with what it was started with, also when a deployment breaks off.
+keep() { # PATH
+  local sum copy
+  sum=$(find "$1" -type f -exec cksum {} + | sort | cksum)
+  copy=$kept/${1##*/}-${sum%% *}
+  if [ ! -e "$copy" ]; then
+    rm -rf "$copy.new"
+    cp -a "$1" "$copy.new"
+    mv -T "$copy.new" "$copy"
+  fi
+  printf '%s\n' "$copy"
+}
+nginx_conf=${ASR_NGINX_CONF:-docker/nginx/nginx.conf}
+ASR_NGINX_CONF_SUM=$(cksum <"$nginx_conf" | tr ' ' -)
 export ASR_NGINX_CONF_SUM
+if [ -n "${DEPLOY_STATE:-}" ]; then
+  mkdir -p "$DEPLOY_STATE"
+  kept=$(cd "$DEPLOY_STATE" && pwd)
+  ASR_NGINX_CONF=$(keep "$nginx_conf")
+  export ASR_NGINX_CONF
+  case ,$parts, in
+    *,monitoring,*)
+      ASR_MONITORING=$(keep monitoring)
+      export ASR_MONITORING
+      ;;
+  esac
+fi
 # shellcheck source=docker/check_settings.sh
 . docker/check_settings.sh
 exec "${compose[@]}" --project-name "${COMPOSE_PROJECT_NAME:-asr}" "${files[@]}" "$@"

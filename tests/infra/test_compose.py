@@ -100,14 +100,22 @@ def test_every_setting_but_the_containers_own_reaches_the_container() -> None:
             assert str(environment.get(name, "")).startswith(f"${{{name}:-"), f"{name} of a .env is ignored"
 
 
+def without_settings() -> dict[str, str]:
+    """The environment without what a person or Jenkins has set for the stack."""
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("ASR_", "COMPOSE_")) and key not in ("DEPLOY_STATE", "ENV_FILE")
+    }
+
+
 def compose(env: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """docker/compose.sh with this .env."""
     file = tmp_path / "env"
     file.write_text(env)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("ASR_", "COMPOSE_"))}
     return subprocess.run(
         [ROOT / "docker/compose.sh", "--part", "base,api,ui", *arguments],
-        env={**clean, "ENV_FILE": str(file)}, capture_output=True, text=True, check=False,
+        env={**without_settings(), "ENV_FILE": str(file)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
@@ -213,7 +221,7 @@ def test_another_nginx_conf_is_another_gateway(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/docker").write_text('#!/bin/bash\necho "$ASR_NGINX_CONF_SUM"\n')
     (tmp_path / "bin/docker").chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environment = {**without_settings(), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     sums = []
     for line in ("", "", "# another line\n"):
         with (tmp_path / "docker/nginx/nginx.conf").open("a") as conf:
@@ -226,10 +234,44 @@ def test_another_nginx_conf_is_another_gateway(tmp_path: Path) -> None:
     assert sums[0].strip()
 
 
+def test_what_containers_mount_outlives_the_checkout(tmp_path: Path) -> None:
+    """Jenkins empties its workspace; Docker mounts the files again when the machine starts."""
+    (tmp_path / "docker").write_text('#!/bin/bash\necho "$ASR_NGINX_CONF $ASR_MONITORING"\n')
+    (tmp_path / "docker").chmod(0o755)
+    checkout = tmp_path / "checkout"
+    for folder in ("docker", "monitoring"):
+        shutil.copytree(ROOT / folder, checkout / folder)
+    environment = {
+        **without_settings(), "PATH": f"{tmp_path}:{os.environ['PATH']}", "DEPLOY_STATE": "deployed",
+        "ENV_FILE": "/nonexistent",
+    }  # fmt: skip
+
+    def mounted() -> list[Path]:
+        command = [checkout / "docker/compose.sh", "ps"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return [Path(word) for word in done.stdout.splitlines()[-1].split()]
+
+    before = mounted()
+    assert mounted() == before
+    for name in ("docker/nginx/nginx.conf", "monitoring/prometheus/prometheus.yml"):
+        with (checkout / name).open("a") as file:
+            file.write("# another line\n")
+    after = mounted()
+    assert all(path.parent == checkout / "deployed" for path in before + after)
+    assert len({*before, *after}) == 4, "what runs keeps what it was started with"
+    assert before[0].read_bytes() == (ROOT / "docker/nginx/nginx.conf").read_bytes()
+    assert after[0].read_bytes() == (checkout / "docker/nginx/nginx.conf").read_bytes()
+    for name in ("prometheus", "alertmanager", "grafana/provisioning", "grafana/dashboards", "otel"):
+        assert (before[1] / name).is_dir()
+    for name, service in services().items():
+        for volume in service.get("volumes", []):
+            assert not str(volume).startswith("."), f"{name} mounts {volume} of the checkout"
+
+
 def test_every_mounted_file_exists() -> None:
     for name, service in services().items():
         for volume in service.get("volumes", []):
-            source = str(volume).split(":")[0]
+            source = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", str(volume)).split(":")[0]
             if source.startswith("."):
                 assert (ROOT / "docker" / source).exists(), f"{name} mounts {source}"
 
