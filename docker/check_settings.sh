@@ -2,18 +2,8 @@
 # Sourced by docker/compose.sh: settings that have to fit together, held before anything starts. It decides
 # ASR_ALLOW_ANONYMOUS and ASR_STOP_GRACE_PERIOD where nobody did. Commands that start nothing are not refused.
 
-setting() { # NAME DEFAULT: as Compose takes it, from the environment or else from the env file
-  local file=${ENV_FILE:-.env} value=${!1:-}
-  if [ -z "${!1+set}" ] && [ -f "$file" ]; then
-    value=$(sed -n "s/^\(export \)\{0,1\}$1=//p" "$file" | tail -n 1)
-    case $value in
-      \"*\") value=${value#\"} value=${value%\"} ;;
-      \'*\') value=${value#\'} value=${value%\'} ;;
-      *) value=${value%% #*} ;;
-    esac
-  fi
-  printf '%s\n' "${value:-$2}"
-}
+# shellcheck source=docker/setting.sh
+. docker/setting.sh
 is_loopback() { case $1 in 127.* | localhost | ::1 | '[::1]') ;; *) return 1 ;; esac; }
 at_least() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a + 0 >= b + 0) }'; }
 

@@ -3,9 +3,11 @@
 # usage: docker/deploy.sh deploy VERSION | rollback | scale | status
 #   REGISTRY   where the images are, for example registry.example.org/asr (empty: local images)
 #   REPLICAS   API replicas (default 3)      PARTS   parts of the stack (default base,api,ui)
+#   ENV_FILE   settings (default .env)   DEPLOY_STATE  what is deployed (default build/deployed)
 # scale starts or stops replicas of the version that runs, until there are REPLICAS.
 # Each API container is stopped with its full grace period and replaced before the next one is touched, so
-# all but one replica always serve. A replacement that does not get healthy ends the deployment.
+# all but one replica always serve. A replacement that does not get healthy ends the deployment. Nothing starts where
+# the replicas that run ask for keys and new ones would not, unless ASR_ALLOW_ANONYMOUS=true says that this is meant.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 registry=${REGISTRY:-} replicas=${REPLICAS:-3} parts=${PARTS:-base,api,ui}
@@ -13,6 +15,8 @@ state=${DEPLOY_STATE:-build/deployed}
 healthy_timeout_s=${HEALTHY_TIMEOUT_S:-120}
 project=${COMPOSE_PROJECT_NAME:-asr}
 mkdir -p "$state"
+# shellcheck source=docker/setting.sh
+. docker/setting.sh
 
 compose() { docker/compose.sh --part "$parts" "$@"; }
 containers() { # SERVICE [DOCKER_PS_ARGUMENTS...]
@@ -33,6 +37,17 @@ running_version() { # the tag of what runs, which `make up` wrote into no file
   local image
   image=$(running api '{{.Config.Image}}')
   case ${image##*/} in *@*) ;; *:*) echo "${image##*:}" ;; esac
+}
+
+refuse_to_lose_keys() { # a checkout without the operator's .env must not open the service
+  local variables
+  variables=$(running api '{{range .Config.Env}}{{println .}}{{end}}')
+  grep -q '^ASR_API_KEYS\(_FILE\)\{0,1\}=.' <<<"$variables" || return 0
+  [ -z "$(setting ASR_API_KEYS '')$(setting ASR_API_KEYS_FILE '')" ] || return 0
+  [ "$(setting ASR_ALLOW_ANONYMOUS '')" != true ] || return 0
+  echo "error: the replicas that run ask for keys, and ${ENV_FILE:-.env} and the environment name none: name the file of" \
+    "their settings in ENV_FILE, or set ASR_ALLOW_ANONYMOUS=true to say that this is meant" >&2
+  exit 1
 }
 
 keep_running_images() { # VERSION: tag what runs as VERSION-before; false where it is what would be deployed
@@ -85,6 +100,7 @@ roll() { # VERSION   Every step says `|| return`: the caller's `if` turns `set -
   compose up --detach --no-build --no-deps "${others[@]}"
 }
 
+case ${1:-} in deploy | rollback | scale) refuse_to_lose_keys ;; esac
 case ${1:-} in
   deploy)
     version=${2:?deploy needs a version}
@@ -143,7 +159,7 @@ case ${1:-} in
     compose ps
     ;;
   *)
-    sed -n '2,8s/^# //p' "$0" >&2
+    sed -n '2,10s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

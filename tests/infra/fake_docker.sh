@@ -1,7 +1,7 @@
 #!/bin/bash
 # A docker that only remembers: containers and every command, in the folder FAKE_DOCKER. It understands what
 # docker/deploy.sh asks, with nothing but the shell's own commands, because a deployment asks often.
-# Containers are files NUMBER-SERVICE with the lines image and image id. The images named in
+# Containers are files NUMBER-SERVICE with the lines image, image id and the variable of the keys. The images named in
 # FAKE_BROKEN (by id, between spaces) never get healthy; a command that begins with FAKE_REFUSES fails.
 cd "$FAKE_DOCKER" || exit
 mkdir -p containers images 2>/dev/null
@@ -13,7 +13,7 @@ image_id() { # NAME or id: into $id
   id=sha256:${1#sha256:}
   [ ! -e "$file" ] || id=$(<"$file")
 }
-read_container() { { read -r image && read -r id; } <"$1"; }
+read_container() { { read -r image && read -r id && read -r keys; } <"$1"; }
 image_of_service() { # SERVICE: into $wanted
   case $1 in api) wanted=$ASR_API_IMAGE ;; ui) wanted=$ASR_UI_IMAGE ;; *) wanted=$1 ;; esac
 }
@@ -50,7 +50,7 @@ up() {
       next=$(($(<next) + 1))
       printf '%s' "$next" >next
       image_id "$wanted"
-      printf '%s\n%s\n' "$wanted" "$id" >"containers/$((1000 + next))-$service"
+      printf '%s\n%s\nASR_API_KEYS=%s\n' "$wanted" "$id" "${ASR_API_KEYS:-}" >"containers/$((1000 + next))-$service"
     done
   done
 }
@@ -70,7 +70,7 @@ case $1 in
     ;;
   inspect)
     read_container "containers/${*: -1}"
-    case $* in *.Config.Image*) printf '%s\n' "$image" ;; *) printf '%s\n' "$id" ;; esac
+    case $* in *.Config.Image*) printf '%s\n' "$image" ;; *.Config.Env*) printf '%s\n' "$keys" ;; *) printf '%s\n' "$id" ;; esac
     ;;
   image)
     image_id "${*: -1}"

@@ -162,3 +162,24 @@ def test_a_restart_of_the_same_images_has_nothing_to_go_back_to(machine: Machine
     assert machine.deploy("1").returncode == 0
     assert machine.images() == ["asr-api:1"] * 2
     assert not (machine.state / "previous").exists()
+
+
+def test_keys_that_are_asked_for_do_not_get_lost(machine: Machine, tmp_path: Path) -> None:
+    """Jenkins deploys from a clean checkout, in which there is no .env."""
+    keys = {"ASR_API_KEYS": "me:0123456789abcdef", "ASR_API_KEY": "0123456789abcdef"}
+    for version in ("1", "2"):
+        assert machine.deploy(version, **keys).returncode == 0
+    before = machine.calls("compose")
+    for refused in (machine.deploy("3"), machine.rollback(), machine.run("docker/deploy.sh", "scale")):
+        assert refused.returncode == 1
+        assert "ENV_FILE" in refused.stderr
+        assert "0123456789abcdef" not in refused.stderr + refused.stdout
+    assert machine.calls("compose") == before
+    assert machine.images() == ["asr-api:2"] * 2
+    settings = tmp_path / "settings.env"
+    settings.write_text("".join(f"{name}={value}\n" for name, value in keys.items()))
+    assert machine.deploy("3", ENV_FILE=str(settings)).returncode == 0
+    assert f"--env-file {settings}" in machine.calls("compose")[-1]
+    assert machine.deploy("4", **keys).returncode == 0
+    assert machine.deploy("5", ASR_ALLOW_ANONYMOUS="true").returncode == 0, "it was said explicitly"
+    assert machine.deploy("6").returncode == 0, "there was nothing to lose"

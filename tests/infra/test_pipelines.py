@@ -143,11 +143,12 @@ def test_jenkins_gives_a_deployment_and_its_rollback_the_time_that_the_scripts_w
     assert limit_s(JENKINSFILE) > sum(limit_s(stage) for stage in stages.values()), "it would end a rollback"
 
 
-def test_jenkins_keeps_what_is_deployed_on_the_agent() -> None:
+def test_jenkins_keeps_what_is_deployed_and_its_settings_on_the_agent() -> None:
     """JENKINS_HOME is a folder of the controller, and cleanWs empties the workspace."""
-    state = re.search(r'DEPLOY_STATE = "(.*)"', JENKINSFILE)
-    assert state is not None
-    assert state[1].startswith("${env.HOME}/")
+    for name in ("DEPLOY_STATE", "ENV_FILE"):
+        path = re.search(rf'{name} = "(.*)"', JENKINSFILE)
+        assert path is not None
+        assert path[1].startswith("${env.HOME}/")
 
 
 def test_only_a_release_makes_a_tag_of_the_version() -> None:
