@@ -49,6 +49,15 @@ request_timeout_s=$(setting ASR_REQUEST_TIMEOUT_S 300)
 ! at_least "$request_timeout_s" "$read_timeout_s" ||
   refuse "ASR_REQUEST_TIMEOUT_S=$request_timeout_s is not below the gateway's proxy_read_timeout of" \
     "$read_timeout_s s: raise that in docker/nginx/nginx.conf first"
+# An upload comes in a form, so its body is larger than the file. The defaults are those of api/settings.py.
+body_limit_bytes=$(sed -n 's/.*client_max_body_size \([0-9]*\)m;.*/\1/p' "$nginx_conf")
+body_limit_bytes=$((body_limit_bytes << 20))
+for limit in ASR_MAX_UPLOAD_BYTES:26214400 ASR_MAX_BODY_BYTES:268435456; do
+  bytes=$(setting "${limit%:*}" "${limit#*:}")
+  ! at_least "$bytes" "$body_limit_bytes" ||
+    refuse "${limit%:*}=$bytes is not below the gateway's client_max_body_size of $body_limit_bytes bytes:" \
+      "raise that in docker/nginx/nginx.conf first"
+done
 
 # A stop takes the grace, at most 30 s for the last scrape, and the draining; 12 s on top to flush the traces.
 ASR_STOP_GRACE_PERIOD=$(awk -v grace="$(setting ASR_DRAIN_GRACE_S 3)" -v drain="$(setting ASR_DRAIN_TIMEOUT_S 60)" \

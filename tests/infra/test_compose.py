@@ -174,6 +174,9 @@ def test_nothing_stops_a_container_before_it_is_done() -> None:
         ),
         ("ASR_ALLOW_ANONYMOUS=false\n", "ASR_API_KEYS"),
         ("ASR_REQUEST_TIMEOUT_S=600\n", "proxy_read_timeout"),
+        ("ASR_MAX_UPLOAD_BYTES=250000000\n", None),
+        ("ASR_MAX_UPLOAD_BYTES=300000000\n", "client_max_body_size"),
+        ("ASR_MAX_BODY_BYTES=300000000\n", "client_max_body_size"),
     ],
 )
 def test_an_open_or_impossible_stack_is_not_started(env: str, wrong: str | None, tmp_path: Path) -> None:
@@ -212,6 +215,15 @@ def test_the_gateway_waits_longer_than_a_request_may_take() -> None:
     assert float(read_timeout_s) > float(limit)
     (size,) = re.findall(r"client_max_body_size (\d+)m;", conf)
     assert int(size) << 20 > Settings.model_fields["max_body_bytes"].default
+
+
+def test_the_limits_are_compared_with_the_defaults_of_the_service() -> None:
+    script = (ROOT / "docker/check_settings.sh").read_text()
+    for field in ("max_upload_bytes", "max_body_bytes"):
+        assert f"ASR_{field.upper()}:{Settings.model_fields[field].default}" in script
+    page = services()["ui"]["environment"]["STREAMLIT_SERVER_MAX_UPLOAD_SIZE"]
+    (size,) = re.findall(r"^\$\{STREAMLIT_SERVER_MAX_UPLOAD_SIZE:-(\d+)\}$", page)
+    assert int(size) << 20 == Settings.model_fields["max_upload_bytes"].default
 
 
 def test_another_nginx_conf_is_another_gateway(tmp_path: Path) -> None:
