@@ -20,6 +20,7 @@ from tests.browser.page_server import (
     words,
 )
 from tests.tiny_bundle import recite, sing, wav
+from ui.strings import NAMES, TABLES
 
 TEXT = "head bad cafe"
 
@@ -131,6 +132,21 @@ def test_the_model_is_chosen_from_what_is_served(desk: Visit) -> None:
     drop(desk.page, ("song.wav", wav(sing(TEXT))))
     heard(desk.page)
     expect(desk.page.get_by_text("· other ·")).to_be_visible()
+
+
+def test_the_spoken_language_outlives_another_language_of_the_page(desk: Visit) -> None:
+    russian = TABLES["ru"]
+    expand(desk.page, "options.title")
+    box = desk.page.get_by_role("combobox", name=ENGLISH["options.language"], exact=True)
+    expect(box).to_have_value(ENGLISH["options.any"])
+    desk.page.get_by_role("combobox", name=ENGLISH["page.language"], exact=True).press("ArrowDown")
+    desk.page.get_by_role("option", name=NAMES["ru"]).click()
+    desk.page.locator("summary", has_text=russian["options.title"]).click()
+    box = desk.page.get_by_role("combobox", name=russian["options.language"], exact=True)
+    expect(box).to_have_value(russian["options.any"])
+    drop(desk.page, ("song.wav", wav(sing(TEXT))))
+    heard(desk.page)
+    expect(box).to_have_value(russian["options.any"])
 
 
 def test_timings_identifiers_and_links(desk: Visit) -> None:

@@ -386,6 +386,17 @@ def test_another_language_is_spoken_at_once_by_the_box_that_chose_it_too(opened:
     assert page.title[0].value == TABLES["tr"]["page.title"]
 
 
+def test_a_spoken_language_that_was_chosen_is_kept_when_the_page_speaks_another(opened: Opened) -> None:
+    page = opened()
+    page.selectbox[2].set_value("en").run()
+    for language in ("ru", "en"):
+        page.selectbox(key="page_language").set_value(language).run()
+        assert page.selectbox[2].label == TABLES[language]["options.language"]
+        assert page.selectbox[2].value == "en"
+    page.selectbox[1].select("vi-tiny").run()
+    assert page.selectbox[2].value is None, "it was chosen for the other model"
+
+
 def test_the_overview_shows_models_load_and_what_was_sent(opened: Opened) -> None:
     page = sample(opened())
     page.session_state["tabs.en"] = ENGLISH["tab.overview"]

@@ -20,12 +20,18 @@ def render(session: Session, service: Service) -> Options:
             model = st.selectbox(strings("options.model"), names, key="option_model", disabled=not names)
         offered = service.model(model)
         codes: list[str | None] = [None, *(offered.languages if offered else ())]
+        # One box for each language of the page: Streamlit remembers a choice by the words that it showed.
+        key = f"option_language.{model}.{strings.language}"
+        chosen = session.options
+        # None there would be no choice at all, and not the first of the list.
+        if key not in st.session_state and chosen.model == model and chosen.language in codes[1:]:
+            st.session_state[key] = chosen.language
         with right:
             language = st.selectbox(
                 strings("options.language"),
                 codes,
                 format_func=lambda code: language_name(code) if code else strings("options.any"),
-                key=f"option_language.{model}",
+                key=key,
             )
         hotwords = st.text_input(
             strings("options.hotwords"), help=strings("options.hotwords_help"), key="option_hotwords"
