@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ui import errors
 from ui.strings import Strings
@@ -59,6 +59,18 @@ def explain(error: errors.ApiError, strings: Strings, max_upload_bytes: int | No
         said=strings("problem.said", message=error.message) if told else "",
         can_retry=key not in ("undecodable", "too_large", "too_long"),
     )
+
+
+def explain_file(
+    error: errors.ApiError, strings: Strings, max_upload_bytes: int | None = None, *, empty: bool = False
+) -> Problem:
+    """Words for a file that failed. The page looks for the service again, but sends no file once more."""
+    if empty:
+        return Problem(strings("problem.empty"), strings("problem.empty_do"), can_retry=False)
+    problem = explain(error, strings, max_upload_bytes)
+    if isinstance(error, errors.ApiUnreachableError | errors.NotReadyError):
+        return replace(problem, advice=strings("problem.back_do"))
+    return problem
 
 
 def explain_state(state: str, error: errors.ApiError | None, strings: Strings) -> Problem:

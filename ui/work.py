@@ -71,6 +71,11 @@ class Task:
         """Whether nothing more will happen."""
         return self.state not in (State.WAITING, State.RUNNING)
 
+    @property
+    def empty(self) -> bool:
+        """Whether the file holds nothing at all."""
+        return self.audio is not None and not self.audio.data
+
 
 class Work:
     """The tasks of one session, newest last. ``alive`` tells whether anybody still looks at the page."""

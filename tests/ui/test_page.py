@@ -322,6 +322,9 @@ def test_a_service_that_is_not_ready_is_a_warning_and_goes_away(
         (envelope(404, "model_not_found"), "problem.model", True),
         (envelope(500, "internal_error"), "problem.server", True),
         (httpx.ReadTimeout("slow"), "problem.late", True),
+        (httpx.ConnectError("refused"), "problem.down", True),
+        (envelope(503, "not_ready", **{"retry-after": "90"}), "problem.starting", True),
+        (envelope(503, "draining", **{"retry-after": "90"}), "problem.draining", True),
     ],
 )
 def test_each_failure_of_a_file_is_said(
@@ -333,6 +336,9 @@ def test_each_failure_of_a_file_is_said(
     assert (ENGLISH["problem.retry"] in [item.label for item in page.button]) is can_retry
     if key == "problem.busy":
         assert "90" in page.error[0].value
+    if key in ("problem.down", "problem.starting", "problem.draining"):
+        assert ENGLISH["problem.back_do"] in page.error[0].value
+        assert "by itself" not in page.error[0].value, "no file is sent again by itself"
 
 
 def test_trying_again_after_a_failure(opened: Opened, service: Service) -> None:

@@ -133,6 +133,7 @@ STRINGS: dict[str, str] = {
     "problem.starting_do": "Modelləri yüklənir, bu bir neçə saniyə çəkir. Səhifə özü yenidən yoxlayır.",
     "problem.draining": "Nitq xidməti bağlanır.",
     "problem.draining_do": "Əgər yenisi ilə əvəz olunursa, tezliklə qayıdacaq. Səhifə özü yenidən yoxlayır.",
+    "problem.back_do": "Xidmət qayıdanda “Yenidən cəhd et” düyməsini basın.",
     "problem.busy": "Nitq xidməti hazırda həddən artıq yüklənib.",
     "problem.busy_do": "{seconds} saniyə gözləməyi xahiş edir. Sonra “Yenidən cəhd et” düyməsini basın.",
     "problem.too_large": "Bu fayl çox böyükdür.",

@@ -142,6 +142,7 @@ STRINGS: dict[str, str] = {
     "problem.starting_do": "Its models are being loaded, which takes some seconds. This page looks again by itself.",
     "problem.draining": "The speech service is shutting down.",
     "problem.draining_do": "If it is being replaced, it is back in a moment. This page looks again by itself.",
+    "problem.back_do": "Press “Try again” when it is back.",
     "problem.busy": "The speech service is overloaded right now.",
     "problem.busy_do": "It asks to wait {seconds} seconds. Then press “Try again”.",
     "problem.too_large": "This file is too large.",

@@ -133,6 +133,7 @@ STRINGS: dict[str, str] = {
     "problem.starting_do": "Modelleri yükleniyor, bu birkaç saniye sürer. Sayfa kendiliğinden yeniden bakar.",
     "problem.draining": "Konuşma hizmeti kapanıyor.",
     "problem.draining_do": "Yenisiyle değiştiriliyorsa birazdan geri gelir. Sayfa kendiliğinden yeniden bakar.",
+    "problem.back_do": "Geri geldiğinde “Yeniden dene”ye basın.",
     "problem.busy": "Konuşma hizmeti şu anda aşırı yüklü.",
     "problem.busy_do": "{seconds} saniye beklemenizi istiyor. Sonra “Yeniden dene”ye basın.",
     "problem.too_large": "Bu dosya çok büyük.",

@@ -133,6 +133,7 @@ STRINGS: dict[str, str] = {
     "problem.starting_do": "Các mô hình đang được nạp, mất vài giây. Trang này tự kiểm tra lại.",
     "problem.draining": "Dịch vụ nhận dạng giọng nói đang tắt.",
     "problem.draining_do": "Nếu nó đang được thay thế, nó sẽ trở lại trong chốc lát. Trang này tự kiểm tra lại.",
+    "problem.back_do": "Khi dịch vụ hoạt động trở lại, hãy bấm “Thử lại”.",
     "problem.busy": "Dịch vụ nhận dạng giọng nói đang quá tải.",
     "problem.busy_do": "Dịch vụ đề nghị chờ {seconds} giây. Sau đó hãy bấm “Thử lại”.",
     "problem.too_large": "Tệp này quá lớn.",

@@ -8,7 +8,7 @@ import streamlit as st
 
 from ui.components.player import PlayableSound, player
 from ui.errors import ApiError
-from ui.problems import Problem, explain
+from ui.problems import explain_file
 from ui.service import Service
 from ui.session import Session
 from ui.sound import media_type
@@ -115,10 +115,7 @@ def _player(session: Session, task: Task, transcript: Transcript) -> None:
 
 def _problem(session: Session, task: Task, error: ApiError, service: Service) -> None:
     strings = session.strings
-    if task.audio is not None and not task.audio.data:
-        problem = Problem(strings("problem.empty"), strings("problem.empty_do"), can_retry=False)
-    else:
-        problem = explain(error, strings, service.max_upload_bytes)
+    problem = explain_file(error, strings, service.max_upload_bytes, empty=task.empty)
     lines = [f"**{task.name}**", f"**{problem.title}** {problem.advice}"]
     if problem.said:
         lines.append(problem.said)
