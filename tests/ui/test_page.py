@@ -414,6 +414,18 @@ def test_the_overview_shows_models_load_and_what_was_sent(opened: Opened) -> Non
     assert shown[ENGLISH["overview.state"]] == "ready"
 
 
+def test_the_overview_says_failures_in_the_words_of_the_page(opened: Opened, service: Service) -> None:
+    service.transcribe = envelope(422, "audio_too_long")
+    page = opened(lang="vi")
+    strings = TABLES["vi"]
+    button(page, strings["input.sample"]).click().run()
+    settle(page)
+    page.session_state["tabs.vi"] = strings["tab.overview"]
+    page.run()
+    table = next(item.proto.body for item in page.get("html") if "sample.flac" in item.proto.body)
+    assert f"{strings['state.failed']}: {strings['problem.too_long']}" in table
+
+
 @pytest.mark.parametrize(
     ("health", "metrics", "state"),
     [

@@ -11,6 +11,7 @@ import streamlit as st
 
 from ui.errors import ApiError
 from ui.load import Load
+from ui.problems import explain_file
 from ui.session import Session
 from ui.strings import Strings, language_name
 from ui.transcript import Model
@@ -124,7 +125,9 @@ def _recent(tasks: Sequence[Task], strings: Strings) -> str:
     rows = []
     for task in tasks:
         transcript = task.transcript
-        text = transcript.text if transcript else (task.error.message if task.error else "")
+        text = transcript.text if transcript else ""
+        if task.error is not None:
+            text = explain_file(task.error, strings, empty=task.empty).title
         short = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS].rstrip() + "…"
         rows.append(
             [
