@@ -54,3 +54,8 @@ def test_without_the_processing_time_the_wait_alone_tells_it() -> None:
 def test_rounding_is_no_overlap() -> None:
     html = stages_html({"decode": 0.100001, "inference": 0.4}, 0.5, 0.5, Strings())
     assert "asr-bar" in html
+
+
+def test_units_are_those_of_the_pages_language() -> None:
+    shown = rows(stages_html({"decode": 0.004, "inference": 1.5}, 1.504, 1.504, Strings("ru")))
+    assert [cells[0] for cells in shown.values()] == ["4.0 мс", "1.50 с"]

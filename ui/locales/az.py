@@ -6,6 +6,8 @@ STRINGS: dict[str, str] = {
     "page.language": "Səhifənin dili",
     "tab.transcribe": "Mətnə çevir",
     "tab.overview": "İcmal",
+    "unit.s": "san",
+    "unit.ms": "ms",
     "input.upload": "Səs və ya video fayllarını buraya atın",
     "input.upload_help": "Bütün geniş yayılmış formatlar: wav, mp3, m4a, flac, ogg, opus, webm, mp4. Eyni anda bir neçəsi ola bilər.",
     "input.record": "Və ya özünüz yazın",

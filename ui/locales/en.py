@@ -6,6 +6,8 @@ STRINGS: dict[str, str] = {
     "page.language": "Language of this page",
     "tab.transcribe": "Transcribe",
     "tab.overview": "Overview",
+    "unit.s": "s",
+    "unit.ms": "ms",
     # input
     "input.upload": "Drop audio or video files here",
     "input.upload_help": "Any common format: wav, mp3, m4a, flac, ogg, opus, webm, mp4. Several at once are fine.",

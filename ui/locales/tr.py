@@ -6,6 +6,8 @@ STRINGS: dict[str, str] = {
     "page.language": "Sayfanın dili",
     "tab.transcribe": "Yazıya dök",
     "tab.overview": "Genel bakış",
+    "unit.s": "sn",
+    "unit.ms": "ms",
     "input.upload": "Ses veya video dosyalarını buraya bırakın",
     "input.upload_help": "Yaygın her biçim: wav, mp3, m4a, flac, ogg, opus, webm, mp4. Aynı anda birden fazla olabilir.",
     "input.record": "Ya da kendiniz kaydedin",

@@ -6,6 +6,8 @@ STRINGS: dict[str, str] = {
     "page.language": "Ngôn ngữ của trang",
     "tab.transcribe": "Chép lời",
     "tab.overview": "Tổng quan",
+    "unit.s": "giây",
+    "unit.ms": "ms",
     "input.upload": "Thả tệp âm thanh hoặc video vào đây",
     "input.upload_help": "Mọi định dạng thông dụng: wav, mp3, m4a, flac, ogg, opus, webm, mp4. Có thể gửi nhiều tệp cùng lúc.",
     "input.record": "Hoặc tự ghi âm",

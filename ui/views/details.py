@@ -25,8 +25,8 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
     strings = session.strings
     with st.expander(strings("details.title"), icon=":material/timer:", key=f"details.{task.id}"):
         waited, service, factor, confidence = st.columns(4, vertical_alignment="bottom")
-        waited.metric(strings("details.total"), milliseconds(task.elapsed_s))
-        service.metric(strings("details.service"), milliseconds(transcript.processing_s))
+        waited.metric(strings("details.total"), milliseconds(task.elapsed_s, strings))
+        service.metric(strings("details.service"), milliseconds(transcript.processing_s, strings))
         factor.metric(
             strings("details.rtf"), f"{transcript.real_time_factor:.3f}", help=strings("details.rtf_help")
         )
@@ -57,14 +57,14 @@ def stages_html(stages_s: Mapping[str, float], total_s: float, processing_s: flo
     bar, body = [], []
     for index, (name, seconds) in enumerate(rows):
         label = html.escape(stage_name(name, strings))
-        time = f'<td class="number">{milliseconds(seconds)}</td>'
+        time = f'<td class="number">{milliseconds(seconds, strings)}</td>'
         if summed:
             body.append(f"<tr><td>{label}</td>{time}</tr>")
             continue
         colour, share = _COLOURS[index % len(_COLOURS)], seconds / whole
         bar.append(
             f'<span style="width:{share * 100:.2f}%;background:{colour}" '
-            f'title="{label}: {milliseconds(seconds)}"></span>'
+            f'title="{label}: {milliseconds(seconds, strings)}"></span>'
         )
         body.append(
             f'<tr><td><span class="asr-swatch" style="background:{colour}"></span>{label}</td>'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ui.strings import Strings
+
 
 def clock(seconds: float) -> str:
     """``1:05`` or ``1:01:05``."""
@@ -11,16 +13,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float, strings: Strings) -> str:
     """Seconds under a minute with one decimal, else a clock."""
-    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
+    return f"{seconds:.1f} {strings('unit.s')}" if seconds < 60 else clock(seconds)
 
 
-def milliseconds(seconds: float) -> str:
-    """A stage's time: ``0.4 ms``, ``37 ms``, ``1.2 s``."""
+def milliseconds(seconds: float, strings: Strings) -> str:
+    """A stage's time: ``0.4 ms``, ``37 ms``, ``1.20 s``."""
     if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1000:.1f} ms" if seconds < 0.01 else f"{seconds * 1000:.0f} ms"
+        return f"{seconds:.2f} {strings('unit.s')}"
+    return f"{seconds * 1000:.{1 if seconds < 0.01 else 0}f} {strings('unit.ms')}"
 
 
 def percent(share: float) -> str:

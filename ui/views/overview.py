@@ -49,7 +49,7 @@ def _now(session: Session) -> None:
     first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
     known = {"ready", "starting", "draining", "down"}
     first.metric(strings("overview.state"), strings(f"overview.{state}") if state in known else state)
-    second.metric(strings("overview.queue"), _queue(load), help=strings("overview.queue_help"))
+    second.metric(strings("overview.queue"), _queue(load, strings), help=strings("overview.queue_help"))
     third.metric(strings("overview.inflight"), _number(load.inflight))
     fourth.metric(strings("overview.busy"), "–" if load.worker_busy is None else percent(load.worker_busy))
     first, second, third, _ = st.columns(4, vertical_alignment="bottom")
@@ -76,11 +76,11 @@ def _look(session: Session) -> tuple[str, Load]:
         return state, Load()
 
 
-def _queue(load: Load) -> str:
+def _queue(load: Load, strings: Strings) -> str:
     if load.queue_audio_s is None:
         return "–"
     limit = f" / {load.queue_limit_audio_s:.0f}" if load.queue_limit_audio_s else ""
-    return f"{load.queue_audio_s:.0f}{limit} s"
+    return f"{load.queue_audio_s:.0f}{limit} {strings('unit.s')}"
 
 
 def _number(value: float | None) -> str:
@@ -134,7 +134,7 @@ def _recent(tasks: Sequence[Task], strings: Strings) -> str:
                 datetime.fromtimestamp(task.created_at).astimezone().strftime("%H:%M:%S"),
                 task.name,
                 strings(f"state.{task.state}") + (f": {short}" if short else ""),
-                "–" if task.duration_s is None else duration(task.duration_s),
+                "–" if task.duration_s is None else duration(task.duration_s, strings),
                 f"{transcript.real_time_factor:.3f}" if transcript else "–",
                 (transcript.request_id or transcript.id)
                 if transcript

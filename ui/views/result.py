@@ -85,7 +85,7 @@ def _transcript(session: Session, task: Task, transcript: Transcript) -> None:
     st.caption(
         strings(
             "result.summary",
-            duration=duration(transcript.duration_s),
+            duration=duration(transcript.duration_s, strings),
             seconds=f"{task.elapsed_s:.2f}",
             model=transcript.model,
             language=language_name(transcript.language) if transcript.language else "–",
