@@ -55,7 +55,13 @@ case $builder in
     ;;
 esac
 read -ra extra <<<"${BUILD_ARGS:-}"
-DOCKER_BUILDKIT=1 "${command[@]}" "${arguments[@]}" "${extra[@]}" .
+DOCKER_BUILDKIT=1 "${command[@]}" "${arguments[@]}" "${extra[@]}" . || {
+  status=$?
+  # BuildKit's own words about a registry out of reach name neither.
+  echo "error: $name was not built; without a registry within reach BASE_IMAGE=... names another base than $BASE_IMAGE," \
+    "PIP_CONF=... a pip.conf for a mirror" >&2
+  exit "$status"
+}
 if [ "${PUSH:-0}" = 1 ] && [[ $builder != *buildx* ]]; then
   "${command[0]}" push "$name:$VERSION"
   "${command[0]}" push "$name:$REVISION"

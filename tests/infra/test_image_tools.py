@@ -143,6 +143,20 @@ def test_every_image_is_built_on_the_pinned_base(tmp_path: Path, kind: str, dock
     assert ("MODEL=some-model" in asked) == (kind != "ui")
 
 
+def test_a_build_that_fails_says_how_to_take_another_base_or_a_mirror(tmp_path: Path) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\n[ "$2" = version ] || { echo "no such host" >&2; exit 17; }\n')
+    docker.chmod(0o755)
+    done = subprocess.run(
+        [str(ROOT / "docker/build.sh"), "lambda"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 17
+    told = done.stderr.splitlines()[-1]
+    assert "BASE_IMAGE=" in told
+    assert "PIP_CONF=" in told
+
+
 def test_what_was_compiled_here_stays_out_of_the_build_context() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     after = lines[lines.index("!api/**") :]  # of the lines that match a file, the last one counts
