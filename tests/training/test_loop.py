@@ -137,6 +137,19 @@ def test_goes_on_after_an_interruption(rows: list[Utterance], tmp_path: Path) ->
     assert [int(row["epoch"]) for row in read_metrics(tmp_path / "metrics.csv")] == [0, 1, 2]
 
 
+def test_the_last_state_is_that_of_the_last_epoch_also_where_nothing_gets_better(
+    rows: list[Utterance], tmp_path: Path
+) -> None:
+    run(rows, tmp_path, settings(epochs=4, learning_rate=1e-9, keep=1))
+    best, last = sorted((tmp_path / "checkpoints").iterdir())
+    assert best.name.startswith("best-epoch=000")
+    assert last.name == "last.ckpt"
+    assert torch.load(last, weights_only=True)["epoch"] == 3
+    steps = Steps()
+    run(rows, tmp_path, settings(epochs=5, learning_rate=1e-9, keep=1), (steps,))
+    assert {epoch for epoch, _ in steps.batches} == {4}, "as after a kill, which leaves no other state"
+
+
 def test_a_training_that_was_ended_does_not_look_finished(rows: list[Utterance], tmp_path: Path) -> None:
     class Ended(lightning.Callback):
         """What Lightning does after a batch once SIGTERM has come."""

@@ -155,11 +155,13 @@ def fit(
         monitor="val_wer",
         mode="min",
         save_top_k=settings.keep,
-        save_last=True,
         enable_version_counter=False,
     )
+    # `save_last` would write only when a best one is kept, and a killed run would go back to that epoch
+    last = ModelCheckpoint(dirpath=folder.checkpoints, filename="last", enable_version_counter=False)
     watchers: list[Callback] = [
         best,
+        last,
         Records(folder),
         Resume(training),
         SaveOnInterruption(folder),
