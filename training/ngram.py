@@ -29,6 +29,7 @@ from training.errors import DataError, in_one_line
 from training.evaluate import Utterance, error_rates, greedy_text
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
 from training.kneser_ney import ORDER, character_ngrams
+from training.text import STEPS, normaliser
 
 BEAM = 32
 WEIGHTS = (0.4, 0.6, 0.8, 1.0)
@@ -138,18 +139,23 @@ def read_texts(
 
     `steps` are the bundle's text normalisation; what the vocabulary cannot spell becomes a space. For a
     byte-level vocabulary each character stands for one byte of the text's UTF-8. Texts that are measured on
-    (`without`) are left out: recordings of one sentence by several speakers are common.
+    (`without`) are left out, however they are written: recordings of one sentence by several speakers are
+    common.
     Raises DataError for a file that is not there or not UTF-8, ManifestError for a line that is no row.
     """
     known = "".join(unit for unit in vocabulary.units if isinstance(unit, str))
     outside = re.compile(f"[^ {re.escape(known)}]+") if known else None
 
     def spelled(text: str) -> str:
-        text = normalise(text, steps, language)
+        for step in steps:
+            # the service's lower and upper case follow the language
+            by_language = step in ("lowercase", "uppercase")
+            text = normalise(text, (step,), language) if by_language else STEPS.get(step, str)(text)
         text = " ".join((outside.sub(" ", text) if outside else text).split())
         return text.encode().decode("latin-1") if vocabulary.kind == "bpe" else text
 
-    left_out = {spelled(text) for text in without}
+    plain = normaliser(language, yo=False)
+    left_out = {form(text) for text in without for form in (plain, spelled)}
     texts: list[str] = []
     for path in paths:
         if not path.is_file():
@@ -161,7 +167,8 @@ def read_texts(
                 texts += path.read_text(encoding="utf-8").splitlines()
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}: not UTF-8: {error}") from error
-    return [text for text in map(spelled, texts) if text and text not in left_out]
+    kept = (spelled(text) for text in texts if plain(text) not in left_out)
+    return [text for text in kept if text and text not in left_out]
 
 
 def fit_texts(

@@ -7,10 +7,12 @@ and it is for the owner of the data to spell numbers out or to drop the line.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from api.normalise import STEPS as SHARED_STEPS
+from api.normalise import nfc
 
 TONES = ("", "\u0300", "\u0309", "\u0303", "\u0301", "\u0323")
 """Vietnamese tones as combining marks: level, falling, dipping, rising glottal, rising, low glottal."""
@@ -29,44 +31,10 @@ ALPHABETS: dict[str, str] = {
 }
 """Letters (and the apostrophe where it spells words) per ISO-639-1 language; the space is not listed."""
 
-_APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": "'", "\u00b4": "'"})
-_TURKIC_CAPITALS = str.maketrans({"I": "ı", "\u0130": "i"})
-_DOTTED_TWICE = re.compile("i\u0307+")
-_STRESS = "\u0301"
-_LOOSE_APOSTROPHE = re.compile(r"(?<![^\W_])'+|'+(?![^\W_])")  # not \w: it has the underscore, which goes
-
-
-def nfc(text: str) -> str:
-    """Composed form (Unicode NFC): one code point per Vietnamese vowel with its tone, per ё and й."""
-    return unicodedata.normalize("NFC", text)
-
 
 def lowercase(text: str) -> str:
     """Unicode's lower case, then composed again (a capital can lower to two code points)."""
     return nfc(text.lower())
-
-
-def lowercase_turkic(text: str) -> str:
-    """Lower case with I -> ı and İ -> i, as Turkish and Azerbaijani have it.
-
-    What a program without these rules made of İ, an i with a combining dot above, becomes i as well.
-    """
-    return nfc(_DOTTED_TWICE.sub("i", lowercase(text.translate(_TURKIC_CAPITALS))))
-
-
-def drop_stress(text: str) -> str:
-    """Remove the combining acute that dictionaries put on stressed Russian vowels."""
-    return text.replace(_STRESS, "")
-
-
-def fold_yo(text: str) -> str:
-    """ё -> е, for corpora that write both for the same sound."""
-    return text.replace("ё", "е").replace("Ё", "Е")
-
-
-def apostrophes(text: str) -> str:
-    """Typographic apostrophes as the plain one; quotes around words are dropped."""
-    return _LOOSE_APOSTROPHE.sub(" ", text.translate(_APOSTROPHES))
 
 
 def drop_punctuation(text: str) -> str:
@@ -85,16 +53,13 @@ def collapse_spaces(text: str) -> str:
 
 
 STEPS: dict[str, Callable[[str], str]] = {
-    "nfc": nfc,
+    **SHARED_STEPS,
     "lowercase": lowercase,
-    "lowercase_turkic": lowercase_turkic,
-    "drop_stress": drop_stress,
-    "fold_yo": fold_yo,
-    "apostrophes": apostrophes,
     "drop_punctuation": drop_punctuation,
     "drop_punctuation_but_apostrophe": drop_punctuation_but_apostrophe,
     "collapse_spaces": collapse_spaces,
 }
+"""Those that the service runs on hotwords are its own."""
 
 _WITH_APOSTROPHE = ("apostrophes", "drop_punctuation_but_apostrophe", "collapse_spaces")
 _PLAIN = ("nfc", "lowercase", "drop_punctuation", "collapse_spaces")

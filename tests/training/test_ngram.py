@@ -16,6 +16,8 @@ from training import ngram
 from training.errors import DataError
 from training.kneser_ney import character_ngrams
 from training.ngram import Fit, Trial, fit, read_texts
+from training.text import alphabet, normaliser
+from training.vocabulary import CharacterCodec
 
 STEPS = ("nfc", "lowercase")
 
@@ -28,6 +30,32 @@ def test_texts_come_in_the_models_spelling_and_without_what_is_measured(tmp_path
     )
     paths = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
     assert read_texts(paths, LETTERS, STEPS, "en", without=["held out"]) == ["the cat sat", "a hat"]
+
+
+@pytest.mark.parametrize(
+    ("language", "yo", "text", "expected"),
+    [
+        ("tr", True, "İstanbul’da Ali, IŞIK ile", "istanbul'da ali ışık ile"),
+        ("az", True, "‘QARABAĞ’", "qarabağ"),
+        ("ru", False, "Ещё ёлка: за́мок", "еще елка замок"),
+        ("vi", True, "XIN CHÀO!", "xin chào"),
+    ],
+)
+def test_texts_take_every_step_of_a_recipe(
+    tmp_path: Path, language: str, yo: bool, text: str, expected: str
+) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    letters = alphabet(language).replace("" if yo else "ё", "")
+    steps = normaliser(language, yo=yo).steps
+    found = read_texts([tmp_path / "a.txt"], CharacterCodec(letters).vocabulary, steps, language, without=[])
+    assert found == [expected]
+
+
+def test_what_is_measured_is_left_out_however_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Xin chào, các bạn!\nTạm biệt.\n", encoding="utf-8")
+    vocabulary = Vocabulary(("\u2581", "a", "\u00c4", "<blank>"), blank_id=3, kind="bpe")
+    found = read_texts([tmp_path / "a.txt"], vocabulary, ("nfc",), "vi", without=["xin chào các bạn"])
+    assert [text.encode("latin-1").decode() for text in found] == ["Tạm biệt."]
 
 
 def test_a_nemo_manifest_gives_its_texts_only(tmp_path: Path) -> None:

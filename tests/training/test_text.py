@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from api.normalise import normalise
 from training.text import ALPHABETS, STEPS, Normaliser, alphabet, normaliser
 from training.vocabulary import CharacterCodec, UnknownCharacterError, ctc_frames_needed
 
@@ -51,6 +52,18 @@ def test_numbers_are_left_to_the_user() -> None:
 def test_normalising_twice_changes_nothing(language: str, text: str) -> None:
     once = normaliser(language)(text)
     assert normaliser(language)(once) == once
+
+
+@given(st.sampled_from(sorted(ALPHABETS)), st.booleans(), st.data())
+def test_the_service_spells_hotwords_as_training_spells_texts(
+    language: str, yo: bool, data: st.DataObject
+) -> None:
+    letters = [*ALPHABETS[language], *ALPHABETS[language].upper(), " ", "\u2019", "\u0301"]
+    text = data.draw(st.text(letters))
+    if "'" not in ALPHABETS[language]:
+        text = text.replace("\u2019", "").replace("'", "")
+    taught = normaliser(language, yo=yo)
+    assert normalise(text, taught.steps, language) == taught(text)
 
 
 @given(st.sampled_from(sorted(ALPHABETS)), st.data())
