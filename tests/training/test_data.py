@@ -149,6 +149,26 @@ def test_hugging_face_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         importers.from_hugging_face("parquet", tmp_path / "audio", data_files=options["data_files"])
 
 
+def test_a_second_hugging_face_import_has_recordings_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    for name, seconds in (("first", 0.5), ("second", 1.5)):
+        recording = tone(tmp_path / name / "0.flac", seconds).read_bytes()
+        columns = {"audio": [{"bytes": recording, "path": "0.flac"}], "text": [name]}
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"{name}.parquet")
+    rows = [
+        importers.from_hugging_face(
+            "parquet", tmp_path / "audio", data_files=str(tmp_path / f"{name}.parquet")
+        )
+        for name in ("first", "second", "first")
+    ]
+    heard = [(row.text, len(load_waveform(row.audio, 16_000))) for (row,) in rows]
+    assert heard == [("first", 8_000), ("second", 24_000), ("first", 8_000)]
+    assert rows[0] == rows[2]
+
+
 @pytest.mark.parametrize("form", ["audiofolder", "webdataset", "json"])
 def test_hugging_face_files_in_folders_and_tars(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import sys
@@ -100,8 +101,10 @@ def from_hugging_face(
     """Stream a dataset of the Hugging Face hub (or local files) and store its recordings under `out`.
 
     Recordings are written as they come, undecoded, and one that is there already is not written again, so an
-    interrupted import goes on where it stopped. `revision` pins the dataset's commit; `options` reach
-    `datasets.load_dataset` (for example `data_files`). Raises ManifestError, EmptyManifestError.
+    interrupted import goes on where it stopped. Each dataset, split and revision has a folder of its own.
+    `revision` pins the dataset's commit; `options` reach `datasets.load_dataset` (for example `data_files`).
+
+    Raises ManifestError, EmptyManifestError.
     """
     from datasets import load_dataset
 
@@ -115,6 +118,11 @@ def from_hugging_face(
     # Without types the values come as they are stored: bytes, a path, or both. Even with decode=False,
     # `Audio` would ask for torchcodec where recordings lie in folders or tars.
     stream.info.features = None
+    # by number and name alone, the recordings of two imports would be taken for one another
+    chosen = json.dumps(
+        [dataset, config, split, revision, audio_column, options], default=str, sort_keys=True
+    )
+    out = out / hashlib.sha256(chosen.encode()).hexdigest()[:12]
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     entries = stream if limit is None else stream.take(limit)
