@@ -88,6 +88,16 @@ def _module() -> types.ModuleType:
     return module
 
 
+def _is_torchscript(path: Path) -> bool:
+    """Whether `torch.load` would hand the file to `torch.jit.load`, which runs what it finds.
+
+    Asked of torch's own reader: another one may see other members in a zip made for that.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    return zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+
+
 def load_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of `state_dict` in a checkpoint (or of the checkpoint itself), on the CPU.
 
@@ -98,6 +108,10 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_weights(path)
     try:
+        if _is_torchscript(path):
+            raise CheckpointError(
+                "a TorchScript archive, which is a program; a checkpoint of weights is needed"
+            )
         content = torch.load(path, map_location="cpu", pickle_module=_module(), weights_only=False)
     except Exception as error:
         raise CheckpointError(f"{path.name}: not a checkpoint that can be read: {error}") from error

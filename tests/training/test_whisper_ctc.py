@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,19 @@ def test_a_real_processor_inside_is_inert(base: Path, tmp_path: Path) -> None:
     processor = WhisperProcessor(WhisperFeatureExtractor(), load_tokenizer(str(base)))
     state = published(base, path, processor)
     assert set(load_state_dict(path)) == set(state)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript")
+def test_a_program_in_place_of_weights_is_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "best.ckpt"
+    published(base, path, None)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("best/constants.pkl", pickle.dumps(()))
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was run"))
+    with pytest.raises(CheckpointError, match=r"best\.ckpt: .*which is a program"):
+        load_state_dict(path)
 
 
 def test_placeholder_takes_everything() -> None:
