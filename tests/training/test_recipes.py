@@ -217,6 +217,33 @@ def test_mended_data_goes_on_in_the_same_run(corpus: Callable[[str], Path], tmp_
     assert run(config, tmp_path / "run", "prepare") == 0
 
 
+def test_a_corrected_manifest_is_prepared_again_until_something_was_learned(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = read_manifest(corpus("ru"))
+    manifest = write_manifest(tmp_path / "manifest.jsonl", rows)
+    config, folder = tiny_config(tmp_path, manifest), tmp_path / "run"
+
+    def texts() -> set[str]:
+        return {row.text for part in (folder / "data").glob("*.jsonl") for row in read_manifest(part)}
+
+    assert run(config, folder, "prepare") == 0
+    write_manifest(manifest, [replace(row, text="исправлено") for row in rows])
+    assert run(config, folder, "prepare") == 0
+    assert texts() == {"исправлено"}
+    assert run(config, folder, "convert") == 0
+    capsys.readouterr()
+    write_manifest(manifest, [replace(row, text="снова") for row in rows])
+    assert run(config, folder, "export") == 0
+    assert texts() == {"исправлено"}
+    assert "the manifests have changed" in capsys.readouterr().out
+    manifest.unlink()
+    assert run(config, folder, "export") == 0
+    assert "the manifests have changed" not in capsys.readouterr().out, (
+        "what was prepared goes where it is taken"
+    )
+
+
 def test_a_mended_configuration_goes_on_in_the_same_run_until_something_was_learned(
     corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,8 @@ from training.provenance import git_commit, processor
 WEIGHTS = "weights.safetensors"
 FLOAT32, INT8 = "export/model.onnx", "export/model.int8.onnx"
 PARTS = ("train", "validation", "test")
+SOURCES = "data/sources.json"
+"""SHA-256 of the manifests that the parts were made of."""
 FREE = ("benchmark", "bundle", "name", "training")
 """Sections that may differ from call to call: neither the data nor the network depends on them."""
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "onnx", "onnxruntime", "numpy", "jiwer")
@@ -78,6 +80,10 @@ class RunFolder:
         for name in names:
             (self.path / name).unlink(missing_ok=True)
 
+    def forget_parts(self) -> None:
+        """Remove what was prepared and what was measured on it: it is prepared again."""
+        self.forget("split.json", SOURCES, "baseline.json", *(f"data/{part}.jsonl" for part in PARTS))
+
     def forget_graphs(self) -> None:
         """Remove what was exported from older weights: a bundle must not mix it with newer ones."""
         self.forget(FLOAT32, INT8, "quantize.json", "benchmark.json")
@@ -115,7 +121,7 @@ def open_run(path: Path, config: Mapping[str, Any]) -> RunFolder:
                 "changed); give another --run folder, or remove this one"
             )
         if changed:
-            folder.forget("split.json", "baseline.json", *(f"data/{part}.jsonl" for part in PARTS))
+            folder.forget_parts()
     folder.write_json("config.json", wanted)
     folder.write_json("environment.json", environment())
     return folder

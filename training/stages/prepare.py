@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from api.bundle import sha256_of
 from training.config import DataSettings
 from training.data.manifest import Utterance, read_manifest, write_manifest
 from training.data.split import Split, speaker_of, split_by_speaker
 from training.data.validate import Limits, validate
 from training.errors import SplitError
 from training.loop.plots import plot_distributions
-from training.loop.run_folder import PARTS, RunFolder
+from training.loop.run_folder import PARTS, SOURCES, RunFolder
 from training.stages.recipe import Facts, Recipe
 from training.vocabulary import TokenCodec
 
@@ -19,9 +20,20 @@ from training.vocabulary import TokenCodec
 def prepare(recipe: Recipe, folder: RunFolder) -> dict[str, list[Utterance]]:
     """Write `data/{train,validation,test}.jsonl` and `data/report_*.json`; done already: read them.
 
+    Manifests that changed since then are prepared again, as long as nothing was learned.
+
     Raises ManifestError, EmptyManifestError, SplitError.
     """
     files = {part: folder.manifests / f"{part}.jsonl" for part in PARTS}
+    sources = _sources(recipe.config.data)
+    if _changed(sources, folder):
+        if folder.has_learned:
+            print(
+                f"{folder.path}: the manifests have changed; what was learned belongs to the old data, which "
+                "goes on being used; give another --run folder to train on the new"
+            )
+        else:
+            folder.forget_parts()
     if all(path.is_file() for path in files.values()):
         # a part whose fraction is 0 is an empty file
         return {part: read_manifest(path) if path.stat().st_size else [] for part, path in files.items()}
@@ -40,9 +52,22 @@ def prepare(recipe: Recipe, folder: RunFolder) -> dict[str, list[Utterance]]:
         [row.duration_s or 0.0 for row in everything], [row.text for row in everything], folder.plots
     )
     folder.write_json("split.json", {part: _summary(part_rows) for part, part_rows in rows.items()})
+    folder.write_json(SOURCES, sources)
     for part, path in files.items():
         write_manifest(path, rows[part])
     return rows
+
+
+def _sources(settings: DataSettings) -> dict[str, str]:
+    """SHA-256 of the manifests that the configuration names and that are there."""
+    named = {name: getattr(settings, name) for name in ("manifest", *PARTS)}
+    return {name: sha256_of(path) for name, path in named.items() if path is not None and path.is_file()}
+
+
+def _changed(sources: dict[str, str], folder: RunFolder) -> bool:
+    """Whether a manifest is another one than was prepared; one that is gone leaves what was made of it."""
+    prepared = folder.read_json(SOURCES) or {}
+    return any(prepared.get(name, digest) != digest for name, digest in sources.items())
 
 
 def _validated(
