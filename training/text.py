@@ -89,17 +89,30 @@ class Normaliser:
         return text
 
 
-def normaliser(language: str, *, yo: bool = True) -> Normaliser:
+def normaliser(language: str, *, yo: bool = True, letters: str | None = None) -> Normaliser:
     """The normaliser of a language (ISO-639-1); any language without rules of its own gets the plain one.
 
     Args:
         language: two letters, for example "tr".
         yo: False folds the Russian ё into е.
+        letters: the alphabet where it is given; an apostrophe in it stays in the words of languages without
+            rules of their own (Ukrainian, Uzbek, French).
     """
-    steps = _LANGUAGE_STEPS.get(language, _PLAIN)
+    spelled = "'" in (letters or "")
+    steps = _LANGUAGE_STEPS.get(language, ("nfc", "lowercase", *_WITH_APOSTROPHE) if spelled else _PLAIN)
     if language == "ru" and not yo:
         steps = (*steps[:-1], "fold_yo", steps[-1])
     return Normaliser(steps)
+
+
+def plain_normaliser(language: str, taught: Iterable[str]) -> Normaliser:
+    """What texts are measured with where the model was taught with these steps (a bundle's manifest).
+
+    Capitals and punctuation are errors of no model; ё and apostrophes are as this one was taught them.
+    """
+    steps = tuple(taught)
+    letters = "'" if "apostrophes" in steps else None
+    return normaliser(language, yo="fold_yo" not in steps, letters=letters)
 
 
 def alphabet(language: str, texts: Iterable[str] = ()) -> str:

@@ -339,6 +339,16 @@ def test_validation_says_why(tmp_path: Path) -> None:
     assert stored["reasons"]["silent"]["count"] == 1
 
 
+def test_validation_keeps_an_apostrophe_that_the_letters_have(tmp_path: Path) -> None:
+    manifest = write_manifest(
+        tmp_path / "manifest.jsonl", [Utterance(tone(tmp_path / "a.wav"), "П’ять!", language="uk")]
+    )
+    out = tmp_path / "valid.jsonl"
+    given = ["validate", str(manifest), "--language", "uk", "--letters", "пять'", "--out", str(out)]
+    assert command.main(given) == 0
+    assert [row.text for row in read_manifest(out)] == ["п'ять"]
+
+
 def test_wrong_alphabet_ends_with_a_message(tmp_path: Path) -> None:
     codec = CharacterCodec("абв")
     with pytest.raises(

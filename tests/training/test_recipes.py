@@ -167,6 +167,12 @@ def test_a_language_without_an_alphabet_needs_letters(
     assert run(path, tmp_path / "run", "prepare", "language=kk", letters) == 0
 
 
+def test_letters_with_an_apostrophe_keep_it_in_words(tmp_path: Path) -> None:
+    path = tiny_config(tmp_path, Path("manifest.jsonl"))
+    recipe = QuartzNetRecipe(load_config(path, ["language=uk", 'letters="абвгпятьї\'"']))
+    assert recipe.normaliser()("П’ять!") == "п'ять"
+
+
 def test_measures_on_rows_from_everywhere() -> None:
     rows = [Utterance(Path(f"{index}.wav"), "a", speaker=f"s{index // 100}") for index in range(1000)]
     assert len({row.speaker for row in spread(rows, 200)}) == 10

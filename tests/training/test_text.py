@@ -41,6 +41,19 @@ def test_yo_can_be_folded() -> None:
     assert normaliser("ru", yo=False)("Ещё Ёж") == "еще еж"
 
 
+@pytest.mark.parametrize(
+    ("language", "text", "expected"),
+    [
+        ("uk", "П’ять «слів»", "п'ять слів"),
+        ("uz", "G‘alaba, 'ha'", "g'alaba ha"),
+        ("fr", "L'eau", "l'eau"),
+    ],
+)
+def test_apostrophes_stay_where_the_alphabet_has_them(language: str, text: str, expected: str) -> None:
+    assert normaliser(language, letters="abc'")(text) == expected
+    assert "'" not in normaliser(language, letters="abc")(text)
+
+
 def test_numbers_are_left_to_the_user() -> None:
     text = normaliser("tr")("Saat 10:30")
     assert "10" in text

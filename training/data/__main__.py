@@ -47,7 +47,7 @@ def _import(given: argparse.Namespace) -> None:
 
 def _validate(given: argparse.Namespace) -> None:
     rows = read_manifest(given.manifest)
-    normalise = normaliser(given.language)
+    normalise = normaliser(given.language, letters=given.letters)
     codec = CharacterCodec(given.letters or alphabet(given.language, (normalise(row.text) for row in rows)))
     limits = Limits(max_duration_s=given.max_duration_s)
     kept, report = validate(rows, normalise=normalise, outside=codec.outside, limits=limits)

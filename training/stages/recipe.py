@@ -45,7 +45,8 @@ class Recipe:
 
     def normaliser(self) -> Normaliser:
         """The text normaliser of the configuration's language."""
-        return normaliser(self.config.language, yo=not self.config.fold_yo)
+        config = self.config
+        return normaliser(config.language, yo=not config.fold_yo, letters=config.letters)
 
     def codec(self) -> TokenCodec:
         """Characters of the language; recipes with a tokenizer say otherwise. Raises ConfigError."""
