@@ -31,7 +31,7 @@ from training.inference import Waveform, clip_of, cpu_session, in_turns_s, run_g
 from training.nemo import read_nemo
 from training.nemo_import import as_checkpoint
 from training.provenance import hardware
-from training.text import Normaliser, normaliser
+from training.text import Normaliser, plain_normaliser
 from training.torch_inference import Forward, run_torch
 
 CLIP_S = 5.0
@@ -169,7 +169,7 @@ def benchmark(
         clip_s=CLIP_S,
         threads=threads,
         rounds=rounds,
-        normalise=normaliser(bundle.manifest.languages[0]),
+        normalise=plain_normaliser(bundle.manifest.languages[0], bundle.manifest.text_normalisation),
     )
 
 

@@ -14,7 +14,7 @@ from training.data.manifest import read_rows, spread
 from training.data.shards import shard_members
 from training.errors import DataError, EmptyManifestError
 from training.inference import Waveform
-from training.text import normaliser
+from training.text import plain_normaliser
 
 
 def shared_folder() -> Path:
@@ -86,8 +86,10 @@ def _contents(
             raise DataError(f"{folder / shard}: has no {min(missing)} ({len(missing)} missing)")
 
 
-def with_plain_texts(clips: Sequence[tuple[Waveform, str]], language: str) -> list[tuple[Waveform, str]]:
+def with_plain_texts(
+    clips: Sequence[tuple[Waveform, str]], language: str, taught: Sequence[str]
+) -> list[tuple[Waveform, str]]:
     """The clips with their texts as training normalises the language's: people's manifests have capitals
-    and punctuation, and a CTC model of characters has neither."""
-    plain = normaliser(language)
+    and punctuation, and a CTC model of characters has neither. `taught`: the bundle's text normalisation."""
+    plain = plain_normaliser(language, taught)
     return [(waveform, plain(text)) for waveform, text in clips]

@@ -23,7 +23,7 @@ from api.vocabulary import Vocabulary
 from training.calibration import manifest_waveforms
 from training.errors import in_one_line
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
-from training.text import Normaliser, normaliser
+from training.text import Normaliser, plain_normaliser
 
 BOOTSTRAP_ROUNDS = 1000
 Network = Callable[[Waveform], LogProbs]
@@ -189,7 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recogniser = bundle_recogniser(bundle, given.graph, beam=given.beam)
     clips = manifest_waveforms(given.manifest, bundle.manifest.sample_rate_hz, given.limit, with_text=True)
     heard = recognise_all(recogniser, clips, given.name)
-    rates = error_rates(plainly(heard, normaliser(bundle.manifest.languages[0])))
+    plain = plain_normaliser(bundle.manifest.languages[0], bundle.manifest.text_normalisation)
+    rates = error_rates(plainly(heard, plain))
     print(f"WER {rates.wer:.2%} [{rates.wer_low:.2%}, {rates.wer_high:.2%}]  CER {rates.cer:.2%}")
     print(json.dumps(rates.__dict__))
     return 0

@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bundle = load_bundle(given.models_dir, given.name)
     manifest = bundle.manifest
     clips = manifest_waveforms(given.validation, manifest.sample_rate_hz, given.limit, with_text=True)
-    clips = with_plain_texts(clips, manifest.languages[0])
+    clips = with_plain_texts(clips, manifest.languages[0], manifest.text_normalisation)
     found = fit_texts(
         given.texts,
         bundle.vocabulary,

@@ -38,7 +38,7 @@ from training.inference import cpu_session, quiet_run_s
 from training.ngram import fit_texts
 from training.provenance import hardware
 from training.quantize import Gate, Outcome, quantize
-from training.text import normaliser
+from training.text import plain_normaliser
 
 SPEED_CLIP_S = 5.0
 
@@ -82,7 +82,7 @@ def publish(
     validation = manifest_waveforms(
         recordings.validation, rate_hz, recordings.validation_clips, with_text=True
     )
-    validation = with_plain_texts(validation, card.languages[0])
+    validation = with_plain_texts(validation, card.languages[0], card.text_normalisation)
     outcome = quantize(graph, checkpoint.vocabulary, calibration, validation, gate)
     print(outcome.table())
     files: dict[GraphName, bytes | Path] = {"int8": outcome.chosen.graph.SerializeToString()}
@@ -147,7 +147,7 @@ def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:
     for given, language in sorted((pair for pair in named if pair[1] in languages), key=str):
         rate_hz, source = bundle.manifest.sample_rate_hz, given or test.stem
         clips = manifest_waveforms(test, rate_hz, with_text=True, source=given, language=language)
-        plain = normaliser(language)
+        plain = plain_normaliser(language, bundle.manifest.text_normalisation)
         for decoding, recogniser in ways.items():
             rates = error_rates(plainly(recognise_all(recogniser, clips, source), plain))
             interval = f"[{rates.wer_low:.2%}, {rates.wer_high:.2%}]"

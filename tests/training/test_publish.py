@@ -12,11 +12,12 @@ import safetensors.torch
 import soundfile
 import torch
 
-from api.bundle import load_bundle, verify_bundle
+from api.bundle import load_bundle, sha256_of, verify_bundle
 from api.decoding import in_words
 from api.manifest import Source
+from tests.tiny_bundle import make_bundle, sing, wav
 from tests.training.networks import CONFIGS, VOCABULARY, chirps, random_checkpoint, write_corpus
-from training import benchmark
+from training import benchmark, evaluate
 from training import publish as command
 from training.bundle_writer import Card, Graphs, LanguageModel, write_bundle
 from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
@@ -159,7 +160,26 @@ def test_a_name_that_no_bundle_can_have_is_refused_before_the_work(
 def test_both_sides_are_compared_plainly() -> None:
     heard = [Utterance("The patients' CAFÉ, now!", "the patients' café now")]
     assert plainly(heard, normaliser("en")) == [Utterance("the patients café now", "the patients café now")]
-    assert with_plain_texts([(np.zeros(1, np.float32), "Ilık, su.")], "tr")[0][1] == "ılık su"
+    clips = [(np.zeros(1, np.float32), "Ilık, su.")]
+    assert with_plain_texts(clips, "tr", ("nfc", "lowercase"))[0][1] == "ılık su"
+
+
+def test_a_model_that_folds_yo_is_measured_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taught = normaliser("ru", yo=False).steps
+    clips = [(np.zeros(1, np.float32), "Ещё, ёж.")]
+    assert with_plain_texts(clips, "ru", taught)[0][1] == "еще еж"
+    path = make_bundle(tmp_path / "models", languages=("ru",))
+    vocabulary = path / "vocab.txt"
+    vocabulary.write_text(vocabulary.read_text(encoding="utf-8").replace("b\n", "е\n"), encoding="utf-8")
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"]["vocab.txt"] = sha256_of(vocabulary)
+    manifest["text_normalisation"] = taught
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (tmp_path / "1.wav").write_bytes(wav(sing("b")))
+    rows = tmp_path / "manifest.jsonl"
+    rows.write_text('{"audio_filepath": "1.wav", "text": "Ё!", "duration": 1}\n', encoding="utf-8")
+    assert evaluate.main([str(tmp_path / "models"), "tiny", "--manifest", str(rows)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["wer"] == 0.0
 
 
 def test_stretches_of_one_recording_in_a_shard(tmp_path: Path) -> None:
