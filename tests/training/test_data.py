@@ -90,6 +90,15 @@ def test_folder(tmp_path: Path) -> None:
         importers.from_folder(tmp_path / "nothing")
 
 
+def test_a_recording_in_two_forms_is_one_utterance(tmp_path: Path) -> None:
+    for name in ("7.aac", "7.flac", "7.wav", "8.wav"):
+        tone(tmp_path / name.replace(".aac", ".wav")).rename(tmp_path / name)
+    tone(tmp_path / "7.wav")
+    for name in ("7.txt", "8.txt"):
+        (tmp_path / name).write_text("да", encoding="utf-8")
+    assert [row.audio.name for row in importers.from_folder(tmp_path)] == ["7.flac", "8.wav"]
+
+
 def test_common_voice_tsv(tmp_path: Path) -> None:
     tone(tmp_path / "clips" / "a.wav")
     table = tmp_path / "validated.tsv"

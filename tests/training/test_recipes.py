@@ -359,6 +359,26 @@ def test_speakers_in_two_given_parts_are_refused(
     assert "speakers are in train and in validation" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shared", [("train", "test"), ("validation", "test")])
+def test_recordings_in_two_given_parts_are_refused(
+    shared: tuple[str, str],
+    corpus: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [replace(row, speaker="") for row in read_manifest(corpus("ru"))]
+    parts = {"train": rows[:8], "validation": rows[8:16], "test": rows[16:]}
+    parts[shared[1]] = [*parts[shared[1]], parts[shared[0]][0]]
+    values = yaml.safe_load(TINY)
+    values["data"] = {
+        part: str(write_manifest(tmp_path / f"{part}.jsonl", given)) for part, given in parts.items()
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    assert run(config, tmp_path / "run", "prepare") == 2
+    assert f"1 recordings are in {shared[0]} and in {shared[1]}" in capsys.readouterr().err
+
+
 def test_stages_in_the_wrong_order_say_what_is_missing(
     corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

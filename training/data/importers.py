@@ -24,15 +24,20 @@ def from_folder(folder: Path, *, language: str = "", licence: str = "") -> list[
     """Recordings with a `.txt` of the same name beside them.
 
     The speaker is the first folder below `folder`; files that lie in `folder` itself have none. Recordings
-    without a text are left out. Raises ManifestError, EmptyManifestError.
+    without a text are left out, and of several with one name (7.wav, 7.mp3) one is taken.
+
+    Raises ManifestError, EmptyManifestError.
     """
     if not folder.is_dir():
         raise ManifestError(f"{folder}: no such folder")
     rows = []
-    for audio in sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES):
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    seen: set[Path] = set()
+    for audio in sorted(found, key=lambda path: (path.parent, path.stem, _is_lossy(path), path.name)):
         text = audio.with_suffix(".txt")
-        if not text.is_file():
+        if text in seen or not text.is_file():
             continue
+        seen.add(text)
         parts = audio.relative_to(folder).parts
         speaker = parts[0] if len(parts) > 1 else ""
         content = " ".join(text.read_text(encoding="utf-8").split())
@@ -134,6 +139,10 @@ def from_hugging_face(
             Utterance(audio, text, speaker=speaker, language=language, source=dataset, licence=licence)
         )
     return _some(rows, f"{dataset}: split {split!r} has no rows")
+
+
+def _is_lossy(recording: Path) -> bool:
+    return recording.suffix.lower() not in (".wav", ".flac")
 
 
 def _store(given: Mapping[str, Any] | str, out: Path, index: int) -> Path:

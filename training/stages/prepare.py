@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -100,15 +101,26 @@ def _limits(settings: DataSettings, facts: Facts) -> Limits:
 
 
 def _disjoint(split: Split) -> None:
-    heard = {part: {speaker_of(row) for row in rows if row.speaker} for part, rows in split.parts().items()}
-    for part in ("validation", "test"):
-        if shared := heard["train"] & heard[part]:
-            raise SplitError(f"{len(shared)} speakers are in train and in {part}, for example {min(shared)}")
+    for (one, first), (other, second) in itertools.combinations(split.parts().items(), 2):
+        for what, found in (("speakers", _speakers), ("recordings", _recordings)):
+            if shared := found(first) & found(second):
+                raise SplitError(
+                    f"{len(shared)} {what} are in {one} and in {other}, for example {min(shared)}"
+                )
+
+
+def _speakers(rows: list[Utterance]) -> set[str]:
+    return {speaker_of(row) for row in rows if row.speaker}
+
+
+def _recordings(rows: list[Utterance]) -> set[str]:
+    """Not every row names its speaker, and stretches of one recording have one."""
+    return {str(row.audio.resolve()) for row in rows}
 
 
 def _summary(rows: list[Utterance]) -> dict[str, float]:
     return {
         "utterances": len(rows),
-        "speakers": len({speaker_of(row) for row in rows}),
+        "speakers": len(_speakers(rows)),
         "hours": round(sum(row.duration_s or 0.0 for row in rows) / 3600, 4),
     }
