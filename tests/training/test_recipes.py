@@ -267,6 +267,30 @@ def test_a_mended_configuration_goes_on_in_the_same_run_until_something_was_lear
     assert run(config, tmp_path / "run", "export", *changes) == 0
 
 
+def test_a_card_says_what_was_done(corpus: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = read_manifest(corpus("ru"))
+    nameless = write_manifest(tmp_path / "nameless.jsonl", [replace(row, speaker="") for row in rows])
+    cards = {}
+    for name, manifest, stage in (
+        ("trained", corpus("ru"), "train"),
+        ("nameless", nameless, "train"),
+        ("converted", corpus("ru"), "convert"),
+    ):
+        (tmp_path / name).mkdir()
+        config = tiny_config(tmp_path / name, manifest)
+        for step in (stage, "export", "benchmark", "publish"):
+            assert run(config, tmp_path / name / "run", step) == 0
+        cards[name] = (tmp_path / name / "run" / "bundle" / "tiny" / "README.md").read_text(encoding="utf-8")
+    assert "utterances." in cards["trained"]
+    assert "own recordings, held-out speakers" in cards["trained"]
+    assert "own recordings, held-out recordings" in cards["nameless"]
+    split = json.loads((tmp_path / "nameless" / "run" / "split.json").read_text())
+    assert [part["speakers"] for part in split.values()] == [0, 0, 0]
+    assert "Converted by the recipe `quartznet_ctc`" in cards["converted"]
+    assert "own recordings, test part" in cards["converted"]
+    assert "Training data" not in cards["converted"]
+
+
 def test_a_part_may_be_empty_where_the_split_says_so(
     corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,13 +43,14 @@ def publish(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder)
         sample_rate_hz=facts.sample_rate_hz,
     )
     measured = folder.read_json("benchmark.json") or {"rows": []}
+    learned = folder.read_json("train.json") is not None  # `convert` leaves none
     bundle = write_bundle(
         folder.path / "bundle",
         recipe.config.name,
         graphs,
         recipe.codec().vocabulary,
-        _card(recipe, rows),
-        _measurements(recipe, measured, default),
+        _card(recipe, rows, learned=learned),
+        _measurements(recipe, measured, default, _held_out(rows) if learned else "test part"),
     )
     return bundle.path
 
@@ -68,22 +69,30 @@ def parameters(weights: Path) -> int:
         )
 
 
-def _card(recipe: Recipe, rows: dict[str, list[Utterance]]) -> Card:
+def _held_out(rows: dict[str, list[Utterance]]) -> str:
+    """What the parts have apart: speakers only where every row names its own."""
+    named = all(row.speaker for part in rows.values() for row in part)
+    return "held-out speakers" if named else "held-out recordings"
+
+
+def _card(recipe: Recipe, rows: dict[str, list[Utterance]], *, learned: bool) -> Card:
     config, said = recipe.config, recipe.config.bundle
     hours = sum(row.duration_s or 0.0 for row in rows["train"]) / 3600
+    made = f"Made by the recipe `{recipe.name}` from {len(rows['train'])} utterances."
+    data = TrainingData(name=said.data_name, licence=said.data_licence, hours=round(hours, 4))
     return Card(
         title=config.name,
         languages=(config.language,),
         source=Source(title=said.source_title, url=said.source_url, revision=said.source_revision),
         licence=said.licence,
         version=said.version,
-        summary=f"Made by the recipe `{recipe.name}` from {len(rows['train'])} utterances.",
+        summary=made if learned else f"Converted by the recipe `{recipe.name}`, the weights as they were.",
         text_normalisation=recipe.normaliser().steps,
-        training_data=(TrainingData(name=said.data_name, licence=said.data_licence, hours=round(hours, 4)),),
+        training_data=(data,) if learned else (),
     )
 
 
-def _measurements(recipe: Recipe, measured: dict[str, Any], default: GraphName) -> Measurements:
+def _measurements(recipe: Recipe, measured: dict[str, Any], default: GraphName, part: str) -> Measurements:
     """The default graph's error rates, every graph's speed, and the table of the benchmark."""
     if not measured["rows"]:
         return Measurements()
@@ -92,7 +101,7 @@ def _measurements(recipe: Recipe, measured: dict[str, Any], default: GraphName) 
     return Measurements(
         evaluation=(
             Evaluation(
-                test_set=f"{recipe.config.bundle.data_name}, held-out speakers",
+                test_set=f"{recipe.config.bundle.data_name}, {part}",
                 language=recipe.config.language,
                 utterances=measured["test_utterances"],
                 wer=by_graph[default]["wer"],

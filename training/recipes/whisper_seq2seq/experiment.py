@@ -211,12 +211,13 @@ def _report(run: Experiment) -> None:
     baseline, tuned = run.results["baseline"], run.results["fine_tuned"]
     serving = run.results["serving"]
     chosen = run.results["quantization"]["chosen"] or "none passed the gate"
+    named = all(row.speaker for part in run.rows.values() for row in part)
     lines = [
         f"# {run.config.name}: {run.mode} run",
         "",
         f"Base {run.recipe.settings.base}; {len(run.rows['train'])} utterances to learn from, "
         f"{len(run.rows['validation'])} for validation, {len(run.rows['test'])} for the test; "
-        "no speaker is in two parts.",
+        f"no {'speaker' if named else 'recording'} is in two parts.",
         "",
         "| | utterances | WER, % | CER, % |",
         "|---|---|---|---|",
