@@ -180,13 +180,16 @@ def fit_texts(
     validation: Sequence[tuple[Waveform, str]],
     order: int = ORDER,
     beam: int = BEAM,
+    without: Sequence[str] = (),
 ) -> Fit:
     """A language model of the texts in `paths`, tried on what `graph` hears in `validation`.
 
-    `steps` and `language` as in `read_texts`, which also says what is raised.
+    `steps` and `language` as in `read_texts`, which also says what is raised. Texts in `without` (those of
+    test sets) are left out, as those of `validation` are.
     """
     references = [text for _, text in validation]
-    table = character_ngrams(read_texts(paths, vocabulary, steps, language, without=references), order)
+    texts = read_texts(paths, vocabulary, steps, language, without=[*references, *without])
+    table = character_ngrams(texts, order)
     session = cpu_session(graph)
     log_probs = [run_graph(session, [clip])[0] for clip, _ in tqdm(validation, desc="infer", disable=None)]
     return fit(table, vocabulary, log_probs, references, beam, order)

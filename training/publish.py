@@ -52,7 +52,8 @@ class Recordings:
     validation: Path
     """Audio with texts for the gate; never a test set."""
     texts: tuple[Path, ...] = ()
-    """Manifests or plain text to make a language model of; it ships where it earns its place."""
+    """Manifests or plain text to make a language model of; it ships where it earns its place. What is said in
+    `validation` and `test` is left out of it."""
     test: Path | None = None
     """Test sets, told apart by `source` and `language`; measured only after the choice is made."""
     calibration_clips: int = 48
@@ -101,6 +102,7 @@ def publish(
             card.languages[0],
             files["int8"],
             validation,
+            without=_texts(recordings.test),
         )
         language_model = found.shipped()
         notes["Language model"] = found.note()
@@ -131,6 +133,10 @@ def _quantization(outcome: Outcome) -> str:
         f"Measured on {outcome.float_rates.utterances} validation utterances; speed on one thread, runs "
         "taking turns.\n\n" + outcome.table()
     )
+
+
+def _texts(test: Path | None) -> list[str]:
+    return [] if test is None else [row["text"] for row in manifest_rows(test, with_text=True)]
 
 
 def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:

@@ -227,6 +227,16 @@ def test_a_language_model_that_does_not_help_is_reported_and_left_out(tmp_path: 
     assert "left out" in card
 
 
+def test_a_language_model_has_not_read_what_is_said_in_the_test(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test").mkdir()
+    test = write_corpus(tmp_path / "test", chirps(2), "dd cc")
+    (tmp_path / "texts.txt").write_text("Dd, cc!\nAb cd.\n", encoding="utf-8")
+    assert publish(tmp_path, "--texts", str(tmp_path / "texts.txt"), "--test", str(test)) == 2
+    assert "no text to learn from" in capsys.readouterr().err
+
+
 def test_a_language_model_is_written_into_the_bundle(tmp_path: Path) -> None:
     graph = export_graph(random_checkpoint().model, random_checkpoint().frontend)
     graphs = Graphs({"float32": graph.SerializeToString()}, "float32", 17, 1, 0.02, 20.0, 160)
