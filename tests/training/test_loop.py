@@ -12,6 +12,8 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,10 +23,12 @@ from training.data.manifest import Utterance
 from training.data.synthetic import make_corpus
 from training.data.validate import validate
 from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
+from training.evaluate import ErrorRates
+from training.evaluate import Utterance as Said
 from training.frontend import FrontendConfig, LogMel
 from training.loop.dataset import UtteranceDataset, collate, make_loader
 from training.loop.fit import choose_device, fit, is_out_of_memory
-from training.loop.module import CtcModule, parameter_groups, warmup_cosine
+from training.loop.module import CtcModule, parameter_groups, rank, warmup_cosine
 from training.loop.run_folder import RunFolder, append_metrics, open_run, read_metrics
 from training.loop.settings import TrainingSettings
 from training.recipes.quartznet_ctc.architectures import quartznet
@@ -125,6 +129,32 @@ def test_learns_and_keeps_records(rows: list[Utterance], tmp_path: Path) -> None
     assert list((tmp_path / "tensorboard").glob("events.*"))
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"loss.png", "validation_wer.png"}
     assert (tmp_path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_of_equal_word_error_rates_has_the_fewest_wrong_letters(
+    rows: list[Utterance], tmp_path: Path
+) -> None:
+    class Hears(CtcModule):
+        """Never the word, and most of its letters in the second epoch."""
+
+        def validation_step(self, batch: Any, _index: int) -> None:
+            self._heard.append(Said("word", ("xxxx", "worx", "wxxx")[self.current_epoch]))
+
+    chosen = settings(epochs=3)
+    dataset = UtteranceDataset(rows, CODEC.encode)
+    loaders = [make_loader(dataset, chosen, training=training) for training in (True, False)]
+    best = fit(Hears(Small(), CODEC, chosen), *loaders, chosen, RunFolder(tmp_path))
+    assert best.name.startswith("best-epoch=001")
+
+
+@given(st.integers(1, 10**6), st.data())
+def test_rank_orders_by_words_then_letters(words: int, data: st.DataObject) -> None:
+    def rates() -> ErrorRates:
+        errors, cer = data.draw(st.integers(0, words)), data.draw(st.integers(0, 300)) / 100
+        return ErrorRates(1, words, errors / words, 0.0, 1.0, cer)
+
+    one, other = rates(), rates()
+    assert (rank(one) < rank(other)) == ((one.wer, one.cer) < (other.wer, other.cer))
 
 
 def test_goes_on_after_an_interruption(rows: list[Utterance], tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def fit(
     best = ModelCheckpoint(
         dirpath=folder.checkpoints,
         filename="best-{epoch:03d}-{val_wer:.4f}",
-        monitor="val_wer",
+        monitor="val_rank",
         mode="min",
         save_top_k=settings.keep,
         enable_version_counter=False,

@@ -22,7 +22,10 @@ MAX_GRAPH_BYTES = 2**31 - 1
 
 
 def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -> Path:
-    """Train and store the weights with the lowest validation WER; goes on where an earlier call stopped."""
+    """Train and store the weights with the lowest validation WER, of equals those with the lowest CER.
+
+    Goes on where an earlier call stopped.
+    """
     settings = recipe.config.training
     stored = folder.read_json("train.json")
     wanted = settings.model_dump(mode="json")
