@@ -186,7 +186,7 @@ def _agreement(network: nn.Module, graph: onnx.ModelProto) -> str:
     """PyTorch against ONNX on a padded batch of noise. Raises QualityGateError above the tolerance."""
     clips = _noise()
     found = compare(run_torch(network, clips), run_graph(cpu_session(graph.SerializeToString()), clips))
-    if found.worst_posterior > TOLERANCE:
+    if not found.worst_posterior <= TOLERANCE:  # NaN is no agreement either
         raise QualityGateError(f"PyTorch and ONNX disagree, tolerance {TOLERANCE:.0e}: {found.describe()}")
     return found.describe()
 

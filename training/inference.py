@@ -59,13 +59,17 @@ def run_graph(session: onnxruntime.InferenceSession, waveforms: Sequence[Wavefor
 
 
 def compare(expected: Sequence[LogProbs], actual: Sequence[LogProbs]) -> Agreement:
-    """Differences between two lists of (frames, vocabulary). Raises ValueError where shapes differ."""
+    """Differences between two lists of (frames, vocabulary), NaN where either has one.
+
+    Raises ValueError where shapes differ.
+    """
     shapes = [(a.shape, b.shape) for a, b in zip(expected, actual, strict=True) if a.shape != b.shape]
     if shapes:
         raise ValueError(f"shapes differ: expected {shapes[0][0]}, got {shapes[0][1]}")
     pairs = list(zip(expected, actual, strict=True))
-    worst = max(float(np.abs(a - b).max()) for a, b in pairs)
-    posterior = max(float(np.abs(np.exp(a) - np.exp(b)).max()) for a, b in pairs)
+    # Python's own max would drop a NaN
+    worst = float(np.max([np.abs(a - b).max() for a, b in pairs]))
+    posterior = float(np.max([np.abs(np.exp(a) - np.exp(b)).max() for a, b in pairs]))
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
     frames = sum(len(a) for a in expected)
     return Agreement(posterior, worst, same / frames, frames)

@@ -176,7 +176,7 @@ def quantize(
         problems.append(
             f"WER {best.rates.wer:.2%}, expected at most {reference.rates.wer + gate.max_wer_increase:.2%}"
         )
-    if best.batched_worst > BATCH_TOLERANCE:
+    if not best.batched_worst <= BATCH_TOLERANCE:  # NaN is refused as well
         problems.append(
             f"batched differs from alone by {best.batched_worst:.1e}, limit {BATCH_TOLERANCE:.0e}"
         )

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from tests.training.networks import CONFIGS, chirps, random_network
+from training.convert import _agreement
 from training.errors import QualityGateError
 from training.export import check_agreement, export_graph, folded
 from training.frontend import FrontendConfig
 from training.inference import compare, cpu_session, run_graph
+from training.recipes.quartznet_ctc.model import QuartzNet
+from training.recipes.quartznet_ctc.network import QuartzNetCtc
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
@@ -81,6 +84,31 @@ def test_a_graph_of_another_network_is_refused() -> None:
     graph = export_graph(random_network(CONFIGS["quartznet"], seed=1), FrontendConfig())
     with pytest.raises(QualityGateError, match="disagree"):
         check_agreement(random_network(CONFIGS["quartznet"], seed=2), FrontendConfig(), graph, chirps(1))
+
+
+def spoiled() -> QuartzNet:
+    """A network that a diverged training left: its answers are not numbers."""
+    network = random_network(CONFIGS["quartznet"])
+    with torch.no_grad():
+        network.head.bias.fill_(float("nan"))
+    return network
+
+
+def test_a_comparison_keeps_what_is_not_a_number() -> None:
+    fine, broken = np.zeros((2, 3), np.float32), np.full((2, 3), np.nan, np.float32)
+    for heard in ([fine, broken], [broken, fine]):
+        found = compare([fine, fine], heard)
+        assert np.isnan(found.worst_posterior)
+        assert np.isnan(found.worst_log_prob)
+
+
+def test_a_graph_whose_answers_are_not_numbers_is_refused() -> None:
+    network = spoiled()
+    graph = export_graph(network, FrontendConfig())
+    with pytest.raises(QualityGateError, match="disagree"):
+        check_agreement(network, FrontendConfig(), graph, chirps(1))
+    with pytest.raises(QualityGateError, match="disagree"):
+        _agreement(QuartzNetCtc(network, FrontendConfig()), graph)
 
 
 def test_folding_needs_running_statistics() -> None:

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from training.config import load_config
 from training.data.manifest import Utterance, read_manifest, spread, write_manifest
@@ -370,6 +371,28 @@ def test_a_graph_that_disagrees_is_not_published(corpus: Callable[[str], Path], 
         export(recipe, rows, folder)
     with pytest.raises(CheckpointError, match="run the export stage first"):
         publish(recipe, rows, folder)
+
+
+def test_answers_that_are_not_numbers_are_not_published(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = tiny_config(tmp_path, corpus("ru")), tmp_path / "run"
+    assert run(config, folder, "convert") == 0
+    weights = load_file(folder / "weights.safetensors")
+    save_file(
+        {
+            name: torch.full_like(value, torch.nan) if "head" in name else value
+            for name, value in weights.items()
+        },
+        folder / "weights.safetensors",
+    )
+    assert run(config, folder, "export") == 2
+    assert "torch_against_onnx" in capsys.readouterr().err
+    # a float32 graph of the same kind, from before the gate
+    (folder / "export" / "model.onnx.partial").rename(folder / "export" / "model.onnx")
+    assert run(config, folder, "quantize", "benchmark.max_wer_loss=1") == 0
+    tried = json.loads((folder / "quantize.json").read_text())["candidates"]
+    assert {candidate["reason"] for candidate in tried} == {"its log-probabilities are not numbers"}
 
 
 def test_speakers_in_two_given_parts_are_refused(

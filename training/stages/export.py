@@ -55,7 +55,7 @@ def export(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) 
     found = {name: asdict(result) for name, result in agreement.items()}
     folder.write_json("export.json", {"opset": opset, "bytes": partial.stat().st_size, **found})
     for name, result in agreement.items():
-        if result.worst_posterior > TOLERANCE:
+        if not result.worst_posterior <= TOLERANCE:  # NaN is no agreement either
             raise QualityGateError(f"{partial}: {name}: {result.describe()}; allowed {TOLERANCE:.0e}")
     return partial.replace(target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -111,13 +112,16 @@ class _Gate:
         turns = [partial(run_graph, each, [self.clip]) for each in (self.session, session)]
         base_s, latency_s = (float(np.median(times)) for times in in_turns_s(turns, self.settings.repeats))
         speedup, rates = base_s / latency_s, self._rates(session)
+        some = [clip for clip, _ in self.clips[:4]]
+        alone = [run_graph(session, [clip])[0] for clip in some]
+        apart = compare(alone, run_graph(session, some)).worst_posterior
         reason = ""
-        if speedup <= 1.0:
+        if math.isnan(apart):
+            reason = "its log-probabilities are not numbers"
+        elif speedup <= 1.0:
             reason = "not faster than float32"
         elif rates.wer > self.rates.wer + self.settings.max_wer_loss:
             reason = f"WER {100 * rates.wer:.2f} % against {100 * self.rates.wer:.2f} %"
-        some = [clip for clip, _ in self.clips[:4]]
-        alone = [run_graph(session, [clip])[0] for clip in some]
         return Candidate(
             how,
             bytes=graph.stat().st_size,
@@ -125,7 +129,7 @@ class _Gate:
             speedup=speedup,
             wer=rates.wer,
             cer=rates.cer,
-            batch_against_alone=compare(alone, run_graph(session, some)).worst_posterior,
+            batch_against_alone=apart,
             accepted=not reason,
             reason=reason,
         )
