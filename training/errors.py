@@ -64,10 +64,11 @@ def in_one_line(
 ) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
     """Let a command end with one line on standard error and status 2 for what its user can mend.
 
-    That is a TrainingError, a BundleError, a file that is not there, and `also`.
+    That is a TrainingError, a BundleError, what the file system refuses (a file that is not there, a full
+    disk), a text in another encoding than UTF-8, and `also`.
     """
 
-    mendable: tuple[type[Exception], ...] = (TrainingError, BundleError, FileNotFoundError, *also)
+    mendable: tuple[type[Exception], ...] = (TrainingError, BundleError, OSError, UnicodeDecodeError, *also)
 
     def decorate(command: Callable[Arguments, int]) -> Callable[Arguments, int]:
         @functools.wraps(command)

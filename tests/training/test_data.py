@@ -127,6 +127,47 @@ def test_table_problems(tmp_path: Path) -> None:
         importers.from_table(table)
 
 
+def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text('file,text\n1.wav,"one\n2.wav,two\n3.wav,three\n')
+    with pytest.raises(ManifestError, match=r"rows\.csv:2: .*quote"):
+        importers.from_table(table)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    tone(tmp_path / "1.wav")
+    (tmp_path / "1.txt").write_text("да", encoding="utf-8-sig")
+    (row,) = importers.from_folder(tmp_path)
+    assert row.text == "да"
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"audio_filepath": "1.wav", "text": "да"}\n', encoding="utf-8-sig")
+    assert [found.text for found in read_manifest(manifest)] == ["да"]
+
+
+def test_another_encoding_is_one_line_that_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tone(tmp_path / "1.wav")
+    (tmp_path / "1.txt").write_bytes("да".encode("cp1251"))
+    (tmp_path / "rows.csv").write_bytes("file,text\n1.wav,да\n".encode("cp1251"))
+    (tmp_path / "rows.json").write_bytes('{"audio_filepath": "1.wav", "text": "да"}\n'.encode("cp1251"))
+    for kind, source, named in (
+        ("folder", tmp_path, "1.txt"),
+        ("table", tmp_path / "rows.csv", "rows.csv"),
+        ("nemo", tmp_path / "rows.json", "rows.json"),
+    ):
+        assert command.main(["import", kind, str(source), "--out", str(tmp_path / "out.jsonl")]) == 2
+        assert f"{named}: not UTF-8" in capsys.readouterr().err
+
+
+def test_what_the_file_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tone(tmp_path / "1.wav")
+    (tmp_path / "1.txt").write_text("да", encoding="utf-8")
+    out = tmp_path / "1.wav" / "out.jsonl"
+    assert command.main(["import", "folder", str(tmp_path), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_nemo(tmp_path: Path) -> None:
     path = tmp_path / "nemo.json"
     path.write_text('{"audio_filepath": "a.wav", "text": "hi", "duration": 2.5, "offset": 1.0}\n')

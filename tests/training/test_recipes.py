@@ -126,12 +126,19 @@ def test_bad_configuration_names_the_field(tmp_path: Path, text: str, problem: s
         load_config(path)
 
 
+def test_a_configuration_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes("name: имя\n".encode("cp1251"))
+    with pytest.raises(ConfigError, match=r"config\.yaml: not UTF-8"):
+        load_config(path)
+
+
 def test_changes_from_the_command_line(tmp_path: Path) -> None:
     path = tiny_config(tmp_path, Path("manifest.jsonl"))
     config = load_config(path, ["training.epochs=7", "data.limit=3", "name=other"])
     assert (config.training.epochs, config.data.limit, config.name) == (7, 3, "other")
     assert config.data.manifest == tmp_path / "manifest.jsonl"
-    for change in ("training.epochs", "name.first=1"):
+    for change in ("training.epochs", "name.first=1", "name=["):
         with pytest.raises(ConfigError, match="--set"):
             load_config(path, [change])
 

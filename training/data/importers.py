@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from training.data.manifest import Utterance, read_manifest
 from training.errors import EmptyManifestError, ManifestError
-from training.files import written_whole
+from training.files import in_utf8, written_whole
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm", ".aac", ".wma"})
 
@@ -40,7 +40,8 @@ def from_folder(folder: Path, *, language: str = "", licence: str = "") -> list[
         seen.add(text)
         parts = audio.relative_to(folder).parts
         speaker = parts[0] if len(parts) > 1 else ""
-        content = " ".join(text.read_text(encoding="utf-8").split())
+        with in_utf8(text):
+            content = " ".join(text.read_text(encoding="utf-8-sig").split())
         rows.append(Utterance(audio, content, speaker=speaker, language=language, licence=licence))
     return _some(rows, f"{folder}: no recording with a .txt of the same name beside it")
 
@@ -58,17 +59,24 @@ def from_table(table: Path, *, clips: Path | None = None, licence: str = "") -> 
     folder = clips or (beside if beside.is_dir() else table.parent)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     rows = []
-    with table.open(encoding="utf-8-sig", newline="") as lines:
+    with table.open(encoding="utf-8-sig", newline="") as lines, in_utf8(table):
         tabbed = table.suffix.lower() == ".tsv"
+        # strict: a quote that nobody closes would swallow the rows after it
         reader = csv.DictReader(
-            lines, delimiter="\t" if tabbed else ",", quoting=csv.QUOTE_NONE if tabbed else csv.QUOTE_MINIMAL
+            lines,
+            delimiter="\t" if tabbed else ",",
+            quoting=csv.QUOTE_NONE if tabbed else csv.QUOTE_MINIMAL,
+            strict=not tabbed,
         )
-        columns = reader.fieldnames or []
+        try:
+            columns, entries = reader.fieldnames or [], list(reader)
+        except csv.Error as error:
+            raise ManifestError(f"{table}:{reader.line_num + 1}: {error}; is a quote not closed?") from error
         audio = _column(table, columns, "path", "audio", "file", "audio_filepath")
         sentence = _column(table, columns, "sentence", "text", "transcript", "transcription")
         speaker = next((name for name in ("client_id", "speaker", "speaker_id") if name in columns), "")
         language = next((name for name in ("locale", "language", "lang") if name in columns), "")
-        for number, row in enumerate(reader, start=2):
+        for number, row in enumerate(entries, start=2):
             if not row.get(audio) or row.get(sentence) is None:
                 raise ManifestError(f"{table}:{number}: {audio} or {sentence} is missing")
             rows.append(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from training.errors import EmptyManifestError, ManifestError
-from training.files import written_whole
+from training.files import in_utf8, written_whole
 
 Parsed = TypeVar("Parsed")
 
@@ -80,7 +80,7 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> list[Par
     if not path.is_file():
         raise ManifestError(f"{path}: no such manifest")
     rows: list[Parsed] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines, in_utf8(path):
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
