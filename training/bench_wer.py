@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from api.bundle import list_bundles, load_bundle
+from training.arguments import positive
 from training.calibration import manifest_rows, manifest_waveforms, shared_folder
 from training.errors import in_one_line
 from training.evaluate import ErrorRates, Recogniser, Utterance, bundle_recogniser, error_rates
@@ -170,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--manifest", type=Path, help="default: the shared test sets")
     parser.add_argument("--language", default="en")
-    parser.add_argument("--limit", type=int, help="at most this many utterances of each set")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, one utterance each")
+    parser.add_argument("--limit", type=positive, help="at most this many utterances of each set")
+    parser.add_argument("--jobs", type=positive, default=2, help="processes, one utterance each")
     given = parser.parse_args(arguments)
     manifest = given.manifest or shared_folder() / "speech" / "test" / "manifest.jsonl"
     if not manifest.is_file():

@@ -21,6 +21,7 @@ import torch
 
 from api.bundle import Bundle, load_bundle
 from api.vocabulary import Vocabulary
+from training.arguments import positive
 from training.calibration import manifest_waveforms
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import in_one_line
@@ -181,9 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, required=True, help="the bundle made of these weights")
     parser.add_argument("--manifest", type=Path, required=True, help="recordings with texts")
     parser.add_argument("--language", help="only this language's utterances; default: the bundle's first")
-    parser.add_argument("--limit", type=int, help="at most this many utterances")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--limit", type=positive, help="at most this many utterances")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=9)
     given = parser.parse_args(arguments)
     nemo = given.weights.suffix == ".nemo"
     checkpoint = as_checkpoint(read_nemo(given.weights)) if nemo else load_checkpoint(given.weights)

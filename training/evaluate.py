@@ -20,6 +20,7 @@ from api.bundle import Bundle, load_bundle
 from api.ctc import greedy
 from api.decoding import decode
 from api.vocabulary import Vocabulary
+from training.arguments import positive
 from training.calibration import manifest_waveforms
 from training.errors import in_one_line
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
@@ -183,7 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--graph", choices=["auto", "int8", "float32"], default="auto")
     parser.add_argument("--beam", type=int, help="0 is greedy; default: the bundle's own way")
-    parser.add_argument("--limit", type=int, help="at most this many utterances, spread over the manifest")
+    parser.add_argument(
+        "--limit", type=positive, help="at most this many utterances, spread over the manifest"
+    )
     given = parser.parse_args(arguments)
     bundle = load_bundle(given.models_dir, given.name)
     recogniser = bundle_recogniser(bundle, given.graph, beam=given.beam)

@@ -23,6 +23,7 @@ from api.bundle import load_bundle
 from api.ngram import NgramModel, NgramTable, weigh
 from api.normalise import normalise
 from api.vocabulary import Vocabulary
+from training.arguments import positive
 from training.bundle_writer import LanguageModel, add_language_model
 from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
 from training.errors import DataError, in_one_line
@@ -164,7 +165,7 @@ def read_texts(
             texts += [row["text"] for row in manifest_rows(path, with_text=True)]
         else:
             try:
-                texts += path.read_text(encoding="utf-8").splitlines()
+                texts += path.read_text(encoding="utf-8-sig").splitlines()
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}: not UTF-8: {error}") from error
     kept = (spelled(text) for text in texts if plain(text) not in left_out)
@@ -203,9 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="manifests or plain text files")
     parser.add_argument("--validation", type=Path, required=True, help="manifest with texts")
-    parser.add_argument("--limit", type=int, help="at most this many utterances")
-    parser.add_argument("--order", type=int, default=ORDER)
-    parser.add_argument("--beam", type=int, default=BEAM)
+    parser.add_argument("--limit", type=positive, help="at most this many utterances")
+    parser.add_argument("--order", type=positive, default=ORDER)
+    parser.add_argument("--beam", type=positive, default=BEAM)
     parser.add_argument("--write", action="store_true", help="into the bundle, where it earns its place")
     given = parser.parse_args(arguments)
     bundle = load_bundle(given.models_dir, given.name)

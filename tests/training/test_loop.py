@@ -202,6 +202,14 @@ def test_more_epochs_go_on_from_the_last(rows: list[Utterance], tmp_path: Path) 
     assert int(both[1]["step"]) == 2 * int(first[0]["step"])
 
 
+def test_fewer_epochs_than_are_done_are_refused(rows: list[Utterance], tmp_path: Path) -> None:
+    run(rows, tmp_path, settings(epochs=2))
+    with pytest.raises(ConfigError, match=r"training\.epochs is 1, and 2 epochs are done"):
+        run(rows, tmp_path, settings(epochs=1))
+    assert RunFolder(tmp_path).resume_from() == tmp_path / "checkpoints" / "last.ckpt"
+    run(rows, tmp_path, settings(epochs=2))
+
+
 def test_a_resumed_epoch_has_the_batches_that_it_would_have_had(
     rows: list[Utterance], tmp_path: Path
 ) -> None:

@@ -151,6 +151,19 @@ def test_the_command_writes_what_earns_its_place(tmp_path: Path, capsys: pytest.
     assert '"wer": 0.0' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--limit", "--order", "--beam"])
+def test_nothing_of_something_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["models", "tiny", "--texts", "a.txt", "--validation", "b.jsonl"]
+    with pytest.raises(SystemExit) as caught:
+        ngram.main([*given, option, "0"])
+    assert caught.value.code == 2
+    assert f"{option}: 0: expected 1 or more" in capsys.readouterr().err
+
+
+def test_the_shortest_language_model_counts_letters() -> None:
+    assert len(character_ngrams(["ab ba"], order=1).fail) == 1
+
+
 def test_the_command_measures_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_bundle(tmp_path / "models")
     (tmp_path / "1.wav").write_bytes(wav(sing("bad")))

@@ -164,6 +164,13 @@ def test_both_sides_are_compared_plainly() -> None:
     assert with_plain_texts(clips, "tr", ("nfc", "lowercase"))[0][1] == "ılık su"
 
 
+def test_a_limit_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(["models", "tiny", "--manifest", "a.jsonl", "--limit", "0"])
+    assert caught.value.code == 2
+    assert "--limit: 0: expected 1 or more" in capsys.readouterr().err
+
+
 def test_a_model_that_folds_yo_is_measured_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     taught = normaliser("ru", yo=False).steps
     clips = [(np.zeros(1, np.float32), "Ещё, ёж.")]

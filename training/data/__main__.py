@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from training.arguments import positive
 from training.data import importers
 from training.data.manifest import read_manifest, write_manifest
 from training.data.split import split_by_speaker
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bring.add_argument("--audio-column", default="audio")
     bring.add_argument("--text-column", default="text")
     bring.add_argument("--speaker-column")
-    bring.add_argument("--limit", type=int, help="huggingface: first utterances only")
+    bring.add_argument("--limit", type=positive, help="huggingface: first utterances only")
     bring.set_defaults(do=_import)
     check = commands.add_parser("validate", help="drop what cannot be used, say why")
     check.add_argument("manifest", type=Path)

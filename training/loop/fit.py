@@ -85,17 +85,23 @@ class Progress(TQDMProgressBar):
 class Resume(Callback):
     """Sends the sampler to where a stored state left it; Lightning alone starts with epoch 0's batches."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[Any], epochs: int) -> None:
         self.sampler = loader.batch_sampler
+        self.epochs = epochs
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Epoch and complete batches are those of Lightning's own progress."""
-        if not isinstance(self.sampler, DurationBatchSampler):
-            return
+        """Epoch and complete batches are those of Lightning's own progress. Raises ConfigError."""
         loops = checkpoint["loops"]["fit_loop"]
         epochs, batches = (loops[name]["current"] for name in ("epoch_progress", "epoch_loop.batch_progress"))
+        if epochs["processed"] > self.epochs:
+            raise ConfigError(
+                f"training.epochs is {self.epochs}, and {epochs['processed']} epochs are done: give as many "
+                "or more, or another --run folder"
+            )
+        if not isinstance(self.sampler, DurationBatchSampler):
+            return
         between = epochs["processed"] == epochs["ready"]
         self.sampler.go_on_from(epochs["processed"], 0 if between else batches["completed"])
 
@@ -142,7 +148,8 @@ def fit(
     """Train until the epochs are used up or validation stops improving; returns the best checkpoint.
 
     A run that was interrupted goes on from its last state. Raises OutOfMemoryError with the state saved,
-    EmptyManifestError for an empty part, SystemExit with a status that is not 0 where the job was ended.
+    EmptyManifestError for an empty part, ConfigError where more epochs are done than asked for, SystemExit
+    with a status that is not 0 where the job was ended.
     """
     for name, loader in (("training", training), ("validation", validation)):
         if len(loader) == 0:
@@ -163,7 +170,7 @@ def fit(
         best,
         last,
         Records(folder),
-        Resume(training),
+        Resume(training, settings.epochs),
         SaveOnInterruption(folder),
         Progress(),
         *callbacks,
