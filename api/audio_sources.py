@@ -94,21 +94,25 @@ def _goes_on_behind_its_data(file: BinaryIO) -> bool:
     ``file`` stands at its start, before and after.
     """
     size_bytes = file.seek(0, io.SEEK_END)
-    at, found = 12, False
-    head = b""
+    name, at = b"", 12
     for _ in range(_MOST_CHUNKS):
-        file.seek(at)
-        head = file.read(8)
-        if found or len(head) < 8:
-            break
-        found = head[:4] == b"data"
-        chunk_bytes = int.from_bytes(head[4:], "little")
+        name, chunk_bytes = _chunk_at(file, at)
         at += 8 + chunk_bytes + chunk_bytes % 2
+        if name in (b"data", b""):
+            break
+    behind, behind_bytes = _chunk_at(file, at)
     file.seek(0)
-    if not found or len(head) < 8:
+    if name != b"data" or not behind:
         return False
-    is_chunk = head[:4].isascii() and head[:4].decode().isprintable()
-    return not (is_chunk and at + 8 + int.from_bytes(head[4:], "little") <= size_bytes)
+    is_chunk = behind.isascii() and behind.decode().isprintable()
+    return not (is_chunk and at + 8 + behind_bytes <= size_bytes)
+
+
+def _chunk_at(file: BinaryIO, at: int) -> tuple[bytes, int]:
+    """Name and length in bytes of a RIFF chunk; no name where there is no room for its head."""
+    file.seek(at)
+    head = file.read(8)
+    return (head[:4], int.from_bytes(head[4:], "little")) if len(head) == 8 else (b"", 0)
 
 
 class PlainWavSource:
