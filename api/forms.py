@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from api.errors import InvalidRequestError, InvalidValueError, from_validation
+from api.multipart import refuse_file_without_name
 from api.settings import Settings
 from api.transcriber import Options
 from api.vad import VadOptions
@@ -141,16 +142,13 @@ def parse_form(model: type[F], fields: Sequence[tuple[str, str]], query: Iterabl
                 f"Field {name!r} came in the query of the address; send it as a part of the form.", param=name
             )
     for wire_name, value in fields:
+        refuse_file_without_name(wire_name)
         name = wire_name.removesuffix("[]")
         nested = _NESTED.match(wire_name)
         if nested and nested.group(1) in known:
             _put_nested(values, nested.group(1), nested.group(2), value)
         elif name in _LISTS and name in known:
             values.setdefault(name, []).append(value)
-        elif wire_name in ("file", "files", "files[]"):
-            raise InvalidRequestError(
-                f"Field {wire_name!r} must be a file part (with a filename).", param=wire_name
-            )
         elif wire_name not in known:
             names = ", ".join(sorted(known))
             raise InvalidRequestError(

@@ -25,6 +25,9 @@ from api.errors import (
     UploadTooLargeError,
 )
 
+FILE_FIELDS = frozenset({"file", "files", "files[]"})
+"""Names under which files may come."""
+
 _log = structlog.get_logger("api.multipart")
 
 _SPOOL_MEMORY_BYTES = 1 << 20
@@ -97,6 +100,12 @@ async def read_form(request: Request, limits: Limits) -> Form:
             raise OutOfResourcesError("There is no room to store the upload; try again later.") from error
         raise
     return form
+
+
+def refuse_file_without_name(field: str) -> None:
+    """Raise InvalidRequestError where a part without a filename has the name of a file's."""
+    if field in FILE_FIELDS:
+        raise InvalidRequestError(f"Field {field!r} must be a file part (with a filename).", param=field)
 
 
 class _Reader:
@@ -225,10 +234,8 @@ class _Reader:
             return
         self._field_bytes += end - start
         self._value += data[start:end]
-        if len(self._value) > _MAX_FIELD_BYTES and self._field_name.removesuffix("[]") in ("file", "files"):
-            raise InvalidRequestError(
-                f"Field {self._field_name!r} must be a file part (with a filename).", param=self._field_name
-            )
+        if len(self._value) > _MAX_FIELD_BYTES:
+            refuse_file_without_name(self._field_name)
         if len(self._value) > _MAX_FIELD_BYTES or self._field_bytes > _MAX_FIELDS_BYTES:
             raise InvalidRequestError(
                 f"A field is longer than {_MAX_FIELD_BYTES} bytes.", param=self._field_name[:64]

@@ -14,14 +14,14 @@ from pydantic_core import to_json
 
 from api.errors import AsrError, ClientDisconnected, InvalidRequestError, RetryLaterError
 from api.forms import TranscribeForm, form_schema, parse_form
-from api.multipart import Upload
+from api.multipart import FILE_FIELDS, Upload
 from api.routes.intake import Intake, PlainRoute, only_file, request_id, unless_disconnected
 from api.routes.sse import stream_response
 from api.schemas import ERRORS, BatchBody, TranscriptionBody, transcription_body
 from api.service import Service, service_of
 from api.subtitles import to_srt, to_vtt
 from api.telemetry import current_record
-from api.transcriber import Transcriber
+from api.transcriber import Options, Transcriber
 from api.transcript import Segment, Transcript
 
 router = APIRouter(tags=["transcribe"], route_class=PlainRoute, responses=ERRORS)
@@ -105,15 +105,16 @@ async def transcribe_batch(request: Request) -> Response:
             param, value = ("stream", "true") if fields.stream else ("format", fields.format)
             raise InvalidRequestError(f"{param}: {value} cannot be had, a batch is JSON only.", param=param)
         transcriber = service.transcriber(fields.model)
-        transcriber.language_of(fields.options(service.settings).language)  # at fault for all of them
+        options = fields.options(service.settings)
+        transcriber.language_of(options.language)  # at fault for all of them
         if not form.files:
             raise InvalidRequestError("The form has no file part.", param="files")
         for upload in form.files:
-            if upload.field not in ("files", "files[]", "file"):
+            if upload.field not in FILE_FIELDS:
                 raise InvalidRequestError(
                     f"A file came in part {upload.field!r}; send files in parts named 'files'.", param="files"
                 )
-        work = _all(service, transcriber, form.files, fields)
+        work = _all(service, transcriber, form.files, options, timestamps=fields.timestamps)
         results = await unless_disconnected(request, work)
     with service.telemetry.stage("render"):
         failed = sum("error" in item for item in results)
@@ -122,12 +123,12 @@ async def transcribe_batch(request: Request) -> Response:
 
 
 async def _all(
-    service: Service, transcriber: Transcriber, uploads: list[Upload], fields: TranscribeForm
+    service: Service, transcriber: Transcriber, uploads: list[Upload], options: Options, *, timestamps: bool
 ) -> list[dict[str, Any]]:
     """What BatchItem says of each file.
 
-    A few files at a time, so that one batch does not crowd out the other callers."""
-    options = fields.options(service.settings)
+    A few files at a time, so that one batch does not crowd out the other callers.
+    """
     slots = asyncio.Semaphore(service.settings.max_segments_in_flight)
     refusals: list[RetryLaterError] = []
 
@@ -142,7 +143,7 @@ async def _all(
                 if isinstance(error, RetryLaterError):
                     refusals.append(error)
                 return {**item, **error.to_body()}
-        return {**item, "transcription": _body(transcript, timestamps=fields.timestamps)}
+        return {**item, "transcription": _body(transcript, timestamps=timestamps)}
 
     results = await asyncio.gather(*(one(index, upload) for index, upload in enumerate(uploads)))
     if len(refusals) == len(uploads):  # nothing was done: let the caller's own retry handle it
