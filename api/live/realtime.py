@@ -197,12 +197,10 @@ class Realtime:
 
     def _is_heard_alike(self, session: Session) -> bool:
         """Whether the open utterance can go on in `session`. Raises ModelNotFoundError."""
-        return all(
-            (
-                session.audio_form == self._session.audio_form,
-                session.vad == self._session.vad,
-                self._transcriber_of(session) is self._transcriber_of(self._session),
-            )
+        return (
+            session.audio_form == self._session.audio_form
+            and session.vad == self._session.vad
+            and self._transcriber_of(session) is self._transcriber_of(self._session)
         )
 
     def _transcriber_of(self, session: Session) -> Transcriber:

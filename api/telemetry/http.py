@@ -24,7 +24,7 @@ from api.telemetry.logs import is_logged
 from api.telemetry.metrics import TRANSCRIPTION_ROUTES, UNMATCHED_ROUTE, is_transcription
 from api.telemetry.record import RequestEnd, RequestRecord, _current, current_record, request_id_in_logs
 from api.telemetry.scrape import SCRAPER_HEADER
-from api.telemetry.server_span import in_utf8
+from api.telemetry.server_span import is_utf8
 from api.telemetry.spans import RequestSpan, without_query
 
 _log = structlog.get_logger("api.request")
@@ -79,7 +79,7 @@ def _around_instrumentation(build: Callable[[], ASGIApp]) -> Callable[[], ASGIAp
         instrumented, plain = middleware, middleware.app
 
         async def way(scope: Scope, receive: Receive, send: Send) -> None:
-            past = _makes_own_span(scope) or ("headers" in scope and in_utf8(scope) is not scope)
+            past = _makes_own_span(scope) or not is_utf8(scope)
             await (plain if past else instrumented)(scope, receive, send)
 
         vars(stack)["app"] = way

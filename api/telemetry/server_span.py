@@ -155,13 +155,18 @@ class RequestSpans:
         return attributes
 
 
+def is_utf8(scope: Mapping[str, Any]) -> bool:
+    """Whether all headers are; a scope without headers has none that is not."""
+    return all(_is_utf8(value) for _, value in scope.get("headers", ()))
+
+
 def in_utf8(scope: Mapping[str, Any]) -> Mapping[str, Any]:
     """`scope` itself, or a copy in which headers that are not UTF-8 are, read as Latin-1.
 
     OpenTelemetry would take such a header for one with escapes: it may fail at that, or make half of a
     surrogate pair, which no exporter can send.
     """
-    if all(_is_utf8(value) for _, value in scope["headers"]):
+    if is_utf8(scope):
         return scope
     headers = [
         (name, value if _is_utf8(value) else value.decode("latin-1").encode())
