@@ -28,6 +28,7 @@ from training.bundle_writer import LanguageModel, add_language_model
 from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
 from training.errors import DataError, in_one_line
 from training.evaluate import Utterance, error_rates, greedy_text
+from training.files import in_utf8
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
 from training.kneser_ney import ORDER, character_ngrams
 from training.text import STEPS, normaliser
@@ -142,7 +143,8 @@ def read_texts(
     byte-level vocabulary each character stands for one byte of the text's UTF-8. Texts that are measured on
     (`without`) are left out, however they are written: recordings of one sentence by several speakers are
     common.
-    Raises DataError for a file that is not there or not UTF-8, ManifestError for a line that is no row.
+    Raises DataError for a file that is not there, ManifestError for one that is not UTF-8 and for a line that
+    is no row.
     """
     known = "".join(unit for unit in vocabulary.units if isinstance(unit, str))
     outside = re.compile(f"[^ {re.escape(known)}]+") if known else None
@@ -164,10 +166,8 @@ def read_texts(
         if path.suffix in (".jsonl", ".json"):  # NeMo's manifests have either name
             texts += [row["text"] for row in manifest_rows(path, with_text=True)]
         else:
-            try:
+            with in_utf8(path):
                 texts += path.read_text(encoding="utf-8-sig").splitlines()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: not UTF-8: {error}") from error
     kept = (spelled(text) for text in texts if plain(text) not in left_out)
     return [text for text in kept if text and text not in left_out]
 

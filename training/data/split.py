@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from training.data.manifest import Utterance
@@ -26,6 +26,12 @@ class Split:
 def speaker_of(row: Utterance) -> str:
     """Who speaks; a recording of an unknown speaker counts as a speaker of its own."""
     return f"speaker:{row.source}:{row.speaker}" if row.speaker else f"recording:{row.audio.name}"
+
+
+def told_apart_by(parts: Mapping[str, Sequence[Utterance]]) -> str:
+    """What no two parts share: "speaker" where every row names its own, else "recording"."""
+    named = all(row.speaker for rows in parts.values() for row in rows)
+    return "speaker" if named else "recording"
 
 
 def split_by_speaker(

@@ -12,6 +12,7 @@ from api.manifest import Evaluation, GraphName, Source, Speed, TrainingData
 from training.benchmark import table
 from training.bundle_writer import Card, Graphs, Measurements, write_bundle
 from training.data.manifest import Utterance
+from training.data.split import told_apart_by
 from training.errors import CheckpointError
 from training.loop.run_folder import FLOAT32, INT8, WEIGHTS, RunFolder
 from training.stages.recipe import Recipe
@@ -50,7 +51,9 @@ def publish(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder)
         graphs,
         recipe.codec().vocabulary,
         _card(recipe, rows, learned=learned),
-        _measurements(recipe, measured, default, _held_out(rows) if learned else "test part"),
+        _measurements(
+            recipe, measured, default, f"held-out {told_apart_by(rows)}s" if learned else "test part"
+        ),
     )
     return bundle.path
 
@@ -67,12 +70,6 @@ def parameters(weights: Path) -> int:
             for name in stored.keys()  # noqa: SIM118  not a mapping
             if not name.endswith(STATISTICS)
         )
-
-
-def _held_out(rows: dict[str, list[Utterance]]) -> str:
-    """What the parts have apart: speakers only where every row names its own."""
-    named = all(row.speaker for part in rows.values() for row in part)
-    return "held-out speakers" if named else "held-out recordings"
 
 
 def _card(recipe: Recipe, rows: dict[str, list[Utterance]], *, learned: bool) -> Card:

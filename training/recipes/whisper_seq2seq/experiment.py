@@ -28,6 +28,7 @@ import torch
 from training.benchmark import table
 from training.config import RunConfig, load_config
 from training.data.manifest import Utterance, spread
+from training.data.split import told_apart_by
 from training.errors import in_one_line
 from training.loop.fit import choose_device
 from training.loop.plots import plot_results
@@ -211,13 +212,12 @@ def _report(run: Experiment) -> None:
     baseline, tuned = run.results["baseline"], run.results["fine_tuned"]
     serving = run.results["serving"]
     chosen = run.results["quantization"]["chosen"] or "none passed the gate"
-    named = all(row.speaker for part in run.rows.values() for row in part)
     lines = [
         f"# {run.config.name}: {run.mode} run",
         "",
         f"Base {run.recipe.settings.base}; {len(run.rows['train'])} utterances to learn from, "
         f"{len(run.rows['validation'])} for validation, {len(run.rows['test'])} for the test; "
-        f"no {'speaker' if named else 'recording'} is in two parts.",
+        f"no {told_apart_by(run.rows)} is in two parts.",
         "",
         "| | utterances | WER, % | CER, % |",
         "|---|---|---|---|",
