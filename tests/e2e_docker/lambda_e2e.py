@@ -29,7 +29,7 @@ from tests.e2e_docker.tools import (
     run,
     succeeds,
 )
-from tests.serverless.emulators import Bucket, LambdaService, bucket, lambda_service
+from tests.serverless.emulators import Bucket, LambdaService, aws_variables, bucket, lambda_service
 from tests.serverless.events import SECRET, coded, event, posted
 from tests.tiny_bundle import SAMPLE_RATE_HZ
 
@@ -42,12 +42,7 @@ SAMPLE = ROOT / "samples" / "hello.flac"
 def container(image: str, address: str, s3_url: str, **environment: str) -> str:
     """Start the image as Lambda would; the container's id."""
     variables = {
-        "AWS_LAMBDA_RUNTIME_API": address,
-        "AWS_ENDPOINT_URL_S3": s3_url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "eu-central-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
+        **aws_variables(address, s3_url),
         "ASR_API_KEYS": f"tester:{SECRET}",
         **environment,
     }

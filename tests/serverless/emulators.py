@@ -12,6 +12,18 @@ from typing import Any
 from urllib.parse import unquote
 
 
+def aws_variables(runtime_api: str, s3_url: str) -> dict[str, str]:
+    """Environment of a function that finds both emulators."""
+    return {
+        "AWS_LAMBDA_RUNTIME_API": runtime_api,
+        "AWS_ENDPOINT_URL_S3": s3_url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
 class LambdaService:
     """Hands events to a runtime and takes its answers."""
 

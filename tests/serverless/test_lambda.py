@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from api.settings import load_settings
-from tests.serverless.emulators import Bucket, LambdaService, bucket, lambda_service
+from tests.serverless.emulators import Bucket, LambdaService, aws_variables, bucket, lambda_service
 from tests.serverless.events import SECRET, coded, event, posted
 from tests.tiny_bundle import SAMPLE_RATE_HZ, make_bundle, sing, wav
 
@@ -30,12 +30,7 @@ def environment(models: Path, address: str, url: str) -> dict[str, str]:
     return {
         **kept,
         "PYTHONPATH": str(ROOT),
-        "AWS_LAMBDA_RUNTIME_API": address,
-        "AWS_ENDPOINT_URL_S3": url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "eu-central-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
+        **aws_variables(address, url),
         "ASR_MODELS_DIR": str(models),
         "ASR_MODELS": "tiny",
         "ASR_API_KEYS": f"tester:{SECRET}",
