@@ -4,6 +4,7 @@
 - When all connections are in use, the one that has been idle longest makes room; without an idle one the new
   connection gets 503 with Retry-After.
 - What is left of a refused body is discarded for a few seconds, so that the caller can read the refusal.
+- An offer to go on in another protocol than WebSocket is passed over; uvicorn loses the body behind it.
 - SIGTERM and SIGINT: readiness fails at once, the listener goes on for the grace period (after SIGTERM also
   until Prometheus, where it scrapes, has counted the last request), then HTTP drains. The kernel is told to
   let no connection in any more before the listener closes, so that none is reset.
@@ -28,6 +29,7 @@ from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
+import httptools
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -61,6 +63,30 @@ class _ConnectionsFullError(RetryLaterError):
     default_code = "too_many_connections"
 
 
+class _Parser(httptools.HttpRequestParser):
+    """Reads a request that offers another protocol once more, without the offer.
+
+    Java's HttpClient offers HTTP/2 with every request, and a server may ignore that (RFC 9110, section 7.8);
+    but httptools takes what follows such a head for the other protocol's.
+    """
+
+    def __init__(self, protocol: GuardedProtocol) -> None:
+        super().__init__(protocol)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn's own
+        self._protocol = protocol
+
+    def feed_data(self, data: Any) -> None:
+        while True:
+            try:
+                super().feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                head = self._protocol.take_head_without_offer()
+                if not head:
+                    raise
+                data = head + data[offer.args[0] :]
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """One connection. What it refuses the application never sees, so it is counted here."""
 
@@ -74,9 +100,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = True
         self._deaf = False
+        self._head_without_offer = b""
         self._last_request = False
         self._closes_after_body = False
         self._idle_since_s = time.monotonic()
+        self.parser = _Parser(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -104,6 +132,13 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.transport.is_closing():  # the parser goes on to the end of what it was given
             return
+        method = self.parser.get_method()
+        if self.parser.should_upgrade() and not self._should_upgrade() and method != b"CONNECT":
+            version = self.parser.get_http_version().encode()
+            lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
+            lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+            self._head_without_offer = b"\r\n".join([*lines, b"", b""])
+            return
         self._in_head = False
         self._head_bytes = 0
         self._disarm()
@@ -114,7 +149,14 @@ class GuardedProtocol(HttpToolsProtocol):
             if self._last_request:
                 self.cycle.keep_alive = False
 
+    def take_head_without_offer(self) -> bytes:
+        """The last head, where it offered another protocol that is passed over; empty where not."""
+        head, self._head_without_offer = self._head_without_offer, b""
+        return head
+
     def on_message_complete(self) -> None:
+        if self._head_without_offer:
+            return
         discarded = self._discards_body
         self._in_head = True
         super().on_message_complete()

@@ -55,3 +55,21 @@ def test_a_slow_request_behind_another_has_all_its_time(live: LiveServer) -> Non
         time.sleep(5.5)
         connection.sendall(second[1000:])
         assert b"fade" in read_answer(connection)[2]
+
+
+@pytest.mark.parametrize("connection", ["Upgrade, HTTP2-Settings", "upgrade\r\nConnection: keep-alive"])
+def test_an_offer_of_http_2_costs_neither_body_nor_connection(live: LiveServer, connection: str) -> None:
+    """Java's HttpClient makes one with every request; so does curl --http2."""
+    offer = f"\r\nConnection: {connection}\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n\r\n".encode()
+    form = body(wav(sing("face")))
+    offering = head(len(form)).replace(b"\r\n\r\n", offer)
+    asking = ALIVE.replace(b"\r\n\r\n", offer)
+    with socket.create_connection(("127.0.0.1", live.port), timeout=20) as wire:
+        wire.sendall(offering + form + offering + form[:1000])
+        assert b'"face"' in read_answer(wire)[2]
+        wire.sendall(form[1000:])
+        assert b'"face"' in read_answer(wire)[2]
+        wire.sendall(asking[:-30])
+        time.sleep(0.1)
+        wire.sendall(asking[-30:])
+        assert read_answer(wire)[0] == 200
