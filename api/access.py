@@ -104,7 +104,8 @@ class Access:
     when most callers are refused.
 
     WebSockets take a key and a token as requests do. Browsers let any page open one to any address, without
-    what CORS does for requests, so an ``Origin`` must be one of `origins`.
+    what CORS does for requests, so an ``Origin`` must be one of `origins` or this service's own, which
+    websocket-client and others send that are no browsers.
     """
 
     def __init__(
@@ -145,8 +146,11 @@ class Access:
         await self.app(scope, receive, send)
 
     def _check_origin(self, scope: Scope) -> None:
+        own = {bytes(value).lower() for name, value in scope["headers"] if name == b"host"}
         for name, value in scope["headers"]:
-            if name == b"origin" and not self._origins & {"*", bytes(value).decode("latin-1")}:
+            if name != b"origin" or bytes(value).lower().partition(b"://")[2] in own:
+                continue
+            if not self._origins & {"*", bytes(value).decode("latin-1")}:
                 raise PermissionDeniedError(
                     "Pages of this origin may not open live sessions; ASR_CORS_ORIGINS lists those that may."
                 )

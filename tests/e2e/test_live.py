@@ -608,12 +608,14 @@ def test_one_of_the_offered_subprotocols_is_selected_as_browsers_demand(
 
 def test_pages_of_other_origins_are_kept_out(guarded: LiveServer) -> None:
     header = {"authorization": f"Bearer {SECRET}"}
-    found = refusal(guarded, additional_headers=header, origin="https://elsewhere.example")
-    assert found == (403, "permission_denied")
-    with guarded.client(headers=header) as http:
-        wait_for_sessions(http, 0)
-    with realtime(guarded, additional_headers=header, origin="https://app.example"):
-        pass
+    for origin in ("https://elsewhere.example", "null", "http://127.0.0.1", "http://127.0.0.1:1"):
+        found = refusal(guarded, additional_headers=header, origin=origin)
+        assert found == (403, "permission_denied")
+    for origin in ("https://app.example", guarded.url):  # the second as websocket-client has it
+        with guarded.client(headers=header) as http:
+            wait_for_sessions(http, 0)
+        with realtime(guarded, additional_headers=header, origin=origin):
+            pass
 
 
 def test_no_more_sessions_than_allowed_and_each_place_comes_back(guarded: LiveServer) -> None:
