@@ -1,6 +1,7 @@
 """Transcript -> the bodies of OpenAI's ``POST /v1/audio/transcriptions``.
 
-Where each value of a verbose segment comes from:
+``language`` is the English name, as OpenAI answers (``english`` where the request says ``en``) and clients
+expect. Where each value of a verbose segment comes from:
 
 - ``seek``: start of the decoded window in units of 10 ms, as Whisper counts.
 - ``tokens``: ids of the emitted tokens in the model's own vocabulary.
@@ -21,6 +22,17 @@ from api.transcript import Segment, Token, Transcript
 from api.vocabulary import SPACE_MARK
 from api.words import Word
 
+_LANGUAGES = """
+af:afrikaans ar:arabic az:azerbaijani be:belarusian bg:bulgarian bs:bosnian ca:catalan cs:czech cy:welsh
+da:danish de:german el:greek en:english es:spanish et:estonian fa:persian fi:finnish fr:french gl:galician
+he:hebrew hi:hindi hr:croatian hu:hungarian hy:armenian id:indonesian is:icelandic it:italian ja:japanese
+kk:kazakh kn:kannada ko:korean lt:lithuanian lv:latvian mi:maori mk:macedonian mr:marathi ms:malay ne:nepali
+nl:dutch no:norwegian pl:polish pt:portuguese ro:romanian ru:russian sk:slovak sl:slovenian sr:serbian
+sv:swedish sw:swahili ta:tamil th:thai tl:tagalog tr:turkish uk:ukrainian ur:urdu vi:vietnamese zh:chinese
+"""
+_LANGUAGE_NAMES = dict(pair.split(":") for pair in _LANGUAGES.split())
+"""ISO 639-1 code -> name, of the languages in OpenAI's speech-to-text guide."""
+
 
 def json_body(transcript: Transcript, *, logprobs: bool) -> dict[str, Any]:
     """``response_format=json``."""
@@ -34,7 +46,7 @@ def verbose_body(transcript: Transcript, granularities: Sequence[str], *, logpro
     """``response_format=verbose_json``."""
     body: dict[str, Any] = {
         "task": "transcribe",
-        "language": transcript.language,
+        "language": _LANGUAGE_NAMES.get(transcript.language, transcript.language),
         "duration": round(transcript.duration_s, 6),
         "text": transcript.text,
         "segments": [_segment(index, segment) for index, segment in enumerate(transcript.segments)],

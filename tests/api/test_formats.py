@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -192,6 +193,11 @@ class TestOpenAIBodies:
         assert written["no_speech_prob"] == 0.01
         assert [word["word"] for word in body["words"]] == ["one", "two"]
         assert body["duration"] == 1000.0
+
+    @pytest.mark.parametrize(("code", "name"), [("vi", "vietnamese"), ("az", "azerbaijani"), ("tlh", "tlh")])
+    def test_the_language_is_named_as_openai_names_it(self, code: str, name: str) -> None:
+        transcript = replace(make_transcript(make_segment(*spoken(["one"]))), language=code)
+        assert verbose_body(transcript, (), logprobs=False)["language"] == name
 
 
 @pytest.mark.parametrize(

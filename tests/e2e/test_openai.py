@@ -50,7 +50,7 @@ def test_by_name_and_language(ai: openai.OpenAI, audio: tuple[str, bytes]) -> No
 def test_verbose_json_has_computed_segments(ai: openai.OpenAI, audio: tuple[str, bytes]) -> None:
     result = ai.audio.transcriptions.create(model="tiny", file=audio, response_format="verbose_json")
     assert result.text == TEXT
-    assert result.language == "en"
+    assert result.language == "english"
     assert isinstance(result.duration, float)
     assert result.words is None
     assert result.segments is not None
