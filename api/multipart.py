@@ -7,10 +7,12 @@ fields (bounded), a megabyte per file, and one chunk. A limit that is passed end
 from __future__ import annotations
 
 import asyncio
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
+from urllib.parse import unquote_to_bytes
 
 import structlog
 from python_multipart.exceptions import FormParserError
@@ -27,6 +29,9 @@ from api.errors import (
 
 FILE_FIELDS = frozenset({"file", "files", "files[]"})
 """Names under which files may come."""
+
+_EXTENDED_FILENAME = re.compile(rb""";\s*filename\*\s*=\s*"?[\w-]*'[^']*'([^;"\s]*)""", re.IGNORECASE)
+"""RFC 8187's ``filename*=UTF-8''...``: how urllib3 before 1.25 and others send names that are not ASCII."""
 
 _log = structlog.get_logger("api.multipart")
 
@@ -211,6 +216,8 @@ class _Reader:
         _, options = parse_options_header(self._disposition)
         if b"name" not in options:
             raise InvalidRequestError("A part of the form has no name.")
+        if b"filename" not in options and (extended := _EXTENDED_FILENAME.search(self._disposition)):
+            options[b"filename"] = unquote_to_bytes(extended[1])
         name = options[b"name"].decode("utf-8", "replace")
         if b"filename" not in options:
             self._field_name = name

@@ -225,6 +225,14 @@ class TestMultipart:
         form.close()
         assert upload.file.closed
 
+    @pytest.mark.parametrize("quote", ["", '"'])
+    async def test_a_name_beyond_ascii_in_the_extended_form(self, tmp_path: Path, quote: str) -> None:
+        disposition = f"form-data; name=file; filename*={quote}utf-8''%D0%B7%20%C3%A9.wav{quote}"
+        body = f"--XX\r\nContent-Disposition: {disposition}\r\n\r\nsound\r\n--XX--\r\n"
+        form = await read(request_of([body.encode()]), limits(tmp_path))
+        assert [(upload.field, upload.filename) for upload in form.files] == [("file", "з é.wav")]
+        form.close()
+
     async def test_large_files_are_spooled_and_removed(self, tmp_path: Path) -> None:
         data = bytes(range(256)) * 8192  # 2 MiB
         body = part("file", data, "a") + END
