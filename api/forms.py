@@ -43,12 +43,11 @@ class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ServerVad(BaseModel):
-    """Cut at pauses: a stretch of speech, with its padding, is one piece."""
+class Pauses(BaseModel):
+    """What is speech, and which pause ends a stretch of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    type: Literal["server_vad"] = "server_vad"
     threshold: float = Field(
         default=0.5, gt=0, lt=1, description="Probability of speech from which a frame is speech."
     )
@@ -58,6 +57,12 @@ class ServerVad(BaseModel):
     def options(self) -> VadOptions:
         """What the segmenter takes."""
         return VadOptions(self.threshold, self.prefix_padding_ms, self.silence_duration_ms)
+
+
+class ServerVad(Pauses):
+    """Cut at pauses: a stretch of speech, with its padding, is one piece."""
+
+    type: Literal["server_vad"] = "server_vad"
 
 
 def _kind_of_strategy(value: object) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from api.errors import InvalidRequestError, from_validation
-from api.forms import Hotword, ServerVad, check_options
+from api.forms import Hotword, Pauses, check_options
 from api.live.listener import AudioForm
 from api.live.pcm import Encoding
 from api.settings import Settings
@@ -41,9 +41,15 @@ class Transcription(_Shape):
     delay: Literal["minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
-class TurnDetection(ServerVad):
-    """When an utterance begins and ends. What concerns answers of a model that talks has no effect."""
+class TurnDetection(Pauses):
+    """When an utterance begins and ends. What concerns answers of a model that talks has no effect.
 
+    ``semantic_vad``, the default of OpenAI's Agents SDK, ends utterances at the same pauses: nothing here
+    judges whether a sentence is finished.
+    """
+
+    type: Literal["server_vad", "semantic_vad"] = "server_vad"
+    eagerness: Literal["low", "medium", "high", "auto"] | None = None
     create_response: bool | None = None
     interrupt_response: bool | None = None
     idle_timeout_ms: None = None

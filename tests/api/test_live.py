@@ -261,6 +261,12 @@ def test_an_update_changes_what_it_names() -> None:
         session, {"audio": {"input": {"turn_detection": {"type": "server_vad", "silence_duration_ms": 300}}}}
     )
     assert session.vad == VadOptions(silence_duration_ms=300)
+    session = updated(
+        session, {"audio": {"input": {"turn_detection": {"type": "semantic_vad", "eagerness": "high"}}}}
+    )
+    assert session.vad == VadOptions(silence_duration_ms=300)
+    told = session.described("small")["audio"]["input"]["turn_detection"]
+    assert (told["type"], told["eagerness"]) == ("semantic_vad", "high")
 
 
 @pytest.mark.parametrize(
@@ -278,6 +284,11 @@ def test_an_update_changes_what_it_names() -> None:
             {"audio": {"input": {"turn_detection": {"threshold": 1}}}},
             InvalidValueError,
             "session.audio.input.turn_detection.threshold",
+        ),
+        (
+            {"audio": {"input": {"turn_detection": {"type": "none"}}}},
+            InvalidValueError,
+            "session.audio.input.turn_detection.type",
         ),
         (
             {"audio": {"input": {"noise_reduction": {"type": "loud"}}}},
