@@ -1,12 +1,11 @@
 """Log-mel features as NeMo computes them, written as matrix products so that they export to ONNX as such.
 
-Pre-emphasis 0.97, symmetric Hann window of two hops, 512-point power spectrum, Slaney mel filters, natural
-logarithm with a guard of 2^-24, mean and standard deviation per feature over an item's own frames.
+Pre-emphasis 0.97, symmetric Hann window, 512-point power spectrum, Slaney mel filters, natural logarithm with
+a guard of 2^-24, mean and standard deviation per feature over an item's own frames.
 
-Because the window is symmetric and spans exactly two hops, a frame is two neighbouring blocks of one hop, and
-the transform of its even and odd halves needs half the multiplications of the plain one (the power spectrum
-does not see the shift by half a sample). Beyond both ends of an item the signal is zero, which is what makes
-a padded batch equal to each item alone.
+Because the window is symmetric around a frame's centre, the transform of a frame's even and odd halves needs
+half the multiplications of the plain one (the power spectrum does not see the shift by half a sample). Beyond
+both ends of an item the signal is zero, which is what makes a padded batch equal to each item alone.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from training.masks import frame_mask
 
 @dataclass(frozen=True)
 class FrontendConfig:
-    """Shape of the features; the window is always two hops."""
+    """Shape of the features."""
 
     sample_rate_hz: int = 16_000
     hop_samples: int = 160
@@ -33,6 +32,13 @@ class FrontendConfig:
     preemphasis: float = 0.97
     log_guard: float = 2.0**-24
     std_guard: float = 1e-5
+    window_samples: int = 320
+    """Even. QuartzNet's window is two hops, Conformer's two and a half (400 samples)."""
+
+    @property
+    def half_window(self) -> int:
+        """Samples on each side of a frame's centre."""
+        return self.window_samples // 2
 
     @property
     def hop_s(self) -> float:
@@ -69,10 +75,10 @@ def mel_filters(config: FrontendConfig) -> npt.NDArray[np.float64]:
 
 
 def half_bases(config: FrontendConfig) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Windowed cosine and sine bases for the even and the odd half of a frame, each (hop, bins)."""
-    hop, size = config.hop_samples, config.fft_samples
-    half = np.arange(hop) + 0.5
-    window = 0.5 + 0.5 * np.cos(2.0 * np.pi * half / (2 * hop - 1))
+    """Windowed cosine and sine bases for the even and the odd half of a frame, each (half_window, bins)."""
+    size = config.fft_samples
+    half = np.arange(config.half_window) + 0.5
+    window = 0.5 + 0.5 * np.cos(2.0 * np.pi * half / (config.window_samples - 1))
     angles = 2.0 * np.pi * half[:, None] * np.arange(size // 2 + 1)[None, :] / size
     return window[:, None] * np.cos(angles), window[:, None] * np.sin(angles)
 
@@ -99,14 +105,15 @@ class LogMel(nn.Module):
 
     def log_mel(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Before normalisation: (batch, samples), (batch,) -> (batch, frames, features), (batch,)."""
-        hop = self.config.hop_samples
-        batch, samples = waveform.shape
+        hop, half = self.config.hop_samples, self.config.half_window
+        samples = waveform.shape[1]
         frames = samples // hop + 1
         own = frame_mask(lengths, samples)
         delayed = functional.pad(waveform[:, :-1], (1, 0))
         emphasised = (waveform - self.config.preemphasis * delayed) * own.to(waveform.dtype)
-        blocks = functional.pad(emphasised, (hop, frames * hop - samples)).reshape(batch, frames + 1, hop)
-        after, before = blocks[:, 1:], blocks[:, :-1].flip(-1)
+        padded = functional.pad(emphasised, (half, (frames - 1) * hop + half - samples))
+        windows = padded.unfold(1, 2 * half, hop)
+        after, before = windows[..., half:], windows[..., :half].flip(-1)
         real = torch.matmul(after + before, self.cosine)
         imaginary = torch.matmul(after - before, self.sine)
         energies = torch.matmul(real * real + imaginary * imaginary, self.mel)
