@@ -1,12 +1,13 @@
 """A published CTC checkpoint -> bundle, as it is, without training.
 
     python -m training.convert FAMILY WEIGHTS --name NAME --models-dir DIR --language xx [...]
+        [--calibration MANIFEST [--validation MANIFEST] [--test MANIFEST] [--texts FILE ...]]
 
-FAMILY is ``nemo`` (a QuartzNet archive), ``wav2vec2`` (the XLSR kind) or ``whisper`` (an encoder with a CTC
-head in a Lightning checkpoint). Configuration and vocabulary lie beside the weights. Only tensors are read:
-safetensors, or a pickle whose code is not run. The bundle holds the float32 graph, checked against PyTorch;
-INT8 needs recordings to measure its accuracy on, which a recipe's ``quantize`` stage or
-``training.nemo_import`` does. ``asr models pull`` calls this.
+FAMILY is ``nemo`` (an archive with QuartzNet, Citrinet, Conformer or FastConformer and a CTC head),
+``wav2vec2`` (the XLSR kind) or ``whisper`` (an encoder with a CTC head in a Lightning checkpoint).
+Configuration and vocabulary lie in the archive or beside the weights. Only tensors are read: safetensors, or
+a pickle whose code is not run. The float32 graph is checked against PyTorch. Recordings (``--calibration``),
+of which some have texts, give the bundle an INT8 graph as well. ``asr models pull`` calls this.
 """
 
 from __future__ import annotations
@@ -15,63 +16,29 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from torch import nn
 
 from api.bundle import Bundle
 from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
-from training.bundle_writer import Card, Graphs, Measurements, check_card, write_bundle
-from training.errors import CheckpointError, QualityGateError, in_one_line
-from training.inference import Waveform, compare, cpu_session, run_graph
+from training.bundle_writer import Card, Measurements, check_card, write_bundle
+from training.errors import CheckpointError, in_one_line
+from training.exported import Exported, exported_transformer
+from training.inference import Waveform
+from training.nemo_import import exported_nemo
 from training.pretrained import fill
+from training.publish import Recordings, publish
 from training.restricted_pickle import load_state_dict
-from training.torch_inference import run_torch
+from training.vocabulary import casing_steps
 
-TOLERANCE = 1e-4
-"""Largest difference of a posterior between PyTorch and ONNX."""
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A network's graph and what the bundle must say of it."""
-
-    graph: onnx.ModelProto
-    vocabulary: Vocabulary
-    parameters: int
-    frame_stride_s: float
-    max_window_s: float
-    min_samples: int
-    agreement: str
-    text_normalisation: tuple[str, ...] = ("nfc", "lowercase")
+MAX_WINDOW_S = 30.0
 
 
-def from_nemo(archive: Path) -> Converted:
-    """QuartzNet from a NeMo archive."""
-    from training.export import MIN_SAMPLES, check_agreement, export_graph
-    from training.nemo import read_nemo
-    from training.nemo_import import as_checkpoint
-
-    checkpoint = as_checkpoint(read_nemo(archive))
-    graph = export_graph(checkpoint.model, checkpoint.frontend)
-    agreement = check_agreement(checkpoint.model, checkpoint.frontend, graph, _noise())
-    return Converted(
-        graph,
-        checkpoint.vocabulary,
-        checkpoint.model.parameter_count(),
-        frame_stride_s=checkpoint.model.config.stride * checkpoint.frontend.hop_s,
-        max_window_s=20.0,
-        min_samples=MIN_SAMPLES,
-        agreement=agreement.describe(),
-    )
-
-
-def from_wav2vec2(weights: Path) -> Converted:
+def from_wav2vec2(weights: Path) -> Exported:
     """``Wav2Vec2ForCTC`` of the XLSR kind; config.json and vocab.json lie beside the weights."""
     from transformers import Wav2Vec2Config as PublishedConfig
 
@@ -89,14 +56,14 @@ def from_wav2vec2(weights: Path) -> Converted:
     fill(network, state, optional=("masked",))
     vocabulary = wav2vec2_vocabulary(weights.parent, len(state["head.weight"]), described)
     graph = export_graph(network.eval())
-    return Converted(
+    return exported_transformer(
+        network,
         graph,
         vocabulary,
-        _parameters(network),
         frame_stride_s=config.stride_samples / 16_000,
-        max_window_s=30.0,
+        max_window_s=MAX_WINDOW_S,
         min_samples=config.min_samples,
-        agreement=_agreement(network, graph),
+        text_normalisation=casing_steps(vocabulary),
     )
 
 
@@ -122,7 +89,7 @@ def wav2vec2_vocabulary(folder: Path, outputs: int, config: dict[str, Any]) -> V
     return Vocabulary(tuple(tokens), blank, "chars", frozenset(special - {blank}))
 
 
-def from_whisper(weights: Path, *, fixed: bool = True) -> Converted:
+def from_whisper(weights: Path, *, fixed: bool = True) -> Exported:
     """``encoder.*`` and ``ctc_head.*`` of a Lightning checkpoint; Whisper's config and tokenizer beside it.
 
     ``fixed``: run on 30 padded seconds, as such heads are trained. Whether a checkpoint keeps its accuracy on
@@ -142,20 +109,19 @@ def from_whisper(weights: Path, *, fixed: bool = True) -> Converted:
     fill(network, state)
     vocabulary = ByteLevelCodec(load_tokenizer(str(weights.parent)), outputs).vocabulary
     graph = export_graph(network.eval())
-    return Converted(
+    return exported_transformer(
+        network,
         graph,
         vocabulary,
-        _parameters(network),
         frame_stride_s=0.02,
-        max_window_s=30.0,
+        max_window_s=MAX_WINDOW_S,
         min_samples=400,
-        agreement=_agreement(network, graph),
         text_normalisation=("nfc",),
     )
 
 
-FAMILIES: dict[str, Callable[[Path], Converted]] = {
-    "nemo": from_nemo,
+FAMILIES: dict[str, Callable[[Path], Exported]] = {
+    "nemo": exported_nemo,
     "wav2vec2": from_wav2vec2,
     "whisper": from_whisper,
 }
@@ -173,40 +139,43 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def _noise() -> list[Waveform]:
     rng = np.random.default_rng(0)
     return [rng.normal(0.0, 0.1, samples).astype(np.float32) for samples in (32_000, 20_480)]
 
 
-def _agreement(network: nn.Module, graph: onnx.ModelProto) -> str:
-    """PyTorch against ONNX on a padded batch of noise. Raises QualityGateError above the tolerance."""
-    clips = _noise()
-    found = compare(run_torch(network, clips), run_graph(cpu_session(graph.SerializeToString()), clips))
-    if not found.worst_posterior <= TOLERANCE:  # NaN is no agreement either
-        raise QualityGateError(f"PyTorch and ONNX disagree, tolerance {TOLERANCE:.0e}: {found.describe()}")
-    return found.describe()
-
-
-def convert(family: str, weights: Path, name: str, models_dir: Path, card: Card) -> Bundle:
-    """Write the bundle. Raises TrainingError, BundleError, FileNotFoundError."""
+def convert(
+    family: str, weights: Path, name: str, models_dir: Path, card: Card, recordings: Recordings | None = None
+) -> Bundle:
+    """Write the bundle, with INT8 where there are recordings. Raises TrainingError, BundleError, OSError."""
     check_card(name, card)
     made = FAMILIES[family](weights)
-    opset = next(entry.version for entry in made.graph.opset_import if entry.domain == "")
-    graphs = Graphs(
-        files={"float32": made.graph.SerializeToString()},
-        default="float32",
-        opset=opset,
-        parameters=made.parameters,
-        frame_stride_s=made.frame_stride_s,
-        max_window_s=made.max_window_s,
-        min_samples=made.min_samples,
-    )
-    notes = {"Export": f"PyTorch against ONNX on noise: {made.agreement}."}
+    card = replace(card, text_normalisation=made.text_normalisation)
+    if recordings is not None:
+        return publish(made, name, models_dir, card, recordings, keep_float=True)
+    notes = {"Export": f"PyTorch against ONNX on noise: {made.agreement(_noise())}."}
+    graphs = made.graphs({"float32": made.graph.SerializeToString()}, "float32")
     return write_bundle(models_dir, name, graphs, made.vocabulary, card, Measurements(notes=notes))
+
+
+def add_recordings(parser: argparse.ArgumentParser) -> None:
+    """Options that name recordings: what INT8 is found and measured on."""
+    parser.add_argument("--calibration", type=Path, help="manifest of audio, for an INT8 graph")
+    parser.add_argument("--validation", type=Path, help="manifest with texts; default: as --calibration")
+    parser.add_argument(
+        "--texts", type=Path, nargs="+", default=[], help="texts for a language model (manifests or plain)"
+    )
+    parser.add_argument("--test", type=Path, help="manifest of test sets, measured at the end")
+
+
+def recordings_of(given: argparse.Namespace) -> Recordings:
+    """What the options of `add_recordings` name. Raises FileNotFoundError."""
+    for path in (given.calibration, given.validation, given.test):
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(f"{path}: no such manifest")
+    return Recordings(
+        given.calibration, given.validation or given.calibration, tuple(given.texts), given.test
+    )
 
 
 @in_one_line("convert", ValueError)
@@ -222,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--licence", default="see the source")
     parser.add_argument("--url", default="")
     parser.add_argument("--revision", default=None)
+    add_recordings(parser)
     given = parser.parse_args(arguments)
     title = given.title or given.name
     card = Card(
@@ -231,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         licence=given.licence,
         summary=f"Converted from a published checkpoint: {given.url or given.weights.name}.",
     )
-    bundle = convert(given.family, given.weights, given.name, given.models_dir, card)
+    recordings = None if given.calibration is None else recordings_of(given)
+    bundle = convert(given.family, given.weights, given.name, given.models_dir, card, recordings)
     print(f"{bundle.path}: verified")
     return 0
 

@@ -1,35 +1,27 @@
-"""Read a NeMo CTC archive (.nemo) without NeMo. `python -m training.nemo import` makes a bundle of one.
-
-The archive is a tar with `model_config.yaml` and `model_weights.ckpt`. It is data from outside: members are
-read by name and size, the YAML is parsed safely, and of the checkpoint only tensors are unpickled.
-"""
+"""QuartzNet and Citrinet of a NeMo archive. `python -m training.nemo import` makes a bundle of one."""
 
 from __future__ import annotations
 
-import io
 import re
-import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from torch import Tensor
 
-from training.errors import CheckpointError
-from training.frontend import FrontendConfig, mel_filters
+from training.frontend import FrontendConfig
+from training.nemo_archive import (
+    QUARTZNET,
+    NemoArchive,
+    NemoError,
+    check_filters,
+    frontend_of,
+    read_archive,
+    section,
+    vocabulary_of,
+)
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
-
-MAX_CONFIG_BYTES = 10_000_000
-MAX_WEIGHTS_BYTES = 8_000_000_000
-MEL_PREPROCESSOR = "AudioToMelSpectrogramPreprocessor"
-
-
-class NemoError(CheckpointError):
-    """The archive is not one this reader knows; the message says which field and why."""
 
 
 @dataclass(frozen=True)
@@ -49,101 +41,20 @@ class NemoModel:
 
 def read_nemo(archive: Path) -> NemoModel:
     """Load `archive`. Raises NemoError on anything unknown, FileNotFoundError where there is no file."""
-    config, state = _read_members(archive)
-    vocabulary = _vocabulary(config)
-    try:
-        model_config = _model_config(config, len(vocabulary) + 1)
-        frontend = _frontend(config)
-    except KeyError as error:
-        raise NemoError(f"{archive.name}: model_config.yaml: {error} is missing") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise NemoError(f"{archive.name}: model_config.yaml: {error}") from error
-    _check_filters(state, frontend)
+    return quartznet_of(read_archive(archive))
+
+
+def quartznet_of(archive: NemoArchive) -> NemoModel:
+    """The network of an archive that is open. Raises NemoError."""
+    if archive.encoder != QUARTZNET:
+        raise NemoError(f"{archive.name}: encoder._target_: {archive.encoder}, expected {QUARTZNET}")
+    vocabulary = vocabulary_of(archive.config)
+    model_config = archive.configured(lambda config: _model_config(config, len(vocabulary) + 1))
+    frontend = archive.configured(frontend_of)
+    check_filters(archive.state, frontend)
     model = QuartzNet(model_config)
-    model.load_state_dict(_rename(state, model))
+    model.load_state_dict(_rename(archive.state, model))
     return NemoModel(model.eval(), frontend, vocabulary)
-
-
-def _read_members(archive: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    found: dict[str, bytes] = {}
-    limits = {"model_config.yaml": MAX_CONFIG_BYTES, "model_weights.ckpt": MAX_WEIGHTS_BYTES}
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                name = PurePosixPath(member.name).name
-                if name not in limits or not member.isfile():
-                    continue
-                if member.size > limits[name]:
-                    raise NemoError(f"{archive.name}: {name} has {member.size} bytes, limit {limits[name]}")
-                stream = tar.extractfile(member)
-                if stream is not None:
-                    found[name] = stream.read()
-    except FileNotFoundError:
-        raise
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise NemoError(f"{archive.name}: not a NeMo archive (tar): {error}") from error
-    for name in limits:
-        if name not in found:
-            raise NemoError(f"{archive.name}: {name} is missing")
-    try:
-        config = yaml.safe_load(found["model_config.yaml"])
-    except yaml.YAMLError as error:
-        raise NemoError(f"{archive.name}: model_config.yaml: {error}") from error
-    if not isinstance(config, dict):
-        raise NemoError(f"{archive.name}: model_config.yaml holds no mapping")
-    try:
-        state = torch.load(io.BytesIO(found["model_weights.ckpt"]), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise NemoError(f"{archive.name}: model_weights.ckpt is not tensors only: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise NemoError(f"{archive.name}: model_weights.ckpt is not a dict of tensors")
-    return config, state
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = config.get(name)
-    if not isinstance(section, Mapping):
-        raise NemoError(f"{name}: missing from model_config.yaml")
-    return section
-
-
-def _vocabulary(config: Mapping[str, Any]) -> tuple[str, ...]:
-    tokens = _section(config, "decoder").get("vocabulary") or config.get("labels")
-    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not tokens:
-        raise NemoError("decoder.vocabulary: expected a list of characters")
-    if any(not isinstance(token, str) for token in tokens):
-        raise NemoError("decoder.vocabulary: every entry must be a string")
-    return tuple(tokens)
-
-
-def _frontend(config: Mapping[str, Any]) -> FrontendConfig:
-    section = _section(config, "preprocessor")
-    rate = int(section.get("sample_rate", 16_000))
-    kind = str(section.get("_target_", MEL_PREPROCESSOR)).rsplit(".", 1)[-1]
-    if kind != MEL_PREPROCESSOR:
-        raise NemoError(f"preprocessor._target_: {kind}, only {MEL_PREPROCESSOR} is known")
-    expected = {
-        "normalize": "per_feature",
-        "window": "hann",
-        "frame_splicing": 1,
-        "log": True,
-        "log_zero_guard_type": "add",
-        "mag_power": 2.0,
-    }
-    for name, value in expected.items():
-        if section.get(name, value) != value:
-            raise NemoError(f"preprocessor.{name}: {section[name]!r}, only {value!r} is known")
-    hop = int(section.get("n_window_stride") or round(rate * float(section.get("window_stride", 0.01))))
-    window = int(section.get("n_window_size") or round(rate * float(section.get("window_size", 0.02))))
-    if window != 2 * hop:
-        raise NemoError(f"preprocessor.window_size: {window} samples, only two hops ({2 * hop}) is known")
-    return FrontendConfig(
-        sample_rate_hz=rate,
-        hop_samples=hop,
-        fft_samples=int(section.get("n_fft") or 512),
-        features=int(section.get("features", 64)),
-        preemphasis=float(section.get("preemph", 0.97) or 0.0),
-    )
 
 
 def _single(value: Any, name: str) -> int:
@@ -182,7 +93,7 @@ def _block(entry: Mapping[str, Any], index: int) -> BlockConfig:
 
 
 def _model_config(config: Mapping[str, Any], outputs: int) -> QuartzNetConfig:
-    encoder = _section(config, "encoder")
+    encoder = section(config, "encoder")
     if encoder.get("activation", "relu") != "relu":
         raise NemoError(f"encoder.activation: {encoder['activation']!r}, only 'relu' is known")
     entries = encoder.get("jasper")
@@ -190,16 +101,6 @@ def _model_config(config: Mapping[str, Any], outputs: int) -> QuartzNetConfig:
         raise NemoError("encoder.jasper: expected a list of blocks")
     blocks = tuple(_block(entry, index) for index, entry in enumerate(entries))
     return QuartzNetConfig(outputs, blocks, features=int(encoder.get("feat_in", 64)))
-
-
-def _check_filters(state: Mapping[str, Tensor], frontend: FrontendConfig) -> None:
-    """The archive carries its filter bank: ours must be the same."""
-    stored = state.get("preprocessor.featurizer.fb")
-    if stored is None:
-        return
-    ours = torch.tensor(mel_filters(frontend), dtype=torch.float32)
-    if stored.squeeze(0).shape != ours.shape or (stored.squeeze(0).float() - ours).abs().max() > 1e-4:
-        raise NemoError("preprocessor: the archive's mel filters differ from Slaney's with these settings")
 
 
 _LAYER = re.compile(r"^encoder\.encoder\.(\d+)\.mconv\.(\d+)\.(.+)$")

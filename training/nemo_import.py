@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from api.bundle import Bundle, sha256_of
@@ -17,8 +18,12 @@ from training.bundle_writer import Card
 from training.calibration import shared_folder
 from training.checkpoint import Checkpoint
 from training.errors import in_one_line
-from training.nemo import NemoModel, read_nemo
-from training.publish import Recordings, publish
+from training.export import MIN_SAMPLES
+from training.exported import Exported, exported_transformer
+from training.nemo import NemoModel, quartznet_of
+from training.nemo_archive import CONFORMER, read_archive
+from training.publish import Recordings, exported_quartznet, publish
+from training.vocabulary import casing_steps
 
 UNKNOWN = "<unk>"
 """SentencePiece's piece for what it cannot spell; it stands for no text."""
@@ -26,16 +31,42 @@ UNKNOWN = "<unk>"
 
 def as_checkpoint(found: NemoModel) -> Checkpoint:
     """The same network with the bundle's vocabulary: the space as U+2581, the blank in its place."""
-    pieces = any(len(token) > 1 for token in found.vocabulary)
-    tokens = _pieces(found.vocabulary) if pieces else found.vocabulary
+    return Checkpoint(found.model, found.frontend, bundle_vocabulary(found.vocabulary))
+
+
+def exported_nemo(archive: Path) -> Exported:
+    """The graph of any archive with a CTC head that is known. Raises NemoError."""
+    opened = read_archive(archive)
+    if opened.encoder != CONFORMER:
+        return exported_quartznet(as_checkpoint(quartznet_of(opened)))
+    # transformers takes seconds to load, which no other archive needs
+    from training.conformer_graph import MAX_WINDOW_S, export_graph
+    from training.nemo_conformer import conformer_of
+
+    found = conformer_of(opened)
+    vocabulary = bundle_vocabulary(found.vocabulary)
+    return exported_transformer(
+        found.model,
+        export_graph(found.model),
+        vocabulary,
+        frame_stride_s=found.model.frame_stride_s,
+        max_window_s=MAX_WINDOW_S,
+        min_samples=MIN_SAMPLES,
+        text_normalisation=casing_steps(vocabulary),
+    )
+
+
+def bundle_vocabulary(listed: Sequence[str]) -> Vocabulary:
+    """Tokens as an archive lists them, with the bundle's spelling of spaces, and the blank after them."""
+    pieces = any(len(token) > 1 for token in listed)
+    tokens = _pieces(listed) if pieces else tuple(listed)
     tokens = tuple(SPACE_MARK if token == " " else token for token in tokens)  # noqa: S105
-    vocabulary = Vocabulary(
+    return Vocabulary(
         (*tokens, BLANK_TOKEN),
-        blank_id=found.blank_id,
+        blank_id=len(tokens),
         kind="wordpiece" if pieces else "chars",
         special_ids=frozenset(index for index, token in enumerate(tokens) if token == UNKNOWN),
     )
-    return Checkpoint(found.model, found.frontend, vocabulary)
 
 
 def _pieces(tokens: Sequence[str]) -> tuple[str, ...]:
@@ -102,11 +133,12 @@ def _import(given: argparse.Namespace) -> Bundle:
         licence=given.licence,
         summary=f"Imported from the NeMo archive `{given.archive.name}`; the weights are its authors'.",
     )
+    made = exported_nemo(given.archive)
     return publish(
-        as_checkpoint(read_nemo(given.archive)),
+        made,
         given.name,
         given.models_dir,
-        card,
+        replace(card, text_normalisation=made.text_normalisation),
         recordings,
         keep_float=not given.no_float,
     )

@@ -10,8 +10,9 @@ limits. Nothing replaces an existing bundle before the new one has passed verifi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,6 @@ from api.decoding import in_words
 from api.manifest import Evaluation, GraphName, Speed
 from training.bundle_writer import (
     Card,
-    Graphs,
     Measurements,
     add_measurements,
     check_card,
@@ -33,12 +33,13 @@ from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import ConfigError, in_one_line
 from training.evaluate import bundle_recogniser, error_rates, plainly, recognise_all
 from training.export import MIN_SAMPLES, check_agreement, export_graph
-from training.graph import OPSET
+from training.exported import Exported
 from training.inference import cpu_session, quiet_run_s
 from training.ngram import fit_texts
 from training.provenance import hardware
-from training.quantize import Gate, Outcome, quantize
+from training.quantize import Gate, Outcome, quantize, static_convolutions
 from training.text import plain_normaliser
+from training.vocabulary import casing_steps
 
 SPEED_CLIP_S = 5.0
 
@@ -60,44 +61,69 @@ class Recordings:
     validation_clips: int = 120
 
 
+def exported_quartznet(checkpoint: Checkpoint, max_window_s: float = 20.0) -> Exported:
+    """QuartzNet or Citrinet, whose work is convolutions."""
+    graph = export_graph(checkpoint.model, checkpoint.frontend)
+    return Exported(
+        graph,
+        checkpoint.vocabulary,
+        parameters=checkpoint.model.parameter_count(),
+        frame_stride_s=checkpoint.model.config.stride * checkpoint.frontend.hop_s,
+        max_window_s=max_window_s,
+        min_samples=MIN_SAMPLES,
+        agreement=lambda clips: check_agreement(
+            checkpoint.model, checkpoint.frontend, graph, clips
+        ).describe(),
+        ways=static_convolutions,
+        ways_described=(
+            "Static, U8 activations, S8 weights per channel; front end, first block and head stay float."
+        ),
+        exact_batches=True,
+        text_normalisation=casing_steps(checkpoint.vocabulary),
+        sample_rate_hz=checkpoint.frontend.sample_rate_hz,
+    )
+
+
 def publish(
-    checkpoint: Checkpoint,
+    made: Exported,
     name: str,
     models_dir: Path,
     card: Card,
     recordings: Recordings,
     *,
-    max_window_s: float = 20.0,
     keep_float: bool = False,
     gate: Gate | None = None,
 ) -> Bundle:
     """Make the bundle. Raises ConfigError, QualityGateError, BundleError, DataError."""
     check_card(name, card)
-    rate_hz = checkpoint.frontend.sample_rate_hz
-    graph = export_graph(checkpoint.model, checkpoint.frontend)
+    rate_hz, graph, vocabulary = made.sample_rate_hz, made.graph, made.vocabulary
     calibration = [
         clip for clip, _ in manifest_waveforms(recordings.calibration, rate_hz, recordings.calibration_clips)
     ]
-    agreement = check_agreement(checkpoint.model, checkpoint.frontend, graph, calibration[:4])
-    print(f"PyTorch against ONNX: {agreement.describe()}")
+    agreement = made.agreement(calibration[:4])
+    print(f"PyTorch against ONNX: {agreement}")
     validation = manifest_waveforms(
         recordings.validation, rate_hz, recordings.validation_clips, with_text=True
     )
     validation = with_plain_texts(validation, card.languages[0], card.text_normalisation)
-    outcome = quantize(graph, checkpoint.vocabulary, calibration, validation, gate)
+    gate = gate or Gate()
+    if not made.exact_batches:
+        gate = replace(gate, max_batch_difference=math.inf)
+    plain = plain_normaliser(card.languages[0], card.text_normalisation)
+    outcome = quantize(graph, vocabulary, calibration, validation, gate, ways=made.ways, plain=plain)
     print(outcome.table())
     files: dict[GraphName, bytes | Path] = {"int8": outcome.chosen.graph.SerializeToString()}
     if keep_float:
         files["float32"] = graph.SerializeToString()
     notes = {
-        "Export": f"PyTorch against ONNX: {agreement.describe()}.",
-        "Quantization": _quantization(outcome),
+        "Export": f"PyTorch against ONNX: {agreement}.",
+        "Quantization": _quantization(made, outcome),
     }
     language_model = None
     if recordings.texts:
         found = fit_texts(
             recordings.texts,
-            checkpoint.vocabulary,
+            vocabulary,
             card.text_normalisation,
             card.languages[0],
             files["int8"],
@@ -107,31 +133,17 @@ def publish(
         language_model = found.shipped()
         notes["Language model"] = found.note()
         print(found.markdown())
-    graphs = _graphs(checkpoint, files, max_window_s)
+    graphs = made.graphs(files, "int8")
     written = Measurements(notes=notes)
-    bundle = write_bundle(models_dir, name, graphs, checkpoint.vocabulary, card, written, language_model)
+    bundle = write_bundle(models_dir, name, graphs, vocabulary, card, written, language_model)
     measurements = Measurements(_evaluate(bundle, recordings.test), _speed(bundle), notes)
     return add_measurements(models_dir, name, card, measurements)
 
 
-def _graphs(checkpoint: Checkpoint, files: Mapping[GraphName, bytes | Path], max_window_s: float) -> Graphs:
-    return Graphs(
-        files=files,
-        default="int8",
-        opset=OPSET,
-        parameters=checkpoint.model.parameter_count(),
-        frame_stride_s=checkpoint.model.config.stride * checkpoint.frontend.hop_s,
-        max_window_s=max_window_s,
-        min_samples=MIN_SAMPLES,
-        sample_rate_hz=checkpoint.frontend.sample_rate_hz,
-    )
-
-
-def _quantization(outcome: Outcome) -> str:
+def _quantization(made: Exported, outcome: Outcome) -> str:
     return (
-        "Static, U8 activations, S8 weights per channel; front end, first block and head stay float. "
-        f"Measured on {outcome.float_rates.utterances} validation utterances; speed on one thread, runs "
-        "taking turns.\n\n" + outcome.table()
+        f"{made.ways_described} Measured on {outcome.float_rates.utterances} validation utterances; speed on "
+        "one thread, runs taking turns.\n\n" + outcome.table()
     )
 
 
@@ -224,12 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     bundle = publish(
-        load_checkpoint(given.checkpoint),
+        exported_quartznet(load_checkpoint(given.checkpoint), given.max_window_s),
         given.name,
         given.models_dir,
         read_card(given.card),
         Recordings(given.calibration, given.validation, tuple(given.texts), given.test),
-        max_window_s=given.max_window_s,
         keep_float=given.keep_float,
         gate=Gate(given.min_speed, given.max_wer_increase),
     )

@@ -11,7 +11,7 @@ the validation set, and the one with the lowest word error rate is kept if it pa
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from api.vocabulary import BLANK_TOKEN, Vocabulary
 from training.calibration import manifest_waveforms
 from training.errors import QualityGateError, in_one_line
 from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text
+from training.exported import Ways
 from training.inference import Agreement, Waveform, compare, cpu_session, quiet_run_s, run_graph
 from training.qdq import Range, quantizable, quantize_graph
 
-BATCH_TOLERANCE = 1e-4
 SAMPLES_PER_TENSOR = 2000
 CALIBRATION_LIMIT_S = 12.0
 
@@ -117,6 +117,8 @@ class Gate:
     min_speed: float = 1.3
     max_wer_increase: float = 0.01
     """Absolute, on the validation set."""
+    max_batch_difference: float = 1e-4
+    """Of a log-probability, between an item in a padded batch and alone."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Outcome:
     def table(self) -> str:
         """All trials as Markdown."""
         lines = [
-            "| ranges | MB | speed | WER | CER | same best token | batched against alone |",
+            "| way | MB | speed | WER | CER | same best token | batched against alone |",
             "|---|---|---|---|---|---|---|",
             f"| float32 | {self.float_bytes / 1e6:.1f} | 1.00x | {self.float_rates.wer:.2%} "
             f"| {self.float_rates.cer:.2%} | | |",
@@ -146,28 +148,40 @@ class Outcome:
         return "\n".join(lines)
 
 
+def static_convolutions(
+    graph: onnx.ModelProto, calibration: Sequence[Waveform]
+) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """All convolutions but those of the first block and the head, with each of `RANGE_METHODS`."""
+    statistics = calibrate(graph, calibration)
+    for method, ranges in RANGE_METHODS.items():
+        chosen = {name: ranges(seen) for name, seen in statistics.items()}
+        yield method, quantize_graph(graph, chosen, float_ends)
+
+
 def quantize(
     graph: onnx.ModelProto,
     vocabulary: Vocabulary,
     calibration: Sequence[Waveform],
     validation: Sequence[tuple[Waveform, str]],
     gate: Gate | None = None,
+    *,
+    ways: Ways | None = None,
+    plain: Callable[[str], str] = str,
 ) -> Outcome:
-    """Try every range method and keep the best.
+    """Try every way and keep the one with the lowest word error rate.
 
     Args:
         validation: (waveform, reference) pairs; a reference may come from a teacher.
+        ways: to INT8; default: static convolutions with each of `RANGE_METHODS`.
+        plain: what is done to a text before it is compared with its reference.
 
     Raises QualityGateError, with the table, where no INT8 graph is good enough.
     """
     gate = gate or Gate()
-    reference = _Reference(graph, vocabulary, validation)
-    statistics = calibrate(graph, calibration)
-    trials = []
-    for method, ranges in RANGE_METHODS.items():
-        chosen = {name: ranges(seen) for name, seen in statistics.items()}
-        trials.append(reference.measure(method, quantize_graph(graph, chosen, float_ends)))
-    best = min(trials, key=lambda trial: trial.rates.wer)
+    reference = _Reference(graph, vocabulary, validation, plain)
+    tried = (ways or static_convolutions)(graph, calibration)
+    trials = [reference.measure(method, quantized) for method, quantized in tried]
+    best = min(trials, key=lambda trial: (trial.rates.wer, -trial.speed))
     outcome = Outcome(reference.rates, graph.ByteSize(), tuple(trials), best)
     problems = []
     if best.speed < gate.min_speed:
@@ -176,9 +190,9 @@ def quantize(
         problems.append(
             f"WER {best.rates.wer:.2%}, expected at most {reference.rates.wer + gate.max_wer_increase:.2%}"
         )
-    if not best.batched_worst <= BATCH_TOLERANCE:  # NaN is refused as well
+    if not best.batched_worst <= gate.max_batch_difference:  # NaN is refused as well
         problems.append(
-            f"batched differs from alone by {best.batched_worst:.1e}, limit {BATCH_TOLERANCE:.0e}"
+            f"batched differs from alone by {best.batched_worst:.1e}, limit {gate.max_batch_difference:.0e}"
         )
     if problems:
         raise QualityGateError("INT8 is refused: " + "; ".join(problems) + "\n" + outcome.table())
@@ -189,12 +203,17 @@ class _Reference:
     """The float graph's answers on the validation set."""
 
     def __init__(
-        self, graph: onnx.ModelProto, vocabulary: Vocabulary, validation: Sequence[tuple[Waveform, str]]
+        self,
+        graph: onnx.ModelProto,
+        vocabulary: Vocabulary,
+        validation: Sequence[tuple[Waveform, str]],
+        plain: Callable[[str], str],
     ) -> None:
         if not validation:
             raise ValueError("the gate needs at least one validation recording")
         self.vocabulary = vocabulary
         self.validation = validation
+        self.plain = plain
         self.session = cpu_session(graph.SerializeToString())
         self.log_probs = [
             run_graph(self.session, [clip])[0]
@@ -203,7 +222,7 @@ class _Reference:
         self.rates = self._rates(self.log_probs)
 
     def _rates(self, log_probs: Sequence[npt.NDArray[np.float32]]) -> ErrorRates:
-        texts = [greedy_text(values, self.vocabulary) for values in log_probs]
+        texts = [self.plain(greedy_text(values, self.vocabulary)) for values in log_probs]
         pairs = zip(self.validation, texts, strict=True)
         return error_rates([Utterance(reference, text) for (_, reference), text in pairs])
 

@@ -65,6 +65,19 @@ class CharacterCodec:
         return [self._ids[character] for character in text]
 
 
+def casing_steps(vocabulary: Vocabulary) -> tuple[str, ...]:
+    """How a text is brought into a published model's own casing, judged by the letters of its tokens.
+
+    For the bundle's `text_normalisation`, by which the service spells hotwords.
+    """
+    texts = (unit if isinstance(unit, str) else unit.decode("utf-8", "ignore") for unit in vocabulary.units)
+    letters = "".join(texts)
+    capitals, small = any(map(str.isupper, letters)), any(map(str.islower, letters))
+    if capitals and small:
+        return ("nfc",)
+    return ("nfc", "uppercase") if capitals else ("nfc", "lowercase")
+
+
 def ctc_frames_needed(ids: Sequence[int]) -> int:
     """Fewest output frames that can spell `ids`: one each, and a blank between equal neighbours."""
     return len(ids) + sum(1 for left, right in itertools.pairwise(ids) if left == right)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tests.training.networks import CONFIGS, chirps, random_network
-from training.convert import _agreement
 from training.errors import QualityGateError
 from training.export import check_agreement, export_graph, folded
+from training.exported import agreement
 from training.frontend import FrontendConfig
 from training.inference import compare, cpu_session, run_graph
 from training.recipes.quartznet_ctc.model import QuartzNet
@@ -108,7 +108,7 @@ def test_a_graph_whose_answers_are_not_numbers_is_refused() -> None:
     with pytest.raises(QualityGateError, match="disagree"):
         check_agreement(network, FrontendConfig(), graph, chirps(1))
     with pytest.raises(QualityGateError, match="disagree"):
-        _agreement(QuartzNetCtc(network, FrontendConfig()), graph)
+        agreement(QuartzNetCtc(network, FrontendConfig()), graph, chirps(1))
 
 
 def test_folding_needs_running_statistics() -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
 import pickle
-import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,15 @@ import pytest
 import torch
 import yaml
 
+from tests.training.archives import stored, write_archive
 from tests.training.networks import CONFIGS, random_network
 from training.calibration import manifest_waveforms, shared_folder
 from training.config import load_config
 from training.errors import ConfigError
 from training.evaluate import Utterance, error_rates
 from training.frontend import FrontendConfig, LogMel, mel_filters
-from training.nemo import NemoError, read_nemo
+from training.nemo import read_nemo
+from training.nemo_archive import NemoError
 from training.nemo_import import as_checkpoint
 from training.recipes.quartznet_ctc.model import QuartzNet
 from training.recipes.quartznet_ctc.recipe import QuartzNetRecipe
@@ -83,21 +82,6 @@ def nemo_state(model: QuartzNet) -> dict[str, torch.Tensor]:
             layer = {"reduce": 0, "expand": 2}[parts[3]]
             state[f"encoder.encoder.{index}.mconv.{position}.fc.{layer}.weight"] = value
     return state
-
-
-def write_archive(path: Path, members: Mapping[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(f"./{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def stored(state: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 
 def archive_of(path: Path, model: QuartzNet, config: dict[str, Any] | None = None) -> Path:
@@ -174,9 +158,9 @@ def test_nothing_in_the_checkpoint_is_executed(tmp_path: Path, save: Any) -> Non
     ("section", "name", "value", "problem"),
     [
         ("preprocessor", "normalize", "all_features", "preprocessor.normalize"),
-        ("preprocessor", "window_size", 0.025, "preprocessor.window_size"),
+        ("preprocessor", "window_size", 0.015, "preprocessor.window_size: 240"),
         ("preprocessor", "_target_", "nemo.modules.AudioToMFCCPreprocessor", "preprocessor._target_"),
-        ("preprocessor", "n_window_size", 400, "preprocessor.window_size: 400"),
+        ("preprocessor", "n_window_size", 401, "preprocessor.window_size: 401"),
         ("preprocessor", "log", False, "preprocessor.log"),
         ("preprocessor", "mag_power", 1.0, "preprocessor.mag_power"),
         ("preprocessor", "window_stride", "short", "model_config.yaml: could not convert"),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
 from training.errors import CheckpointError
 from training.frontend import FrontendConfig, LogMel
-from training.nemo import NemoError, read_nemo
+from training.nemo import read_nemo
+from training.nemo_archive import NemoError
 from training.recipes.quartznet_ctc.model import QuartzNet, QuartzNetConfig
 
 

@@ -1,0 +1,298 @@
+"""Conformer and FastConformer: NeMo's archives, the graph against another implementation, and the bundle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+from torch import nn
+from transformers import ParakeetFeatureExtractor
+
+from api.bundle import load_bundle
+from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
+from tests.training.archives import stored, write_archive
+from tests.training.networks import chirps, write_corpus
+from training import convert
+from training.bundle_writer import Card
+from training.conformer import ConformerConfig, ConformerCtc
+from training.conformer_graph import MAX_WINDOW_S, export_graph
+from training.exported import TOLERANCE
+from training.frontend import FrontendConfig, LogMel, mel_filters
+from training.inference import compare, cpu_session, run_graph
+from training.nemo import quartznet_of
+from training.nemo_archive import NemoArchive, NemoError, read_archive
+from training.nemo_conformer import conformer_of
+from training.publish import publish
+from training.quantize import Gate
+from training.torch_inference import run_torch
+from training.vocabulary import casing_steps
+
+FRONTEND = FrontendConfig(features=80, window_samples=400)
+PIECES = ["<unk>", "\u2581a", "b", "c", "\u2581Cd", "d", "\u2581", "e"]
+FAST = ConformerConfig(len(PIECES) + 1, width=32, layers=2, heads=4, inner=128, subsampling_channels=16)
+CONFIGS = {
+    "fastconformer": FAST,
+    "conformer": replace(
+        FAST, kernel=31, subsampling="striding", subsampling_factor=4, subsampling_channels=32
+    ),
+    "without biases": replace(FAST, bias=False, scale_input=False),
+}
+
+
+def random_conformer(config: ConformerConfig) -> ConformerCtc:
+    """Weights that make every part count, and normalisations that have seen data."""
+    torch.manual_seed(0)
+    model = ConformerCtc(config, FRONTEND).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = 10.0 if parameter.dim() == 1 else parameter[0].numel()
+            parameter.normal_(0.0, fan_in**-0.5)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                nn.init.uniform_(module.running_mean, -0.2, 0.2)  # type: ignore[arg-type]
+                nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+    return model
+
+
+def nemo_config(config: ConformerConfig) -> dict[str, Any]:
+    """model_config.yaml as NeMo writes it."""
+    return {
+        "sample_rate": 16_000,
+        "preprocessor": {
+            "_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
+            "normalize": "per_feature",
+            "window_size": 0.025,
+            "window_stride": 0.01,
+            "window": "hann",
+            "features": 80,
+            "n_fft": 512,
+        },
+        "encoder": {
+            "_target_": "nemo.collections.asr.modules.ConformerEncoder",
+            "feat_in": 80,
+            "feat_out": -1,
+            "n_layers": config.layers,
+            "d_model": config.width,
+            "subsampling": config.subsampling,
+            "subsampling_factor": config.subsampling_factor,
+            "subsampling_conv_channels": config.subsampling_channels,
+            "causal_downsampling": False,
+            "ff_expansion_factor": 4,
+            "self_attention_model": "rel_pos",
+            "n_heads": config.heads,
+            "att_context_size": [-1, -1],
+            "xscaling": config.scale_input,
+            "use_bias": config.bias,
+            "untie_biases": True,
+            "conv_kernel_size": config.kernel,
+            "conv_norm_type": "batch_norm",
+            "conv_context_size": None,
+        },
+        "decoder": {
+            "_target_": "nemo.collections.asr.modules.ConvASRDecoder",
+            "feat_in": config.width,
+            "num_classes": len(PIECES),
+            "vocabulary": PIECES,
+        },
+    }
+
+
+def nemo_state(model: ConformerCtc, head: str = "decoder") -> dict[str, torch.Tensor]:
+    """The weights under NeMo's names."""
+    names = {
+        "encoder.subsampling.layers.": "encoder.pre_encode.conv.",
+        "encoder.subsampling.linear.": "encoder.pre_encode.out.",
+        ".self_attn.q_proj.": ".self_attn.linear_q.",
+        ".self_attn.k_proj.": ".self_attn.linear_k.",
+        ".self_attn.v_proj.": ".self_attn.linear_v.",
+        ".self_attn.o_proj.": ".self_attn.linear_out.",
+        ".self_attn.relative_k_proj.": ".self_attn.linear_pos.",
+        ".self_attn.bias_": ".self_attn.pos_bias_",
+        ".conv.norm.": ".conv.batch_norm.",
+        "ctc_head.": f"{head}.decoder_layers.0.",
+    }
+    state = {"preprocessor.featurizer.fb": torch.tensor(mel_filters(FRONTEND))[None].float()}
+    for name, value in model.network.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state[name] = value
+    return state
+
+
+def archive_of(path: Path, model: ConformerCtc, config: dict[str, Any] | None = None, **more: Any) -> Path:
+    given = config or nemo_config(model.config)
+    state = more.get("state", nemo_state(model))
+    members = {"model_config.yaml": yaml.safe_dump(given).encode(), "model_weights.ckpt": stored(state)}
+    return write_archive(path, members)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_arrive_where_they_belong(tmp_path: Path, name: str) -> None:
+    model = random_conformer(CONFIGS[name])
+    found = conformer_of(read_archive(archive_of(tmp_path / "model.nemo", model)))
+    assert found.vocabulary == tuple(PIECES)
+    assert (found.model.config, found.model.frontend.config) == (model.config, FRONTEND)
+    (before,), (after,) = run_torch(model, chirps(1)), run_torch(found.model, chirps(1))
+    assert np.array_equal(before, after)
+
+
+def test_of_a_hybrid_model_the_ctc_head_is_taken(tmp_path: Path) -> None:
+    model = random_conformer(FAST)
+    config = nemo_config(FAST)
+    config["aux_ctc"] = {"ctc_loss_weight": 0.3, "decoder": config["decoder"]}
+    config["decoder"] = {"_target_": "nemo.collections.asr.modules.RNNTDecoder", "vocab_size": 8}
+    state = nemo_state(model, "ctc_decoder")
+    state |= {"decoder.prediction.embed.weight": torch.zeros(9, 4), "joint.enc.weight": torch.zeros(4, 32)}
+    found = conformer_of(read_archive(archive_of(tmp_path / "model.nemo", model, config, state=state)))
+    (before,), (after,) = run_torch(model, chirps(1)), run_torch(found.model, chirps(1))
+    assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_graph_gives_what_the_network_gives(name: str) -> None:
+    model = random_conformer(CONFIGS[name])
+    session = cpu_session(export_graph(model).SerializeToString())
+    longest = np.tile(chirps(1, seed=9)[0], 40)[: round(MAX_WINDOW_S * 16_000)]
+    clips = [*chirps(4), chirps(1)[0][:160], longest]
+    found = compare(run_torch(model, clips), run_graph(session, clips))
+    assert found.worst_posterior < TOLERANCE
+    assert found.worst_log_prob < 1e-4
+    alone = [run_graph(session, [clip])[0] for clip in clips]
+    assert compare(alone, run_graph(session, clips)).worst_log_prob < 1e-5
+
+
+def test_a_clip_beyond_the_window_fails_instead_of_being_heard_wrongly() -> None:
+    session = cpu_session(export_graph(random_conformer(FAST)).SerializeToString())
+    with pytest.raises(Fail, match="scores"):
+        run_graph(session, [np.zeros(round((MAX_WINDOW_S + 1.0) * 16_000), np.float32)])
+
+
+def test_features_are_those_of_another_implementation() -> None:
+    """Log-mel of 25 ms windows before its normalisation."""
+    extractor = ParakeetFeatureExtractor()
+    for clip in chirps(3):
+        waveform = torch.from_numpy(clip)[None]
+        delayed = torch.nn.functional.pad(waveform[:, :-1], (1, 0))
+        expected = extractor._torch_extract_fbank_features(waveform - 0.97 * delayed)
+        values, lengths = LogMel(FRONTEND).log_mel(waveform, torch.tensor([len(clip)]))
+        assert lengths.tolist() == [expected.shape[1]]
+        torch.testing.assert_close(values, expected, atol=2e-3, rtol=0)
+
+
+def test_full_convolutions_subsample_by_the_textbook() -> None:
+    subsampling = random_conformer(CONFIGS["conformer"]).network.encoder.subsampling
+    features = torch.randn(1, 41, 80)
+    first, _, second, _ = subsampling.layers
+    values = torch.relu(nn.functional.conv2d(features[:, None], first.weight, first.bias, 2, 1))
+    values = torch.relu(nn.functional.conv2d(values, second.weight, second.bias, 2, 1))
+    expected = subsampling.linear(values.permute(0, 2, 1, 3).flatten(2))
+    assert expected.shape == (1, 11, 32)
+    torch.testing.assert_close(subsampling(features, torch.ones(1, 41, dtype=torch.bool)), expected)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "problem"),
+    [
+        ("encoder", "self_attention_model", "abs_pos", "encoder.self_attention_model: 'abs_pos', only 'rel"),
+        ("encoder", "att_context_size", [70, 13], r"encoder.att_context_size: \[70, 13\]"),
+        ("encoder", "att_context_size", [[70, 13], [70, 0]], "encoder.att_context_size"),
+        ("encoder", "att_context_style", "chunked_limited", "encoder.att_context_style"),
+        ("encoder", "causal_downsampling", True, "encoder.causal_downsampling: True, only False"),
+        ("encoder", "conv_context_size", "causal", "encoder.conv_context_size"),
+        ("encoder", "conv_norm_type", "layer_norm", "encoder.conv_norm_type"),
+        ("encoder", "subsampling", "vggnet", "encoder.subsampling: 'vggnet', only 'striding' or 'dw_str"),
+        ("encoder", "conv_kernel_size", 8, "kernel 8: expected an odd number"),
+        ("encoder", "n_heads", 5, "32 is not a multiple of 5"),
+        ("encoder", "feat_in", 64, "80 features for a network of 64"),
+        ("encoder", "d_model", "wide", "model_config.yaml: invalid literal"),
+        ("encoder", "n_layers", 3, "is missing"),
+        ("encoder", "_target_", "nemo.modules.SqueezeformerEncoder", "SqueezeformerEncoder, expected Conf"),
+        ("decoder", "vocabulary", PIECES[:-1], "ctc_head.weight has shape"),
+        ("decoder", "vocabulary", [], "decoder.vocabulary: expected a list"),
+    ],
+)
+def test_what_is_not_known_is_named(
+    tmp_path: Path, section: str, name: str, value: object, problem: str
+) -> None:
+    model = random_conformer(FAST)
+    config = nemo_config(FAST)
+    config[section][name] = value
+    with pytest.raises(NemoError, match=problem):
+        conformer_of(read_archive(archive_of(tmp_path / "model.nemo", model, config)))
+
+
+def test_a_transducer_alone_is_refused() -> None:
+    state = {
+        name: value for name, value in nemo_state(random_conformer(FAST)).items() if "decoder" not in name
+    }
+    with pytest.raises(NemoError, match="no CTC head"):
+        conformer_of(NemoArchive("model.nemo", nemo_config(FAST), state))
+
+
+def test_a_conformer_is_no_quartznet() -> None:
+    with pytest.raises(NemoError, match="ConformerEncoder, expected ConvASREncoder"):
+        quartznet_of(NemoArchive("model.nemo", nemo_config(FAST), {}))
+
+
+def test_an_archive_becomes_a_bundle_in_its_own_casing(tmp_path: Path) -> None:
+    model = random_conformer(FAST)
+    archive = archive_of(tmp_path / "model.nemo", model)
+    arguments = ["nemo", str(archive), "--name", "xx-random", "--models-dir", str(tmp_path / "models")]
+    assert convert.main([*arguments, "--language", "ru"]) == 0
+    bundle = load_bundle(tmp_path / "models", "xx-random")
+    assert bundle.vocabulary.tokens == (*PIECES, BLANK_TOKEN)
+    assert (bundle.vocabulary.kind, bundle.vocabulary.special_ids) == ("wordpiece", {0})
+    assert (bundle.manifest.frame_stride_s, bundle.manifest.default_graph) == (0.08, "float32")
+    assert bundle.manifest.text_normalisation == ("nfc",), "it writes capitals"
+    session = cpu_session(bundle.graph_path("float32"))
+    assert compare(run_torch(model, chirps(2)), run_graph(session, chirps(2))).worst_posterior < TOLERANCE
+
+
+def test_recordings_give_it_an_int8_graph(tmp_path: Path) -> None:
+    archive = archive_of(tmp_path / "model.nemo", random_conformer(FAST))
+    manifest = write_corpus(tmp_path, chirps(8))
+    made = convert.exported_nemo(archive)
+    card = Card("A random network", ("en",), convert.Source(title="tests", url=""), "Apache-2.0")
+    recordings = convert.Recordings(manifest, manifest)
+    gate = Gate(min_speed=0.0, max_wer_increase=9.0)
+    bundle = publish(made, "en-random", tmp_path / "models", card, recordings, keep_float=True, gate=gate)
+    assert (bundle.manifest.default_graph, set(bundle.manifest.graphs)) == ("int8", {"int8", "float32"})
+    small, large = (bundle.graph_path(name).stat().st_size for name in ("int8", "float32"))
+    assert small < large
+    said = (bundle.path / "README.md").read_text(encoding="utf-8")
+    for way in ("dynamic MatMul per channel", "ends float32", "static QDQ MatMul per channel"):
+        assert way in said
+
+
+def test_the_gate_holds_for_it_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small random network is not faster in INT8, so the command refuses and writes nothing."""
+    archive = archive_of(tmp_path / "model.nemo", random_conformer(FAST))
+    manifest = str(write_corpus(tmp_path, chirps(4)))
+    arguments = ["nemo", str(archive), "--name", "en-random", "--models-dir", str(tmp_path / "models")]
+    assert convert.main([*arguments, "--language", "en", "--calibration", manifest]) == 2
+    assert "INT8 is refused" in capsys.readouterr().err
+    assert not (tmp_path / "models" / "en-random").exists()
+    assert convert.main([*arguments, "--language", "en", "--calibration", str(tmp_path / "none")]) == 2
+    assert "no such manifest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"),
+    [
+        ((SPACE_MARK, "a", "b"), ("nfc", "lowercase")),
+        ((SPACE_MARK, "A", "B"), ("nfc", "uppercase")),
+        (("\u2581да", "\u2581Нет", "."), ("nfc",)),
+        (("1", "2"), ("nfc", "lowercase")),
+        (("<unk>", "\u2581A"), ("nfc", "uppercase")),
+    ],
+)
+def test_casing_is_that_of_the_tokens(tokens: tuple[str, ...], steps: tuple[str, ...]) -> None:
+    special = frozenset(index for index, token in enumerate(tokens) if token == "<unk>")
+    vocabulary = Vocabulary((*tokens, BLANK_TOKEN), len(tokens), "wordpiece", special)
+    assert casing_steps(vocabulary) == steps

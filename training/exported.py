@@ -1,0 +1,106 @@
+"""A network as a float32 graph, with what its bundle must say of it and the ways to INT8 that suit it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from torch import nn
+
+from api.manifest import GraphName
+from api.vocabulary import Vocabulary
+from training.bundle_writer import Graphs
+from training.errors import QualityGateError
+from training.inference import Waveform, compare, cpu_session, run_graph
+from training.torch_inference import Forward, run_torch
+from training.transformer_quantize import candidates
+
+TOLERANCE = 1e-4
+"""Largest difference of a posterior between PyTorch and ONNX."""
+
+Ways = Callable[[onnx.ModelProto, Sequence[Waveform]], Iterable[tuple[str, onnx.ModelProto]]]
+"""A float32 graph and recordings to find ranges on -> graphs in INT8 by the name of the way."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What conversion and training hand to whoever writes the bundle."""
+
+    graph: onnx.ModelProto
+    vocabulary: Vocabulary
+    parameters: int
+    frame_stride_s: float
+    max_window_s: float
+    min_samples: int
+    agreement: Callable[[Sequence[Waveform]], str]
+    """One line on PyTorch against ONNX on a padded batch. Raises QualityGateError."""
+    ways: Ways
+    ways_described: str
+    """For the model card, before the table of what each gave."""
+    exact_batches: bool
+    """Whether INT8 has to give for an item in a batch what the item alone gives."""
+    text_normalisation: tuple[str, ...]
+    sample_rate_hz: int = 16_000
+
+    def graphs(self, files: Mapping[GraphName, bytes | Path], default: GraphName) -> Graphs:
+        """For the bundle."""
+        return Graphs(
+            files=files,
+            default=default,
+            opset=next(entry.version for entry in self.graph.opset_import if entry.domain == ""),
+            parameters=self.parameters,
+            frame_stride_s=self.frame_stride_s,
+            max_window_s=self.max_window_s,
+            min_samples=self.min_samples,
+            sample_rate_hz=self.sample_rate_hz,
+        )
+
+
+def exported_transformer(
+    network: nn.Module,
+    graph: onnx.ModelProto,
+    vocabulary: Vocabulary,
+    *,
+    frame_stride_s: float,
+    max_window_s: float,
+    min_samples: int,
+    text_normalisation: tuple[str, ...],
+) -> Exported:
+    """A network whose work is matrix products."""
+    return Exported(
+        graph,
+        vocabulary,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        frame_stride_s=frame_stride_s,
+        max_window_s=max_window_s,
+        min_samples=min_samples,
+        agreement=lambda clips: agreement(network, graph, clips),
+        ways=_matrix_products,
+        ways_described=(
+            "Matrix products with constant weights: S8 weights per channel, U8 activations. Dynamic ranges "
+            "are found anew for each batch, so an item's result then depends a little on its neighbours."
+        ),
+        exact_batches=False,
+        text_normalisation=text_normalisation,
+    )
+
+
+def agreement(network: Forward, graph: onnx.ModelProto, clips: Sequence[Waveform]) -> str:
+    """PyTorch against ONNX on a padded batch. Raises QualityGateError above the tolerance."""
+    found = compare(run_torch(network, clips), run_graph(cpu_session(graph.SerializeToString()), clips))
+    if not found.worst_posterior <= TOLERANCE:  # NaN is no agreement either
+        raise QualityGateError(f"PyTorch and ONNX disagree, tolerance {TOLERANCE:.0e}: {found.describe()}")
+    return found.describe()
+
+
+def _matrix_products(
+    graph: onnx.ModelProto, calibration: Sequence[Waveform]
+) -> Iterator[tuple[str, onnx.ModelProto]]:
+    with tempfile.TemporaryDirectory(prefix="asr-quantize-") as scratch:
+        path = Path(scratch) / "float32.onnx"
+        path.write_bytes(graph.SerializeToString())
+        for how, quantized in candidates(path, Path(scratch), calibration):
+            yield how, onnx.load(quantized)
