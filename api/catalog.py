@@ -61,34 +61,49 @@ _NGC = "https://api.ngc.nvidia.com/v2/models/nvidia/nemo"
 _WAV2VEC2_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
 _TOKENS = ("special_tokens_map.json", "tokenizer_config.json")
 
+
+def _ngc(name: str, title: str, model: str, version: str) -> CatalogEntry:
+    """A NeMo archive of NVIDIA's catalogue, whose name begins with the language."""
+    return CatalogEntry(
+        name=name,
+        title=title,
+        languages=(name[:2],),
+        licence="NGC terms of use",
+        family="nemo",
+        sources=(Archive(f"{_NGC}/{model}/versions/{version}/files/{model}.nemo", f"{model}.nemo"),),
+        page=f"https://catalog.ngc.nvidia.com/orgs/nvidia/teams/nemo/models/{model}",
+    )
+
+
 _ENTRIES = (
-    CatalogEntry(
-        name="en-quartznet15x5",
-        title="QuartzNet15x5, English (NVIDIA NeMo)",
-        languages=("en",),
-        licence="NGC terms of use",
-        family="nemo",
-        sources=(
-            Archive(
-                f"{_NGC}/stt_en_quartznet15x5/versions/1.0.0rc1/files/stt_en_quartznet15x5.nemo",
-                "stt_en_quartznet15x5.nemo",
-            ),
-        ),
-        page="https://catalog.ngc.nvidia.com/orgs/nvidia/teams/nemo/models/stt_en_quartznet15x5",
+    _ngc("en-quartznet15x5", "QuartzNet15x5, English (NVIDIA NeMo)", "stt_en_quartznet15x5", "1.0.0rc1"),
+    _ngc(
+        "en-conformer-small",
+        "Conformer-CTC small, English (NVIDIA NeMo)",
+        "stt_en_conformer_ctc_small",
+        "1.6.0",
     ),
+    _ngc(
+        "en-fastconformer-large",
+        "FastConformer large, English, punctuation (NVIDIA)",
+        "stt_en_fastconformer_hybrid_large_pc",
+        "1.21.0",
+    ),
+    _ngc("ru-quartznet15x5", "QuartzNet15x5, Russian (NVIDIA NeMo)", "stt_ru_quartznet15x5", "1.0.0rc1"),
     CatalogEntry(
-        name="ru-quartznet15x5",
-        title="QuartzNet15x5, Russian (NVIDIA NeMo)",
+        name="ru-fastconformer-large",
+        title="FastConformer large, Russian, punctuation (NVIDIA)",
         languages=("ru",),
-        licence="NGC terms of use",
+        licence="CC-BY-4.0",
         family="nemo",
         sources=(
-            Archive(
-                f"{_NGC}/stt_ru_quartznet15x5/versions/1.0.0rc1/files/stt_ru_quartznet15x5.nemo",
-                "stt_ru_quartznet15x5.nemo",
+            HubFiles(
+                "nvidia/stt_ru_fastconformer_hybrid_large_pc",
+                "9d65ebcc12bedae82b23ceadae4e8abb9fbd27a0",
+                ("stt_ru_fastconformer_hybrid_large_pc.nemo",),
             ),
         ),
-        page="https://catalog.ngc.nvidia.com/orgs/nvidia/teams/nemo/models/stt_ru_quartznet15x5",
+        page="https://huggingface.co/nvidia/stt_ru_fastconformer_hybrid_large_pc",
     ),
     CatalogEntry(
         name="vi-phowhisper-tiny-ctc",

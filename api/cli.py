@@ -78,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_models_verify)
     pull = actions.add_parser("pull", help="download, convert and verify a model of the catalogue")
     pull.add_argument("name")
+    pull.add_argument(
+        "--calibration", type=Path, metavar="MANIFEST", help="recordings with texts: make an INT8 graph too"
+    )
+    pull.add_argument(
+        "--validation",
+        type=Path,
+        metavar="MANIFEST",
+        help="recordings with texts to accept INT8 on (default: those of --calibration)",
+    )
     pull.set_defaults(run=_models_pull)
 
     bench = commands.add_parser("bench", help="measure the engine on this machine")
@@ -130,7 +139,7 @@ def _models_verify(arguments: argparse.Namespace) -> int:
 def _models_pull(arguments: argparse.Namespace) -> int:
     from api.commands.models import pull_model
 
-    return pull_model(load_settings(), arguments.name)
+    return pull_model(load_settings(), arguments.name, arguments.calibration, arguments.validation)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -41,13 +41,25 @@ def find_entry(name: str) -> CatalogEntry:
     return CATALOG[name]
 
 
-def pull(entry: CatalogEntry, models_dir: Path, *, say: Say = print) -> Bundle:
+def pull(
+    entry: CatalogEntry,
+    models_dir: Path,
+    *,
+    calibration: Path | None = None,
+    validation: Path | None = None,
+    say: Say = print,
+) -> Bundle:
     """Download, convert, verify. Raises PullError, BundleError.
+
+    ``calibration``, ``validation``: manifests of recordings, for an INT8 graph (see ``training.convert``).
 
     The converter's own output goes to standard output and error of this process.
     """
     if (models_dir / entry.name).exists():
         raise PullError(f"{models_dir / entry.name} is already there; delete it to pull the model again")
+    for manifest in (calibration, validation):
+        if manifest is not None and not manifest.is_file():
+            raise PullError(f"{manifest}: no such manifest")
     for module in ("training", "torch"):
         if importlib.util.find_spec(module) is None:
             raise PullError(f"converting {entry.name} needs {module}: {EXTRA}")
@@ -62,7 +74,9 @@ def pull(entry: CatalogEntry, models_dir: Path, *, say: Say = print) -> Bundle:
                 _fetch_hub(source, folder, pins, say)
     except OSError as error:
         raise PullError(f"cannot write to {folder}: {error.strerror or error}") from error
-    _convert(entry, folder, models_dir, pins, say)
+    recordings = {"--calibration": calibration, "--validation": validation}
+    options = [text for name, path in recordings.items() if path for text in (name, str(path))]
+    _convert(entry, folder, models_dir, pins, options, say)
     bundle = verify_bundle(models_dir, entry.name)
     shutil.rmtree(folder)
     return bundle
@@ -161,7 +175,9 @@ def _stream(url: str, partial: Path) -> None:
     return None
 
 
-def _convert(entry: CatalogEntry, folder: Path, models_dir: Path, pins: Pins, say: Say) -> None:
+def _convert(
+    entry: CatalogEntry, folder: Path, models_dir: Path, pins: Pins, options: list[str], say: Say
+) -> None:
     first = entry.sources[0]
     if isinstance(first, Archive):
         revision = first.sha256 or pins.get(first.url)
@@ -170,7 +186,7 @@ def _convert(entry: CatalogEntry, folder: Path, models_dir: Path, pins: Pins, sa
     command = [sys.executable, "-m", "training.convert", entry.family, str(folder / entry.weights)]
     command += ["--name", entry.name, "--models-dir", str(models_dir), "--language", *entry.languages]
     command += ["--title", entry.title, "--licence", entry.licence, "--url", entry.page]
-    command += ["--revision", str(revision)]
+    command += ["--revision", str(revision), *options]
     say(f"converting {entry.name}")
     environment: dict[str, Any] = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     finished = subprocess.run(command, check=False, env=environment)

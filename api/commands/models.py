@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from api.bundle import list_bundles, load_bundle, verify_bundle
 from api.errors import BundleError
@@ -52,12 +53,14 @@ def verify_models(settings: Settings, names: list[str]) -> int:
     return 1 if refused else 0
 
 
-def pull_model(settings: Settings, name: str) -> int:
+def pull_model(
+    settings: Settings, name: str, calibration: Path | None = None, validation: Path | None = None
+) -> int:
     """Download, convert and verify a model of the catalogue; 1 with one line where that cannot be."""
     from api.pull import PullError, find_entry, pull
 
     try:
-        bundle = pull(find_entry(name), settings.models_dir)
+        bundle = pull(find_entry(name), settings.models_dir, calibration=calibration, validation=validation)
     except (PullError, BundleError) as error:
         print(f"asr: {error}", file=sys.stderr)
         return 1

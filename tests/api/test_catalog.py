@@ -207,6 +207,34 @@ def test_a_published_wav2vec2_becomes_a_bundle_that_runs(name: str, hub: Hub, tm
     assert bundle.vocabulary.decode([3, 2, 4, 1, 5]) == "a bc"
 
 
+def test_a_published_fastconformer_becomes_a_bundle_that_runs(hub: Hub, tmp_path: Path) -> None:
+    from tests.training.conformers import FAST, PIECES, archive_of, random_conformer
+    from training.torch_inference import run_torch
+
+    name = "ru-fastconformer-large"
+    (source,) = CATALOG[name].sources
+    assert isinstance(source, HubFiles)
+    model = random_conformer(FAST)
+    (tmp_path / "published").mkdir()
+    archive_of(tmp_path / "published" / source.files[0], model)
+    serve(hub, source, tmp_path / "published")
+    done = run_pull(name, tmp_path / "models", hub.url)
+    assert done.returncode == 0, done.stderr
+    bundle = verify_bundle(tmp_path / "models", name)
+    assert (bundle.manifest.languages, bundle.manifest.text_normalisation) == (("ru",), ("nfc",))
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    np.testing.assert_allclose(
+        Engine(bundle).run([noise], alone=False)[0], run_torch(model, [noise])[0], atol=1e-4
+    )
+    assert bundle.vocabulary.decode([PIECES.index("\u2581Cd"), PIECES.index("e"), 0, 1]) == "Cde a"
+
+
+def test_recordings_that_are_not_there_are_named_before_the_download(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(PullError, match=r"none\.jsonl: no such manifest"):
+        pull(CATALOG["ru-fastconformer-large"], tmp_path, calibration=tmp_path / "none.jsonl")
+    assert not hub.requests
+
+
 def test_phowhisper_records_the_commit_it_found(hub: Hub, tmp_path: Path) -> None:
     import torch
     from transformers import WhisperConfig
