@@ -49,6 +49,8 @@ class CatalogEntry:
     family: Family
     sources: tuple[HubFiles | Archive, ...]
     page: str
+    needs_recordings: bool = False
+    """Too many weights for a float32 graph: INT8 is made at once, which wants recordings to accept it on."""
 
     @property
     def weights(self) -> str:
@@ -121,6 +123,16 @@ _ENTRIES = (
             ),
         ),
         page="https://huggingface.co/tuandunghcmut/PhoWhisper-tiny-CTC",
+    ),
+    CatalogEntry(
+        name="vi-parakeet-ctc-0.6b",
+        title="Parakeet-CTC 0.6B, Vietnamese (NVIDIA)",
+        languages=("vi",),
+        licence="NVIDIA Open Model License",
+        family="nemo",
+        sources=(HubFiles("nvidia/parakeet-ctc-0.6b-Vietnamese", None, ("parakeet-ctc-0.6b-vi.nemo",)),),
+        page="https://huggingface.co/nvidia/parakeet-ctc-0.6b-Vietnamese",
+        needs_recordings=True,
     ),
     CatalogEntry(
         name="tr-wav2vec2-xls-r-300m",

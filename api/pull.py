@@ -57,6 +57,11 @@ def pull(
     """
     if (models_dir / entry.name).exists():
         raise PullError(f"{models_dir / entry.name} is already there; delete it to pull the model again")
+    if entry.needs_recordings and calibration is None:
+        raise PullError(
+            f"{entry.name} has too many weights for float32: name recordings with texts (--calibration), on "
+            "which its INT8 graph is found and accepted"
+        )
     for manifest in (calibration, validation):
         if manifest is not None and not manifest.is_file():
             raise PullError(f"{manifest}: no such manifest")

@@ -28,6 +28,7 @@ from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.bundle_writer import Card, Measurements, check_card, write_bundle
 from training.errors import CheckpointError, in_one_line
 from training.exported import Exported, exported_transformer
+from training.graph import fits_one_file
 from training.inference import Waveform
 from training.nemo_import import exported_nemo
 from training.pretrained import fill
@@ -153,6 +154,11 @@ def convert(
     card = replace(card, text_normalisation=made.text_normalisation)
     if recordings is not None:
         return publish(made, name, models_dir, card, recordings, keep_float=True)
+    if not fits_one_file(made.graph):
+        raise CheckpointError(
+            f"{weights.name}: {made.parameters / 1e6:.0f} million weights are too many for a float32 graph, "
+            "which holds 2 GB; name recordings with texts (--calibration), and it is made in INT8"
+        )
     notes = {"Export": f"PyTorch against ONNX on noise: {made.agreement(_noise())}."}
     graphs = made.graphs({"float32": made.graph.SerializeToString()}, "float32")
     return write_bundle(models_dir, name, graphs, made.vocabulary, card, Measurements(notes=notes))

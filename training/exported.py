@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import onnx
@@ -14,9 +14,10 @@ from api.manifest import GraphName
 from api.vocabulary import Vocabulary
 from training.bundle_writer import Graphs
 from training.errors import QualityGateError
+from training.graph import as_file, fits_one_file
 from training.inference import Waveform, compare, cpu_session, run_graph
 from training.torch_inference import Forward, run_torch
-from training.transformer_quantize import candidates
+from training.transformer_quantize import DYNAMIC, candidates
 
 TOLERANCE = 1e-4
 """Largest difference of a posterior between PyTorch and ONNX."""
@@ -90,7 +91,7 @@ def exported_transformer(
 
 def agreement(network: Forward, graph: onnx.ModelProto, clips: Sequence[Waveform]) -> str:
     """PyTorch against ONNX on a padded batch. Raises QualityGateError above the tolerance."""
-    found = compare(run_torch(network, clips), run_graph(cpu_session(graph.SerializeToString()), clips))
+    found = compare(run_torch(network, clips), run_graph(cpu_session(graph), clips))
     if not found.worst_posterior <= TOLERANCE:  # NaN is no agreement either
         raise QualityGateError(f"PyTorch and ONNX disagree, tolerance {TOLERANCE:.0e}: {found.describe()}")
     return found.describe()
@@ -99,8 +100,7 @@ def agreement(network: Forward, graph: onnx.ModelProto, clips: Sequence[Waveform
 def _matrix_products(
     graph: onnx.ModelProto, calibration: Sequence[Waveform]
 ) -> Iterator[tuple[str, onnx.ModelProto]]:
-    with tempfile.TemporaryDirectory(prefix="asr-quantize-") as scratch:
-        path = Path(scratch) / "float32.onnx"
-        path.write_bytes(graph.SerializeToString())
-        for how, quantized in candidates(path, Path(scratch), calibration):
+    with as_file(graph) as path:
+        ways = candidates(path, path.parent, calibration)
+        for how, quantized in ways if fits_one_file(graph) else islice(ways, DYNAMIC):
             yield how, onnx.load(quantized)

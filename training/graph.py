@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 17
 IR_VERSION = 8
+MOST_BYTES = 2**31 - 1
+"""What a serialized graph can have: protobuf's limit."""
+NODES_BYTES = 2**23
+"""Room for everything in a graph that is not weights."""
 
 
 class GraphBuilder:
@@ -84,5 +91,26 @@ class GraphBuilder:
             ir_version=IR_VERSION,
             producer_name="asr-platform",
         )
-        onnx.checker.check_model(model)
+        if fits_one_file(model):
+            onnx.checker.check_model(model)
         return model
+
+
+def fits_one_file(model: onnx.ModelProto, most_bytes: int = MOST_BYTES) -> bool:
+    """Whether the graph can be serialized with its weights, as the file of a bundle has to be."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) + NODES_BYTES <= most_bytes
+
+
+@contextmanager
+def as_file(model: onnx.ModelProto, most_bytes: int = MOST_BYTES) -> Iterator[Path]:
+    """The graph as a file for as long as the context lasts, with its weights beside it where they must be."""
+    with tempfile.TemporaryDirectory(prefix="asr-graph-") as scratch:
+        path = Path(scratch) / "graph.onnx"
+        if fits_one_file(model, most_bytes):
+            path.write_bytes(model.SerializeToString())
+        else:
+            # onnx moves the weights out of the model that it is given, so they are read back
+            onnx.save_model(model, path, save_as_external_data=True, location="weights")
+            onnx.checker.check_model(str(path))
+            onnx.load_external_data_for_model(model, scratch)
+        yield path

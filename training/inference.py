@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 from tqdm import tqdm
+
+from training.graph import as_file, fits_one_file
 
 Waveform = npt.NDArray[np.float32]
 """(samples,) in [-1, 1]."""
@@ -39,8 +42,13 @@ class Agreement:
         )
 
 
-def cpu_session(graph: bytes | Path, threads: int = 1) -> onnxruntime.InferenceSession:
+def cpu_session(graph: onnx.ModelProto | bytes | Path, threads: int = 1) -> onnxruntime.InferenceSession:
     """A session on the CPU with every optimisation, as the service makes it."""
+    if isinstance(graph, onnx.ModelProto):
+        if not fits_one_file(graph):
+            with as_file(graph) as path:
+                return cpu_session(path, threads)
+        graph = graph.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

@@ -34,6 +34,7 @@ from training.errors import ConfigError, in_one_line
 from training.evaluate import bundle_recogniser, error_rates, plainly, recognise_all
 from training.export import MIN_SAMPLES, check_agreement, export_graph
 from training.exported import Exported
+from training.graph import fits_one_file
 from training.inference import cpu_session, quiet_run_s
 from training.ngram import fit_texts
 from training.provenance import hardware
@@ -113,7 +114,7 @@ def publish(
     outcome = quantize(graph, vocabulary, calibration, validation, gate, ways=made.ways, plain=plain)
     print(outcome.table())
     files: dict[GraphName, bytes | Path] = {"int8": outcome.chosen.graph.SerializeToString()}
-    if keep_float:
+    if keep_float and fits_one_file(graph):
         files["float32"] = graph.SerializeToString()
     notes = {
         "Export": f"PyTorch against ONNX: {agreement}.",

@@ -214,7 +214,7 @@ class _Reference:
         self.vocabulary = vocabulary
         self.validation = validation
         self.plain = plain
-        self.session = cpu_session(graph.SerializeToString())
+        self.session = cpu_session(graph)
         self.log_probs = [
             run_graph(self.session, [clip])[0]
             for clip, _ in tqdm(validation, desc="float32", unit="clip", disable=None)

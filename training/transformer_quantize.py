@@ -20,6 +20,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+DYNAMIC = 2
+"""How many of `candidates`, the first, need no run of the float graph to find ranges."""
 FRONT = "frontend."
 """Nodes of the front end stay float: a spectrum does not fit 8 bits."""
 

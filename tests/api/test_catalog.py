@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -235,6 +234,12 @@ def test_recordings_that_are_not_there_are_named_before_the_download(hub: Hub, t
     assert not hub.requests
 
 
+def test_a_model_that_is_too_large_for_float32_asks_for_recordings_first(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(PullError, match=r"vi-parakeet-ctc-0\.6b has too many weights.*--calibration"):
+        pull(CATALOG["vi-parakeet-ctc-0.6b"], tmp_path)
+    assert not hub.requests
+
+
 def test_phowhisper_records_the_commit_it_found(hub: Hub, tmp_path: Path) -> None:
     import torch
     from transformers import WhisperConfig
@@ -307,25 +312,11 @@ def test_without_torch_it_says_what_to_run(tmp_path: Path, monkeypatch: pytest.M
         pull(CATALOG["ru-quartznet15x5"], tmp_path)
 
 
-def tiny_nemo() -> bytes:
-    import torch
-    import yaml
-
+def tiny_nemo(folder: Path) -> bytes:
     from tests.training.networks import CONFIGS, random_network
-    from tests.training.test_nemo import nemo_config, nemo_state, stored, write_archive
+    from tests.training.test_nemo import archive_of
 
-    torch.manual_seed(0)
-    model = random_network(CONFIGS[0] if isinstance(CONFIGS, list | tuple) else next(iter(CONFIGS.values())))
-    members = {
-        "model_config.yaml": yaml.safe_dump(nemo_config(model)).encode(),
-        "model_weights.ckpt": stored(nemo_state(model)),
-    }
-    buffer = io.BytesIO()
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        buffer.write(write_archive(Path(folder) / "tiny.nemo", members).read_bytes())
-    return buffer.getvalue()
+    return archive_of(folder / "tiny.nemo", random_network(CONFIGS["quartznet"])).read_bytes()
 
 
 def archive_entry(hub: Hub, sha256: str | None = None) -> CatalogEntry:
@@ -334,7 +325,7 @@ def archive_entry(hub: Hub, sha256: str | None = None) -> CatalogEntry:
 
 
 def test_an_archive_is_resumed_checked_and_converted(hub: Hub, tmp_path: Path) -> None:
-    content = tiny_nemo()
+    content = tiny_nemo(tmp_path)
     hub.files["versions/1/tiny.nemo"] = content
     entry = archive_entry(hub, hashlib.sha256(content).hexdigest())
     hub.cut_after = 1000

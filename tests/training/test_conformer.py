@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
@@ -30,6 +31,7 @@ from training.bundle_writer import Card
 from training.conformer_graph import MAX_WINDOW_S, export_graph
 from training.exported import TOLERANCE
 from training.frontend import LogMel
+from training.graph import as_file, fits_one_file
 from training.inference import compare, cpu_session, run_graph
 from training.nemo import quartznet_of
 from training.nemo_archive import NemoArchive, NemoError, read_archive
@@ -37,6 +39,7 @@ from training.nemo_conformer import conformer_of
 from training.publish import publish
 from training.quantize import Gate
 from training.torch_inference import run_torch
+from training.transformer_quantize import dynamic
 from training.vocabulary import casing_steps
 
 
@@ -160,6 +163,21 @@ def test_an_archive_becomes_a_bundle_in_its_own_casing(tmp_path: Path) -> None:
     assert bundle.manifest.text_normalisation == ("nfc",), "it writes capitals"
     session = cpu_session(bundle.graph_path("float32"))
     assert compare(run_torch(model, chirps(2)), run_graph(session, chirps(2))).worst_posterior < TOLERANCE
+
+
+def test_a_graph_too_large_for_one_file_runs_with_its_weights_beside_it() -> None:
+    model = export_graph(random_conformer(FAST))
+    clips = chirps(2)
+    before, size = run_graph(cpu_session(model), clips)[0], len(model.SerializeToString())
+    with as_file(model, most_bytes=0) as path:
+        assert {file.name for file in path.parent.iterdir()} == {"graph.onnx", "weights"}
+        session = cpu_session(path)
+        small = dynamic(path, path.with_name("int8.onnx"))
+        quantized = onnx.load(small, load_external_data=False)
+    assert np.array_equal(run_graph(session, clips)[0], before)
+    assert np.array_equal(run_graph(cpu_session(model), clips)[0], before), "it has its weights back"
+    assert not any(tensor.external_data for tensor in quantized.graph.initializer)
+    assert (fits_one_file(model), fits_one_file(model, size)) == (True, False)
 
 
 def test_recordings_give_it_an_int8_graph(tmp_path: Path) -> None:

@@ -11,14 +11,12 @@ from torch import nn
 from training.augment.waveform import WaveformAugment
 from training.data.manifest import Utterance
 from training.errors import CheckpointError, ConfigError, EmptyManifestError
+from training.graph import MOST_BYTES
 from training.loop.dataset import UtteranceDataset, make_loader
 from training.loop.fit import fit
 from training.loop.run_folder import WEIGHTS, RunFolder, read_metrics
 from training.stages.recipe import Recipe
 from training.vocabulary import TokenCodec
-
-MAX_GRAPH_BYTES = 2**31 - 1
-"""Of a protobuf message."""
 
 
 def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -> Path:
@@ -69,10 +67,10 @@ def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -
 def fits_one_file(network: nn.Module) -> None:
     """Refuse before the training what cannot be exported after it. Raises ConfigError."""
     size_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
-    if size_bytes > MAX_GRAPH_BYTES:
+    if size_bytes > MOST_BYTES:
         raise ConfigError(
             f"model: {size_bytes / 1e9:.1f} GB of weights in float32; a bundle's graph is one file, and ONNX "
-            f"limits it to {MAX_GRAPH_BYTES / 1e9:.1f} GB; choose a smaller base"
+            f"limits it to {MOST_BYTES / 1e9:.1f} GB; choose a smaller base"
         )
 
 
