@@ -16,9 +16,10 @@ from onnxruntime.quantization import (
     CalibrationMethod,
     QuantFormat,
     QuantType,
-    quantize_dynamic,
     quantize_static,
 )
+
+from training.dynamic_int8 import graphs_of, quantize_products
 
 DYNAMIC = 2
 """How many of `candidates`, the first, need no run of the float graph to find ranges."""
@@ -31,18 +32,10 @@ def products(model: onnx.ModelProto) -> list[str]:
     constants = {tensor.name for tensor in model.graph.initializer}
     return [
         node.name
-        for graph in _graphs(model.graph)
+        for graph in graphs_of(model.graph)
         for node in graph.node
         if node.op_type == "MatMul" and node.input[1] in constants and not node.name.startswith(FRONT)
     ]
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
 
 
 class _Recordings(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
@@ -66,17 +59,9 @@ def dynamic(graph: Path, out: Path, skipped: Sequence[str] = ()) -> Path:
 
     The scale is one for the whole batch, so an item's result depends a little on its neighbours.
     """
-    chosen = [name for name in products(onnx.load(graph)) if name not in set(skipped)]
-    with _quiet():
-        quantize_dynamic(
-            str(graph),
-            str(out),
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            nodes_to_quantize=chosen,
-            extra_options={"MatMulConstBOnly": True, "EnableSubgraph": True},
-        )
+    model = onnx.load(graph)
+    quantize_products(model, set(products(model)) - set(skipped))
+    out.write_bytes(model.SerializeToString())
     return out
 
 
@@ -84,7 +69,9 @@ def static(
     graph: Path, out: Path, recordings: Sequence[npt.NDArray[np.float32]], skipped: Sequence[str] = ()
 ) -> Path:
     """Weights S8 per channel, activations U8 with scales measured on `recordings`: batched equals alone."""
-    chosen = [name for name in products(onnx.load(graph)) if name not in set(skipped)]
+    chosen = [
+        name for name in products(onnx.load(graph, load_external_data=False)) if name not in set(skipped)
+    ]
     with _quiet():
         quantize_static(
             str(graph),
@@ -106,7 +93,7 @@ def candidates(
     graph: Path, out: Path, calibration: Sequence[npt.NDArray[np.float32]]
 ) -> Iterator[tuple[str, Path]]:
     """The ways that are tried for every Transformer encoder."""
-    names = products(onnx.load(graph))
+    names = products(onnx.load(graph, load_external_data=False))
     yield "dynamic MatMul per channel", dynamic(graph, out / "dynamic.onnx")
     ends = [names[0], names[-1]]
     yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "dynamic_ends.onnx", ends)

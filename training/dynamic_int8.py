@@ -1,0 +1,112 @@
+"""Matrix products with constant weights -> dynamic INT8, in place and one weight at a time.
+
+ONNX Runtime's own tool holds several copies of all weights while it works, too many for 600 million of them
+on a machine with 24 GB. This one gives the same graph (a test compares them) and holds one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+SIGNED_LIMIT = 127
+
+
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and those inside its nodes (loops, branches), outer ones first."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from graphs_of(attribute.g)
+
+
+def quantize_products(model: onnx.ModelProto, chosen: Collection[str]) -> None:
+    """Make the MatMul nodes with these names INT8: weights S8 per channel, inputs U8, sums S32.
+
+    An input's scale is found at every call over the whole batch; products that share an input share it.
+    """
+    weights = _Weights(model.graph)
+    for graph in graphs_of(model.graph):
+        nodes: list[onnx.NodeProto] = []
+        scaled: dict[str, str] = {}
+        for node in graph.node:
+            if node.name in chosen:
+                source, weight = node.input
+                if source not in scaled:
+                    scaled[source] = f"{node.name}.input"
+                    nodes.append(_quantizer(source, scaled[source]))
+                nodes += _product(node, scaled[source], *weights.quantized(weight))
+            else:
+                nodes.append(node)
+        kept = [_copy(node) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(kept)
+    weights.forget_unused(model.graph)
+
+
+def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
+    copied = onnx.NodeProto()
+    copied.CopyFrom(node)
+    return copied
+
+
+def _quantizer(source: str, name: str) -> onnx.NodeProto:
+    outputs = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
+    return helper.make_node("DynamicQuantizeLinear", [source], outputs, name=f"{name}_quantize")
+
+
+def _product(
+    node: onnx.NodeProto, source: str, weight: str, scale: str, zero_point: str
+) -> list[onnx.NodeProto]:
+    """The nodes that stand for one product; the last has its output."""
+    name = node.name
+    inputs = [f"{source}_quantized", weight, f"{source}_zero_point", zero_point]
+    return [
+        helper.make_node("MatMulInteger", inputs, [f"{name}.sums"], name=f"{name}.sums"),
+        helper.make_node(
+            "Cast", [f"{name}.sums"], [f"{name}.float"], name=f"{name}.float", to=TensorProto.FLOAT
+        ),
+        helper.make_node("Mul", [f"{source}_scale", scale], [f"{name}.scale"], name=f"{name}.scale"),
+        helper.make_node("Mul", [f"{name}.float", f"{name}.scale"], [node.output[0]], name=name),
+    ]
+
+
+class _Weights:
+    """Constants of the outer graph; inner graphs see them too."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.places = {tensor.name: index for index, tensor in enumerate(graph.initializer)}
+        self.done: dict[str, tuple[str, str, str]] = {}
+
+    def quantized(self, name: str) -> tuple[str, str, str]:
+        """Names of a weight in S8, of its scales and of its zero points, one of each per column."""
+        if name not in self.done:
+            values = numpy_helper.to_array(self.graph.initializer[self.places[name]])
+            largest = np.abs(values).max(axis=0)
+            scales = np.where(largest > 0, largest / np.float32(SIGNED_LIMIT), 1).astype(np.float32)
+            rounded = np.rint(values / scales).astype(np.int8)
+            made: dict[str, npt.NDArray[Any]] = {
+                f"{name}_quantized": rounded,
+                f"{name}_scale": scales,
+                f"{name}_zero_point": np.zeros(len(scales), np.int8),
+            }
+            self.graph.initializer.extend(numpy_helper.from_array(array, new) for new, array in made.items())
+            quantized, scale, zero_point = made
+            self.done[name] = quantized, scale, zero_point
+        return self.done[name]
+
+    def forget_unused(self, graph: onnx.GraphProto) -> None:
+        """Drop the float weights that nothing reads any more."""
+        uses = Counter(name for inner in graphs_of(graph) for node in inner.node for name in node.input)
+        uses.update(output.name for inner in graphs_of(graph) for output in inner.output)
+        for name in sorted(self.done, key=lambda name: self.places[name], reverse=True):
+            if not uses[name]:
+                del graph.initializer[self.places[name]]
