@@ -96,9 +96,14 @@ class GraphBuilder:
         return model
 
 
+def weights_bytes(model: onnx.ModelProto) -> int:
+    """Size of the constants."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
 def fits_one_file(model: onnx.ModelProto, most_bytes: int = MOST_BYTES) -> bool:
     """Whether the graph can be serialized with its weights, as the file of a bundle has to be."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) + NODES_BYTES <= most_bytes
+    return weights_bytes(model) + NODES_BYTES <= most_bytes
 
 
 @contextmanager

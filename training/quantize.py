@@ -26,6 +26,7 @@ from training.calibration import manifest_waveforms
 from training.errors import QualityGateError, in_one_line
 from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text
 from training.exported import Ways
+from training.graph import weights_bytes
 from training.inference import Agreement, Waveform, compare, cpu_session, quiet_run_s, run_graph
 from training.qdq import Range, quantizable, quantize_graph
 
@@ -182,7 +183,7 @@ def quantize(
     tried = (ways or static_convolutions)(graph, calibration)
     trials = [reference.measure(method, quantized) for method, quantized in tried]
     best = min(trials, key=lambda trial: (trial.rates.wer, -trial.speed))
-    outcome = Outcome(reference.rates, graph.ByteSize(), tuple(trials), best)
+    outcome = Outcome(reference.rates, weights_bytes(graph), tuple(trials), best)
     problems = []
     if best.speed < gate.min_speed:
         problems.append(f"speed {best.speed:.2f}x, expected at least {gate.min_speed}x")
