@@ -54,7 +54,7 @@ lock: ## resolve the locks again (needs uv)
 # --- run and test ------------------------------------------------------------------------------------
 .PHONY: run test lint format
 run: $(VENV)/.run ## set up, start API and page, transcribe a sample; MODEL=name serves another bundle
-	@exec $(BIN)/python scripts/run.py --model "$(MODEL)" $(ARGS)
+	@exec $(BIN)/python scripts/run.py $(if $(filter file,$(origin MODEL)),,--model "$(MODEL)") $(ARGS)
 
 test: $(VENV)/.dev ## set up and run every test, in two processes; ARGS=...
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 2 $(ARGS)

@@ -84,13 +84,14 @@ def check_port(host: str, port: int, name: str, variable: str) -> None:
             ) from error
 
 
-def check_model(models_dir: Path, name: str) -> None:
-    """Raise RunError when no bundle of that name is there."""
-    if (models_dir / name / "manifest.json").is_file():
+def check_models(models_dir: Path, names: str) -> None:
+    """Raise RunError when no bundle of a name in the comma list is there."""
+    there = sorted(path.parent.name for path in models_dir.glob("*/manifest.json"))
+    absent = [name for name in (part.strip() for part in names.split(",")) if name and name not in there]
+    if not absent:
         return
-    there = sorted(path.parent.name for path in models_dir.glob("*/manifest.json")) or ["none"]
     raise RunError(
-        f"there is no model {name!r} in {models_dir}; there: {', '.join(there)} "
+        f"there is no model {absent[0]!r} in {models_dir}; there: {', '.join(there) or 'none'} "
         "(more: .venv/bin/asr models list)"
     )
 
@@ -157,22 +158,29 @@ def wait_ready(url: str, children: Sequence[Child]) -> float:
     raise RunError(f"{url} was not ready after {READY_TIMEOUT_S:.0f} s; the log is {children[0].log_path}")
 
 
-def caller_key(folder: Path = ROOT) -> str | None:
-    """ASR_API_KEY, which the sample and the page send: the environment's, else that of `.env`.
+def variables(folder: Path = ROOT) -> dict[str, str]:
+    """The environment, and under it what `.env` sets: the service reads that file itself, the page does not.
 
-    The service reads `.env` itself; without this its keys would shut out the page that starts beside it.
+    Without it the service's keys would shut out the page that starts beside it, and a port that stands there
+    would be asked for at another number. Raises RunError where the file is not text.
     """
-    return os.environ.get("ASR_API_KEY") or dotenv_values(folder / ".env").get("ASR_API_KEY") or None
+    try:
+        written = dotenv_values(folder / ".env")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{folder / '.env'} is not UTF-8 text ({error.reason})") from error
+    ours = {name for name in {*written, *os.environ} if name.startswith(("ASR_", "STREAMLIT_"))}
+    # an empty value means the default, in either place
+    set_here = {name: value for name in ours if (value := os.environ.get(name) or written.get(name))}
+    return {name: value for name, value in os.environ.items() if name not in ours} | set_here
 
 
-def transcribe_sample(base_url: str, model: str, api_key: str | None) -> None:
-    """Send the committed sample through the API and print what came back."""
+def transcribe_sample(base_url: str, api_key: str | None) -> None:
+    """Send the committed sample through the API, to its default model, and print what came back."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     with interruption, SAMPLE.open("rb") as file:
         response = httpx.post(
             f"{base_url}/transcribe",
             files={"file": file},
-            data={"model": model},
             headers=headers,
             timeout=120.0,
         )
@@ -192,10 +200,10 @@ def transcribe_sample(base_url: str, model: str, api_key: str | None) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Start, show, wait, stop."""
-    models_dir = Path(os.environ.get("ASR_MODELS_DIR", ROOT / "models"))
-    check_model(models_dir, arguments.model)
+def run(arguments: argparse.Namespace, given: dict[str, str]) -> None:
+    """Start with the variables that are given, show, wait, stop."""
+    models_dir = ROOT / given.get("ASR_MODELS_DIR", "models")
+    check_models(models_dir, arguments.model)
     check_port(arguments.host, arguments.port, "the API", "PORT")
     page = ROOT / "ui" / "app.py"
     if not arguments.no_page:
@@ -206,7 +214,7 @@ def run(arguments: argparse.Namespace) -> None:
     every_interface = {"0.0.0.0", "::"}  # noqa: S104 - compared with, not bound to
     shown_host = "localhost" if arguments.host in {"127.0.0.1"} | every_interface else arguments.host
     base_url = f"http://127.0.0.1:{arguments.port}"
-    environment = os.environ | {
+    environment = given | {
         "ASR_HOST": arguments.host,
         "ASR_PORT": str(arguments.port),
         "ASR_MODELS_DIR": str(models_dir),
@@ -214,8 +222,7 @@ def run(arguments: argparse.Namespace) -> None:
         "ASR_API_URL": base_url,
         "PYTHONUNBUFFERED": "1",
     }
-    if key := caller_key():
-        environment["ASR_API_KEY"] = key
+    key = given.get("ASR_API_KEY")
     logs = Path(tempfile.mkdtemp(prefix="asr-run-"))
     children: list[Child] = []
     try:
@@ -228,7 +235,7 @@ def run(arguments: argparse.Namespace) -> None:
             children.append(Child("page", command, environment, logs / "page.log"))
         waited_s = wait_ready(f"{base_url}/health/ready", children)
         print(f"Ready after {waited_s:.1f} s.")
-        transcribe_sample(base_url, arguments.model, key)
+        transcribe_sample(base_url, key)
         if not arguments.no_page:
             wait_ready(f"http://127.0.0.1:{arguments.page_port}/_stcore/health", children)
             print(f"\n  Page        http://{shown_host}:{arguments.page_port}   drop a file, or speak")
@@ -257,19 +264,21 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Parse the command line; exit status 0 after a clean stop, 1 after a clear line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="en-quartznet-small")
-    parser.add_argument("--host", default=os.environ.get("ASR_HOST", "127.0.0.1"))
-    # as text, which argparse reads as it reads an option: one that is no number ends in one line as well
-    port = os.environ.get("PORT", os.environ.get("ASR_PORT", "8000"))
-    parser.add_argument("--port", type=int, default=port)
-    parser.add_argument("--page-port", type=int, default=os.environ.get("PAGE_PORT", "8501"))
-    parser.add_argument("--no-page", action="store_true", help="the API alone")
-    parser.add_argument("--once", action="store_true", help="stop after the sample; for tests")
-    given = parser.parse_args()
-    interruption.install()
     try:
-        run(given)
+        given = variables()
+        parser = argparse.ArgumentParser(description=__doc__)
+        models = given.get("ASR_MODELS", "en-quartznet-small")
+        parser.add_argument("--model", default=models, help="or several, as a comma list")
+        parser.add_argument("--host", default=given.get("ASR_HOST", "127.0.0.1"))
+        # as text, which argparse reads as it reads an option: one that is no number ends in one line as well
+        port = given.get("PORT", given.get("ASR_PORT", "8000"))
+        parser.add_argument("--port", type=int, default=port)
+        parser.add_argument("--page-port", type=int, default=given.get("PAGE_PORT", "8501"))
+        parser.add_argument("--no-page", action="store_true", help="the API alone")
+        parser.add_argument("--once", action="store_true", help="stop after the sample; for tests")
+        arguments = parser.parse_args()
+        interruption.install()
+        run(arguments, given)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -130,15 +130,56 @@ def test_the_command_that_is_shown_names_the_key_where_one_is_needed(tmp_path: P
     assert secret not in said
 
 
-def test_the_pages_key_may_stand_in_the_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_of_the_env_file_hold_for_the_page_and_the_ports_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = importlib.util.spec_from_file_location("run", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     run = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run)
-    monkeypatch.delenv("ASR_API_KEY", raising=False)
-    assert run.caller_key(tmp_path) is None
-    (tmp_path / ".env").write_text("ASR_API_KEYS=me:sesame-sesame-sesame\nASR_API_KEY=sesame-sesame-sesame\n")
-    assert run.caller_key(tmp_path) == "sesame-sesame-sesame"
+    names = ("ASR_API_KEY", "ASR_PORT", "OTEL_EXPORTER_OTLP_ENDPOINT", "STREAMLIT_SERVER_MAX_UPLOAD_SIZE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert not set(run.variables(tmp_path)) & set(names)
+    (tmp_path / ".env").write_text(
+        "ASR_API_KEY=sesame-sesame-sesame\nASR_PORT=8123\nSTREAMLIT_SERVER_MAX_UPLOAD_SIZE=100\nASR_HOST=\n"
+        "OTEL_EXPORTER_OTLP_ENDPOINT=http://the-services-own:4317\n"
+    )
+    given = run.variables(tmp_path)
+    assert [given.get(name) for name in names] == ["sesame-sesame-sesame", "8123", None, "100"]
+    assert "ASR_HOST" not in given, "an empty value means the default"
     monkeypatch.setenv("ASR_API_KEY", "from-the-environment")
-    assert run.caller_key(tmp_path) == "from-the-environment"
+    monkeypatch.setenv("ASR_PORT", "")
+    monkeypatch.setenv("ASR_MODELS", "")
+    given = run.variables(tmp_path)
+    assert "ASR_MODELS" not in given
+    assert (given["ASR_API_KEY"], given["ASR_PORT"]) == ("from-the-environment", "8123")
+    (tmp_path / ".env").write_bytes(b"ASR_PORT=\xff\n")
+    with pytest.raises(run.RunError, match="not UTF-8"):
+        run.variables(tmp_path)
+
+
+def test_several_models_are_started_and_each_must_be_there(tmp_path: Path) -> None:
+    make_bundle(tmp_path, "one")
+    make_bundle(tmp_path, "two")
+    given = {"ASR_MODELS_DIR": str(tmp_path), "ASR_PORT": str(free_port())}
+    process = start("--once", ASR_MODELS="one,two", ASR_DEFAULT_MODEL="two", **given)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "audio, model two:" in said
+    assert f":{given['ASR_PORT']}/docs" in said
+    process = start("--once", ASR_MODELS="one, three", **given)
+    _, error = process.communicate(timeout=60)
+    assert error.startswith("error: there is no model 'three' in")
+
+
+@pytest.mark.parametrize(("given", "shown"), [((), False), (("MODEL=other",), True)])
+def test_make_names_a_model_only_where_one_is_given(given: tuple[str, ...], shown: bool) -> None:
+    """Else ASR_MODELS, the environment's or that of `.env`, would never count."""
+    told = {name: value for name, value in os.environ.items() if name not in ("MODEL", "MAKEFLAGS")}
+    command = ["make", "--dry-run", "run", *given]
+    planned = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in planned.splitlines() if "scripts/run.py" in line]
+    assert ('--model "other"' in line) is shown
+    assert ("--model" in line) is shown
