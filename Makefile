@@ -107,11 +107,11 @@ bench-kernels: $(VENV)/.bench ## our INT8 kernels against ONNX Runtime's own, an
 bench-live: $(VENV)/.bench ## how soon live sessions have their text, and how many a machine carries; MODEL=name, ARGS="--sessions 1,16"
 	$(BIN)/python -m loadtest.bench_live --model "$(MODEL)" $(ARGS)
 
-bench-overload: $(VENV)/.bench ## three times capacity for two minutes; MODEL=name, ARGS=--seconds 30
+bench-overload: $(VENV)/.bench ## three times capacity for two minutes; MODEL=name, ARGS="--seconds 30"
 	$(BIN)/python -m loadtest.overload --model "$(MODEL)" $(ARGS)
 
 .PHONY: fuzz-audio simulate-capacity soak
-fuzz-audio: $(VENV)/.bench ## 100,000 damaged files through the decoder, in a child that may die; ARGS=--count 2000
+fuzz-audio: $(VENV)/.bench ## 100,000 damaged files through the decoder, in a child that may die; ARGS="--count 2000"
 	$(BIN)/python -m loadtest.fuzz_audio $(ARGS)
 
 soak: $(VENV)/.bench ## 30 minutes of mixed load: no memory, descriptor, thread or file may stay; ARGS="--minutes 480 --out build/soak"

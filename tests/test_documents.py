@@ -77,6 +77,14 @@ def test_commands_exist(path: Path) -> None:
                 assert folder.with_suffix(".py").is_file() or (folder / "__main__.py").is_file(), module
 
 
+@pytest.mark.parametrize(
+    "path", [ROOT / "Makefile", *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_arguments_of_make_are_quoted(path: Path) -> None:
+    """`ARGS=--count 2000` asks make for a target called 2000."""
+    assert re.findall(r"ARGS=--\S+ +\d+", path.read_text(encoding="utf-8")) == []
+
+
 @each_document
 def test_files_are_there(path: Path) -> None:
     top = {entry.name for entry in ROOT.iterdir()} - {"build", "runs", "data"}
