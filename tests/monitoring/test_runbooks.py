@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.monitoring.files import ROOT, RUNBOOKS, alerts, runbook_queries
+from tests.monitoring.files import ROOT, RUNBOOKS, alerts, dashboards, runbook_queries
 
 
 def test_there_is_no_runbook_without_an_alert() -> None:
@@ -73,3 +74,14 @@ def test_why_a_model_is_refused_is_found_among_the_requests_for_others() -> None
     for pattern in patterns:
         assert re.search(pattern, refused)
         assert not re.search(pattern, request)
+
+
+def test_the_dashboards_and_panels_that_are_named_exist() -> None:
+    known = {title for board in dashboards().values() for title in (board["title"], *titles(board))}
+    for path in [*RUNBOOKS.glob("*.md"), ROOT / "docs" / "observability.md"]:
+        named = re.findall(r"(?<!\*)\*([A-Z][^*\n]+)\*(?!\*)", path.read_text(encoding="utf-8"))
+        assert set(named) <= known, path
+
+
+def titles(board: dict[str, Any]) -> list[str]:
+    return [panel["title"] for panel in board["panels"]]
