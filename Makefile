@@ -60,7 +60,7 @@ test: $(VENV)/.dev ## set up and run every test, in two processes; ARGS=...
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 2 $(ARGS)
 
 .PHONY: train-smoke
-train-smoke: $(VENV)/.dev ## all four recipes, from recordings to bundles that a live API serves
+train-smoke: $(VENV)/.dev ## all five recipes, from recordings to bundles that a live API serves
 	$(BIN)/python -m pytest -q --durations=0 tests/training/test_train_smoke.py
 
 lint: $(VENV)/.dev ## ruff and mypy strict

@@ -31,6 +31,7 @@ from training.evaluate import Utterance as Heard
 from training.inference import Waveform, clip_of, in_turns_s
 from training.loop.run_folder import WEIGHTS, RunFolder
 from training.provenance import hardware
+from training.recipes.conformer_ctc.recipe import ConformerRecipe
 from training.recipes.quartznet_ctc.recipe import QuartzNetRecipe
 from training.recipes.wav2vec2_ctc.recipe import Wav2Vec2Recipe
 from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
@@ -41,7 +42,7 @@ from training.stages.recipe import Recipe
 from training.stages.train import load_weights
 
 RECIPES: dict[str, type[Recipe]] = {
-    recipe.name: recipe for recipe in (QuartzNetRecipe, Wav2Vec2Recipe, WhisperCtcRecipe)
+    recipe.name: recipe for recipe in (QuartzNetRecipe, Wav2Vec2Recipe, WhisperCtcRecipe, ConformerRecipe)
 }
 COLUMNS = (
     "form",

@@ -20,8 +20,10 @@ from torch.nn import functional
 from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetForCTC
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderSubsamplingConv2D
 
+from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
 from training.frontend import FrontendConfig, LogMel
 from training.masks import frame_mask
+from training.pretrained import keep_norms
 from training.transformer import check_heads
 
 Subsampling = Literal["striding", "dw_striding"]
@@ -31,8 +33,6 @@ Subsampling = Literal["striding", "dw_striding"]
 class ConformerConfig:
     """Shape of the network; the defaults are those of FastConformer-large (115 million parameters)."""
 
-    outputs: int
-    """Of the head, the blank included, which is the last."""
     features: int = 80
     width: int = 512
     layers: int = 17
@@ -49,6 +49,8 @@ class ConformerConfig:
     """Multiply the layers' input by the square root of the width."""
     bias: bool = True
     """Of the linear layers and convolutions inside the layers."""
+    upsample: int = 1
+    """Output frames per frame of the layers: letters need one every 20 ms or so, FastConformer has 80."""
 
     def __post_init__(self) -> None:
         check_heads(self.width, self.heads)
@@ -58,10 +60,21 @@ class ConformerConfig:
             raise ValueError(f"subsampling_factor {self.subsampling_factor}: expected a power of two from 2")
         if self.features % self.subsampling_factor:
             raise ValueError(f"features {self.features}: expected a multiple of {self.subsampling_factor}")
+        if self.upsample < 1:
+            raise ValueError(f"upsample {self.upsample}: expected at least 1")
 
-    def for_transformers(self) -> ParakeetCTCConfig:
+    @property
+    def stride(self) -> float:
+        """Feature frames per output frame."""
+        return self.subsampling_factor / self.upsample
+
+    def for_transformers(self, outputs: int, dropout: float) -> ParakeetCTCConfig:
         """The same for `transformers`."""
         encoder = ParakeetEncoderConfig(
+            dropout=dropout,
+            activation_dropout=dropout,
+            attention_dropout=dropout,
+            layerdrop=0.0,
             hidden_size=self.width,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
@@ -74,9 +87,8 @@ class ConformerConfig:
             num_mel_bins=self.features,
             scale_input=self.scale_input,
         )
-        return ParakeetCTCConfig(
-            vocab_size=self.outputs, pad_token_id=self.outputs - 1, encoder_config=encoder.to_dict()
-        )
+        size = self.upsample * outputs
+        return ParakeetCTCConfig(vocab_size=size, pad_token_id=size - 1, encoder_config=encoder.to_dict())
 
 
 class _Striding(ParakeetEncoderSubsamplingConv2D):
@@ -92,15 +104,25 @@ class _Striding(ParakeetEncoderSubsamplingConv2D):
 
 
 class ConformerCtc(nn.Module):
-    """Waveform in, log-probabilities out."""
+    """Waveform in, log-probabilities out; `outputs` of the head include the blank, which is the last."""
 
-    def __init__(self, config: ConformerConfig, frontend: FrontendConfig) -> None:
+    def __init__(
+        self,
+        config: ConformerConfig,
+        outputs: int,
+        frontend: FrontendConfig,
+        *,
+        dropout: float = 0.0,
+        augment: SpecAugmentConfig | None = None,
+        frozen_norms: bool = False,
+    ) -> None:
         super().__init__()
         if frontend.features != config.features:
             raise ValueError(f"{frontend.features} features for a network of {config.features}")
-        self.config = config
+        self.config, self.outputs, self.frozen_norms = config, outputs, frozen_norms
         self.frontend = LogMel(frontend)
-        self.network: Any = ParakeetForCTC(config.for_transformers())
+        self.augment = SpecAugment(augment) if augment else None
+        self.network: Any = ParakeetForCTC(config.for_transformers(outputs, dropout))
         if config.subsampling == "striding":
             described: Any = self.network.config.encoder_config
             self.network.encoder.subsampling = _Striding(described)
@@ -108,17 +130,29 @@ class ConformerCtc(nn.Module):
     @property
     def frame_stride_s(self) -> float:
         """Seconds from one output frame to the next."""
-        return self.frontend.config.hop_s * self.config.subsampling_factor
+        return self.frontend.config.hop_s * self.config.stride
 
     def positions(self, frames: int) -> Tensor:
         """Sinusoids of the distances from frames - 1 down to 1 - frames, (2 * frames - 1, width)."""
         out: Tensor = self.network.encoder.encode_positions(torch.zeros(1, frames, self.config.width))[0]
         return out
 
+    def train(self, mode: bool = True) -> ConformerCtc:
+        """Training mode, with batch norms that keep their statistics where `frozen_norms` asks for it."""
+        super().train(mode)
+        if mode and self.frozen_norms:
+            keep_norms(self)
+        return self
+
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, samples), (batch,) -> log_probs (batch, frames, vocabulary), frame lengths (batch,)."""
-        features, counts = self.frontend(waveform, lengths)
+        with torch.autocast(waveform.device.type, enabled=False):
+            features, counts = self.frontend(waveform.float(), lengths)
+        if self.augment is not None:
+            features = self.augment(features, counts)
         own = frame_mask(counts, features.shape[2])
         logits = self.network(features.transpose(1, 2), attention_mask=own).logits
+        logits = logits.reshape(len(logits), -1, self.outputs).float()
         steps = self.config.subsampling_factor
-        return functional.log_softmax(logits.float(), dim=-1), (counts + steps - 1) // steps
+        counts = (counts + steps - 1) // steps * self.config.upsample
+        return functional.log_softmax(logits, dim=-1), counts

@@ -46,9 +46,14 @@ def export_graph(model: ConformerCtc) -> onnx.ModelProto:
     weight = graph.weights("head.weight", array(head.weight)[:, :, 0].T)
     logits = graph.add("MatMul", [values, weight], "head.product")
     logits = graph.add("Add", [logits, graph.weights("head.bias", array(head.bias))], "head")
+    if model.config.upsample > 1:
+        shape = graph.ints("head.shape", [0, -1, model.outputs])
+        logits = graph.add("Reshape", [logits, shape], "head.upsampled")
+        factor = graph.ints("head.upsample", [model.config.upsample])
+        counts = graph.add("Mul", [counts, factor], "head.lengths")
     graph.add("LogSoftmax", [logits], "log_probs", axis=-1)
     graph.add("Identity", [counts], "frame_lengths")
-    return graph.build("conformer_ctc", model.config.outputs)
+    return graph.build("conformer_ctc", model.outputs)
 
 
 def _add_subsampling(graph: GraphBuilder, model: ConformerCtc, features: str, counts: str) -> tuple[str, str]:

@@ -54,9 +54,9 @@ def conformer_of(archive: NemoArchive) -> NemoConformer:
         raise NemoError(f"{archive.name}: encoder._target_: {archive.encoder}, expected {CONFORMER}")
     vocabulary = vocabulary_of(archive.config)
     frontend: FrontendConfig = archive.configured(frontend_of)
-    config = archive.configured(lambda given: _config(given, len(vocabulary) + 1))
+    config = archive.configured(_config)
     check_filters(archive.state, frontend)
-    model = archive.configured(lambda given: ConformerCtc(config, frontend)).eval()
+    model = archive.configured(lambda given: ConformerCtc(config, len(vocabulary) + 1, frontend)).eval()
     counters = tuple(name for name in model.network.state_dict() if name.endswith("num_batches_tracked"))
     try:
         fill(model.network, _renamed(archive), optional=counters)
@@ -65,7 +65,7 @@ def conformer_of(archive: NemoArchive) -> NemoConformer:
     return NemoConformer(model, vocabulary)
 
 
-def _config(config: Mapping[str, Any], outputs: int) -> ConformerConfig:
+def _config(config: Mapping[str, Any]) -> ConformerConfig:
     given = section(config, "encoder")
     expected: dict[str, Sequence[Any]] = {
         "self_attention_model": ("rel_pos",),
@@ -89,7 +89,6 @@ def _config(config: Mapping[str, Any], outputs: int) -> ConformerConfig:
         )
     channels = int(given.get("subsampling_conv_channels", -1))
     return ConformerConfig(
-        outputs=outputs,
         features=int(given["feat_in"]),
         width=width,
         layers=int(given["n_layers"]),

@@ -29,6 +29,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no weights can be read: {error}") from error
 
 
+def keep_norms(network: nn.Module) -> None:
+    """Let the batch normalisations of a network in training mode keep their statistics, and learn scales."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+
+
 def fill(
     network: nn.Module,
     state: Mapping[str, Tensor],

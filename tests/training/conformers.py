@@ -16,20 +16,21 @@ from training.frontend import FrontendConfig, mel_filters
 
 FRONTEND = FrontendConfig(features=80, window_samples=400)
 PIECES = ["<unk>", "\u2581a", "b", "c", "\u2581Cd", "d", "\u2581", "e"]
-FAST = ConformerConfig(len(PIECES) + 1, width=32, layers=2, heads=4, inner=128, subsampling_channels=16)
+FAST = ConformerConfig(width=32, layers=2, heads=4, inner=128, subsampling_channels=16)
 CONFIGS = {
     "fastconformer": FAST,
     "conformer": replace(
         FAST, kernel=31, subsampling="striding", subsampling_factor=4, subsampling_channels=32
     ),
     "without biases": replace(FAST, bias=False, scale_input=False),
+    "four frames a step": replace(FAST, upsample=4),
 }
 
 
 def random_conformer(config: ConformerConfig) -> ConformerCtc:
     """Weights that make every part count, and normalisations that have seen data."""
     torch.manual_seed(0)
-    model = ConformerCtc(config, FRONTEND).eval()
+    model = ConformerCtc(config, len(PIECES) + 1, FRONTEND).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = 10.0 if parameter.dim() == 1 else parameter[0].numel()

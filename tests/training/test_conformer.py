@@ -43,7 +43,7 @@ from training.transformer_quantize import dynamic
 from training.vocabulary import casing_steps
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name].upsample == 1])
 def test_weights_arrive_where_they_belong(tmp_path: Path, name: str) -> None:
     model = random_conformer(CONFIGS[name])
     found = conformer_of(read_archive(archive_of(tmp_path / "model.nemo", model)))

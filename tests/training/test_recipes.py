@@ -23,6 +23,7 @@ from training.evaluate import greedy_text
 from training.inference import compare, cpu_session, run_graph
 from training.loop.dataset import UtteranceDataset, collate
 from training.loop.run_folder import RunFolder, read_metrics
+from training.recipes.conformer_ctc.recipe import ConformerRecipe
 from training.recipes.quartznet_ctc.architectures import citrinet
 from training.recipes.quartznet_ctc.model import QuartzNet
 from training.recipes.quartznet_ctc.network import QuartzNetCtc, transferred
@@ -47,6 +48,7 @@ RECIPES = {
     "whisper_ctc": WhisperCtcRecipe,
     "wav2vec2_ctc": Wav2Vec2Recipe,
     "whisper_seq2seq": WhisperSeq2SeqRecipe,
+    "conformer_ctc": ConformerRecipe,
 }
 
 TINY = """

@@ -12,6 +12,7 @@ from training.errors import CheckpointError
 from training.frontend import FrontendConfig, LogMel
 from training.nemo import read_nemo
 from training.nemo_archive import NemoError
+from training.pretrained import keep_norms
 from training.recipes.quartznet_ctc.model import QuartzNet, QuartzNetConfig
 
 
@@ -45,9 +46,7 @@ class QuartzNetCtc(nn.Module):
         """Training mode, with batch norms that keep their statistics where `frozen_norms` asks for it."""
         super().train(mode)
         if mode and self.frozen_norms:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm1d):
-                    module.eval()
+            keep_norms(self)
         return self
 
 

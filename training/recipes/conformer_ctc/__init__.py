@@ -1,0 +1,1 @@
+"""Conformer and FastConformer, fine-tuned with CTC."""
