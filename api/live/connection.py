@@ -25,7 +25,6 @@ from api.errors import (
 )
 from api.keys import KEY_SUBPROTOCOL
 from api.service import Service
-from api.telemetry import UNKNOWN
 
 _log = structlog.get_logger("api.live")
 
@@ -64,11 +63,7 @@ class Connection:
         self._end = "closed"
 
     async def __aenter__(self) -> Self:
-        try:
-            self._service.enter_stream(self)
-        except AsrError as error:
-            self._count(UNKNOWN, 0.0, error)
-            raise
+        self._service.enter_stream(self)
         try:
             await self._websocket.accept(subprotocol=self._chosen_subprotocol())
         except BaseException:
@@ -108,10 +103,8 @@ class Connection:
     def utterance_ended(self, model: str, ended_s: float, error: AsrError | None = None) -> None:
         """Count one that is about to be told, or has failed; ``ended_s`` is of ``time.perf_counter``."""
         self._utterances += 1
-        self._count(model, time.perf_counter() - ended_s, error)
-
-    def _count(self, model: str, elapsed_s: float, error: AsrError | None) -> None:
         status, code = (200, None) if error is None else (error.status, error.code)
+        elapsed_s = time.perf_counter() - ended_s
         self._service.telemetry.utterance_ended(
             self._protocol, model, elapsed_s=elapsed_s, status=status, code=code
         )

@@ -33,6 +33,4 @@ async def vosk(websocket: WebSocket) -> None:
 @router.websocket("/{path:path}")
 async def unknown(websocket: WebSocket) -> None:
     """Any other address; left to the router it would be refused as if a key were wrong (403), in no form."""
-    error = NotFoundError("There is no such live session; /v1/realtime and /vosk are offered.")
-    service_of(websocket).telemetry.refused(error.status, error.code)
-    raise error
+    raise NotFoundError("There is no such live session; /v1/realtime and /vosk are offered.")

@@ -285,6 +285,10 @@ class Telemetry:
         """A transcription request is being served, until ``request_ended``. Called on the event loop."""
         self._inflight += 1
 
+    def session_began(self) -> None:
+        """The request was for a live session, and that is open. Called on the event loop."""
+        self._inflight -= 1
+
     def request_ended(self, end: RequestEnd, record: RequestRecord | None) -> None:
         """An HTTP request is over. The middleware calls this, once, on the event loop.
 
@@ -325,7 +329,7 @@ class Telemetry:
     ) -> None:
         """Count an utterance of a live session, told `elapsed_s` after its end, or failed with `status`.
 
-        `protocol` is one of ``metrics.LIVE_ROUTES``. A session that is refused counts as an utterance, too.
+        `protocol` is one of ``metrics.LIVE_ROUTES``.
         """
         route, model, outcome = (
             LIVE_ROUTES[protocol],

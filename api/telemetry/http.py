@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.telemetry.core import Telemetry
 from api.telemetry.logs import is_logged
-from api.telemetry.metrics import TRANSCRIPTION_ROUTES, UNMATCHED_ROUTE, is_transcription
+from api.telemetry.metrics import LIVE_ROUTES, TRANSCRIPTION_ROUTES, UNMATCHED_ROUTE, is_transcription
 from api.telemetry.record import RequestEnd, RequestRecord, _current, current_record, request_id_in_logs
 from api.telemetry.scrape import SCRAPER_HEADER
 from api.telemetry.server_span import is_utf8
@@ -131,7 +131,10 @@ def request_id_of(scope: Scope, span: RequestSpan | None) -> str:
 
 
 class TelemetryMiddleware:
-    """Counts, times and logs every request, whatever way it ends."""
+    """Counts, times and logs every request, whatever way it ends.
+
+    A WebSocket is one until it is accepted; then it counts its utterances.
+    """
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry, on_error: OnError) -> None:
         self.app = app
@@ -139,7 +142,7 @@ class TelemetryMiddleware:
         self.on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         tracing = self.telemetry.tracing
@@ -203,25 +206,36 @@ class _Exchange:
         self._finished = False
         self.record: RequestRecord | None = None
         self._origin = span if span is not None else telemetry.origin()
-        if is_transcription(scope):
-            self.record = RequestRecord(request_id=self.request_id, route=scope["path"], origin=self._origin)
+        is_socket = scope["type"] == "websocket"
+        if is_socket or is_transcription(scope):
+            known = not is_socket or scope["path"] in LIVE_ROUTES.values()
+            self.record = RequestRecord(
+                request_id=self.request_id,
+                route=scope["path"] if known else UNMATCHED_ROUTE,
+                origin=self._origin,
+            )
             telemetry.request_began()
         self.start_s = time.perf_counter() if self.record is None else self.record.start_s
 
     async def receive(self) -> Message:
         message = await self._receive()
-        if message["type"] == "http.disconnect" and not self._finished:
+        if message["type"] in ("http.disconnect", "websocket.disconnect") and not self._finished:
             self.disconnected = True
         return message
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
+        kind = message["type"]
+        if kind == "websocket.accept":
+            self._finished = True
+            self.telemetry.session_began()
+            _current.set(None)
+        elif kind in ("http.response.start", "websocket.http.response.start"):
             self.status = message["status"]
             headers = message.setdefault("headers", [])
             headers.append((b"x-request-id", self.request_id.encode("ascii")))
             if self.record is not None and self.record.stages_s:
                 headers.append((b"server-timing", self.record.server_timing().encode("ascii")))
-        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+        elif kind.endswith("http.response.body") and not message.get("more_body", False):
             # Before the last byte leaves: the span is still open, and a caller that has its answer finds it
             # counted on /metrics.
             self.finish()
@@ -235,7 +249,7 @@ class _Exchange:
         elapsed_s = time.perf_counter() - self.start_s
         cancelled = self.disconnected or (cut_off and not self.failed_late) or self.status == CLIENT_CLOSED
         status = CLIENT_CLOSED if cancelled else 500 if self.failed_late else self.status
-        method, route = self.scope["method"], self._route()
+        method, route = self.scope.get("method", "GET"), self._route()
         if self.record is not None and self.failed_late:
             self.record.failed("internal_error", 500)
         end = RequestEnd(
@@ -260,11 +274,10 @@ class _Exchange:
             )
 
     def _route(self) -> str:
+        if self.record is not None:
+            return self.record.route
         route = getattr(self.scope.get("route"), "path", None)
-        if isinstance(route, str):
-            return route
-        # Refused before it was routed (no key, over the rate limit, no room).
-        return self.record.route if self.record is not None else UNMATCHED_ROUTE
+        return route if isinstance(route, str) else UNMATCHED_ROUTE
 
     def _log_fields(self) -> dict[str, Any]:
         record = self.record

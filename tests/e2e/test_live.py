@@ -548,6 +548,48 @@ def test_each_utterance_counts_as_a_request(models_dir: Path, tmp_path: Path, la
     assert all(word not in live.log for word in WORDS)
 
 
+@pytest.mark.parametrize(
+    ("path", "secret", "origin", "status", "code", "outcome"),
+    [
+        ("/v1/realtime", "", None, 401, "missing_api_key", "unauthorized"),
+        ("/vosk", "wrong", None, 401, "invalid_api_key", "unauthorized"),
+        ("/vosk", SECRET, "https://elsewhere.example", 403, "permission_denied", "unauthorized"),
+        ("/v1/realtime?model=no", SECRET, None, 404, "model_not_found", "invalid"),
+        ("/v1/realtime?intent=no", SECRET, None, 422, "invalid_value", "invalid"),
+        ("/nope", SECRET, None, 404, "not_found", "invalid"),
+    ],
+)
+def test_a_refused_session_is_counted_and_logged_like_a_request(
+    guarded: LiveServer, path: str, secret: str, origin: str | None, status: int, code: str, outcome: str
+) -> None:
+    route = "unmatched" if path == "/nope" else path.partition("?")[0]
+    requests = f'asr_requests_total{{model="unknown",outcome="{outcome}",route="{route}"}}'
+    keys = {"authorization": f"Bearer {secret}"} if secret else {}
+    with guarded.client(headers={"authorization": f"Bearer {SECRET}"}) as http:
+        before, seen = metric(http, requests), len(guarded.log_lines())
+        with pytest.raises(InvalidStatus) as caught:
+            connect(socket_url(guarded, path), proxy=None, additional_headers=keys, origin=origin)
+        assert metric(http, requests) == before + 1
+        assert metric(http, "asr_inflight_requests") == 0
+    (line,) = [line for line in guarded.log_lines()[seen:] if line.get("route") == route]
+    told = (line["event"], line["method"], line["status"], line["outcome"], line["error_code"])
+    assert told == ("request", "GET", status, outcome, code)
+    assert line["request_id"] == caught.value.response.headers["x-request-id"]
+    assert line.get("caller") == ("alice" if secret == SECRET and origin is None else None)
+
+
+def test_a_session_that_is_open_is_no_request_under_way(guarded: LiveServer) -> None:
+    header = {"authorization": f"Bearer {SECRET}"}
+    with guarded.client(headers=header) as http:
+        wait_for_sessions(http, 0)
+        counted = [line for line in http.get("/metrics").text.splitlines() if "asr_requests" in line]
+        with realtime(guarded, additional_headers=header):
+            assert metric(http, "asr_inflight_requests") == 0
+        wait_for_sessions(http, 0)
+        assert counted == [line for line in http.get("/metrics").text.splitlines() if "asr_requests" in line]
+        assert metric(http, "asr_inflight_requests") == 0
+
+
 # -- the door and the limits
 
 
