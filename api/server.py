@@ -35,6 +35,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
+from websockets.http11 import Request
 
 from api.errors import AsrError, InvalidRequestError, RetryLaterError
 from api.service import Service
@@ -281,8 +282,11 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
     - A flood of pings or of tiny fragments is cut off. uvicorn reads on while they come, answers every ping,
       and keeps every fragment: one caller could stop the loop for seconds and fill the memory.
     - When the application is done, so is the connection, also where the caller does not read its end.
+    - A handshake that is none is counted, and answered also where its head is too much for the parser.
     - No line of log repeats the address with its query, where a key may stand.
     """
+
+    telemetry: Telemetry
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -295,6 +299,15 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
             if self.transport.is_closing():
                 return
             super().data_received(data[at : at + _FED_BYTES])
+            if not self.handshake_initiated and self.conn.handshake_exc is not None:
+                self.telemetry.refused(HTTPStatus.BAD_REQUEST, "invalid_handshake")
+                self.transport.write(b"".join(self.conn.data_to_send()))
+                self.transport.close()
+
+    def handle_connect(self, event: Request) -> None:
+        super().handle_connect(event)
+        if self.response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
+            self.telemetry.refused(self.response.status_code, "invalid_handshake")
 
     def handle_cont(self, event: Frame) -> None:
         if self._is_fair():
@@ -452,12 +465,13 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
         "head_timeout_s": settings.head_timeout_s,
     }
     protocol = type("BoundProtocol", (GuardedProtocol,), attributes)
+    socket_protocol = type("BoundWebSocket", (GuardedWebSocket,), {"telemetry": service.telemetry})
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         http=protocol,
-        ws=GuardedWebSocket,
+        ws=socket_protocol,
         ws_max_size=_MAX_MESSAGE_BYTES,
         ws_per_message_deflate=False,  # sound hardly shrinks, and a small message could unpack to a large one
         loop="uvloop",

@@ -17,6 +17,11 @@ from tests.telemetry.live import metric_sum, settings, stack
 __all__ = ["stack"]
 
 LINE = b"POST /transcribe HTTP/1.1\r\nhost: here\r\n"
+SOCKET = (
+    b"GET /vosk HTTP/1.1\r\nhost: here\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-version: 13\r\n"
+)
+KEY = b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 
 
 @pytest.fixture
@@ -51,8 +56,10 @@ def refused(api: LiveServer, outcome: str) -> float:
         (b"not http at all\r\n\r\n", b"400", "invalid"),
         (LINE + b"x-long: " + b"a" * 70_000, b"431", "invalid"),
         (LINE + b"x-unfinished: ", b"", "cancelled"),
+        (SOCKET + b"\r\n", b"400", "invalid"),
+        (SOCKET + KEY + b"cookie: " + b"a" * 9000 + b"\r\n\r\n", b"431", "invalid"),
     ],
-    ids=["malformed", "head too large", "head too slow"],
+    ids=["malformed", "head too large", "head too slow", "no handshake", "handshake too large"],
 )
 def test_a_refused_head_is_counted_once(api: LiveServer, sent: bytes, status: bytes, outcome: str) -> None:
     before = metric_sum(api, "asr_requests_total")
