@@ -43,6 +43,7 @@ keep() { # PATH
     cp -a "$1" "$copy.new"
     mv -T "$copy.new" "$copy"
   fi
+  touch "$copy" # when it was last used: docker/deploy.sh removes old ones
   printf '%s\n' "$copy"
 }
 nginx_conf=${ASR_NGINX_CONF:-docker/nginx/nginx.conf}

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Deploy one version to Docker Compose on this machine, replica by replica, and go back when that fails.
-# usage: docker/deploy.sh deploy VERSION | rollback | scale | status
+# usage: docker/deploy.sh deploy VERSION | rollback | scale | status | forget VERSION
 #   REGISTRY   where the images are, for example registry.example.org/asr (empty: local images)
 #   REPLICAS   API replicas (default 3)      PARTS   parts of the stack (default base,api,ui)
 #   ENV_FILE   settings (default .env)   DEPLOY_STATE  what is deployed (default build/deployed)
-# scale starts or stops replicas of the version that runs, until there are REPLICAS.
+# scale starts or stops replicas of the version that runs, until there are REPLICAS. forget removes a version's images,
+# unless it is deployed or would be gone back to. A deployment that succeeds forgets the version two before it.
 # Each API container is stopped with its full grace period and replaced before the next one is touched, so
 # all but one replica always serve. A replacement that does not get healthy ends the deployment. Nothing starts where
 # the replicas that run ask for keys and new ones would not, unless ASR_ALLOW_ANONYMOUS=true says that this is meant.
@@ -100,6 +101,34 @@ roll() { # VERSION   Every step says `|| return`: the caller's `if` turns `set -
   compose up --detach --no-build --no-deps "${others[@]}"
 }
 
+forget() { # VERSION: remove its images, unless a deployment or a rollback needs them
+  local version=$1 tags service name
+  tags=("$version")
+  [[ ! $version =~ ^[0-9a-f]{40}$ ]] || tags+=("${version:0:12}") # docker/build.sh names a commit twice
+  case $version in '' | "$(read_state current)" | "$(read_state previous)") return ;; esac
+  for service in api ui; do
+    for name in "${tags[@]/#/${registry:+$registry/}asr-$service:}"; do
+      if docker image inspect "$name" >/dev/null 2>&1; then
+        docker image rm "$name" >/dev/null || echo "warning: $name stays" >&2
+      fi
+    done
+  done
+}
+
+forget_copies() { # what docker/compose.sh copied: keep the last two of each kind, and what any container mounts
+  local containers mounted='' copy kind
+  local -A seen=()
+  rm -rf "$state"/*.new
+  containers=$(docker ps --all --quiet --no-trunc) || return 0
+  # shellcheck disable=SC2086  # one id each
+  [ -z "$containers" ] || mounted=$(docker inspect --format '{{range .Mounts}}{{println .Source}}{{end}}' $containers) || return 0
+  while read -r _ copy; do
+    kind=${copy%-*}
+    seen[$kind]=$((${seen[$kind]:-0} + 1))
+    [ "${seen[$kind]}" -le 2 ] || [[ $mounted == *"/$copy"* ]] || rm -rf "${state:?}/$copy"
+  done < <(find "$state" -mindepth 1 -maxdepth 1 -regex '.*-[0-9]+' -printf '%T@ %f\n' | sort -rn)
+}
+
 case ${1:-} in deploy | rollback | scale) refuse_to_lose_keys ;; esac
 case ${1:-} in
   deploy)
@@ -112,8 +141,11 @@ case ${1:-} in
     fi
     rm -f "$state/failed"
     if roll "$version"; then
+      oldest=$(read_state previous)
       [ -z "$before" ] || [ "$before" = "$version" ] || echo "$before" >"$state/previous"
       echo "$version" >"$state/current"
+      forget "$oldest"
+      forget_copies
       echo "deployed $version"
       exit
     fi
@@ -153,13 +185,14 @@ case ${1:-} in
     compose up --detach --no-build --no-recreate --no-deps --scale "api=$replicas" api
     wait_healthy "$replicas"
     ;;
+  forget) forget "${2:?forget needs a version}" ;;
   status)
     echo "current:  $(read_state current)"
     echo "previous: $(read_state previous)"
     compose ps
     ;;
   *)
-    sed -n '2,10s/^# //p' "$0" >&2
+    sed -n '2,11s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

@@ -1,7 +1,7 @@
 #!/bin/bash
 # A docker that only remembers: containers and every command, in the folder FAKE_DOCKER. It understands what
 # docker/deploy.sh asks, with nothing but the shell's own commands, because a deployment asks often.
-# Containers are files NUMBER-SERVICE with the lines image, image id and the variable of the keys. The images named in
+# Containers are files NUMBER-SERVICE with the lines image, image id, the variable of the keys and a mounted path. The images named in
 # FAKE_BROKEN (by id, between spaces) never get healthy; a command that begins with FAKE_REFUSES fails.
 cd "$FAKE_DOCKER" || exit
 mkdir -p containers images 2>/dev/null
@@ -13,14 +13,17 @@ image_id() { # NAME or id: into $id
   id=sha256:${1#sha256:}
   [ ! -e "$file" ] || id=$(<"$file")
 }
-read_container() { { read -r image && read -r id && read -r keys; } <"$1"; }
-image_of_service() { # SERVICE: into $wanted
+read_container() { { read -r image && read -r id && read -r keys && read -r mount; } <"$1"; }
+image_of_service() { # SERVICE: into $wanted, with what it mounts into $mounts
+  mounts=''
+  [ "$1" != gateway ] || mounts=${ASR_NGINX_CONF:-}
   case $1 in api) wanted=$ASR_API_IMAGE ;; ui) wanted=$ASR_UI_IMAGE ;; *) wanted=$1 ;; esac
 }
 newest_first() { # SERVICE: into the array found
   local i all
   shopt -s nullglob
-  all=(containers/*-"$1")
+  # shellcheck disable=SC2206  # * for all services
+  all=(containers/*-$1)
   found=()
   for ((i = ${#all[@]} - 1; i >= 0; i--)); do found+=("${all[i]}"); done
 }
@@ -42,7 +45,7 @@ up() {
     if [ "$recreate" = 1 ]; then
       for file in "${found[@]}"; do
         read_container "$file"
-        [ "$image" = "$wanted" ] || rm "$file"
+        [[ "$image" = "$wanted" && "$mount" = "$mounts" ]] || rm "$file"
       done
       newest_first "$service"
     fi
@@ -50,7 +53,7 @@ up() {
       next=$(($(<next) + 1))
       printf '%s' "$next" >next
       image_id "$wanted"
-      printf '%s\n%s\nASR_API_KEYS=%s\n' "$wanted" "$id" "${ASR_API_KEYS:-}" >"containers/$((1000 + next))-$service"
+      printf '%s\n%s\nASR_API_KEYS=%s\n%s\n' "$wanted" "$id" "${ASR_API_KEYS:-}" "$mounts" >"containers/$((1000 + next))-$service"
     done
   done
 }
@@ -60,7 +63,8 @@ case $1 in
   compose) for word; do [ "$word" != up ] || up "$@"; done ;;
   ps)
     line=$*
-    service=${line##*compose.service=}
+    service='*' # of all containers
+    [[ "$line" != *compose.service=* ]] || service=${line##*compose.service=}
     newest_first "${service%% *}"
     for file in "${found[@]}"; do
       read_container "$file"
@@ -69,6 +73,13 @@ case $1 in
     done
     ;;
   inspect)
+    if [[ "$*" == *.Mounts* ]]; then
+      for word in "${@:4}"; do
+        read_container "containers/$word"
+        printf '%s\n' "$mount"
+      done
+      exit
+    fi
     read_container "containers/${*: -1}"
     case $* in *.Config.Image*) printf '%s\n' "$image" ;; *.Config.Env*) printf '%s\n' "$keys" ;; *) printf '%s\n' "$id" ;; esac
     ;;

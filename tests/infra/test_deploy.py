@@ -164,6 +164,49 @@ def test_a_restart_of_the_same_images_has_nothing_to_go_back_to(machine: Machine
     assert not (machine.state / "previous").exists()
 
 
+def test_copies_of_configuration_stay_only_while_something_needs_them(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """A deployment from another commit brings another nginx.conf; a rollback takes the one before."""
+    conf = tmp_path / "nginx.conf"
+
+    def change(line: str) -> dict[str, str]:
+        conf.write_text((ROOT / "docker/nginx/nginx.conf").read_text() + f"# {line}\n")
+        return {"ASR_NGINX_CONF": str(conf)}
+
+    def lines() -> set[str]:
+        return {path.read_text().splitlines()[-1] for path in machine.state.glob("nginx.conf-*")}
+
+    for version in ("1", "2", "2", "3"):
+        assert machine.deploy(version, **change(version)).returncode == 0
+    assert lines() == {"# 2", "# 3"}
+    assert machine.deploy("4", broken="4", **change("4")).returncode == 1
+    assert lines() == {"# 2", "# 3", "# 4"}, "nothing goes before the new version is healthy"
+    mounted = machine.state / "nginx.conf-1"  # by a container that no deployment touches
+    mounted.write_text("# mounted")
+    (machine.state / "nginx.conf-1.new").write_text("a copy that was broken off")
+    os.utime(mounted, (0, 0))
+    (machine.folder / "containers/0001-jaeger").write_text(f"image\nid\nkeys\n{mounted}\n")
+    assert machine.deploy("5", **change("5")).returncode == 0
+    assert lines() == {"# mounted", "# 4", "# 5"}, "4 ran when 5 came: going back to 3 had brought its file"
+    assert not list(machine.state.glob("*.new"))
+    assert {path.name for path in machine.state.iterdir()} >= {"current", "previous"}
+
+
+def test_images_go_once_no_rollback_needs_them(machine: Machine) -> None:
+    """Jenkins makes images of every commit."""
+    for version in ("1", "2", "3"):
+        assert machine.deploy(version).returncode == 0
+    assert machine.calls("image rm") == ["image rm asr-api:1", "image rm asr-ui:1"]
+    for needed in ("2", "3"):
+        assert machine.run("docker/deploy.sh", "forget", needed).returncode == 0
+    assert len(machine.calls("image rm")) == 2
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert machine.run("docker/deploy.sh", "forget", commit).returncode == 0
+    names = [f"asr-{kind}:{tag}" for kind in ("api", "ui") for tag in (commit, commit[:12])]
+    assert machine.calls("image rm")[2:] == [f"image rm {name}" for name in names]
+
+
 def test_keys_that_are_asked_for_do_not_get_lost(machine: Machine, tmp_path: Path) -> None:
     """Jenkins deploys from a clean checkout, in which there is no .env."""
     keys = {"ASR_API_KEYS": "me:0123456789abcdef", "ASR_API_KEY": "0123456789abcdef"}
