@@ -200,10 +200,10 @@ rollback-k8s: ## what the last deploy-k8s changed, back to the revisions before 
 monitoring-k8s: ## Prometheus, Grafana and Jaeger on the cluster of KUBECONFIG
 	k8s/monitoring-setup.sh $(if $(KUBECONFIG),--kubeconfig '$(KUBECONFIG)')
 
-smoke: ## ask a deployed service for a transcription; URL=http://...
-	python3 docker/smoke.py --url "$(or $(URL),http://127.0.0.1:$${ASR_API_PORT:-8000})"
+smoke: ## ask for a transcription, and for the page, where .env publishes them; URL=http://... asks that service
+	URL='$(URL)' docker/smoke.sh compose
 smoke-k8s: ## the same through the cluster's load balancer
-	python3 docker/smoke.py --url "$(or $(URL),http://$$(kubectl --namespace asr-system get service asr-api --output=jsonpath='{.status.loadBalancer.ingress[0].ip}{.status.loadBalancer.ingress[0].hostname}'))"
+	URL='$(URL)' docker/smoke.sh kubernetes
 
 e2e: $(VENV)/.run ## proof on a real Docker: replicas, rolling restart and kill -9 under load
 	$(BIN)/python -m tests.e2e_docker.compose_e2e

@@ -1,9 +1,11 @@
 """Ask a deployed service for a transcription, as a client would; exit status 0 only when all of it is right.
 
-    python3 docker/smoke.py --url http://ADDRESS [--audio FILE] [--expect WORD] [--timeout-s 120]
+    python3 docker/smoke.py --url http://ADDRESS [--page http://ADDRESS] [--audio FILE] [--expect WORD]
+                            [--timeout-s 120]
 
 Waits for readiness, reads the models, sends the file to both transcription routes and checks the answers'
-shape and consistency. The key, where one is needed, comes from ASR_API_KEY. Standard library only.
+shape and consistency; asks for the page where one is named. The key, where one is needed, comes from
+ASR_API_KEY. Standard library only.
 """
 
 from __future__ import annotations
@@ -40,19 +42,19 @@ def request(url: str, body: bytes | None = None, content_type: str | None = None
 
 
 def wait_ready(url: str, timeout_s: float) -> None:
-    """Return when /health/ready answers 200; SmokeError when it does not within the time."""
+    """Return when this address answers 200; SmokeError when it does not within the time."""
     deadline_s = time.monotonic() + timeout_s
     last = "nothing answered"
     while time.monotonic() < deadline_s:
         try:
-            status, _ = request(f"{url}/health/ready")
+            status, _ = request(url)
             if status == 200:
                 return
             last = f"status {status}"
         except OSError as error:
             last = str(error)
         time.sleep(1)
-    raise SmokeError(f"not ready within {timeout_s:.0f} s: {last}")
+    raise SmokeError(f"{url}: not ready within {timeout_s:.0f} s: {last}")
 
 
 def expect_json(url: str, body: bytes | None = None, content_type: str | None = None) -> dict[str, object]:
@@ -80,7 +82,7 @@ def form(fields: dict[str, str], file: Path) -> tuple[bytes, str]:
 
 def smoke(url: str, audio: Path, expected: str, timeout_s: float) -> str:
     """The transcript, after every check passed."""
-    wait_ready(url, timeout_s)
+    wait_ready(f"{url}/health/ready", timeout_s)
     models = expect_json(f"{url}/v1/models")["data"]
     if not isinstance(models, list) or not models:
         raise SmokeError("/v1/models lists no model")
@@ -102,6 +104,7 @@ def smoke(url: str, audio: Path, expected: str, timeout_s: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--url", required=True)
+    parser.add_argument("--page", help="address of the web page")
     parser.add_argument("--audio", type=Path)
     parser.add_argument("--expect", default="", help="a word that the transcript must hold")
     parser.add_argument("--timeout-s", type=float, default=120.0)
@@ -111,6 +114,8 @@ def main() -> None:
         parser.error(f"none of {', '.join(SAMPLES)} is there; name a file with --audio")
     try:
         text = smoke(arguments.url.rstrip("/"), audio, arguments.expect, arguments.timeout_s)
+        if arguments.page:
+            wait_ready(f"{arguments.page.rstrip('/')}/_stcore/health", arguments.timeout_s)
     except (SmokeError, OSError) as error:
         sys.exit(f"FAILED  {arguments.url}: {error}")
     print(f"ok  {arguments.url}: {text!r}")

@@ -130,7 +130,7 @@ def test_a_deployment_that_runs_out_of_time_or_is_aborted_is_rolled_back_too() -
 
 def test_jenkins_gives_a_deployment_and_its_rollback_the_time_that_the_scripts_wait() -> None:
     stages = jenkins_stages()
-    smoke_s = 120
+    smoke_s = 2 * 120  # the service and the page
     setup_s = 3 * default_s("k8s/setup.sh", "timeout_s")  # two rollouts and the load balancer
     rollback_s = 2 * default_s("k8s/rollback.sh", "timeout_s")
     assert limit_s(stages["Deploy to Kubernetes"]) > setup_s + smoke_s + rollback_s
