@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 _TURKIC = frozenset({"az", "tr"})
 _TURKIC_CAPITALS = str.maketrans({"I": "ı", "\u0130": "i"})
 _DOTTED_TWICE = re.compile("i\u0307+")
-_APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": "'", "\u00b4": "'"})
+APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": "'", "\u00b4": "'"})
 _LOOSE_APOSTROPHE = re.compile(r"(?<![^\W_])'+|'+(?![^\W_])")  # not \w: it has the underscore, which goes
 _STRESS = "\u0301"
 
@@ -66,7 +66,7 @@ def fold_yo(text: str) -> str:
 
 def apostrophes(text: str) -> str:
     """Typographic apostrophes as the plain one; quotes around words are dropped."""
-    return _LOOSE_APOSTROPHE.sub(" ", text.translate(_APOSTROPHES))
+    return _LOOSE_APOSTROPHE.sub(" ", text.translate(APOSTROPHES))
 
 
 STEPS: dict[str, Callable[[str], str]] = {

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from api.beam import beam_search
 from api.bundle import load_bundle
 from api.ngram import NgramModel, NgramTable, weigh
-from api.normalise import normalise
+from api.normalise import APOSTROPHES, lower, normalise, upper
 from api.vocabulary import Vocabulary
 from training.arguments import positive
 from training.bundle_writer import LanguageModel, add_language_model
@@ -31,23 +31,29 @@ from training.evaluate import Utterance, error_rates, greedy_text
 from training.files import in_utf8
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
 from training.kneser_ney import ORDER, character_ngrams
-from training.text import STEPS, normaliser
+from training.text import STEPS, normaliser, plain_normaliser
 
 BEAM = 32
 WEIGHTS = (0.4, 0.6, 0.8, 1.0)
 BONUSES = (0.5, 1.0, 1.5)
 MIN_GAIN = 0.03
 """Share of the word errors of greedy decoding that a language model must remove to be shipped."""
+MIN_WRITTEN = 0.5
+"""Share of the words with capitals or punctuation that must stay so: error rates do not see them."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Word error rate (fraction of one) of one way to decode; weight 0 is without a language model."""
+    """Word error rate (fraction of one) of one way to decode; weight 0 is without a language model.
+
+    `written`: words with capitals or punctuation, as a share of those in greedy texts.
+    """
 
     beam: int
     weight: float
     bonus: float
     wer: float
+    written: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,9 @@ class Fit:
 
     @property
     def best(self) -> Trial:
-        """The trial with the fewest errors; the first of equals."""
-        return min(self.trials, key=lambda trial: trial.wer)
+        """The trial with the fewest errors that writes as the model does; the first of equals."""
+        kept = [trial for trial in self.trials if trial.weight == 0 or trial.written >= MIN_WRITTEN]
+        return min(kept, key=lambda trial: trial.wer)
 
     @property
     def earns_its_place(self) -> bool:
@@ -109,22 +116,27 @@ def fit(
     references: Sequence[str],
     beam: int = BEAM,
     order: int = ORDER,
+    plain: Callable[[str], str] = str,
 ) -> Fit:
-    """Try every weight and bonus on validation audio; `log_probs` (frames, vocabulary) each."""
+    """Try every weight and bonus on validation audio; `log_probs` (frames, vocabulary) each.
 
-    def wer(decode: Callable[[LogProbs], str], label: str) -> float:
+    `plain` is what the references went through, for the texts that are compared with them.
+    """
+
+    def tried(decode: Callable[[LogProbs], str], label: str) -> tuple[float, int]:
+        """Word error rate, and how many words have what `plain` takes away."""
         heard = [decode(values) for values in tqdm(log_probs, desc=label, unit="clip", disable=None)]
-        return error_rates(list(map(Utterance, references, heard))).wer
+        rates = error_rates(list(map(Utterance, references, map(plain, heard))))
+        return rates.wer, sum(plain(word) != word for text in heard for word in text.split())
 
-    def searched(guide: NgramModel | None) -> Callable[[LogProbs], str]:
-        return lambda values: beam_text(values, vocabulary, beam, guide)
+    def searched(weight: float, bonus: float) -> Trial:
+        guide = weigh(table, vocabulary, weight, bonus) if weight else None
+        label = f"weight {weight}, bonus {bonus}" if weight else f"beam {beam}"
+        wer, written = tried(lambda values: beam_text(values, vocabulary, beam, guide), label)
+        return Trial(beam, weight, bonus, wer, written / greedy_written if greedy_written else 1.0)
 
-    greedy_wer = wer(lambda values: greedy_text(values, vocabulary), "greedy")
-    trials = [Trial(beam, 0.0, 0.0, wer(searched(None), f"beam {beam}"))]
-    for weight in WEIGHTS:
-        for bonus in BONUSES:
-            guide = weigh(table, vocabulary, weight, bonus)
-            trials.append(Trial(beam, weight, bonus, wer(searched(guide), f"weight {weight}, bonus {bonus}")))
+    greedy_wer, greedy_written = tried(lambda values: greedy_text(values, vocabulary), "greedy")
+    trials = [searched(0.0, 0.0), *(searched(weight, bonus) for weight in WEIGHTS for bonus in BONUSES)]
     return Fit(table, greedy_wer, tuple(trials), order)
 
 
@@ -139,22 +151,27 @@ def read_texts(
 ) -> list[str]:
     """Texts of manifests (`.jsonl`, `.json`) and of files with one text a line, in the model's spelling.
 
-    `steps` are the bundle's text normalisation; what the vocabulary cannot spell becomes a space. For a
-    byte-level vocabulary each character stands for one byte of the text's UTF-8. Texts that are measured on
-    (`without`) are left out, however they are written: recordings of one sentence by several speakers are
-    common.
+    `steps` are the bundle's text normalisation. A letter that the vocabulary has in the other case only takes
+    that, and an apostrophe the plain form; what it cannot spell at all becomes a space. For a byte-level
+    vocabulary each character stands for one byte of the text's UTF-8. Texts that are measured on (`without`)
+    are left out, however they are written: recordings of one sentence by several speakers are common.
     Raises DataError for a file that is not there, ManifestError for one that is not UTF-8 and for a line that
     is no row.
     """
-    known = "".join(unit for unit in vocabulary.units if isinstance(unit, str))
-    outside = re.compile(f"[^ {re.escape(known)}]+") if known else None
+    known = {" ", *(character for unit in vocabulary.units if isinstance(unit, str) for character in unit)}
+    outside = re.compile(f"[^{re.escape(''.join(known))}]") if len(known) > 1 else None
+
+    def nearest(found: re.Match[str]) -> str:
+        character = found[0]
+        others = (lower(character, language), upper(character, language), character.translate(APOSTROPHES))
+        return next((other for other in others if known.issuperset(other)), " ")
 
     def spelled(text: str) -> str:
         for step in steps:
             # the service's lower and upper case follow the language
             by_language = step in ("lowercase", "uppercase")
             text = normalise(text, (step,), language) if by_language else STEPS.get(step, str)(text)
-        text = " ".join((outside.sub(" ", text) if outside else text).split())
+        text = " ".join((outside.sub(nearest, text) if outside else text).split())
         return text.encode().decode("latin-1") if vocabulary.kind == "bpe" else text
 
     plain = normaliser(language, yo=False)
@@ -193,7 +210,7 @@ def fit_texts(
     table = character_ngrams(texts, order)
     session = cpu_session(graph)
     log_probs = [run_graph(session, [clip])[0] for clip, _ in tqdm(validation, desc="infer", disable=None)]
-    return fit(table, vocabulary, log_probs, references, beam, order)
+    return fit(table, vocabulary, log_probs, references, beam, order, plain_normaliser(language, steps))
 
 
 @in_one_line("ngram")

@@ -16,7 +16,7 @@ from training import ngram
 from training.errors import DataError
 from training.kneser_ney import character_ngrams
 from training.ngram import Fit, Trial, fit, read_texts
-from training.text import alphabet, normaliser
+from training.text import alphabet, normaliser, plain_normaliser
 from training.vocabulary import CharacterCodec
 
 STEPS = ("nfc", "lowercase")
@@ -30,6 +30,27 @@ def test_texts_come_in_the_models_spelling_and_without_what_is_measured(tmp_path
     )
     paths = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
     assert read_texts(paths, LETTERS, STEPS, "en", without=["held out"]) == ["the cat sat", "a hat"]
+
+
+CASED = Vocabulary(
+    ("\u2581", "\u2581th", "e", "C", "a", "t", "T", ",", ".", "'", "<blank>"), blank_id=10, kind="wordpiece"
+)
+CAPITALS = Vocabulary(("\u2581", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'", "<blank>"), blank_id=28)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "steps", "expected"),
+    [
+        (CASED, ("nfc",), "The Cat, the 'Cat'."),
+        (LETTERS, ("nfc",), "the cat the 'cat'"),
+        (CAPITALS, STEPS, "THE CAT THE 'CAT'"),
+    ],
+)
+def test_texts_keep_the_capitals_that_a_vocabulary_has_and_lose_no_letter(
+    tmp_path: Path, vocabulary: Vocabulary, steps: tuple[str, ...], expected: str
+) -> None:
+    (tmp_path / "a.txt").write_text("The Cat, the ‘Cat’.", encoding="utf-8")
+    assert read_texts([tmp_path / "a.txt"], vocabulary, steps, "en", without=[]) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +133,35 @@ def test_a_language_model_that_does_not_help_is_left_out() -> None:
     log_probs = [spoken("the cat sat"), spoken("a hat")]
     found = fit(character_ngrams(["zzz"], 3, 1), LETTERS, log_probs, ["the cat sat", "a hat"], beam=8)
     assert not found.earns_its_place
+
+
+def test_capitals_and_punctuation_are_no_errors_and_no_language_model_may_take_them_away() -> None:
+    """A model that writes them, and texts without: they would teach it to write small letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ("\u2581", *letters, "'", "<blank>", ".", *letters.upper())
+    vocabulary = Vocabulary(tokens, blank_id=28)
+
+    def said(text: str, **doubts: float) -> np.ndarray:
+        """(frames, vocabulary): each character, with the other case nearly as probable where doubted."""
+        probabilities = np.full((2 * len(text), len(tokens)), 1e-6)
+        probabilities[1::2, 28] = 1.0
+        for at, character in enumerate(text.replace(" ", "\u2581")):
+            other = doubts.get(character, 0.0)
+            probabilities[2 * at, tokens.index(character)] = 1.0 - other
+            if other:
+                probabilities[2 * at, tokens.index(character.swapcase())] = other
+        return np.log(probabilities / probabilities.sum(axis=1, keepdims=True)).astype(np.float32)
+
+    plain = plain_normaliser("en", ("nfc",))
+    texts = ["the cat sat", "the cat ran", "a cat"]
+    log_probs = [said("The cat.", T=0.3), said("A cat sat.", A=0.3)]
+    references = ["the cat", "a cat sat"]
+    found = fit(character_ngrams(texts, 3, 1), vocabulary, log_probs, references, beam=8, plain=plain)
+    assert found.greedy_wer == 0.0
+    assert min(trial.written for trial in found.trials) < 1.0, "the texts do teach small letters"
+    assert found.best.written == 1.0
+    worse = Trial(8, 0.5, 0.5, 0.1, written=0.2)
+    assert not Fit(found.table, 0.2, (Trial(8, 0.0, 0.0, 0.2), worse)).earns_its_place
 
 
 def test_a_gain_too_small_does_not_earn_its_place() -> None:
