@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import WhisperFeatureExtractor, WhisperModel, WhisperProcessor
 
+from api.bundle import load_bundle, verify_bundle
 from training import convert
 from training.config import load_config
 from training.data.manifest import Utterance, write_manifest
@@ -220,8 +221,6 @@ bundle: {{licence: BSD-3-Clause}}
 def test_published_checkpoint_becomes_a_bundle(
     base: Path, tmp_path: Path, corpus: Callable[[str], Path]
 ) -> None:
-    from api.bundle import verify_bundle
-
     checkpoint = tmp_path / "best-val_wer=0.3986.ckpt"
     state = published(base, checkpoint, Processor(str(tmp_path / "was_run")))
     config, folder = tmp_path / "config.yaml", tmp_path / "run"
@@ -265,6 +264,16 @@ def test_a_checkpoint_of_another_network_is_refused(
     config.write_text(CONFIG.format(manifest=corpus("vi"), base=base, checkpoint=checkpoint))
     assert main(WhisperCtcRecipe, ["convert", "--config", str(config), "--run", str(tmp_path / "run")]) == 2
     assert "ctc_head.0.weight is missing" in capsys.readouterr().err
+
+
+def test_a_converted_checkpoint_keeps_the_capitals_of_hotwords(base: Path, tmp_path: Path) -> None:
+    """Its bytes spell both cases, and nobody says that it was taught one of them."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    published(base, folder / "best.ckpt", None)
+    arguments = ["whisper", str(folder / "best.ckpt"), "--name", "vi-converted", "--language", "vi"]
+    assert convert.main([*arguments, "--models-dir", str(tmp_path / "models")]) == 0
+    manifest = load_bundle(tmp_path / "models", "vi-converted").manifest
+    assert manifest.text_normalisation == ("nfc",)
 
 
 def test_a_configuration_of_a_smaller_network_is_refused(
