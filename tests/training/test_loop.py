@@ -288,6 +288,48 @@ def test_stops_early(rows: list[Utterance], tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "metrics.csv")) == 3
 
 
+class Told(CtcModule):
+    """Its validation says what the test wants: per epoch a loss, and of ten words how many are heard."""
+
+    def __init__(self, chosen: TrainingSettings, losses: list[float], heard: list[int]) -> None:
+        super().__init__(Small(), CODEC, chosen)
+        self.losses, self.heard = losses, heard
+
+    def validation_step(self, batch: Any, _index: int) -> None:
+        words = list("abcdefghij")
+        self.log("val_loss", self.losses[self.current_epoch], batch_size=1)
+        kept = words[: self.heard[self.current_epoch]]
+        self._heard.append(Said(" ".join(words), " ".join(kept)))
+
+
+def epochs_of(
+    rows: list[Utterance], folder: Path, losses: list[float], heard: list[int], epochs: int | None = None
+) -> int:
+    """How many a run with a patience of two trains, of as many as there are losses."""
+    chosen = settings(epochs=epochs or len(losses), early_stopping=2, learning_rate=1e-9)
+    dataset = UtteranceDataset(rows, CODEC.encode)
+    loaders = [make_loader(dataset, chosen, training=training) for training in (True, False)]
+    fit(Told(chosen, losses, heard), *loaders, chosen, RunFolder(folder))
+    return len(read_metrics(folder / "metrics.csv"))
+
+
+def test_a_falling_loss_is_progress_until_words_are_heard(rows: list[Utterance], tmp_path: Path) -> None:
+    falling, flat = [3.0, 2.9, 2.8, 2.7, 2.6, 2.5], [2.5] * 4
+    assert epochs_of(rows, tmp_path / "1", falling + flat, [0] * 10) == len(falling) + 2
+    rising_late = [0, 0, 0, 0, 0, 5, 6, 6, 6, 6]
+    assert epochs_of(rows, tmp_path / "2", falling + flat, rising_late) == 9, "two epochs after the best WER"
+    still_falling = [3.0 - 0.1 * epoch for epoch in range(10)]
+    assert epochs_of(rows, tmp_path / "3", still_falling, [5] * 10) == 3, "then the WER alone counts"
+    hardly = [3.0 - 0.0001 * epoch for epoch in range(10)]
+    assert epochs_of(rows, tmp_path / "4", hardly, [0] * 10) == 3
+
+
+def test_a_resumed_run_knows_its_best_loss(rows: list[Utterance], tmp_path: Path) -> None:
+    losses = [2.0, 3.0, 2.9, 2.8, 2.7]
+    assert epochs_of(rows, tmp_path, losses, [0] * 5, epochs=2) == 2
+    assert epochs_of(rows, tmp_path, losses, [0] * 5) == 3
+
+
 def test_an_empty_part_is_refused(rows: list[Utterance], tmp_path: Path) -> None:
     chosen = settings()
     loader = make_loader(UtteranceDataset(rows, CODEC.encode), chosen, training=True)

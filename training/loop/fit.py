@@ -24,7 +24,7 @@ from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
 from training.loop.module import SpeechModule
 from training.loop.plots import plot_history
 from training.loop.run_folder import RunFolder, append_metrics, read_metrics
-from training.loop.settings import TrainingSettings
+from training.loop.settings import INFORMATIVE_WER, LOSS_STEP, TrainingSettings
 
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
@@ -107,11 +107,33 @@ class Resume(Callback):
 
 
 class Patience(EarlyStopping):
-    """Early stopping whose patience is that of the settings, also where a resumed state had another."""
+    """Early stopping by validation WER, and by validation loss as long as no WER said anything.
+
+    From random weights the WER stays near one for many epochs in which the loss falls. The patience is that
+    of the settings, also where a resumed state had another.
+    """
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val_wer", patience=patience, mode="min")
+        self.best_loss = float("inf")
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Begin to wait anew after a better loss, then do what the WER says."""
+        loss = float(trainer.callback_metrics.get("val_loss", float("nan")))
+        if loss < (1.0 - LOSS_STEP) * self.best_loss:
+            self.best_loss = loss
+            if float(self.best_score) > INFORMATIVE_WER:
+                self.wait_count = -1  # with this epoch, whose WER may be no better, none
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the best loss."""
+        return {**super().state_dict(), "best_loss": self.best_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Everything but the patience."""
+        """Everything but the patience; older states have no loss."""
         super().load_state_dict({**state_dict, "patience": self.patience})
+        self.best_loss = state_dict.get("best_loss", self.best_loss)
 
 
 class SaveOnInterruption(Callback):
@@ -176,7 +198,7 @@ def fit(
         *callbacks,
     ]
     if settings.early_stopping:
-        watchers.append(Patience("val_wer", patience=settings.early_stopping, mode="min"))
+        watchers.append(Patience(settings.early_stopping))
     accelerator, precision = choose_device(settings)
     with quiet():
         lightning.seed_everything(settings.seed, workers=True, verbose=False)

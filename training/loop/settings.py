@@ -6,6 +6,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+INFORMATIVE_WER = 0.9
+"""Validation WER (fraction of one) above which a falling validation loss is progress, too."""
+LOSS_STEP = 0.001
+"""Share by which a validation loss must be below the best one to be better."""
+
 
 class TrainingSettings(BaseModel):
     """Every value has a default that a recipe's YAML overrides."""
@@ -42,7 +47,10 @@ class TrainingSettings(BaseModel):
     )
     threads: int = Field(default=0, ge=0, description="torch threads on a CPU; 0 leaves torch's choice.")
     early_stopping: int = Field(
-        default=10, ge=0, description="Epochs without a better validation WER; 0: never stop early."
+        default=10,
+        ge=0,
+        description="Epochs without a better validation WER, or, until one was below 90 %, without a better "
+        "validation loss (by 0.1 % or more); 0: never stop early.",
     )
     keep: int = Field(default=3, ge=1, description="Best checkpoints to keep, besides the last.")
     seed: int = Field(default=0, ge=0, description="Of everything random.")
