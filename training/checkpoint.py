@@ -55,7 +55,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     weights = {
         name: value.detach().cpu().contiguous() for name, value in checkpoint.model.state_dict().items()
     }
-    with written_whole(path) as partial:
+    with written_whole(path, sum(value.nbytes for value in weights.values())) as partial:
         save_file(weights, partial, metadata={"checkpoint": json.dumps(header, ensure_ascii=False)})
 
 

@@ -8,6 +8,7 @@ TrainingError
 │   └── SplitError          too few speakers for the parts asked for
 ├── CheckpointError         a weights file is not what the recipe reads
 ├── OutOfMemoryError        the device's memory ran out; the state is saved
+├── DiskFullError           a file was not written for want of room: path and space
 └── QualityGateError        an exported or quantized graph disagrees with the network
 """
 
@@ -53,6 +54,10 @@ class CheckpointError(TrainingError):
 
 class OutOfMemoryError(TrainingError):
     """The device's memory ran out; the same command with smaller batches goes on from the saved state."""
+
+
+class DiskFullError(TrainingError):
+    """A file has no room; the one that was there before is whole."""
 
 
 class QualityGateError(TrainingError):

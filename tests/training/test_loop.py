@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,9 +24,10 @@ from training.data.importers import from_folder
 from training.data.manifest import Utterance
 from training.data.synthetic import make_corpus
 from training.data.validate import validate
-from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
+from training.errors import ConfigError, DiskFullError, EmptyManifestError, OutOfMemoryError
 from training.evaluate import ErrorRates
 from training.evaluate import Utterance as Said
+from training.files import written_whole
 from training.frontend import FrontendConfig, LogMel
 from training.loop.dataset import UtteranceDataset, collate, make_loader
 from training.loop.fit import choose_device, fit, is_out_of_memory
@@ -272,6 +275,50 @@ def test_out_of_memory_says_what_to_change_and_keeps_the_state(rows: list[Uttera
     run(rows, tmp_path, settings(max_batch_s=6.0, accumulation=2), (steps,))
     assert steps.seen[0] == 2, "two steps were done before, the first of the next two batches adds none"
     assert len(read_metrics(tmp_path / "metrics.csv")) == 2
+
+
+def no_room_for(path: Path) -> None:
+    """The next file that would become `path` meets a full disk."""
+    path.with_name(f".{path.name}.partial").symlink_to("/dev/full")
+
+
+def test_a_full_disk_is_said_with_the_file_and_loses_no_state(
+    rows: list[Utterance], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(rows, tmp_path, settings(epochs=1))
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    no_room_for(last)
+    no_room_for(last.with_name("interrupted.ckpt"))
+    with pytest.raises(DiskFullError, match=r"last\.ckpt: the disk is full: about 0\.\d MB .* are free"):
+        run(rows, tmp_path, settings(epochs=2))
+    assert "the state of the last step is lost: " in capsys.readouterr().err
+    assert last.read_bytes() == before
+    steps = Steps()
+    run(rows, tmp_path, settings(epochs=2), (steps,))
+    assert {epoch for epoch, _ in steps.batches} == {1}
+    assert len(read_metrics(tmp_path / "metrics.csv")) == 2
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_a_full_disk_that_names_no_file_is_said_with_the_run(rows: list[Utterance], tmp_path: Path) -> None:
+    class Full(lightning.Callback):
+        """TensorBoard's writer, when its disk is."""
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            Path("/dev/full").write_bytes(b"events")
+
+    with pytest.raises(DiskFullError, match=rf"{re.escape(str(tmp_path))}: the disk is full: \d+\.\d MB are"):
+        run(rows, tmp_path, settings(), (Full(),))
+
+
+def test_safetensors_has_only_words_for_a_full_disk(tmp_path: Path) -> None:
+    words = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with (
+        pytest.raises(DiskFullError, match=r"weights\.safetensors: the disk is full"),
+        written_whole(tmp_path / "weights.safetensors"),
+    ):
+        raise SafetensorError(words)
 
 
 def test_what_counts_as_out_of_memory() -> None:

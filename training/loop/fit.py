@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from training.data.sampler import DurationBatchSampler
-from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
+from training.errors import ConfigError, DiskFullError, EmptyManifestError, OutOfMemoryError
+from training.files import full_disk, is_full_disk
 from training.loop.module import SpeechModule
 from training.loop.plots import plot_history
 from training.loop.run_folder import RunFolder, append_metrics, read_metrics
 from training.loop.settings import INFORMATIVE_WER, LOSS_STEP, TrainingSettings
+from training.torch_state import WholeFiles
 
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
@@ -145,9 +148,12 @@ class SaveOnInterruption(Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Save, whatever the reason was."""
+        """Save, whatever the reason was, where there is room; the reason is what is told."""
         if trainer.global_step > 0:
-            trainer.save_checkpoint(self.path)
+            try:
+                trainer.save_checkpoint(self.path)
+            except DiskFullError as error:
+                print(f"warning: the state of the last step is lost: {error}", file=sys.stderr)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -170,8 +176,8 @@ def fit(
     """Train until the epochs are used up or validation stops improving; returns the best checkpoint.
 
     A run that was interrupted goes on from its last state. Raises OutOfMemoryError with the state saved,
-    EmptyManifestError for an empty part, ConfigError where more epochs are done than asked for, SystemExit
-    with a status that is not 0 where the job was ended.
+    DiskFullError, EmptyManifestError for an empty part, ConfigError where more epochs are done than asked
+    for, SystemExit with a status that is not 0 where the job was ended.
     """
     for name, loader in (("training", training), ("validation", validation)):
         if len(loader) == 0:
@@ -211,6 +217,7 @@ def fit(
             gradient_clip_val=settings.gradient_clip or None,
             logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
             callbacks=watchers,
+            plugins=[WholeFiles()],
             log_every_n_steps=10,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -225,6 +232,8 @@ def fit(
             # Lightning's has status 0, and whoever ended the job would take the training for a finished one
             raise SystemExit(128 + signal.SIGTERM) from error
         except Exception as error:
+            if is_full_disk(error) and not isinstance(error, DiskFullError):
+                raise full_disk(folder.path, 0) from error  # TensorBoard names no file
             if not is_out_of_memory(error):
                 raise
             gc.collect()

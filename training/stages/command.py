@@ -10,19 +10,17 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from training.config import load_config
 from training.data.manifest import Utterance
 from training.errors import in_one_line
-from training.loop.run_folder import WEIGHTS, RunFolder, open_run
+from training.loop.run_folder import RunFolder, open_run
 from training.stages.benchmark import benchmark
 from training.stages.export import export
 from training.stages.prepare import prepare
 from training.stages.publish import publish
 from training.stages.quantize import quantize
 from training.stages.recipe import Recipe
-from training.stages.train import fits_one_file, train, unshared
+from training.stages.train import fits_one_file, store_weights, train
 
 Stage = Callable[[Recipe, dict[str, list[Utterance]], RunFolder], object]
 
@@ -33,10 +31,8 @@ def convert(recipe: Recipe, _rows: dict[str, list[Utterance]], folder: RunFolder
     network = recipe.network(codec)
     fits_one_file(network)
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
-    folder.forget_graphs()
     folder.forget("train.json")  # or `train` would take these weights for its own
-    save_file(unshared(weights), folder.path / WEIGHTS)
-    return folder.path / WEIGHTS
+    return store_weights(weights, folder)
 
 
 STAGES: dict[str, Stage] = {

@@ -11,6 +11,7 @@ from torch import nn
 from training.augment.waveform import WaveformAugment
 from training.data.manifest import Utterance
 from training.errors import CheckpointError, ConfigError, EmptyManifestError
+from training.files import written_whole
 from training.graph import MOST_BYTES
 from training.loop.dataset import UtteranceDataset, make_loader
 from training.loop.fit import fit
@@ -54,13 +55,21 @@ def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -
     )
     state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
     weights = {name.removeprefix("model."): value.contiguous() for name, value in state.items()}
-    folder.forget_graphs()
-    save_file(unshared(weights), folder.path / WEIGHTS)
+    store_weights(weights, folder)
     metrics = read_metrics(folder.metrics)
     folder.write_json(
         "train.json",
         {"settings": wanted, "best_checkpoint": best.name, "epochs": len(metrics), "history": metrics},
     )
+    return folder.path / WEIGHTS
+
+
+def store_weights(weights: dict[str, torch.Tensor], folder: RunFolder) -> Path:
+    """Keep the weights of a run, whole or not at all; graphs of others go. Raises DiskFullError."""
+    folder.forget_graphs()
+    size_bytes = sum(value.nbytes for value in weights.values())
+    with written_whole(folder.path / WEIGHTS, size_bytes) as partial:
+        save_file(unshared(weights), partial)
     return folder.path / WEIGHTS
 
 

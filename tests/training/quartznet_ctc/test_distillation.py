@@ -21,7 +21,7 @@ import soundfile
 import torch
 
 from training.checkpoint import load_checkpoint
-from training.errors import CheckpointError
+from training.errors import CheckpointError, DiskFullError
 from training.frontend import FrontendConfig, LogMel
 from training.nemo import NemoModel
 from training.recipes.quartznet_ctc import distill, label, texts, weights
@@ -39,6 +39,7 @@ from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzN
 from training.recipes.quartznet_ctc.student import LossWeights
 from training.recipes.quartznet_ctc.trainer import TrainConfig, Trainer, learning_rate
 from training.recipes.quartznet_ctc.weights import halved, student_of
+from training.torch_state import save_state
 
 UTTERANCES = 12
 
@@ -346,7 +347,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(corpus: Corpus, tmp_path: Pat
     maker = BatchMaker(corpus, 4.0, 0, AugmentConfig())
     for step in range(3):
         halves.train_step([maker(step)], step / 6)
-    distill.save(halves.state(), tmp_path / "half" / "last.pt")
+    save_state(halves.state(), tmp_path / "half" / "last.pt")
     resumed = trainer(corpus, seed=0)
     resumed.restore(torch.load(tmp_path / "half" / "last.pt", weights_only=True))
     distill.train(resumed, tmp_path / "half", total_steps=6, deadline_s=None, validate_every_s=1e9)
@@ -356,6 +357,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(corpus: Corpus, tmp_path: Pat
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
     assert (tmp_path / "whole" / "best.pt").exists()
     assert "wer_all" in (tmp_path / "whole" / "metrics.csv").read_text()
+
+
+def test_a_full_disk_leaves_the_state_before(corpus: Corpus, tmp_path: Path) -> None:
+    distill.train(trainer(corpus), tmp_path, total_steps=1, deadline_s=None, validate_every_s=1e9)
+    before = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / ".last.pt.partial").symlink_to("/dev/full")
+    student = trainer(corpus)
+    student.restore(torch.load(tmp_path / "last.pt", weights_only=True))
+    with pytest.raises(DiskFullError, match=r"last\.pt: the disk is full"):
+        distill.train(student, tmp_path, total_steps=2, deadline_s=None, validate_every_s=1e9)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_sigterm_leaves_a_state_to_go_on_from(corpus: Corpus, tmp_path: Path) -> None:
@@ -395,7 +408,7 @@ def test_published_weights_start_another_run(corpus: Corpus, tmp_path: Path) -> 
 def test_weights_may_be_the_mean_with_other_students(corpus: Corpus, tmp_path: Path) -> None:
     for seed in (0, 1):
         (tmp_path / str(seed)).mkdir()
-        distill.save(trainer(corpus, seed=seed).state(), tmp_path / str(seed) / "last.pt")
+        save_state(trainer(corpus, seed=seed).state(), tmp_path / str(seed) / "last.pt")
         weights.main(["--run", str(tmp_path / str(seed)), "--out", str(tmp_path / f"{seed}.safetensors")])
     others = ["--average-with", str(tmp_path / "0.safetensors")]
     weights.main(["--run", str(tmp_path / "1"), "--out", str(tmp_path / "mean.safetensors"), *others])
@@ -417,7 +430,7 @@ def test_published_weights_of_another_size_are_refused(corpus: Corpus, tmp_path:
 
 
 def test_a_run_of_another_size_is_not_gone_on_with(cache: Path, corpus: Corpus, tmp_path: Path) -> None:
-    distill.save(trainer(corpus).state(), tmp_path / "last.pt")
+    save_state(trainer(corpus).state(), tmp_path / "last.pt")
     given = ["--cache", str(cache), "--run", str(tmp_path), "--size", "s", "--steps", "1"]
     with pytest.raises(SystemExit, match="a student of size tiny, asked for s"):
         distill.run(distill.arguments_of("").parse_args(given), Trainer)

@@ -30,18 +30,12 @@ import torch
 from tqdm import tqdm
 
 from training.errors import in_one_line
-from training.files import written_whole
 from training.recipes.quartznet_ctc.augment import AugmentConfig
 from training.recipes.quartznet_ctc.evaluate import validate
 from training.recipes.quartznet_ctc.examples import Batch, BatchMaker, Corpus
 from training.recipes.quartznet_ctc.student import SIZE_NAMES
 from training.recipes.quartznet_ctc.trainer import TrainConfig, Trainer
-
-
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint, whole or not at all."""
-    with written_whole(path) as partial:
-        torch.save(state, partial)
+from training.torch_state import save_state
 
 
 class Records:
@@ -84,8 +78,8 @@ def checkpoint(trainer: Trainer, run: Path, records: Records, *, measured: bool)
         records.validation(trainer, rates)
         if rates.get("all", math.inf) < trainer.best_wer:
             trainer.best_wer = rates["all"]
-            save(trainer.state(), run / "best.pt")
-    save(trainer.state(), run / "last.pt")
+            save_state(trainer.state(), run / "best.pt")
+    save_state(trainer.state(), run / "last.pt")
 
 
 @contextmanager
