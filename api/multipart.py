@@ -40,6 +40,7 @@ _MAX_FIELD_BYTES = 1 << 16
 _MAX_FIELDS_BYTES = 1 << 20
 _MAX_PARTS = 4096
 _MAX_PART_HEADER_BYTES = 8192
+_MAX_PREAMBLE_BYTES = 1 << 16
 _EXTRA_BODY_BYTES = 1 << 20  # boundaries, part headers and fields beside the files
 
 
@@ -131,6 +132,8 @@ class _Reader:
         self._value = bytearray()
         self._upload: Upload | None = None
         self._to_write: list[tuple[Upload, bytes]] = []
+        self._delimiter = b"--" + boundary
+        self._preamble: bytes | None = b"\n"  # its last bytes, until the first delimiter; a line begins here
         self._parser = MultipartParser(
             boundary,
             {
@@ -162,6 +165,8 @@ class _Reader:
         except TimeoutError:
             raise UploadTimeoutError("The upload stopped before it was complete.") from None
         self._parser.finalize()
+        if self._preamble is not None:
+            raise InvalidRequestError("The multipart body is malformed: its boundary never comes.")
         if not self._ended:
             raise InvalidRequestError("The multipart body ends before its closing boundary.")
         for upload in self._form.files:
@@ -171,8 +176,25 @@ class _Reader:
         self._received_bytes += len(chunk)
         if self._received_bytes > self._limits.body_bytes + _EXTRA_BODY_BYTES:
             raise UploadTooLargeError(min(self._limits.file_bytes, self._limits.body_bytes))
+        if self._preamble is not None:
+            chunk = self._after_preamble(self._preamble + chunk)
         self._parser.write(chunk)
         await self._flush()
+
+    def _after_preamble(self, data: bytes) -> bytes:
+        """From the first delimiter on; what comes before it is to be ignored (RFC 2046, section 5.1.1)."""
+        at = data.find(self._delimiter)
+        if at < 0 and self._received_bytes > _MAX_PREAMBLE_BYTES:
+            raise InvalidRequestError(
+                f"The multipart body is malformed: no boundary in its first {_MAX_PREAMBLE_BYTES} bytes."
+            )
+        if at < 0:
+            self._preamble = data[-len(self._delimiter) :]
+            return b""
+        if data[at - 1 : at] != b"\n":  # rather refused than a part taken for preamble
+            raise InvalidRequestError("The multipart body is malformed: its boundary begins within a line.")
+        self._preamble = None
+        return data[at:]
 
     async def _flush(self) -> None:
         pending, self._to_write = self._to_write, []

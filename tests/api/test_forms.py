@@ -233,6 +233,34 @@ class TestMultipart:
         assert [(upload.field, upload.filename) for upload in form.files] == [("file", "з é.wav")]
         form.close()
 
+    @given(
+        before=st.sampled_from([b"", b"\r\n", b"This is a preamble.\r\n", b"--X\r\n-- X\r\n\r\n", b"line\n"]),
+        after=st.sampled_from([b"", b"The epilogue.", b"\r\n" + BODY]),
+        cuts=st.lists(st.integers(1, 40), max_size=6),
+    )
+    def test_preamble_and_epilogue_change_nothing(self, before: bytes, after: bytes, cuts: list[int]) -> None:
+        """RFC 2046, section 5.1.1: what stands outside of the boundaries is to be ignored."""
+        body = before + BODY + after
+        edges = [0, *sorted(set(cuts)), len(body)]
+        chunks = [body[a:b] for a, b in pairwise(edges)]
+        form = asyncio.run(read(request_of(chunks), limits(Path(tempfile.gettempdir()))))
+        assert form.fields == [("model", "tiny"), ("keywords[]", "Ünï")]
+        assert [upload.file.read() for upload in form.files] == [b"\r\n--X" * 900]
+        form.close()
+
+    @pytest.mark.parametrize(
+        ("body", "problem"),
+        [
+            (b"preamble" + BODY, "within a line"),
+            (BODY.replace(b"--XX", b"--YY"), "never comes"),
+            (b"x" * 70_000 + b"\r\n" + BODY, "no boundary in its first 65536 bytes"),
+        ],
+    )
+    async def test_no_part_is_taken_for_a_preamble(self, tmp_path: Path, body: bytes, problem: str) -> None:
+        chunks = [body[start : start + 4096] for start in range(0, len(body), 4096)]
+        with pytest.raises(InvalidRequestError, match=problem):
+            await read(request_of(chunks), limits(tmp_path, body_bytes=1_000_000))
+
     async def test_large_files_are_spooled_and_removed(self, tmp_path: Path) -> None:
         data = bytes(range(256)) * 8192  # 2 MiB
         body = part("file", data, "a") + END
