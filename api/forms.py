@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from api.errors import InvalidRequestError, InvalidValueError, from_validation
-from api.multipart import refuse_file_without_name
+from api.multipart import refuse_file_without_name, refuse_not_offered
 from api.settings import Settings
 from api.transcriber import Options
 from api.vad import VadOptions
@@ -155,6 +155,7 @@ def parse_form(model: type[F], fields: Sequence[tuple[str, str]], query: Iterabl
         elif name in _LISTS and name in known:
             values.setdefault(name, []).append(value)
         elif wire_name not in known:
+            refuse_not_offered(wire_name)
             names = ", ".join(sorted(known))
             raise InvalidRequestError(
                 f"Unknown field {wire_name[:64]!r}; there are file, {names}.", param=wire_name[:64]

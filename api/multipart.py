@@ -32,6 +32,11 @@ FILE_FIELDS = frozenset({"file", "files", "files[]"})
 
 _EXTENDED_FILENAME = re.compile(rb""";\s*filename\*\s*=\s*"?[\w-]*'[^']*'([^;"\s]*)""", re.IGNORECASE)
 """RFC 8187's ``filename*=UTF-8''...``: how urllib3 before 1.25 and others send names that are not ASCII."""
+_NOT_OFFERED = {
+    "languages": "one language is taken, in the field 'language'",
+    "known_speaker_names": "speakers are not told apart",
+    "known_speaker_references": "speakers are not told apart",
+}
 
 _log = structlog.get_logger("api.multipart")
 
@@ -106,6 +111,13 @@ async def read_form(request: Request, limits: Limits) -> Form:
             raise OutOfResourcesError("There is no room to store the upload; try again later.") from error
         raise
     return form
+
+
+def refuse_not_offered(field: str) -> None:
+    """Raise InvalidRequestError where OpenAI has a field of this name and this service does not."""
+    reason = _NOT_OFFERED.get(field.removesuffix("[]"))
+    if reason is not None:
+        raise InvalidRequestError(f"Field {field!r} is not offered: {reason}.", param=field)
 
 
 def refuse_file_without_name(field: str) -> None:
@@ -265,6 +277,7 @@ class _Reader:
         self._value += data[start:end]
         if len(self._value) > _MAX_FIELD_BYTES:
             refuse_file_without_name(self._field_name)
+            refuse_not_offered(self._field_name)
         if len(self._value) > _MAX_FIELD_BYTES or self._field_bytes > _MAX_FIELDS_BYTES:
             raise InvalidRequestError(
                 f"A field is longer than {_MAX_FIELD_BYTES} bytes.", param=self._field_name[:64]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.audio.transcription_create_params import TranscriptionCreateParamsBase
 from starlette.requests import Request
 
 from api.access import RateLimiter
@@ -165,6 +166,25 @@ class TestFields:
             form.options(SETTINGS)
         assert caught.value.message == message
 
+    @pytest.mark.parametrize(
+        ("field", "reason"),
+        [
+            ("languages[]", "one language is taken, in the field 'language'"),
+            ("known_speaker_names[]", "speakers are not told apart"),
+            ("known_speaker_references[]", "speakers are not told apart"),
+            ("known_speaker_references", "speakers are not told apart"),
+        ],
+    )
+    def test_what_openai_has_and_this_service_does_not_is_said(self, field: str, reason: str) -> None:
+        with pytest.raises(InvalidRequestError, match=f"is not offered: {reason}") as caught:
+            parse_form(OpenAIForm, [("model", "tiny"), (field, "x")])
+        assert caught.value.param == field
+
+    def test_every_field_of_the_official_client_has_an_answer(self) -> None:
+        for name in TranscriptionCreateParamsBase.__annotations__.keys() - OpenAIForm.model_fields.keys():
+            with pytest.raises(InvalidRequestError, match=r"is not offered|must be a file part"):
+                parse_form(OpenAIForm, [("model", "tiny"), (name, "x")])
+
     def test_schema_lists_every_field_and_the_file(self) -> None:
         schema = form_schema(OpenAIForm)["requestBody"]["content"]["multipart/form-data"]["schema"]
         assert set(schema["properties"]) == {"file", *OpenAIForm.model_fields}
@@ -232,6 +252,12 @@ class TestMultipart:
         form = await read(request_of([body.encode()]), limits(tmp_path))
         assert [(upload.field, upload.filename) for upload in form.files] == [("file", "з é.wav")]
         form.close()
+
+    async def test_the_recording_of_a_speaker_is_not_called_too_long(self, tmp_path: Path) -> None:
+        """No shorter one would be taken either."""
+        body = part("known_speaker_references[]", b"data:audio/wav;base64," + b"A" * 100_000) + END
+        with pytest.raises(InvalidRequestError, match="speakers are not told apart"):
+            await read(request_of([body]), limits(tmp_path, body_bytes=1_000_000))
 
     @given(
         before=st.sampled_from([b"", b"\r\n", b"This is a preamble.\r\n", b"--X\r\n-- X\r\n\r\n", b"line\n"]),
