@@ -177,6 +177,30 @@ def test_a_repository_with_capitals_has_a_registry_without() -> None:
     assert "docker/sign.sh r.example/acme" in dry_make("sign", REGISTRY="r.example/Acme")
 
 
+@pytest.mark.parametrize(
+    ("status", "retry", "again", "passes"),
+    [(1, "1", True, True), (3, "1", False, False), (1, "0", False, False)],
+)
+def test_failed_tests_are_tried_again_only_after_a_whole_run(
+    tmp_path: Path, status: int, retry: str, again: bool, passes: bool
+) -> None:
+    """pytest ends with 1 where tests failed, with another status where it broke off (workers that died)."""
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text(
+        f'#!/bin/bash\necho "$*" >>{tmp_path}/calls\n'
+        f'case "$*" in *--last-failed*) ;; *pytest*) exit {status} ;; esac\n'
+    )
+    python.chmod(0o755)
+    for stamp in (".packages", ".run", ".training", ".dev"):
+        (tmp_path / stamp).touch()
+    done = subprocess.run(
+        ["make", "test", f"VENV={tmp_path}", f"RETRY={retry}"], cwd=ROOT, capture_output=True, check=False
+    )
+    assert ("--last-failed" in (tmp_path / "calls").read_text()) == again
+    assert (done.returncode == 0) == passes
+
+
 def test_ci_installs_what_it_can_where_a_package_is_unknown(tmp_path: Path) -> None:
     """apt installs nothing of a list with an unknown name; Ubuntu, which the runners are, has no chromium."""
     tools = {
