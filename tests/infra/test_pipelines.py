@@ -79,6 +79,24 @@ def test_workflows_only_call_make(path: Path) -> None:
         assert set(targets) <= make_targets(), command
 
 
+def matches(path: str, patterns: list[str]) -> bool:
+    """As GitHub reads its filters: ** is any text, * any without a slash."""
+    forms = (re.escape(each).replace(r"\*\*", ".*").replace(r"\*", "[^/]*") for each in patterns)
+    return any(re.fullmatch(form, path) for form in forms)
+
+
+@pytest.mark.parametrize("event", ["push", "pull_request"])
+def test_what_is_checked_is_checked_when_it_changes(event: str) -> None:
+    lint = (ROOT / "tests/infra/lint.sh").read_text()
+    wanted = [name for line in re.findall(r"< <\(tracked (.*)\)", lint) for name in shlex.split(line)]
+    command = ["git", "ls-files", "--", *wanted, ".hadolint.yaml", ".checkov.yaml"]
+    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(files) > 60
+    workflow: dict[object, Any] = yaml.safe_load((ROOT / ".github/workflows/infra.yml").read_text())
+    patterns = workflow[True][event]["paths"]  # YAML reads the key `on` as true
+    assert [path for path in files if not matches(path, patterns)] == []
+
+
 def test_jenkins_only_calls_make() -> None:
     commands = re.findall(r"sh '([^']*)'", JENKINSFILE)
     assert len(commands) > 10
