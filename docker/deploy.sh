@@ -63,6 +63,12 @@ keep_running_images() { # VERSION: tag what runs as VERSION-before; false where 
   return "$changed"
 }
 
+gateway_conf() { # the copy of the configuration that the gateway runs with, where docker/compose.sh made one
+  local path
+  path=$(running gateway '{{range .Mounts}}{{if eq .Destination "/etc/nginx/nginx.conf"}}{{.Source}}{{end}}{{end}}')
+  [[ $path != "$(cd "$state" && pwd)"/* ]] || echo "$path"
+}
+
 use_version() {
   export ASR_API_IMAGE=${registry:+$registry/}asr-api:$1 ASR_UI_IMAGE=${registry:+$registry/}asr-ui:$1
 }
@@ -78,9 +84,10 @@ wait_healthy() { # COUNT: so many healthy API containers
   return 1
 }
 
-roll() { # VERSION   Every step says `|| return`: the caller's `if` turns `set -e` off in here.
+roll() { # VERSION [CONF]   Every step says `|| return`: the caller's `if` turns `set -e` off in here.
   local container old others
   use_version "$1"
+  if [ -n "${2:-}" ] && [ -f "$2" ]; then export ASR_NGINX_CONF=$2; fi
   old=$(containers api) || return
   if [ -z "$old" ]; then
     compose up --detach --no-build --scale "api=$replicas" || return
@@ -133,16 +140,26 @@ case ${1:-} in deploy | rollback | scale) refuse_to_lose_keys ;; esac
 case ${1:-} in
   deploy)
     version=${2:?deploy needs a version}
-    before=$(read_state current)
+    before=$(read_state current) conf=$(gateway_conf)
     [ -n "$before" ] || before=$(running_version)
     # A build may carry the version that runs already: another tag keeps the old images, to go back to.
     if [ "$before" = "$version" ] && [ -n "$(running api '{{.Image}}')" ] && keep_running_images "$version"; then
       before=$version-before
     fi
     rm -f "$state/failed"
+    use_version "$version"
+    # nginx would end at once, again and again, and Compose not notice it.
+    if ! compose run --rm -T --no-deps gateway nginx -t -q -c /etc/nginx/nginx.conf; then
+      echo "$version" >"$state/failed"
+      echo "error: the gateway does not start with the configuration of $version; nothing was changed" >&2
+      exit 1
+    fi
     if roll "$version"; then
       oldest=$(read_state previous)
-      [ -z "$before" ] || [ "$before" = "$version" ] || echo "$before" >"$state/previous"
+      if [ -n "$before" ] && [ "$before" != "$version" ]; then
+        echo "$before" >"$state/previous"
+        echo "$conf" >"$state/previous-conf"
+      fi
       echo "$version" >"$state/current"
       forget "$oldest"
       forget_copies
@@ -156,10 +173,11 @@ case ${1:-} in
     fi
     echo "error: $version failed; going back to $before" >&2
     echo "$before" >"$state/current"
-    if ! roll "$before"; then
+    if ! roll "$before" "$conf"; then
       # Then a rollback has something to do after all.
       rm "$state/failed"
       echo "$before" >"$state/previous"
+      echo "$conf" >"$state/previous-conf"
       echo "error: going back to $before failed too; mend what is said above, then: docker/deploy.sh rollback" >&2
     fi
     exit 1
@@ -173,9 +191,9 @@ case ${1:-} in
       exit
     fi
     [ -n "$previous" ] || { echo "error: no earlier version is known in $state" >&2; exit 1; }
-    roll "$previous"
+    roll "$previous" "$(read_state previous-conf)"
     echo "$previous" >"$state/current"
-    rm -f "$state/previous"
+    rm -f "$state/previous" "$state/previous-conf"
     echo "rolled back to $previous"
     ;;
   scale)

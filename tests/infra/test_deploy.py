@@ -38,8 +38,8 @@ class Machine:
         ids = " ".join(f"sha256:asr-api:{tag}" for tag in broken.split())
         return self.run("docker/deploy.sh", "deploy", version, FAKE_BROKEN=ids, **environment)
 
-    def rollback(self) -> Done:
-        return self.run("docker/deploy.sh", "rollback")
+    def rollback(self, **environment: str) -> Done:
+        return self.run("docker/deploy.sh", "rollback", **environment)
 
     def up(self, version: str) -> None:
         """What `make up` leaves behind: containers, and no deployment state."""
@@ -188,9 +188,45 @@ def test_copies_of_configuration_stay_only_while_something_needs_them(
     os.utime(mounted, (0, 0))
     (machine.folder / "containers/0001-jaeger").write_text(f"image\nid\nkeys\n{mounted}\n")
     assert machine.deploy("5", **change("5")).returncode == 0
-    assert lines() == {"# mounted", "# 4", "# 5"}, "4 ran when 5 came: going back to 3 had brought its file"
+    assert lines() == {"# mounted", "# 3", "# 5"}
     assert not list(machine.state.glob("*.new"))
     assert {path.name for path in machine.state.iterdir()} >= {"current", "previous"}
+
+
+def test_going_back_brings_the_gateways_configuration_back_too(machine: Machine, tmp_path: Path) -> None:
+    """Both ways run from the checkout of the version that was no good."""
+    conf = tmp_path / "nginx.conf"
+
+    def of(version: str) -> dict[str, str]:
+        conf.write_text((ROOT / "docker/nginx/nginx.conf").read_text() + f"# {version}\n")
+        return {"ASR_NGINX_CONF": str(conf)}
+
+    def running() -> str:
+        (file,) = (machine.folder / "containers").glob("*-gateway")
+        return Path(file.read_text().splitlines()[3]).read_text().splitlines()[-1]
+
+    for version in ("1", "2"):
+        assert machine.deploy(version, **of(version)).returncode == 0
+    assert running() == "# 2"
+    assert machine.deploy("3", broken="3", **of("3")).returncode == 1
+    assert running() == "# 2"
+    assert machine.deploy("4", **of("4")).returncode == 0
+    assert running() == "# 4"
+    assert machine.rollback(**of("4")).returncode == 0
+    assert running() == "# 2"
+    assert machine.images() == ["asr-api:2"] * 2
+
+
+def test_a_configuration_that_nginx_refuses_changes_nothing(machine: Machine) -> None:
+    assert machine.deploy("1").returncode == 0
+    before = machine.calls("stop")
+    parts = " ".join(f"-f docker/compose.{part}.yml" for part in ("base", "api", "ui"))
+    done = machine.deploy("2", FAKE_REFUSES=f"compose --project-name asr {parts} run")
+    assert done.returncode == 1
+    assert "nothing was changed" in done.stderr
+    assert machine.calls("stop") == before
+    assert machine.images() == ["asr-api:1"] * 2
+    assert "nothing to roll back: 2 failed" in machine.rollback().stdout
 
 
 def test_images_go_once_no_rollback_needs_them(machine: Machine) -> None:
