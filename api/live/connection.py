@@ -52,6 +52,7 @@ class Connection:
         self.id = f"sess_{uuid.uuid4().hex}"
         self.audio_s = 0.0
         self._utterances = 0
+        self._counted: AsrError | None = None
         self._websocket = websocket
         self._service = service
         self._protocol = protocol
@@ -103,6 +104,7 @@ class Connection:
     def utterance_ended(self, model: str, ended_s: float, error: AsrError | None = None) -> None:
         """Count one that is about to be told, or has failed; ``ended_s`` is of ``time.perf_counter``."""
         self._utterances += 1
+        self._counted = error
         status, code = (200, None) if error is None else (error.status, error.code)
         elapsed_s = time.perf_counter() - ended_s
         self._service.telemetry.utterance_ended(
@@ -114,6 +116,8 @@ class Connection:
             _log.error("unhandled_exception", exc_info=error)
         shown = public(error, self.id)
         self._end = shown.code
+        if shown is not self._counted and not isinstance(shown, _NO_FAILURES):
+            self._service.telemetry.session_failed(self._protocol, shown.status, shown.code)
         with contextlib.suppress(ClientDisconnected):
             if not isinstance(error, ClientDisconnected):  # otherwise nobody reads: the server closes
                 await self.send(self._error_message(shown))
@@ -197,3 +201,5 @@ def json_object(text: str, problem: str) -> dict[str, Any]:
 
 
 _CLOSE_CODES = {DrainingError: RESTART, StreamTimeoutError: POLICY}
+_NO_FAILURES = (ClientDisconnected, DrainingError, StreamTimeoutError)
+"""How sessions end that did nothing wrong and got what they came for."""

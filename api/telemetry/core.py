@@ -341,6 +341,11 @@ class Telemetry:
         if outcome in TIMED_OUTCOMES:
             self.metrics.request_duration.labels(route, model).record(elapsed_s, kept(self.origin()))
 
+    def session_failed(self, protocol: str, status: int, code: str) -> None:
+        """Count an open live session that ended with an error which is no utterance's."""
+        self._count(LIVE_ROUTES[protocol], UNKNOWN, outcome_of(status, code), code)
+        self.scrapes.changed()
+
     def refused(self, status: int, code: str) -> None:
         """Count a request that was refused before the application saw it, with `status` and error `code`.
 

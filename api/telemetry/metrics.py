@@ -73,7 +73,7 @@ def is_transcription(scope: Mapping[str, Any]) -> bool:
 
 
 # Live sessions: each utterance counts as a request, whose duration is the wait for its transcript after its
-# end. A session that is refused is a request, too.
+# end. A session that is refused, or ends with an error of its own, is a request, too.
 LIVE_ROUTES = {"realtime": "/v1/realtime", "vosk": "/vosk"}
 
 # Where no route was found, or the request was refused before anybody looked for one.

@@ -471,7 +471,11 @@ def test_vosk_half_a_sample_before_a_reset_shifts_nothing(server: LiveServer) ->
         ('{"config": {"model": 1}}', "invalid_request"),
     ],
 )
-def test_vosk_says_what_is_wrong_and_closes(server: LiveServer, message: str, code: str) -> None:
+def test_vosk_says_what_is_wrong_and_closes(
+    server: LiveServer, client: httpx.Client, message: str, code: str
+) -> None:
+    counted = 'asr_requests_total{model="unknown",outcome="invalid",route="/vosk"}'
+    before = metric(client, counted)
     with connect(socket_url(server, "/vosk"), proxy=None) as socket:
         socket.send(message)
         assert json.loads(socket.recv(timeout=60))["error"]["code"] == code
@@ -479,6 +483,7 @@ def test_vosk_says_what_is_wrong_and_closes(server: LiveServer, message: str, co
             socket.recv(timeout=60)
         assert caught.value.rcvd is not None
         assert caught.value.rcvd.code == 1008
+    assert metric(client, counted) == before + 1
 
 
 # -- what goes wrong
@@ -504,6 +509,16 @@ def test_an_utterance_that_fails_does_so_once_after_its_end(models_dir: Path, tm
                 f"{TRANSCRIPTION}.failed",
             ]
             assert event["error"]["code"] == "deadline_exceeded"
+        with connect(socket_url(live, "/vosk"), proxy=None) as socket:
+            socket.send(json.dumps({"config": {"sample_rate": SAMPLE_RATE_HZ}}))
+            socket.send(SPEECH)
+            assert json.loads(socket.recv(timeout=60))["error"]["code"] == "deadline_exceeded"
+        with live.client() as http:
+            wait_for_sessions(http, 0)
+            lines = http.get("/metrics").text.splitlines()
+        for route in ("/v1/realtime", "/vosk"):
+            ends = f'outcome="timeout",route="{route}"}}'
+            assert sum(float(line.rpartition(" ")[2]) for line in lines if ends in line) == 1, route
     finally:
         live.kill()
 
