@@ -148,6 +148,9 @@ async def _all(
     results = await asyncio.gather(*(one(index, upload) for index, upload in enumerate(uploads)))
     if len(refusals) == len(uploads):  # nothing was done: let the caller's own retry handle it
         raise refusals[-1]
+    for item in results:
+        if "error" in item:
+            service.telemetry.metrics.reject(item["error"]["code"])
     return list(results)
 
 

@@ -13,7 +13,6 @@ from api.telemetry.busy import BusyWindow
 from api.telemetry.journal import Journal, write
 from api.telemetry.metrics import (
     LIVE_ROUTES,
-    REJECTION_REASONS,
     TIMED_OUTCOMES,
     UNKNOWN,
     UNMATCHED_ROUTE,
@@ -356,8 +355,7 @@ class Telemetry:
 
     def _count(self, route: str, model: str, outcome: str, code: str | None) -> None:
         self.metrics.requests.labels(route, model, outcome).inc()
-        if code in REJECTION_REASONS:
-            self.metrics.rejections.labels(code).inc()
+        self.metrics.reject(code)
 
     def flush(self) -> None:
         """Write everything that is noted and send the spans."""

@@ -331,6 +331,7 @@ class Metrics:
         """`language` if a loaded model speaks it, else ``unknown``."""
         return language if language in self._languages and language is not None else UNKNOWN
 
-    def reject(self, reason: str) -> None:
-        """Count one refused file or request; a reason outside the vocabulary is ``other``."""
-        self.rejections.labels(reason if reason in REJECTION_REASONS else "other").inc()
+    def reject(self, reason: str | None) -> None:
+        """Count one refused file or request where `reason`, an error's code, is one of ours."""
+        if reason in REJECTION_REASONS:
+            self.rejections.labels(reason).inc()

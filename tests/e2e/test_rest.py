@@ -157,6 +157,32 @@ def test_batch_answers_in_order_with_errors_in_their_place(client: httpx.Client)
     assert (body["succeeded"], body["failed"]) == (3, 1)
 
 
+def test_a_refused_file_of_a_batch_is_counted_by_its_reason(client: httpx.Client) -> None:
+    """The request itself is answered well, so nothing else would tell of it."""
+
+    def refused() -> float:
+        lines = client.get("/metrics").text.splitlines()
+        found = next(
+            line for line in lines if line.startswith('asr_rejections_total{reason="audio_too_long"')
+        )
+        return float(found.rpartition(" ")[2])
+
+    before = refused()
+    silence = file_of("flac", np.zeros(601 * 16_000, np.float32), 16_000)
+    files = [
+        ("files", ("a.wav", AUDIO)),
+        ("files", ("b.flac", silence)),
+        ("files", ("c.wav", b"no audio" * 50)),
+    ]
+    body = client.post("/transcribe/batch", files=files).json()
+    assert [item.get("error", {}).get("code") for item in body["results"]] == [
+        None,
+        "audio_too_long",
+        "undecodable_audio",
+    ]
+    assert refused() == before + 1
+
+
 @pytest.mark.parametrize(
     ("files", "data", "status", "param"),
     [

@@ -104,8 +104,9 @@ def test_labels_that_a_caller_chose_become_unknown() -> None:
         )
         telemetry.metrics.reject(f"reason-{number}")
     assert value(telemetry, "asr_audio_processed_seconds_total", model="unknown", language="unknown") == 50
-    assert value(telemetry, "asr_rejections_total", reason="other") == 50
-    assert not any("made-up" in text for _, labels in samples(telemetry) for _, text in labels)
+    assert not any(
+        "made-up" in text or "reason-" in text for _, labels in samples(telemetry) for _, text in labels
+    )
 
 
 def test_series_of_requests_start_at_zero() -> None:
