@@ -31,12 +31,10 @@ class Page(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def api() -> Iterator[LiveServer]:
     """On 127.0.0.1 only."""
-    models = tmp_path_factory.mktemp("models")
-    make_bundle(models)
     with Servers() as servers:
-        yield servers.api_with("tiny", models, calibrate="false")
+        yield servers.api_with("en-quartznet-small", ROOT / "models", calibrate="false")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +73,15 @@ def test_it_asks_where_the_env_file_publishes(api: LiveServer, page_port: int, t
     without_page = smoke("compose", {"ASR_API_PORT": str(api.port), "PARTS": "base,api"})
     assert without_page.returncode == 0, without_page.stderr
     assert smoke("compose", {"URL": api.url, "ASR_API_PORT": str(free_port())}).returncode == 0
+
+
+def test_a_service_that_hears_nothing_is_no_good(tmp_path: Path) -> None:
+    make_bundle(tmp_path)  # knows tones only
+    with Servers() as servers:
+        deaf = servers.api_with("tiny", tmp_path, calibrate="false")
+        done = smoke("compose", {"URL": deaf.url})
+    assert done.returncode == 1
+    assert "no text in hello.flac" in done.stderr
 
 
 def test_it_asks_the_load_balancers_of_a_cluster(api: LiveServer, page_port: int, tmp_path: Path) -> None:
