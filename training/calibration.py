@@ -52,15 +52,19 @@ def manifest_waveforms(
     with_text: bool = False,
     **wanted: str | None,
 ) -> list[tuple[Waveform, str]]:
-    """(waveform (samples,) float32, text) of the rows that `manifest_rows` gives, shard by shard."""
+    """(waveform (samples,) float32, text) of the rows that `manifest_rows` gives, shard by shard.
+
+    A row's file beside the manifest counts before the tar that `shard` names.
+    """
     rows = manifest_rows(manifest, limit, with_text=with_text, **wanted)
     clips = []
     sharded: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if shard := row.get("shard"):
+        path, shard = manifest.parent / row["audio_filepath"], row.get("shard")
+        if shard and not path.is_file():
             sharded[shard][row["audio_filepath"]].append(row)
             continue
-        waveform = load_waveform(manifest.parent / row["audio_filepath"], sample_rate_hz, *_span_s(row))
+        waveform = load_waveform(path, sample_rate_hz, *_span_s(row))
         clips.append((waveform, str(row.get("text", ""))))
     for row, content in _contents(sharded, manifest.parent):
         waveform = decode_waveform(content, sample_rate_hz, *_span_s(row))

@@ -7,6 +7,7 @@ It needs `gradio` (group `dev`) and a running service at ``ASR_API_URL``. It lis
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,9 @@ def build(settings: UiSettings, background: Background) -> Any:
 
 def main() -> None:
     """Serve until Ctrl-C."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     settings = UiSettings.from_env()
     background = Background(settings)
     try:

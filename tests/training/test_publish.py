@@ -194,6 +194,7 @@ def test_stretches_of_one_recording_in_a_shard(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", ramp, 16_000, subtype="FLOAT")
     with tarfile.open(tmp_path / "s.tar", "w") as shard:
         shard.add(tmp_path / "a.wav", "a.wav")
+    (tmp_path / "a.wav").unlink()
     rows = [{"offset": 0.5, "duration": 0.25, "text": "b"}, {"offset": 1.5, "text": "d"}]
     path = {"shard": "s.tar", "audio_filepath": "a.wav"}
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row | path) + "\n" for row in rows))
@@ -205,6 +206,15 @@ def test_stretches_of_one_recording_in_a_shard(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text(json.dumps(gone))
     with pytest.raises(DataError, match=r"s\.tar: has no gone\.wav"):
         manifest_waveforms(tmp_path / "m.jsonl", 16_000)
+
+
+def test_a_file_that_was_taken_out_of_its_shard_needs_none(tmp_path: Path) -> None:
+    ramp = np.arange(1_600, dtype=np.float32) / 3_200
+    soundfile.write(tmp_path / "a.wav", ramp, 16_000, subtype="FLOAT")
+    row = {"shard": "elsewhere.tar", "audio_filepath": "a.wav", "text": "a"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    ((waveform, _),) = manifest_waveforms(tmp_path / "m.jsonl", 16_000)
+    np.testing.assert_allclose(waveform, ramp)
 
 
 def test_publishing_makes_a_verified_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
