@@ -126,6 +126,9 @@ class ConformerCtc(nn.Module):
         if config.subsampling == "striding":
             described: Any = self.network.config.encoder_config
             self.network.encoder.subsampling = _Striding(described)
+        for module in self.network.modules():  # transformers' own start hardly lets the input through
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+                module.reset_parameters()
 
     @property
     def frame_stride_s(self) -> float:

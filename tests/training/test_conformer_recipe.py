@@ -76,6 +76,17 @@ def test_only_what_shall_learn_learns(archive: Path) -> None:
     assert all(weight.requires_grad for weight in free.parameters())
 
 
+def test_a_new_network_lets_its_input_through() -> None:
+    """With the start of transformers it varies by 1e-6 over time, and nothing is learned from it for long."""
+    torch.manual_seed(0)
+    network = recipe(shape=SHAPE | {"subsampling_channels": 64, "width": 128}).network(CODEC)
+    assert isinstance(network, ConformerCtc)
+    subsampling = network.network.encoder.subsampling
+    with torch.inference_mode():
+        heard = subsampling(torch.randn(1, 400, 80), torch.ones(1, 400, dtype=torch.bool))[0]
+    assert heard.std(dim=0).mean() > 1e-3
+
+
 def test_another_runs_weights_are_a_start(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
