@@ -369,7 +369,7 @@ def exercise(report: Report, stack: Stack, files: list[Path], first: str) -> Non
     print(f"        {tally.line()}")
     report.check(
         not tally.failures,
-        f"rolling restart, failed requests: {len(tally.failures)} of {tally.answered}",
+        f"rolling restart, requests answered: {tally.answered}, {len(tally.failures)} failed",
         tally.answered,
     )
     lost = LOST.findall(log)
@@ -382,7 +382,7 @@ def exercise(report: Report, stack: Stack, files: list[Path], first: str) -> Non
     print(f"        {tally.line()}")
     report.check(
         not tally.failures,
-        f"kill -9, failed requests: {len(tally.failures)} of {tally.answered}",
+        f"kill -9, requests answered: {tally.answered}, {len(tally.failures)} failed",
         tally.answered,
     )
 

@@ -278,7 +278,7 @@ def exercise(report: Report, cluster: Cluster, files: list[Path], model: str) ->
     print(f"        {tally.line()}")
     report.check(
         not tally.failures,
-        f"rolling update, failed requests: {len(tally.failures)} of {tally.answered}",
+        f"rolling update, requests answered: {tally.answered}, {len(tally.failures)} failed",
         tally.answered,
     )
     after = {pod["metadata"]["name"] for pod in cluster.pods()}
@@ -299,14 +299,14 @@ def exercise(report: Report, cluster: Cluster, files: list[Path], model: str) ->
     print(f"        {tally.line()}")
     report.check(
         not tally.failures,
-        f"pod deleted, failed requests: {len(tally.failures)} of {tally.answered}",
+        f"pod deleted, requests answered: {tally.answered}, {len(tally.failures)} failed",
         tally.answered,
     )
     tally = asyncio.run(kill_container(clips, headers, cluster))
     print(f"        {tally.line()}")
     report.check(
         not tally.failures,
-        f"kill -9, failed requests: {len(tally.failures)} of {tally.answered}",
+        f"kill -9, requests answered: {tally.answered}, {len(tally.failures)} failed",
         tally.answered,
     )
 
