@@ -207,7 +207,8 @@ def _vocabulary(folder: Path, manifest: Manifest) -> Vocabulary:
         )
     if not 0 <= manifest.blank_id < entry.size:
         raise BundleError(name, "blank_id", manifest.blank_id, f"expected 0 to {entry.size - 1}")
-    if len(set(tokens)) != len(tokens):
+    # word pieces of several languages may repeat: their tokenizers are put behind each other
+    if entry.kind != "wordpiece" and len(set(tokens)) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if token in tokens[:index])
         raise BundleError(
             name, "vocabulary.file", twice, f"stands twice in {entry.file}; expected distinct tokens"

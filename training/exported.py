@@ -69,6 +69,7 @@ def exported_transformer(
     max_window_s: float,
     min_samples: int,
     text_normalisation: tuple[str, ...],
+    sample_rate_hz: int = 16_000,
 ) -> Exported:
     """A network whose work is matrix products."""
     return Exported(
@@ -86,6 +87,7 @@ def exported_transformer(
         ),
         exact_batches=False,
         text_normalisation=text_normalisation,
+        sample_rate_hz=sample_rate_hz,
     )
 
 

@@ -20,6 +20,9 @@ from torch.nn import functional
 
 from training.masks import frame_mask
 
+LOG_GUARD = 2.0**-24
+"""Added to an energy before its logarithm."""
+
 
 @dataclass(frozen=True)
 class FrontendConfig:
@@ -30,7 +33,7 @@ class FrontendConfig:
     fft_samples: int = 512
     features: int = 64
     preemphasis: float = 0.97
-    log_guard: float = 2.0**-24
+    log_guard: float = LOG_GUARD
     std_guard: float = 1e-5
     window_samples: int = 320
     """Even. QuartzNet's window is two hops, Conformer's two and a half (400 samples)."""

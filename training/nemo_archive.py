@@ -7,6 +7,7 @@ read by name and size, the YAML is parsed safely, and of the checkpoint only ten
 from __future__ import annotations
 
 import io
+import math
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from training.errors import CheckpointError
-from training.frontend import FrontendConfig, mel_filters
+from training.frontend import LOG_GUARD, FrontendConfig, mel_filters
 
 MAX_CONFIG_BYTES = 10_000_000
 MAX_WEIGHTS_BYTES = 8_000_000_000
@@ -107,10 +108,11 @@ def vocabulary_of(config: Mapping[str, Any]) -> tuple[str, ...]:
 
     A hybrid model has its CTC head beside a transducer, under `aux_ctc`. Raises NemoError.
     """
-    where = "aux_ctc.decoder" if "aux_ctc" in config else "decoder"
-    decoder = (
-        section(section(config, "aux_ctc"), "decoder") if "aux_ctc" in config else section(config, "decoder")
-    )
+    hybrid = "aux_ctc" in config
+    where = "aux_ctc.decoder" if hybrid else "decoder"
+    decoder = section(section(config, "aux_ctc") if hybrid else config, "decoder")
+    if decoder.get("multisoftmax"):
+        raise NemoError(f"{where}.multisoftmax: only one softmax over all tokens is known")
     tokens = decoder.get("vocabulary") or config.get("labels")
     if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not tokens:
         raise NemoError(f"{where}.vocabulary: expected a list of characters or pieces")
@@ -132,6 +134,8 @@ def frontend_of(config: Mapping[str, Any]) -> FrontendConfig:
         "frame_splicing": 1,
         "log": True,
         "log_zero_guard_type": "add",
+        "log_zero_guard_value": LOG_GUARD,
+        "exact_pad": False,
         "mag_power": 2.0,
     }
     for name, value in expected.items():
@@ -147,7 +151,7 @@ def frontend_of(config: Mapping[str, Any]) -> FrontendConfig:
     return FrontendConfig(
         sample_rate_hz=rate,
         hop_samples=hop,
-        fft_samples=int(given.get("n_fft") or 512),
+        fft_samples=int(given.get("n_fft") or 2 ** math.ceil(math.log2(window))),
         features=int(given.get("features", 64)),
         preemphasis=float(given.get("preemph", 0.97) or 0.0),
         window_samples=window,

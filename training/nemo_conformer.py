@@ -24,6 +24,8 @@ from training.pretrained import fill
 
 _CTC_HEADS = ("ctc_decoder.decoder_layers.0.", "decoder.decoder_layers.0.")
 """Of a hybrid model, whose `decoder` is the transducer's, and of a plain one."""
+_COMPUTED = ("preprocessor.", "encoder.pos_enc.")
+_TRANSDUCER = ("decoder.", "joint.")
 _PLACES = {
     "pre_encode.conv.": "subsampling.layers.",
     "pre_encode.out.": "subsampling.linear.",
@@ -72,6 +74,7 @@ def _config(config: Mapping[str, Any]) -> ConformerConfig:
         "att_context_style": ("regular",),
         "causal_downsampling": (False,),
         "conv_norm_type": ("batch_norm",),
+        "conv_context_style": ("regular",),
         "reduction": (None,),
         "global_tokens": (0,),
         "feat_out": (-1, given["d_model"]),
@@ -115,16 +118,21 @@ def _check_context(encoder: Mapping[str, Any]) -> None:
 
 
 def _renamed(archive: NemoArchive) -> dict[str, Tensor]:
-    """NeMo's names as `transformers` has them; what only training or a transducer needs is dropped."""
+    """NeMo's names as `transformers` has them, without a hybrid's transducer and what is computed here."""
     head = next((head for head in _CTC_HEADS if f"{head}weight" in archive.state), None)
     if head is None:
         raise NemoError(f"{archive.name}: no CTC head in it; a transducer alone is not served here")
+    dropped = _COMPUTED if head.startswith("decoder.") else (*_COMPUTED, *_TRANSDUCER)
     renamed: dict[str, Tensor] = {}
     for name, value in archive.state.items():
         if name.startswith(head):
-            renamed["ctc_head." + name.rsplit(".", 1)[1]] = value
-        elif name.startswith("encoder.") and not name.startswith("encoder.pos_enc."):
+            renamed["ctc_head." + name.removeprefix(head)] = value
+        elif name.startswith(dropped):
+            continue
+        elif name.startswith("encoder."):
             renamed["encoder." + _encoder_name(name.removeprefix("encoder."))] = value
+        else:  # such as a prompt's or a speaker's projection between encoder and head
+            raise NemoError(f"{archive.name}: model_weights.ckpt: unknown tensor {name}")
     return renamed
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,14 @@ from training.errors import in_one_line
 from training.export import MIN_SAMPLES
 from training.exported import Exported, exported_transformer
 from training.nemo import NemoModel, quartznet_of
-from training.nemo_archive import CONFORMER, read_archive
+from training.nemo_archive import CONFORMER, NemoError, read_archive
 from training.publish import Recordings, exported_quartznet, publish
 from training.vocabulary import casing_steps
 
-UNKNOWN = "<unk>"
-"""SentencePiece's piece for what it cannot spell; it stands for no text."""
+CONTROL = re.compile(r"<.+>|\[.+\]")
+"""Tokens that stand for no text: `<unk>`, `<s>`, `<pad>` of SentencePiece, `[UNK]` of word pieces."""
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""SentencePiece's token for a byte of a character that it has no piece for."""
 
 
 def as_checkpoint(found: NemoModel) -> Checkpoint:
@@ -53,11 +56,17 @@ def exported_nemo(archive: Path) -> Exported:
         max_window_s=MAX_WINDOW_S,
         min_samples=MIN_SAMPLES,
         text_normalisation=casing_steps(vocabulary),
+        sample_rate_hz=found.model.frontend.config.sample_rate_hz,
     )
 
 
 def bundle_vocabulary(listed: Sequence[str]) -> Vocabulary:
-    """Tokens as an archive lists them, with the bundle's spelling of spaces, and the blank after them."""
+    """Tokens as an archive lists them, with the bundle's spelling of spaces, and the blank after them.
+
+    Raises NemoError where bytes are among them.
+    """
+    if spelled := [token for token in listed if BYTE.fullmatch(token)]:
+        raise NemoError(f"decoder.vocabulary: {spelled[0]!r}, tokens that are bytes are not known")
     pieces = any(len(token) > 1 for token in listed)
     tokens = _pieces(listed) if pieces else tuple(listed)
     tokens = tuple(SPACE_MARK if token == " " else token for token in tokens)  # noqa: S105
@@ -65,7 +74,7 @@ def bundle_vocabulary(listed: Sequence[str]) -> Vocabulary:
         (*tokens, BLANK_TOKEN),
         blank_id=len(tokens),
         kind="wordpiece" if pieces else "chars",
-        special_ids=frozenset(index for index, token in enumerate(tokens) if token == UNKNOWN),
+        special_ids=frozenset(index for index, token in enumerate(tokens) if CONTROL.fullmatch(token)),
     )
 
 
@@ -79,7 +88,7 @@ def _pieces(tokens: Sequence[str]) -> tuple[str, ...]:
         return tuple(tokens)
 
     def spelled(token: str) -> str:
-        if token in (UNKNOWN, SPACE_MARK):
+        if token == SPACE_MARK or CONTROL.fullmatch(token):
             return token
         return token[2:] if token.startswith("##") and len(token) > 2 else SPACE_MARK + token
 

@@ -14,6 +14,7 @@ from transformers import ParakeetFeatureExtractor
 
 from api.bundle import load_bundle
 from api.engine import Engine
+from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from tests.training.conformers import (
     CONFIGS,
@@ -30,13 +31,13 @@ from training import convert
 from training.bundle_writer import Card
 from training.conformer_graph import MAX_WINDOW_S, export_graph
 from training.exported import TOLERANCE
-from training.frontend import LogMel
+from training.frontend import FrontendConfig, LogMel, mel_filters
 from training.graph import as_file, fits_one_file
 from training.inference import compare, cpu_session, run_graph
 from training.nemo import quartznet_of
 from training.nemo_archive import NemoArchive, NemoError, read_archive
 from training.nemo_conformer import conformer_of
-from training.publish import publish
+from training.publish import Recordings, publish
 from training.quantize import Gate
 from training.torch_inference import run_torch
 from training.transformer_quantize import dynamic
@@ -117,6 +118,7 @@ def test_full_convolutions_subsample_by_the_textbook() -> None:
         ("encoder", "causal_downsampling", True, "encoder.causal_downsampling: True, only False"),
         ("encoder", "conv_context_size", "causal", "encoder.conv_context_size"),
         ("encoder", "conv_norm_type", "layer_norm", "encoder.conv_norm_type"),
+        ("encoder", "conv_context_style", "dcc", "encoder.conv_context_style: 'dcc', only 'regular'"),
         ("encoder", "subsampling", "vggnet", "encoder.subsampling: 'vggnet', only 'striding' or 'dw_str"),
         ("encoder", "conv_kernel_size", 8, "kernel 8: expected an odd number"),
         ("encoder", "n_heads", 5, "32 is not a multiple of 5"),
@@ -126,6 +128,9 @@ def test_full_convolutions_subsample_by_the_textbook() -> None:
         ("encoder", "_target_", "nemo.modules.SqueezeformerEncoder", "SqueezeformerEncoder, expected Conf"),
         ("decoder", "vocabulary", PIECES[:-1], "ctc_head.weight has shape"),
         ("decoder", "vocabulary", [], "decoder.vocabulary: expected a list"),
+        ("decoder", "multisoftmax", True, "decoder.multisoftmax: only one softmax"),
+        ("preprocessor", "exact_pad", True, "preprocessor.exact_pad: True, only False"),
+        ("preprocessor", "log_zero_guard_value", 1e-5, "preprocessor.log_zero_guard_value: 1e-05, only"),
     ],
 )
 def test_what_is_not_known_is_named(
@@ -144,6 +149,48 @@ def test_a_transducer_alone_is_refused() -> None:
     }
     with pytest.raises(NemoError, match="no CTC head"):
         conformer_of(NemoArchive("model.nemo", nemo_config(FAST), state))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prompt_kernel.0.weight",
+        "joint.enc.weight",
+        "decoder.adapter_layer.linear.weight",
+        "encoder.layers.0.adapter_layer.linear.weight",
+    ],
+)
+def test_tensors_that_would_change_the_answer_are_not_dropped(name: str) -> None:
+    """A prompt between encoder and head, a transducer beside a plain CTC head, adapters."""
+    state = nemo_state(random_conformer(FAST)) | {name: torch.zeros(2, 2)}
+    with pytest.raises(NemoError, match=rf"{name.removeprefix('encoder.')}"):
+        conformer_of(NemoArchive("model.nemo", nemo_config(FAST), state))
+
+
+def test_a_telephone_model_hears_8_khz(tmp_path: Path) -> None:
+    """A front end without n_fft has the next power of two, 256 for 25 ms; the bundle says the rate."""
+    model = random_conformer(FAST)
+    frontend = FrontendConfig(8_000, 80, 256, features=80, window_samples=200)
+    config = nemo_config(FAST)
+    config["preprocessor"] |= {"sample_rate": 8_000, "n_fft": None}
+    state = nemo_state(model) | {"preprocessor.featurizer.fb": torch.tensor(mel_filters(frontend))[None]}
+    archive = archive_of(tmp_path / "model.nemo", model, config, state=state)
+    assert conformer_of(read_archive(archive)).model.frontend.config == frontend
+    arguments = ["nemo", str(archive), "--name", "xx-8k", "--models-dir", str(tmp_path / "models")]
+    assert convert.main([*arguments, "--language", "en"]) == 0
+    manifest = load_bundle(tmp_path / "models", "xx-8k").manifest
+    assert (manifest.sample_rate_hz, manifest.frame_stride_s) == (8_000, 0.08)
+
+
+def test_pieces_of_two_languages_may_repeat(tmp_path: Path) -> None:
+    """NeMo's aggregate tokenizer: one tokenizer's pieces behind another's, each with its `<unk>`."""
+    config = nemo_config(FAST)
+    config["decoder"]["vocabulary"] = ["<unk>", "\u2581a", "b", "\u2581c", "<unk>", "\u2581a", "b", "d"]
+    archive = archive_of(tmp_path / "model.nemo", random_conformer(FAST), config)
+    arguments = ["nemo", str(archive), "--name", "xx-two", "--models-dir", str(tmp_path / "models")]
+    assert convert.main([*arguments, "--language", "en", "es"]) == 0
+    vocabulary = load_bundle(tmp_path / "models", "xx-two").vocabulary
+    assert vocabulary.decode([1, 2, 3, 4, 5, 7, 6]) == "ab c adb"
 
 
 def test_a_conformer_is_no_quartznet() -> None:
@@ -184,8 +231,8 @@ def test_recordings_give_it_an_int8_graph(tmp_path: Path) -> None:
     archive = archive_of(tmp_path / "model.nemo", random_conformer(FAST))
     manifest = write_corpus(tmp_path, chirps(8))
     made = convert.exported_nemo(archive)
-    card = Card("A random network", ("en",), convert.Source(title="tests", url=""), "Apache-2.0")
-    recordings = convert.Recordings(manifest, manifest)
+    card = Card("A random network", ("en",), Source(title="tests", url=""), "Apache-2.0")
+    recordings = Recordings(manifest, manifest)
     gate = Gate(min_speed=0.0, max_wer_increase=9.0)
     bundle = publish(made, "en-random", tmp_path / "models", card, recordings, keep_float=True, gate=gate)
     assert (bundle.manifest.default_graph, set(bundle.manifest.graphs)) == ("int8", {"int8", "float32"})

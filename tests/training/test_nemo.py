@@ -20,7 +20,7 @@ from training.evaluate import Utterance, error_rates
 from training.frontend import FrontendConfig, LogMel, mel_filters
 from training.nemo import read_nemo
 from training.nemo_archive import NemoError
-from training.nemo_import import as_checkpoint
+from training.nemo_import import as_checkpoint, bundle_vocabulary
 from training.recipes.quartznet_ctc.model import QuartzNet
 from training.recipes.quartznet_ctc.recipe import QuartzNetRecipe
 
@@ -122,6 +122,18 @@ def test_word_pieces_become_words(tmp_path: Path, pieces: list[str]) -> None:
     vocabulary = as_checkpoint(read_nemo(archive_of(tmp_path / "model.nemo", model, config))).vocabulary
     assert vocabulary.decode([1, 2, 0, 3, 4, 1]) == "there as the"
     assert vocabulary.kind == "wordpiece"
+
+
+@pytest.mark.parametrize("first", [["[PAD]", "[UNK]", "##a"], ["<s>", "<unk>", "\u2581", "a"]])
+def test_control_tokens_stand_for_no_text(first: list[str]) -> None:
+    vocabulary = bundle_vocabulary([*first, "<"])
+    assert vocabulary.special_ids == {0, 1}
+    assert vocabulary.decode(range(len(first) + 1)).replace(" ", "") == "a<"
+
+
+def test_tokens_that_are_bytes_are_refused() -> None:
+    with pytest.raises(NemoError, match="<0x0A>"):
+        bundle_vocabulary(["<unk>", "<0x0A>", "\u2581a"])
 
 
 def test_half_precision_is_read(tmp_path: Path) -> None:
