@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +25,14 @@ def shared_folder() -> Path:
 
 
 def manifest_rows(
-    manifest: Path, limit: int | None = None, *, with_text: bool = False, **wanted: str | None
+    manifest: Path,
+    limit: int | None = None,
+    *,
+    with_text: bool = False,
+    longest_s: float = math.inf,
+    **wanted: str | None,
 ) -> list[dict[str, Any]]:
-    """Rows of a JSON lines manifest, filtered by equal fields; `limit` of them, evenly spread over the file.
+    """Rows of a JSON lines manifest, filtered by duration and equal fields; `limit` of them, evenly spread.
 
     `language` is optional in a manifest: a row that does not name one fits any.
 
@@ -38,9 +44,12 @@ def manifest_rows(
         for row in read_rows(manifest, dict)
         if all(row.get(name, default.get(name)) == value for name, value in wanted.items())
         and (row.get("text") or not with_text)
+        and float(row.get("duration") or 0.0) <= longest_s
     ]
     if not rows:
-        raise EmptyManifestError(f"{manifest}: no utterance fits {wanted or 'the request'}")
+        text = " with a text" if with_text else ""
+        most = f" of at most {longest_s:g} s" if longest_s < math.inf else ""
+        raise EmptyManifestError(f"{manifest}: no recording{text}{most}{f' fits {wanted}' if wanted else ''}")
     return rows if limit is None else spread(rows, limit)
 
 
@@ -50,13 +59,14 @@ def manifest_waveforms(
     limit: int | None = None,
     *,
     with_text: bool = False,
+    longest_s: float = math.inf,
     **wanted: str | None,
 ) -> list[tuple[Waveform, str]]:
     """(waveform (samples,) float32, text) of the rows that `manifest_rows` gives, shard by shard.
 
     A row's file beside the manifest counts before the tar that `shard` names.
     """
-    rows = manifest_rows(manifest, limit, with_text=with_text, **wanted)
+    rows = manifest_rows(manifest, limit, with_text=with_text, longest_s=longest_s, **wanted)
     clips = []
     sharded: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:

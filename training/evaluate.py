@@ -14,6 +14,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import numpy.typing as npt
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from tqdm import tqdm
 
 from api.bundle import Bundle, load_bundle
@@ -148,12 +149,25 @@ Recogniser = Callable[[Waveform], str]
 def bundle_recogniser(
     bundle: Bundle, graph: str = "auto", threads: int = 1, beam: int | None = None
 ) -> Recogniser:
-    """Recognition with one of a bundle's graphs; ``beam`` 0 is greedy, None the bundle's own way."""
+    """Recognition with one of a bundle's graphs; ``beam`` 0 is greedy, None the bundle's own way.
+
+    A recording that a graph refuses because it is longer than the bundle's window is cut there.
+    """
     chosen = bundle.choose_graph(graph)  # type: ignore[arg-type]
     session = cpu_session(bundle.graph_path(chosen), threads)
     width = bundle.default_beam if beam is None else beam
+    window = round(bundle.manifest.max_window_s * bundle.manifest.sample_rate_hz)
 
     def recognise(waveform: Waveform) -> str:
+        try:
+            return heard(waveform)
+        except Fail:  # convolutions take any length, a Conformer's distances end
+            if len(waveform) <= window:
+                raise
+            parts = (heard(waveform[start : start + window]) for start in range(0, len(waveform), window))
+            return " ".join(filter(None, parts))
+
+    def heard(waveform: Waveform) -> str:
         shortest = bundle.manifest.input.min_samples
         padded = np.pad(waveform, (0, max(0, shortest - len(waveform))))
         decoded = decode(run_graph(session, [padded])[0], bundle, width)

@@ -228,7 +228,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     bundle = load_bundle(given.models_dir, given.name)
     manifest = bundle.manifest
-    clips = manifest_waveforms(given.validation, manifest.sample_rate_hz, given.limit, with_text=True)
+    clips = manifest_waveforms(
+        given.validation,
+        manifest.sample_rate_hz,
+        given.limit,
+        with_text=True,
+        longest_s=manifest.max_window_s,
+    )
     clips = with_plain_texts(clips, manifest.languages[0], manifest.text_normalisation)
     found = fit_texts(
         given.texts,

@@ -47,7 +47,7 @@ SPEED_CLIP_S = 5.0
 
 @dataclass(frozen=True)
 class Recordings:
-    """Manifests that publishing listens to."""
+    """Manifests that publishing listens to; to calibrate and validate, up to the bundle's window only."""
 
     calibration: Path
     """Training audio; its texts are not looked at."""
@@ -98,13 +98,15 @@ def publish(
     """Make the bundle. Raises ConfigError, QualityGateError, BundleError, DataError."""
     check_card(name, card)
     rate_hz, graph, vocabulary = made.sample_rate_hz, made.graph, made.vocabulary
-    calibration = [
-        clip for clip, _ in manifest_waveforms(recordings.calibration, rate_hz, recordings.calibration_clips)
-    ]
+    longest_s = made.max_window_s
+    sound = manifest_waveforms(
+        recordings.calibration, rate_hz, recordings.calibration_clips, longest_s=longest_s
+    )
+    calibration = [clip for clip, _ in sound]
     agreement = made.agreement(calibration[:4])
     print(f"PyTorch against ONNX: {agreement}")
     validation = manifest_waveforms(
-        recordings.validation, rate_hz, recordings.validation_clips, with_text=True
+        recordings.validation, rate_hz, recordings.validation_clips, with_text=True, longest_s=longest_s
     )
     validation = with_plain_texts(validation, card.languages[0], card.text_normalisation)
     gate = gate or Gate()

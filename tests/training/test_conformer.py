@@ -30,6 +30,7 @@ from tests.training.networks import chirps, write_corpus
 from training import convert
 from training.bundle_writer import Card
 from training.conformer_graph import MAX_WINDOW_S, export_graph
+from training.errors import EmptyManifestError
 from training.exported import TOLERANCE
 from training.frontend import FrontendConfig, LogMel, mel_filters
 from training.graph import as_file, fits_one_file
@@ -245,6 +246,21 @@ def test_recordings_give_it_an_int8_graph(tmp_path: Path) -> None:
     np.testing.assert_allclose(served, alone, atol=1e-6)
     for way in ("dynamic MatMul per channel", "ends float32", "static QDQ MatMul per channel"):
         assert way in said
+
+
+def test_recordings_beyond_the_window_neither_calibrate_nor_stop_the_measurement(tmp_path: Path) -> None:
+    """Whose rows are up to 30 s long, as many corpora's are: a test set's are cut, the others left out."""
+    made = convert.exported_nemo(archive_of(tmp_path / "model.nemo", random_conformer(FAST)))
+    longer = np.tile(chirps(1)[0], 40)[: round((MAX_WINDOW_S + 5.0) * 16_000)]
+    manifest = write_corpus(tmp_path, [longer, *chirps(3)])
+    card = Card("A random network", ("en",), Source(title="tests", url=""), "Apache-2.0")
+    gate = Gate(min_speed=0.0, max_wer_increase=9.0)
+    recordings = Recordings(manifest, manifest, test=manifest)
+    bundle = publish(made, "en-random", tmp_path / "models", card, recordings, gate=gate)
+    assert [found.utterances for found in bundle.manifest.evaluation] == [2, 2]
+    (tmp_path / "long.jsonl").write_text(manifest.read_text(encoding="utf-8").splitlines()[0])
+    with pytest.raises(EmptyManifestError, match="no recording of at most 20 s"):
+        publish(made, "en-none", tmp_path, card, Recordings(tmp_path / "long.jsonl", manifest), gate=gate)
 
 
 def test_the_gate_holds_for_it_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
