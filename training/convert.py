@@ -26,7 +26,7 @@ from api.bundle import Bundle
 from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.bundle_writer import Card, Measurements, check_card, write_bundle
-from training.errors import CheckpointError, in_one_line
+from training.errors import CheckpointError, Int8RefusedError, in_one_line
 from training.exported import Exported, exported_transformer
 from training.graph import fits_one_file
 from training.inference import Waveform
@@ -153,7 +153,12 @@ def convert(
     made = FAMILIES[family](weights)
     card = replace(card, text_normalisation=made.text_normalisation)
     if recordings is not None:
-        return publish(made, name, models_dir, card, recordings, keep_float=True)
+        try:
+            return publish(made, name, models_dir, card, recordings, keep_float=True)
+        except Int8RefusedError as error:
+            if not fits_one_file(made.graph):
+                raise
+            raise Int8RefusedError(f"{error}\nWithout --calibration it is converted in float32.") from error
     if not fits_one_file(made.graph):
         raise CheckpointError(
             f"{weights.name}: {made.parameters / 1e6:.0f} million weights are too many for a float32 graph, "

@@ -10,6 +10,7 @@ TrainingError
 ├── OutOfMemoryError        the device's memory ran out; the state is saved
 ├── DiskFullError           a file was not written for want of room: path and space
 └── QualityGateError        an exported or quantized graph disagrees with the network
+    └── Int8RefusedError    no INT8 graph is fast and accurate enough
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class DiskFullError(TrainingError):
 
 class QualityGateError(TrainingError):
     """A graph does not agree with the network it came from, or is worse than allowed."""
+
+
+class Int8RefusedError(QualityGateError):
+    """The float32 graph is good, and no INT8 graph passes the gate."""
 
 
 def in_one_line(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from api.vocabulary import BLANK_TOKEN, Vocabulary
 from training.calibration import manifest_waveforms
-from training.errors import QualityGateError, in_one_line
+from training.errors import Int8RefusedError, in_one_line
 from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text
 from training.exported import Ways
 from training.graph import weights_bytes
@@ -176,7 +176,7 @@ def quantize(
         ways: to INT8; default: static convolutions with each of `RANGE_METHODS`.
         plain: what is done to a text before it is compared with its reference.
 
-    Raises QualityGateError, with the table, where no INT8 graph is good enough.
+    Raises Int8RefusedError, with the table, where no INT8 graph is good enough.
     """
     gate = gate or Gate()
     reference = _Reference(graph, vocabulary, validation, plain)
@@ -196,7 +196,7 @@ def quantize(
             f"batched differs from alone by {best.batched_worst:.1e}, limit {gate.max_batch_difference:.0e}"
         )
     if problems:
-        raise QualityGateError("INT8 is refused: " + "; ".join(problems) + "\n" + outcome.table())
+        raise Int8RefusedError("INT8 is refused: " + "; ".join(problems) + "\n" + outcome.table())
     return outcome
 
 

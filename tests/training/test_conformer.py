@@ -269,7 +269,9 @@ def test_the_gate_holds_for_it_as_well(tmp_path: Path, capsys: pytest.CaptureFix
     manifest = str(write_corpus(tmp_path, chirps(4)))
     arguments = ["nemo", str(archive), "--name", "en-random", "--models-dir", str(tmp_path / "models")]
     assert convert.main([*arguments, "--language", "en", "--calibration", manifest]) == 2
-    assert "INT8 is refused" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "INT8 is refused" in said
+    assert "Without --calibration it is converted in float32." in said
     assert not (tmp_path / "models" / "en-random").exists()
     assert convert.main([*arguments, "--language", "en", "--calibration", str(tmp_path / "none")]) == 2
     assert "no such manifest" in capsys.readouterr().err
