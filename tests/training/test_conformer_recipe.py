@@ -10,10 +10,12 @@ from torch import nn
 
 from tests.training.conformers import FAST, archive_of, random_conformer
 from tests.training.networks import chirps
-from training.config import RunConfig, check
+from training.config import DataSettings, RunConfig, check
 from training.conformer import ConformerCtc
+from training.conformer_graph import MAX_WINDOW_S
 from training.errors import CheckpointError, ConfigError
 from training.recipes.conformer_ctc.recipe import ConformerRecipe
+from training.stages.prepare import _limits
 from training.torch_inference import run_torch
 from training.vocabulary import CharacterCodec
 
@@ -51,6 +53,11 @@ def test_an_encoder_is_kept_and_the_head_is_new(archive: Path) -> None:
     (log_probs,) = run_torch(network.eval(), [clip])
     frames = len(clip) // 160 + 1
     assert log_probs.shape == (-(-frames // 8) * 4, 5)
+
+
+def test_recordings_that_the_graph_could_not_hear_are_not_trained_on() -> None:
+    made = recipe(shape=SHAPE)
+    assert _limits(DataSettings(max_duration_s=30.0), made.facts()).max_duration_s == MAX_WINDOW_S
 
 
 def test_only_what_shall_learn_learns(archive: Path) -> None:

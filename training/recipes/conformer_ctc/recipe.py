@@ -61,9 +61,9 @@ class ConformerRecipe(Recipe):
     settings: ConformerSettings
 
     def facts(self) -> Facts:
-        """Stride of the network in seconds of the front end's hops."""
+        """Stride of the network in the front end's hops; the graph hears no more than its window."""
         stride_s = FrontendConfig().hop_s * self.settings.shape.stride
-        return Facts(stride_s, MAX_WINDOW_S, min_samples=MIN_SAMPLES)
+        return Facts(stride_s, MAX_WINDOW_S, min_samples=MIN_SAMPLES, longest_s=MAX_WINDOW_S)
 
     def network(self, codec: TokenCodec) -> nn.Module:
         """The archive's encoder with a new head, another run's network, or a new one."""
