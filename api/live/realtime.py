@@ -259,7 +259,8 @@ class Realtime:
         elif item.failure is None:
             try:
                 if work.is_look:
-                    await self._send_delta(item, item.told.look(await item.recogniser.look(window)))
+                    text = await item.recogniser.look(window)
+                    await self._send_delta(item, item.told.look(text, item.recogniser.looked_at_s))
                 else:
                     await item.recogniser.add(window)
             except ClientDisconnected:

@@ -2,11 +2,13 @@
 
 A look decodes all that was heard since the last piece, so looks come at longer and longer distances: their
 audio together is at most about ten times the utterance. None is taken while other work waits for a worker.
+How often, and when words are told: ADR 8 has the measurements.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from itertools import takewhile
 
 from api.errors import AsrError
@@ -17,9 +19,12 @@ from api.transcriber import Options, Transcriber
 from api.transcript import Segment, Transcript, join_text
 from api.windows import Progress
 
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 0.2
 LOOK_SHARE = 1 / 8
 """Of what is heard already, that must be new before the next look."""
+AGREE_S = 0.4
+AGREE_SHARE = 1 / 5
+"""Of what is heard already, over which looks must agree on a word before it is told."""
 
 
 class Recogniser:
@@ -43,6 +48,11 @@ class Recogniser:
         self._processing_s = 0.0
         self._looked_at_s = 0.0
         self._has_told = False
+
+    @property
+    def looked_at_s(self) -> float:
+        """Seconds of sound, since the last piece, that the last look saw."""
+        return self._looked_at_s
 
     @property
     def model_name(self) -> str:
@@ -97,21 +107,33 @@ class Recogniser:
 
 
 class StableWords:
-    """Which words may be told before the end: those that two looks in a row agreed on.
+    """Which words may be told before the end: those that looks agreed on for long enough.
 
     What was told is not taken back, so the caller sees a text that only grows; the transcript may differ from
-    it. (Local agreement of two, Liu et al. 2020, "Low-latency sequence-to-sequence speech recognition".)
+    it. (Local agreement, Liu et al. 2020, "Low-latency sequence-to-sequence speech recognition", over a time
+    instead of a number of looks.)
     """
 
     def __init__(self) -> None:
-        self._last: list[str] = []
+        self._looks: deque[tuple[float, list[str]]] = deque()
         self._told: list[str] = []
 
-    def look(self, text: str) -> str:
-        """What ``text``, the whole text so far, adds to what was told; may be empty."""
+    def look(self, text: str, heard_s: float) -> str:
+        """What ``text``, the whole text so far, adds to what was told; may be empty.
+
+        ``heard_s``: seconds of sound behind it, counted from where the last piece was cut off.
+        """
         words = text.split()
-        agreed = [word for word, before in takewhile(_are_equal, zip(words, self._last, strict=False))]
-        self._last = words
+        if self._looks and heard_s <= self._looks[-1][0]:
+            self._looks.clear()  # a piece was cut off, and time counts from there
+        since_s = heard_s - max(AGREE_S, AGREE_SHARE * heard_s) + 1e-3  # sound comes in whole milliseconds
+        while len(self._looks) > 1 and self._looks[1][0] <= since_s:
+            self._looks.popleft()
+        agreed: list[str] = []
+        if self._looks and self._looks[0][0] <= since_s:
+            columns = zip(words, *(before for _, before in self._looks), strict=False)
+            agreed = [column[0] for column in takewhile(_are_equal, columns)]
+        self._looks.append((heard_s, words))
         return self._tell(agreed)
 
     def finish(self, text: str) -> str:
@@ -126,5 +148,5 @@ class StableWords:
         return (" " if told else "") + " ".join(words[told:])
 
 
-def _are_equal(pair: tuple[str, str]) -> bool:
-    return pair[0] == pair[1]
+def _are_equal(column: tuple[str, ...]) -> bool:
+    return len(set(column)) == 1

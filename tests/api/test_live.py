@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from api.errors import ClientError, InvalidRequestError, InvalidValueError
 from api.live.pcm import PcmInput, check_rate
 from api.live.realtime_session import Session, updated
-from api.live.recogniser import StableWords
+from api.live.recogniser import AGREE_S, AGREE_SHARE, StableWords
 from api.live.utterances import Began, Ended, Happening, Piece, Utterances
 from api.vad import VadOptions
 
@@ -223,23 +223,40 @@ def test_no_more_than_a_window_is_held() -> None:
 WORDS = st.lists(st.sampled_from(["a", "b", "c"]), max_size=5).map(" ".join)
 
 
-@given(looks=st.lists(WORDS, max_size=6), last=WORDS)
-def test_what_was_told_only_grows_and_two_looks_agreed_on_it(looks: list[str], last: str) -> None:
+@given(looks=st.lists(st.tuples(st.integers(1, 20), WORDS), max_size=8), last=WORDS)
+def test_what_was_told_only_grows_and_was_agreed_on_for_long_enough(
+    looks: list[tuple[int, str]], last: str
+) -> None:
     words, told = StableWords(), ""
-    for before, text in pairwise(["", *looks]):
-        delta = words.look(text)
+    seen: list[tuple[float, list[str]]] = []
+    heard_s = 0.0
+    for tenths, text in looks:
+        heard_s += tenths / 10
+        delta = words.look(text, heard_s)
         told += delta
+        seen.append((heard_s, text.split()))
         if delta:
             count = len(told.split())
-            assert told.split() == text.split()[:count] == before.split()[:count]
+            since_s = heard_s - max(AGREE_S, AGREE_SHARE * heard_s) + 1e-3
+            first = max(index for index, (at_s, _) in enumerate(seen) if at_s <= since_s)
+            assert first < len(seen) - 1
+            assert all(before[:count] == told.split() for _, before in seen[first:])
     begins_alike = last.split()[: len(told.split())] == told.split()
     rest = words.finish(last)
     assert told + rest == last if begins_alike else rest == ""
 
 
-def test_a_word_is_told_once_two_looks_agree_on_it() -> None:
+def test_after_a_piece_words_must_be_agreed_on_anew() -> None:
     words = StableWords()
-    assert [words.look(text) for text in ("he", "he has", "he has been", "he is")] == ["", "he", " has", ""]
+    assert [words.look("he has", heard_s) for heard_s in (8.0, 10.0, 0.2, 0.4)] == ["", "he has", "", ""]
+    assert [words.look("he has been", heard_s) for heard_s in (0.6, 0.8, 1.0)] == ["", "", " been"]
+
+
+def test_a_word_is_told_once_looks_agree_on_it_for_long_enough() -> None:
+    words = StableWords()
+    looks = ("he", "he has", "he has", "he has been", "he has been", "he is")
+    told = [words.look(text, 0.2 * (number + 1)) for number, text in enumerate(looks)]
+    assert told == ["", "", "he", " has", "", ""]
     assert words.finish("he has been there") == " been there"
     assert words.finish("she") == ""
 
