@@ -87,14 +87,14 @@ _ENTRIES = (
     ),
     _ngc(
         "en-fastconformer-large",
-        "FastConformer large, English, punctuation (NVIDIA)",
+        "FastConformer large, English, cased (NVIDIA)",
         "stt_en_fastconformer_hybrid_large_pc",
         "1.21.0",
     ),
     _ngc("ru-quartznet15x5", "QuartzNet15x5, Russian (NVIDIA NeMo)", "stt_ru_quartznet15x5", "1.0.0rc1"),
     CatalogEntry(
         name="ru-fastconformer-large",
-        title="FastConformer large, Russian, punctuation (NVIDIA)",
+        title="FastConformer large, Russian, cased (NVIDIA)",
         languages=("ru",),
         licence="CC-BY-4.0",
         family="nemo",
