@@ -22,6 +22,7 @@ from training.transformer_graph import (
     add_key_bias,
     add_layer_norm,
     add_linear,
+    add_mixed,
     add_own_frames,
     array,
 )
@@ -42,10 +43,7 @@ def export_graph(model: ConformerCtc) -> onnx.ModelProto:
     distances = _Distances(graph, model, values)
     for index, layer in enumerate(encoder.layers):
         values = _add_layer(graph, f"layers.{index}", layer, values, own, bias, distances)
-    head = model.network.ctc_head
-    weight = graph.weights("head.weight", array(head.weight)[:, :, 0].T)
-    logits = graph.add("MatMul", [values, weight], "head.product")
-    logits = graph.add("Add", [logits, graph.weights("head.bias", array(head.bias))], "head")
+    logits = add_linear(graph, "head", values, model.network.ctc_head)
     if model.config.upsample > 1:
         shape = graph.ints("head.shape", [0, -1, model.outputs])
         logits = graph.add("Reshape", [logits, shape], "head.upsampled")
@@ -181,10 +179,8 @@ def _add_attention(
     scores = graph.add("Add", [content, distance], f"{name}.scores")
     scores = graph.add("Add", [scores, bias], f"{name}.biased")
     shares = graph.add("Softmax", [scores], f"{name}.shares", axis=-1)
-    mixed = graph.add("MatMul", [shares, memory], f"{name}.mixed")
-    joined = graph.add("Transpose", [mixed], f"{name}.joined", perm=[0, 2, 1, 3])
-    flat = graph.add("Reshape", [joined, graph.ints(f"flat_{width}", [0, 0, width])], f"{name}.flat")
-    return add_linear(graph, f"{name}.o_proj", flat, module.o_proj)
+    mixed = add_mixed(graph, name, shares, memory, width)
+    return add_linear(graph, f"{name}.o_proj", mixed, module.o_proj)
 
 
 def _add_shifted(graph: GraphBuilder, name: str, scores: str, heads: int, frames: str) -> str:
@@ -210,7 +206,7 @@ def _add_convolution(graph: GraphBuilder, name: str, module: Untyped, values: st
     """Gated pointwise, depthwise over own frames, SiLU, pointwise; the normalisation is folded in."""
     first, last = graph.ints("zero", [0]), graph.ints("axis_last", [-1])
     channels = module.depthwise_conv.in_channels
-    both = _add_pointwise(graph, f"{name}.pointwise_conv1", module.pointwise_conv1, values)
+    both = add_linear(graph, f"{name}.pointwise_conv1", values, module.pointwise_conv1)
     middle, far = graph.ints(f"channels_{channels}", [channels]), graph.ints("far", [2**31 - 1])
     content = graph.add("Slice", [both, first, middle, last], f"{name}.content")
     gate = graph.add("Slice", [both, middle, far, last], f"{name}.gate_input")
@@ -233,13 +229,4 @@ def _add_convolution(graph: GraphBuilder, name: str, module: Untyped, values: st
     )
     flat = graph.add("Squeeze", [depthwise, graph.ints("two", [2])], f"{name}.flat")
     back = graph.add("Transpose", [_add_silu(graph, f"{name}.silu", flat)], f"{name}.back", perm=[0, 2, 1])
-    return _add_pointwise(graph, f"{name}.pointwise_conv2", module.pointwise_conv2, back)
-
-
-def _add_pointwise(graph: GraphBuilder, name: str, module: nn.Conv1d, values: str) -> str:
-    """A convolution of one frame as a matrix product."""
-    weight = graph.weights(f"{name}.weight", array(module.weight)[:, :, 0].T)
-    if module.bias is None:
-        return graph.add("MatMul", [values, weight], name)
-    product = graph.add("MatMul", [values, weight], f"{name}.product")
-    return graph.add("Add", [product, graph.weights(f"{name}.bias", array(module.bias))], name)
+    return add_linear(graph, f"{name}.pointwise_conv2", back, module.pointwise_conv2)

@@ -22,9 +22,15 @@ def array(values: Tensor) -> npt.NDArray[np.float32]:
     return out
 
 
-def add_linear(graph: GraphBuilder, name: str, values: str, module: nn.Linear, scale: float = 1.0) -> str:
-    """(..., inputs) -> (..., outputs), times `scale`, which is folded into the weights."""
-    weight = graph.weights(f"{name}.weight", array(module.weight).T * scale)
+def add_linear(
+    graph: GraphBuilder, name: str, values: str, module: nn.Linear | nn.Conv1d, scale: float = 1.0
+) -> str:
+    """(..., inputs) -> (..., outputs), times `scale`, which is folded into the weights.
+
+    A convolution that sees one frame is a linear layer, too.
+    """
+    matrix = array(module.weight).reshape(module.weight.shape[:2])
+    weight = graph.weights(f"{name}.weight", matrix.T * scale)
     bias: Tensor | None = module.bias
     if bias is None:
         return graph.add("MatMul", [values, weight], name)
@@ -103,10 +109,20 @@ def add_attention_over(
     if bias is not None:
         scores = graph.add("Add", [scores, bias], f"{name}.biased")
     shares = graph.add("Softmax", [scores], f"{name}.shares", axis=-1)
+    mixed = add_mixed(graph, name, shares, memory, width)
+    return add_linear(graph, f"{name}.out_proj", mixed, module.out_proj)
+
+
+def add_mixed(graph: GraphBuilder, name: str, shares: str, memory: str, width: int) -> str:
+    """What each query takes of the values, its heads side by side: (batch, queries, width).
+
+    Args:
+        shares: (batch, heads, queries, n).
+        memory: (batch, heads, n, width / heads).
+    """
     mixed = graph.add("MatMul", [shares, memory], f"{name}.mixed")
     joined = graph.add("Transpose", [mixed], f"{name}.joined", perm=[0, 2, 1, 3])
-    flat = graph.add("Reshape", [joined, graph.ints(f"flat_{width}", [0, 0, width])], f"{name}.flat")
-    return add_linear(graph, f"{name}.out_proj", flat, module.out_proj)
+    return graph.add("Reshape", [joined, graph.ints(f"flat_{width}", [0, 0, width])], f"{name}.flat")
 
 
 def add_keys_and_memory(graph: GraphBuilder, name: str, module: Attention, source: str) -> tuple[str, str]:
