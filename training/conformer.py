@@ -23,7 +23,7 @@ from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderSubsam
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
 from training.frontend import FrontendConfig, LogMel
 from training.masks import frame_mask
-from training.pretrained import keep_norms
+from training.pretrained import FrozenNorms
 from training.transformer import check_heads
 
 Subsampling = Literal["striding", "dw_striding"]
@@ -31,7 +31,7 @@ Subsampling = Literal["striding", "dw_striding"]
 
 @dataclass(frozen=True)
 class ConformerConfig:
-    """Shape of the network; the defaults are those of FastConformer-large (115 million parameters)."""
+    """Shape of the network; the defaults are those of FastConformer-large (109 million parameters)."""
 
     features: int = 80
     width: int = 512
@@ -103,7 +103,7 @@ class _Striding(ParakeetEncoderSubsamplingConv2D):
         self.layers = nn.ModuleList(layers)
 
 
-class ConformerCtc(nn.Module):
+class ConformerCtc(FrozenNorms):
     """Waveform in, log-probabilities out; `outputs` of the head include the blank, which is the last."""
 
     def __init__(
@@ -139,13 +139,6 @@ class ConformerCtc(nn.Module):
         """Sinusoids of the distances from frames - 1 down to 1 - frames, (2 * frames - 1, width)."""
         out: Tensor = self.network.encoder.encode_positions(torch.zeros(1, frames, self.config.width))[0]
         return out
-
-    def train(self, mode: bool = True) -> ConformerCtc:
-        """Training mode, with batch norms that keep their statistics where `frozen_norms` asks for it."""
-        super().train(mode)
-        if mode and self.frozen_norms:
-            keep_norms(self)
-        return self
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, samples), (batch,) -> log_probs (batch, frames, vocabulary), frame lengths (batch,)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -29,11 +29,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no weights can be read: {error}") from error
 
 
-def keep_norms(network: nn.Module) -> None:
-    """Let the batch normalisations of a network in training mode keep their statistics, and learn scales."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            module.eval()
+class FrozenNorms(nn.Module):
+    """One whose batch normalisations keep their statistics while it trains, where `frozen_norms` is set.
+
+    Their scales still learn.
+    """
+
+    frozen_norms = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, or evaluation mode."""
+        super().train(mode)
+        if mode and self.frozen_norms:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm1d):
+                    module.eval()
+        return self
 
 
 def fill(

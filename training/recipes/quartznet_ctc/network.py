@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
 from training.errors import CheckpointError
 from training.frontend import FrontendConfig, LogMel
 from training.nemo import read_nemo
 from training.nemo_archive import NemoError
-from training.pretrained import keep_norms
+from training.pretrained import FrozenNorms
 from training.recipes.quartznet_ctc.model import QuartzNet, QuartzNetConfig
 
 
-class QuartzNetCtc(nn.Module):
+class QuartzNetCtc(FrozenNorms):
     """Log-mel front end, SpecAugment while training, QuartzNet."""
 
     def __init__(
@@ -41,13 +41,6 @@ class QuartzNetCtc(nn.Module):
             features = self.augment(features, frame_lengths)
         out = self.model(features, frame_lengths)
         return out.log_probs, out.lengths
-
-    def train(self, mode: bool = True) -> QuartzNetCtc:
-        """Training mode, with batch norms that keep their statistics where `frozen_norms` asks for it."""
-        super().train(mode)
-        if mode and self.frozen_norms:
-            keep_norms(self)
-        return self
 
 
 def transferred(archive: Path, vocabulary_size: int) -> tuple[QuartzNet, FrontendConfig]:
