@@ -62,6 +62,14 @@ class Recipe:
         """Frame stride, window, shortest input."""
         raise TypeError(f"{type(self).__name__} must state its facts")
 
+    def check_rate(self, archive_hz: int) -> None:
+        """Raises ConfigError where `model.transfer_from` names a network for another sample rate."""
+        read_hz = self.facts().sample_rate_hz
+        if archive_hz != read_hz:
+            raise ConfigError(
+                f"model.transfer_from: the archive hears {archive_hz} Hz, recordings are read at {read_hz} Hz"
+            )
+
     def room_needed(self, ids: Sequence[int]) -> int:
         """How much of `room` a text takes: for CTC a frame per token and one between equal neighbours."""
         return ctc_frames_needed(ids)

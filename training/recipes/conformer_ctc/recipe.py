@@ -97,11 +97,7 @@ class ConformerRecipe(Recipe):
                 f"model.shape.{field}: {getattr(self.settings.shape, field)!r}, the archive has "
                 f"{getattr(shape, field)!r}"
             )
-        if found.frontend.config.sample_rate_hz != self.facts().sample_rate_hz:
-            raise ConfigError(
-                f"model.transfer_from: the archive hears {found.frontend.config.sample_rate_hz} Hz, "
-                f"recordings are read at {self.facts().sample_rate_hz} Hz"
-            )
+        self.check_rate(found.frontend.config.sample_rate_hz)
         return found
 
     def _made(self, frontend: FrontendConfig, codec: TokenCodec) -> ConformerCtc:

@@ -14,8 +14,7 @@ from training.config import Section
 from training.errors import ConfigError
 from training.export import export_graph
 from training.frontend import FrontendConfig
-from training.qdq import quantize_graph
-from training.quantize import RANGE_METHODS, calibrate, float_ends
+from training.quantize import static_convolutions
 from training.recipes.quartznet_ctc.architectures import citrinet, quartznet
 from training.recipes.quartznet_ctc.model import QuartzNet, QuartzNetConfig
 from training.recipes.quartznet_ctc.network import QuartzNetCtc, transferred
@@ -99,11 +98,7 @@ class QuartzNetRecipe(Recipe):
                 f"model.frame_stride_s: {facts.frame_stride_s:g}, the archive gives a frame every "
                 f"{stride_s:g} s"
             )
-        if frontend.sample_rate_hz != facts.sample_rate_hz:
-            raise ConfigError(
-                f"model.transfer_from: the archive hears {frontend.sample_rate_hz} Hz, recordings are read "
-                f"at {facts.sample_rate_hz} Hz"
-            )
+        self.check_rate(frontend.sample_rate_hz)
 
     def export(self, network: nn.Module) -> onnx.ModelProto:
         """Node by node, see training/export.py."""
@@ -113,12 +108,9 @@ class QuartzNetRecipe(Recipe):
 
     def quantized(self, graph: Path, out: Path, calibration: Waveforms) -> Iterator[tuple[str, Path]]:
         """Static QDQ, U8S8 per channel, first and last layer in float32; one per way to set the ranges."""
-        model = onnx.load(graph)
-        statistics = calibrate(model, calibration)
-        for method, ranges in RANGE_METHODS.items():
-            chosen = {name: ranges(seen) for name, seen in statistics.items()}
+        for method, quantized in static_convolutions(onnx.load(graph), calibration):
             path = out / f"{method.replace(' ', '_')}.onnx"
-            onnx.save(quantize_graph(model, chosen, float_ends), path)
+            onnx.save(quantized, path)
             yield f"static QDQ, ranges: {method}", path
 
 
