@@ -27,6 +27,7 @@ from training.recipes.quartznet_ctc.model import Block, ConvNorm, QuartzNet, sam
 from training.torch_inference import run_torch
 
 AGREEMENT_TOLERANCE = 1e-4
+"""Largest difference of a posterior between PyTorch and ONNX."""
 MIN_SAMPLES = 160
 
 

@@ -14,13 +14,11 @@ from api.manifest import GraphName
 from api.vocabulary import Vocabulary
 from training.bundle_writer import Graphs
 from training.errors import QualityGateError
+from training.export import AGREEMENT_TOLERANCE
 from training.graph import as_file, fits_one_file
 from training.inference import Waveform, compare, cpu_session, run_graph
 from training.torch_inference import Forward, run_torch
 from training.transformer_quantize import DYNAMIC, candidates
-
-TOLERANCE = 1e-4
-"""Largest difference of a posterior between PyTorch and ONNX."""
 
 Ways = Callable[[onnx.ModelProto, Sequence[Waveform]], Iterable[tuple[str, onnx.ModelProto]]]
 """A float32 graph and recordings to find ranges on -> graphs in INT8 by the name of the way."""
@@ -94,8 +92,10 @@ def exported_transformer(
 def agreement(network: Forward, graph: onnx.ModelProto, clips: Sequence[Waveform]) -> str:
     """PyTorch against ONNX on a padded batch. Raises QualityGateError above the tolerance."""
     found = compare(run_torch(network, clips), run_graph(cpu_session(graph), clips))
-    if not found.worst_posterior <= TOLERANCE:  # NaN is no agreement either
-        raise QualityGateError(f"PyTorch and ONNX disagree, tolerance {TOLERANCE:.0e}: {found.describe()}")
+    if not found.worst_posterior <= AGREEMENT_TOLERANCE:  # NaN is no agreement either
+        raise QualityGateError(
+            f"PyTorch and ONNX disagree, tolerance {AGREEMENT_TOLERANCE:.0e}: {found.describe()}"
+        )
     return found.describe()
 
 

@@ -31,7 +31,7 @@ from training import convert
 from training.bundle_writer import Card
 from training.conformer_graph import MAX_WINDOW_S, export_graph
 from training.errors import EmptyManifestError
-from training.exported import TOLERANCE
+from training.export import AGREEMENT_TOLERANCE
 from training.frontend import FrontendConfig, LogMel, mel_filters
 from training.graph import as_file, fits_one_file
 from training.inference import compare, cpu_session, run_graph
@@ -74,7 +74,7 @@ def test_the_graph_gives_what_the_network_gives(name: str) -> None:
     longest = np.tile(chirps(1, seed=9)[0], 40)[: round(MAX_WINDOW_S * 16_000)]
     clips = [*chirps(4), chirps(1)[0][:160], longest]
     found = compare(run_torch(model, clips), run_graph(session, clips))
-    assert found.worst_posterior < TOLERANCE
+    assert found.worst_posterior < AGREEMENT_TOLERANCE
     assert found.worst_log_prob < 1e-4
     alone = [run_graph(session, [clip])[0] for clip in clips]
     assert compare(alone, run_graph(session, clips)).worst_log_prob < 1e-5
@@ -210,7 +210,10 @@ def test_an_archive_becomes_a_bundle_in_its_own_casing(tmp_path: Path) -> None:
     assert (bundle.manifest.frame_stride_s, bundle.manifest.default_graph) == (0.08, "float32")
     assert bundle.manifest.text_normalisation == ("nfc",), "it writes capitals"
     session = cpu_session(bundle.graph_path("float32"))
-    assert compare(run_torch(model, chirps(2)), run_graph(session, chirps(2))).worst_posterior < TOLERANCE
+    assert (
+        compare(run_torch(model, chirps(2)), run_graph(session, chirps(2))).worst_posterior
+        < AGREEMENT_TOLERANCE
+    )
 
 
 def test_a_graph_too_large_for_one_file_runs_with_its_weights_beside_it() -> None:
