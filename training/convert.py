@@ -32,7 +32,7 @@ from training.graph import fits_one_file
 from training.inference import Waveform
 from training.nemo_import import exported_nemo
 from training.pretrained import fill
-from training.publish import Recordings, publish
+from training.publish import Recordings, add_recordings, publish, recordings_of
 from training.restricted_pickle import load_state_dict
 from training.vocabulary import casing_steps
 
@@ -167,26 +167,6 @@ def convert(
     notes = {"Export": f"PyTorch against ONNX on noise: {made.agreement(_noise())}."}
     graphs = made.graphs({"float32": made.graph.SerializeToString()}, "float32")
     return write_bundle(models_dir, name, graphs, made.vocabulary, card, Measurements(notes=notes))
-
-
-def add_recordings(parser: argparse.ArgumentParser) -> None:
-    """Options that name recordings: what INT8 is found and measured on."""
-    parser.add_argument("--calibration", type=Path, help="manifest of audio, for an INT8 graph")
-    parser.add_argument("--validation", type=Path, help="manifest with texts; default: as --calibration")
-    parser.add_argument(
-        "--texts", type=Path, nargs="+", default=[], help="texts for a language model (manifests or plain)"
-    )
-    parser.add_argument("--test", type=Path, help="manifest of test sets, measured at the end")
-
-
-def recordings_of(given: argparse.Namespace) -> Recordings:
-    """What the options of `add_recordings` name. Raises FileNotFoundError."""
-    for path in (given.calibration, given.validation, given.test):
-        if path is not None and not path.is_file():
-            raise FileNotFoundError(f"{path}: no such manifest")
-    return Recordings(
-        given.calibration, given.validation or given.calibration, tuple(given.texts), given.test
-    )
 
 
 @in_one_line("convert", ValueError)

@@ -23,7 +23,7 @@ from training.export import MIN_SAMPLES
 from training.exported import Exported, exported_transformer
 from training.nemo import NemoModel, quartznet_of
 from training.nemo_archive import CONFORMER, NemoError, read_archive
-from training.publish import Recordings, exported_quartznet, publish
+from training.publish import Recordings, add_recordings, exported_quartznet, publish
 from training.vocabulary import casing_steps
 
 CONTROL = re.compile(r"<.+>|\[.+\]")
@@ -100,21 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Import a NeMo CTC archive as a bundle, without NeMo.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("import", help="archive -> verified bundle")
+    command = commands.add_parser(
+        "import",
+        help="archive -> verified bundle",
+        epilog="Without --calibration the shared training set is heard, without --test the shared test sets.",
+    )
     command.add_argument("archive", type=Path)
     command.add_argument("--name", required=True)
     command.add_argument("--models-dir", type=Path, default=Path("models"))
     command.add_argument("--language", default="en", help="ISO 639-1 code of what the model hears")
     command.add_argument("--licence", default="see the source")
     command.add_argument("--source-url", default="", help="where the archive was published")
-    command.add_argument(
-        "--calibration", type=Path, help="manifest of audio; default: the shared training set"
-    )
-    command.add_argument("--validation", type=Path, help="manifest with texts; default: as --calibration")
-    command.add_argument(
-        "--texts", type=Path, nargs="+", default=[], help="texts for a language model (manifests or plain)"
-    )
-    command.add_argument("--test", type=Path, help="manifest of test sets; default: the shared ones if there")
+    add_recordings(command)
     command.add_argument("--no-test", action="store_true", help="do not measure error rates on test sets")
     command.add_argument("--no-float", action="store_true", help="leave the float32 graph out")
     given = parser.parse_args(arguments)

@@ -62,6 +62,31 @@ class Recordings:
     validation_clips: int = 120
 
 
+def add_recordings(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Options that name recordings: what INT8 is found and measured on."""
+    parser.add_argument("--calibration", type=Path, required=required, help="manifest of training audio")
+    parser.add_argument(
+        "--validation",
+        type=Path,
+        required=required,
+        help="manifest with texts, for the gate" + ("" if required else "; default: as --calibration"),
+    )
+    parser.add_argument(
+        "--texts", type=Path, nargs="+", default=[], help="texts for a language model (manifests or plain)"
+    )
+    parser.add_argument("--test", type=Path, help="manifest of test sets, for manifest and card")
+
+
+def recordings_of(given: argparse.Namespace) -> Recordings:
+    """What the options of `add_recordings` name. Raises FileNotFoundError."""
+    for path in (given.calibration, given.validation, given.test):
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(f"{path}: no such manifest")
+    return Recordings(
+        given.calibration, given.validation or given.calibration, tuple(given.texts), given.test
+    )
+
+
 def exported_quartznet(checkpoint: Checkpoint, max_window_s: float = 20.0) -> Exported:
     """QuartzNet or Citrinet, whose work is convolutions."""
     graph = export_graph(checkpoint.model, checkpoint.frontend)
@@ -222,12 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", required=True)
     parser.add_argument("--models-dir", type=Path, default=Path("models"))
     parser.add_argument("--card", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True, help="manifest of training audio")
-    parser.add_argument("--validation", type=Path, required=True, help="manifest with texts, for the gate")
-    parser.add_argument(
-        "--texts", type=Path, nargs="+", default=[], help="texts for a language model (manifests or plain)"
-    )
-    parser.add_argument("--test", type=Path, help="manifest of test sets, for manifest and card")
+    add_recordings(parser, required=True)
     parser.add_argument("--max-window-s", type=float, default=20.0)
     parser.add_argument("--keep-float", action="store_true", help="ship the float32 graph as well")
     parser.add_argument("--min-speed", type=float, default=Gate.min_speed, help="of INT8 over float32")
@@ -243,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.name,
         given.models_dir,
         read_card(given.card),
-        Recordings(given.calibration, given.validation, tuple(given.texts), given.test),
+        recordings_of(given),
         keep_float=given.keep_float,
         gate=Gate(given.min_speed, given.max_wer_increase),
     )
