@@ -26,12 +26,11 @@ from training.calibration import manifest_waveforms
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import in_one_line
 from training.evaluate import ErrorRates, Network, greedy_rates
-from training.export import export_graph
-from training.frontend import LogMel
 from training.inference import Waveform, clip_of, cpu_session, in_turns_s, run_graph
 from training.nemo import read_nemo
 from training.nemo_import import as_checkpoint
 from training.provenance import hardware
+from training.publish import exported_checkpoint
 from training.text import Normaliser, plain_normaliser
 from training.torch_inference import Forward, run_torch
 
@@ -148,16 +147,16 @@ def benchmark(
     rounds: int = 9,
 ) -> list[Row]:
     """Measure the checkpoint in PyTorch as training leaves it, and its graphs in ONNX Runtime."""
-    model, frontend = checkpoint.model.eval(), LogMel(checkpoint.frontend)
-    size_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
+    size_bytes = 4 * sum(tensor.numel() for tensor in checkpoint.model.state_dict().values())
     graphs = bundle.manifest.graphs
     float_graph: bytes | Path
     if "float32" in graphs:
         float_graph = bundle.graph_path("float32")
     else:
-        float_graph = export_graph(checkpoint.model, checkpoint.frontend).SerializeToString()
+        made = exported_checkpoint(checkpoint, bundle.manifest.max_window_s)
+        float_graph = made.graph.SerializeToString()
     forms = [
-        torch_form("PyTorch float32", size_bytes, lambda *batch: model(*frontend(*batch))),
+        torch_form("PyTorch float32", size_bytes, checkpoint.forward()),
         onnx_form("ONNX float32", float_graph, threads),
     ]
     if "int8" in graphs:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
@@ -19,22 +19,36 @@ from safetensors.torch import load_file, save_file
 from api.vocabulary import Vocabulary
 from training.errors import CheckpointError
 from training.files import written_whole
-from training.frontend import FrontendConfig
+from training.frontend import FrontendConfig, LogMel
 from training.recipes.quartznet_ctc.model import QuartzNet, QuartzNetConfig
+from training.torch_inference import Forward
+
+if TYPE_CHECKING:
+    from training.conformer import ConformerCtc
 
 FORMAT = 1
+CONFORMER = "conformer"
+"""The one key of a Conformer's entry; a QuartzNet's entry is its configuration."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A network with its front end and vocabulary."""
 
-    model: QuartzNet
+    model: QuartzNet | ConformerCtc
     frontend: FrontendConfig
     vocabulary: Vocabulary
     """The blank's id and every token, as in a bundle's vocab.txt."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Plain values: hours seen, validation error rates, git commit."""
+
+    def forward(self) -> Forward:
+        """The network on waveforms."""
+        model = self.model.eval()
+        if isinstance(model, QuartzNet):
+            frontend = LogMel(self.frontend)
+            return lambda *batch: model(*frontend(*batch))
+        return model
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -42,7 +56,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     vocabulary = checkpoint.vocabulary
     header = {
         "format": FORMAT,
-        "model": checkpoint.model.config.to_dict(),
+        "model": _described(checkpoint.model),
         "frontend": asdict(checkpoint.frontend),
         "vocabulary": {
             "tokens": list(vocabulary.tokens),
@@ -77,15 +91,31 @@ def load_checkpoint(path: Path) -> Checkpoint:
         vocabulary = Vocabulary(
             tuple(entry["tokens"]), entry["blank_id"], entry["kind"], frozenset(entry["special_ids"])
         )
-        config = QuartzNetConfig.from_dict(header["model"])
         frontend = FrontendConfig(**header["frontend"])
-        if config.vocabulary_size != len(vocabulary):
-            raise ValueError(f"the head has {config.vocabulary_size} outputs for {len(vocabulary)} tokens")
-        model = QuartzNet(config)
+        model = _built(header["model"], frontend, len(vocabulary))
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Checkpoint(model.eval(), frontend, vocabulary, header["meta"])
+
+
+def _described(model: QuartzNet | ConformerCtc) -> dict[str, Any]:
+    if isinstance(model, QuartzNet):
+        return model.config.to_dict()
+    return {CONFORMER: asdict(model.config)}
+
+
+def _built(entry: dict[str, Any], frontend: FrontendConfig, outputs: int) -> QuartzNet | ConformerCtc:
+    """The reverse of `_described`. Raises ValueError."""
+    if CONFORMER in entry:
+        # transformers takes seconds to load, which no QuartzNet needs
+        from training.conformer import ConformerConfig, ConformerCtc
+
+        return ConformerCtc(ConformerConfig(**entry[CONFORMER]), outputs, frontend)
+    config = QuartzNetConfig.from_dict(entry)
+    if config.vocabulary_size != outputs:
+        raise ValueError(f"the head has {config.vocabulary_size} outputs for {outputs} tokens")
+    return QuartzNet(config)
 
 
 def average_weights(paths: list[Path]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Conformer-CTC (training/conformer.py) as an ONNX graph that takes a waveform.
 
 Distances between frames enter as a table per layer, what its projection makes of the sinusoids: a third of an
-attention's products less than computing it at every call, for a megabyte or so per layer.
+attention's products less than computing it at every call, for a megabyte or so per layer. A network of a few
+megabytes that ships with the service computes them instead (`tables=False`).
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ MAX_WINDOW_S = 20.0
 """About as long as the longest recordings that NeMo trains on; longer ones fail in the graph."""
 
 
-def export_graph(model: ConformerCtc) -> onnx.ModelProto:
-    """The whole graph of a network in evaluation mode, float32; for clips of up to `MAX_WINDOW_S`."""
+def export_graph(model: ConformerCtc, *, tables: bool = True) -> onnx.ModelProto:
+    """The whole graph of a network in evaluation mode, float32; tables end at `MAX_WINDOW_S`."""
     graph, encoder = GraphBuilder(), model.network.encoder
     features, counts = add_frontend(graph, model.frontend.config)
     values, counts = _add_subsampling(graph, model, features, counts)
     own = add_own_frames(graph, "own", values, counts)
     bias = add_key_bias(graph, "bias", own)
-    distances = _Distances(graph, model, values)
+    distances: _Distances = (_Tables if tables else _Computed)(graph, model, values)
     for index, layer in enumerate(encoder.layers):
         values = _add_layer(graph, f"layers.{index}", layer, values, own, bias, distances)
     logits = add_linear(graph, "head", values, model.network.ctc_head)
@@ -102,26 +103,78 @@ def _add_masked(graph: GraphBuilder, name: str, values: str, counts: str) -> str
 
 
 class _Distances:
-    """Tables of projected distances, cut to the frames that a batch has."""
+    """What an attention makes of the distances between a batch's frames."""
 
     def __init__(self, graph: GraphBuilder, model: ConformerCtc, values: str) -> None:
         self.graph = graph
+        self.frames = add_frames(graph, "distances.frames", values)
+
+    def keys(self, name: str, attention: Untyped, heads: int) -> str:
+        """(heads, width / heads, 2 * frames - 1): keys by distance, the largest first."""
+        raise NotImplementedError
+
+
+class _Tables(_Distances):
+    """Tables of projected distances, cut to the frames that a batch has."""
+
+    def __init__(self, graph: GraphBuilder, model: ConformerCtc, values: str) -> None:
+        super().__init__(graph, model, values)
         frames = math.ceil(MAX_WINDOW_S / model.frontend.config.hop_s) + 1 + FRAME_MULTIPLE
         most = math.ceil(frames / model.config.subsampling_factor)
         self.sinusoids = model.positions(most)
-        self.frames = add_frames(graph, "distances.frames", values)
         limit = graph.ints("distances.limit", [most])
         self.start = graph.add("Sub", [limit, self.frames], "distances.start")
         end = graph.add("Add", [limit, self.frames], "distances.end")
         self.end = graph.add("Sub", [end, graph.ints("one", [1])], "distances.stop")
 
-    def table(self, name: str, attention: Untyped, heads: int) -> str:
-        """(heads, width / heads, 2 * frames - 1): keys by distance, the largest first."""
+    def keys(self, name: str, attention: Untyped, heads: int) -> str:
+        """A slice of the layer's table."""
         projected = array(attention.relative_k_proj(self.sinusoids))
         split = projected.reshape(len(projected), heads, -1).transpose(1, 2, 0)
         table = self.graph.weights(f"{name}.table", split)
         axes = self.graph.ints("two", [2])
         return self.graph.add("Slice", [table, self.start, self.end, axes], f"{name}.distances")
+
+
+class _Computed(_Distances):
+    """Sinusoids of a batch's distances, projected in every layer."""
+
+    def __init__(self, graph: GraphBuilder, model: ConformerCtc, values: str) -> None:
+        super().__init__(graph, model, values)
+        zero, one = graph.ints("zero", [0]), graph.ints("one", [1])
+        ends = {
+            "last": graph.add("Sub", [self.frames, one], "distances.from"),
+            "end": graph.add("Neg", [self.frames], "distances.to"),
+            "step": graph.ints("minus_one", [-1]),
+        }
+        span = [graph.add("Squeeze", [value, zero], f"distances.{name}") for name, value in ends.items()]
+        steps = graph.add(
+            "Cast",
+            [graph.add("Range", span, "distances.range")],
+            "distances.steps",
+            to=onnx.TensorProto.FLOAT,
+        )
+        column = graph.add("Unsqueeze", [steps, one], "distances.column")
+        frequencies = array(model.network.encoder.encode_positions.inv_freq)[None]
+        angles = graph.add("Mul", [column, graph.weights("frequencies", frequencies)], "distances.angles")
+        last_axis = graph.ints("axis_last", [-1])
+        waves = [
+            graph.add(
+                "Unsqueeze", [graph.add(wave, [angles], f"distances.{wave}"), last_axis], f"distances.{wave}s"
+            )
+            for wave in ("Sin", "Cos")
+        ]
+        pairs = graph.add("Concat", waves, "distances.pairs", axis=2)
+        self.sinusoids = graph.add("Reshape", [pairs, graph.ints("rows", [0, -1])], "distances.sinusoids")
+
+    def keys(self, name: str, attention: Untyped, heads: int) -> str:
+        """The projection of the sinusoids."""
+        projected = add_linear(
+            self.graph, f"{name}.relative_k_proj", self.sinusoids, attention.relative_k_proj
+        )
+        shape = self.graph.ints(f"distances_{heads}", [0, heads, -1])
+        split = self.graph.add("Reshape", [projected, shape], f"{name}.relative")
+        return self.graph.add("Transpose", [split], f"{name}.distances", perm=[1, 2, 0])
 
 
 def _add_layer(
@@ -173,8 +226,7 @@ def _add_attention(
         "Add", [query, graph.weights(f"{name}.bias_v", array(module.bias_v)[:, None] * scale)], f"{name}.qv"
     )
     content = graph.add("MatMul", [by_content, keys], f"{name}.content")
-    table = distances.table(name, module, heads)
-    distance = graph.add("MatMul", [by_distance, table], f"{name}.distance")
+    distance = graph.add("MatMul", [by_distance, distances.keys(name, module, heads)], f"{name}.distance")
     distance = _add_shifted(graph, f"{name}.shifted", distance, heads, distances.frames)
     scores = graph.add("Add", [content, distance], f"{name}.scores")
     scores = graph.add("Add", [scores, bias], f"{name}.biased")

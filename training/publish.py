@@ -33,12 +33,13 @@ from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import ConfigError, in_one_line
 from training.evaluate import bundle_recogniser, error_rates, plainly, recognise_all
 from training.export import MIN_SAMPLES, check_agreement, export_graph
-from training.exported import Exported
+from training.exported import Exported, exported_transformer
 from training.graph import fits_one_file
 from training.inference import cpu_session, quiet_run_s
 from training.ngram import fit_texts
 from training.provenance import hardware
 from training.quantize import Gate, Outcome, quantize, static_convolutions
+from training.recipes.quartznet_ctc.model import QuartzNet
 from training.text import plain_normaliser
 from training.vocabulary import casing_steps
 
@@ -87,19 +88,40 @@ def recordings_of(given: argparse.Namespace) -> Recordings:
     )
 
 
+def exported_checkpoint(checkpoint: Checkpoint, max_window_s: float) -> Exported:
+    """A checkpoint of either kind; INT8 of a Conformer has to give in a batch what it gives alone."""
+    model = checkpoint.model
+    if isinstance(model, QuartzNet):
+        return exported_quartznet(checkpoint, max_window_s)
+    from training import conformer_graph
+
+    made = exported_transformer(
+        model,
+        conformer_graph.export_graph(model, tables=False),
+        checkpoint.vocabulary,
+        frame_stride_s=model.frame_stride_s,
+        max_window_s=max_window_s,
+        min_samples=MIN_SAMPLES,
+        text_normalisation=casing_steps(checkpoint.vocabulary),
+        sample_rate_hz=checkpoint.frontend.sample_rate_hz,
+    )
+    return replace(made, exact_batches=True)
+
+
 def exported_quartznet(checkpoint: Checkpoint, max_window_s: float = 20.0) -> Exported:
-    """QuartzNet or Citrinet, whose work is convolutions."""
-    graph = export_graph(checkpoint.model, checkpoint.frontend)
+    """QuartzNet or Citrinet, whose work is convolutions. Raises TypeError."""
+    model = checkpoint.model
+    if not isinstance(model, QuartzNet):
+        raise TypeError(f"expected QuartzNet, got {type(model).__name__}")
+    graph = export_graph(model, checkpoint.frontend)
     return Exported(
         graph,
         checkpoint.vocabulary,
-        parameters=checkpoint.model.parameter_count(),
-        frame_stride_s=checkpoint.model.config.stride * checkpoint.frontend.hop_s,
+        parameters=model.parameter_count(),
+        frame_stride_s=model.config.stride * checkpoint.frontend.hop_s,
         max_window_s=max_window_s,
         min_samples=MIN_SAMPLES,
-        agreement=lambda clips: check_agreement(
-            checkpoint.model, checkpoint.frontend, graph, clips
-        ).describe(),
+        agreement=lambda clips: check_agreement(model, checkpoint.frontend, graph, clips).describe(),
         ways=static_convolutions,
         ways_described=(
             "Static, U8 activations, S8 weights per channel; front end, first block and head stay float."
@@ -259,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     bundle = publish(
-        exported_quartznet(load_checkpoint(given.checkpoint), given.max_window_s),
+        exported_checkpoint(load_checkpoint(given.checkpoint), given.max_window_s),
         given.name,
         given.models_dir,
         read_card(given.card),

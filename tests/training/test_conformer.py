@@ -67,10 +67,11 @@ def test_of_a_hybrid_model_the_ctc_head_is_taken(tmp_path: Path) -> None:
     assert np.array_equal(before, after)
 
 
+@pytest.mark.parametrize("tables", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_graph_gives_what_the_network_gives(name: str) -> None:
+def test_the_graph_gives_what_the_network_gives(name: str, tables: bool) -> None:
     model = random_conformer(CONFIGS[name])
-    session = cpu_session(export_graph(model).SerializeToString())
+    session = cpu_session(export_graph(model, tables=tables).SerializeToString())
     longest = np.tile(chirps(1, seed=9)[0], 40)[: round(MAX_WINDOW_S * 16_000)]
     clips = [*chirps(4), chirps(1)[0][:160], longest]
     found = compare(run_torch(model, clips), run_graph(session, clips))

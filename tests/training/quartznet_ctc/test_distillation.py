@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch import nn
 
 from training.checkpoint import load_checkpoint
 from training.errors import CheckpointError, DiskFullError
@@ -26,6 +27,7 @@ from training.frontend import FrontendConfig, LogMel
 from training.nemo import NemoModel
 from training.recipes.quartznet_ctc import distill, label, texts, weights
 from training.recipes.quartznet_ctc.augment import AugmentConfig
+from training.recipes.quartznet_ctc.batches import normalise_features
 from training.recipes.quartznet_ctc.cache import write_mel, write_pcm
 from training.recipes.quartznet_ctc.dataset import (
     ALPHABET,
@@ -33,7 +35,7 @@ from training.recipes.quartznet_ctc.dataset import (
     read_utterances,
     write_validation,
 )
-from training.recipes.quartznet_ctc.evaluate import validate
+from training.recipes.quartznet_ctc.evaluate import settle, validate
 from training.recipes.quartznet_ctc.examples import BatchMaker, Corpus
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
 from training.recipes.quartznet_ctc.student import LossWeights
@@ -86,8 +88,8 @@ def corpus(cache: Path) -> Corpus:
     return Corpus(cache, min_confidence=-100.0, validation_fraction=0.3)
 
 
-def trainer(corpus: Corpus, seed: int = 0) -> Trainer:
-    return Trainer(TrainConfig(size="tiny", workers=1, batch_s=4.0, warmup_steps=2, seed=seed), corpus)
+def trainer(corpus: Corpus, seed: int = 0, size: str = "tiny") -> Trainer:
+    return Trainer(TrainConfig(size=size, workers=1, batch_s=4.0, warmup_steps=2, seed=seed), corpus)
 
 
 def test_cached_features_are_those_of_the_front_end(cache: Path) -> None:
@@ -314,8 +316,9 @@ def test_batches_are_a_function_of_seed_and_step(corpus: Corpus) -> None:
     assert torch.allclose(ours.teacher.sum(dim=-1), torch.ones(ours.teacher.shape[:2]), atol=1e-2)
 
 
-def test_training_learns_the_teachers_activations(corpus: Corpus, tmp_path: Path) -> None:
-    student = trainer(corpus)
+@pytest.mark.parametrize("size", ["tiny", "conformer-tiny"])
+def test_training_learns_the_teachers_activations(corpus: Corpus, size: str) -> None:
+    student = trainer(corpus, size=size)
     maker = BatchMaker(corpus, 4.0, 0, None)
     batch = maker(0)
     first = student.train_step([batch], 0.0)["hidden"]
@@ -384,8 +387,9 @@ def test_sigterm_leaves_a_state_to_go_on_from(corpus: Corpus, tmp_path: Path) ->
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_published_weights_start_another_run(corpus: Corpus, tmp_path: Path) -> None:
-    student = trainer(corpus)
+@pytest.mark.parametrize("size", ["tiny", "conformer-tiny"])
+def test_published_weights_start_another_run(corpus: Corpus, tmp_path: Path, size: str) -> None:
+    student = trainer(corpus, size=size)
     maker = BatchMaker(corpus, 4.0, 0, None)
     for step in range(3):
         student.train_step([maker(step)], 0.5)
@@ -393,10 +397,11 @@ def test_published_weights_start_another_run(corpus: Corpus, tmp_path: Path) -> 
     from training.checkpoint import save_checkpoint
 
     save_checkpoint(path, halved(student_of(student.state())))
-    assert path.stat().st_size < 2.5 * student.distiller.model.parameter_count() + 40_000
+    parameters = sum(parameter.numel() for parameter in student.distiller.model.parameters())
+    assert path.stat().st_size < 2.5 * parameters + 40_000
     loaded = load_checkpoint(path)
     assert loaded.meta["steps"] == 3
-    successor = trainer(corpus, seed=9)
+    successor = trainer(corpus, seed=9, size=size)
     successor.initialise_from(path)
     ours = successor.distiller.model.state_dict()
     for name, value in student.average.model.state_dict().items():
@@ -427,6 +432,31 @@ def test_published_weights_of_another_size_are_refused(corpus: Corpus, tmp_path:
     bigger = Trainer(TrainConfig(size="s"), corpus)
     with pytest.raises(CheckpointError, match="another network"):
         bigger.initialise_from(path)
+
+
+@pytest.mark.parametrize("size", ["tiny", "conformer-tiny"])
+def test_settled_statistics_are_those_of_the_weights(corpus: Corpus, size: str) -> None:
+    """The means of the batches' own statistics, whatever the running ones were, and momentum as before."""
+    network = trainer(corpus, size=size).average.fast
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
+    settle(network, corpus)
+    first = [norm.running_mean.clone() for norm in norms]
+    for norm in norms:
+        norm.running_mean.fill_(7.0)
+        norm.running_var.fill_(7.0)
+    settle(network, corpus)
+    for norm, mean in zip(norms, first, strict=True):
+        torch.testing.assert_close(norm.running_mean, mean)
+        assert norm.momentum == nn.BatchNorm1d(1).momentum
+    assert not network.training
+    index = corpus.train[0]
+    values = corpus.features(index)[None]
+    lengths = torch.tensor([values.shape[1]])
+    with torch.no_grad():
+        before = network(normalise_features(values, lengths), lengths).log_probs
+        network.train()
+        own = network(normalise_features(values, lengths), lengths).log_probs
+    assert (before - own).abs().mean() < 0.5, "its own statistics and those of the corpus are close"
 
 
 def test_a_run_of_another_size_is_not_gone_on_with(cache: Path, corpus: Corpus, tmp_path: Path) -> None:

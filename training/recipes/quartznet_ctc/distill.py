@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from training.errors import in_one_line
 from training.recipes.quartznet_ctc.augment import AugmentConfig
-from training.recipes.quartznet_ctc.evaluate import validate
+from training.recipes.quartznet_ctc.evaluate import settle, validate
 from training.recipes.quartznet_ctc.examples import Batch, BatchMaker, Corpus
 from training.recipes.quartznet_ctc.student import SIZE_NAMES
 from training.recipes.quartznet_ctc.trainer import TrainConfig, Trainer
@@ -74,6 +74,7 @@ class Records:
 def checkpoint(trainer: Trainer, run: Path, records: Records, *, measured: bool) -> None:
     """Write ``last.pt``; ``measured`` on the held-out speakers, ``best.pt`` too where it is the best."""
     if measured:
+        settle(trainer.average.fast, trainer.corpus)
         rates = validate(trainer.average.fast, trainer.corpus)
         records.validation(trainer, rates)
         if rates.get("all", math.inf) < trainer.best_wer:

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from torch import nn
 
 from training.evaluate import Utterance, error_rates
+from training.recipes.conformer_ctc.fast import FastConformer
 from training.recipes.quartznet_ctc.batches import normalise_features, pad_features
 from training.recipes.quartznet_ctc.examples import Corpus
 from training.recipes.quartznet_ctc.fast import FastQuartzNet, PlainQuartzNet
 from training.recipes.quartznet_ctc.label import greedy, length_batches
 
+Network = FastQuartzNet | PlainQuartzNet | FastConformer
+SETTLING_CLIPS = 192
+"""Training utterances that batch statistics are taken from, up to `SETTLING_FRAMES` of each."""
+SETTLING_FRAMES = 1_000
+
+
+def settle(network: Network, corpus: Corpus) -> None:
+    """Take the statistics of the batch normalisations anew, for averaged weights (Izmailov et al. 2018).
+
+    Those that were averaged with the weights belong to other weights, and lag where the weights move fast.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
+    before = [norm.momentum for norm in norms]
+    count = min(SETTLING_CLIPS, len(corpus.train))
+    chosen = np.random.default_rng(0).choice(corpus.train, count, replace=False)
+    network.train()
+    with torch.no_grad():
+        for number, part in enumerate(np.array_split(chosen, math.ceil(count / 8)), start=1):
+            for norm in norms:
+                norm.momentum = 1.0 / number
+            features, lengths = pad_features(
+                [corpus.features(int(index)).numpy()[:SETTLING_FRAMES] for index in part]
+            )
+            network(normalise_features(features, lengths), lengths)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+    network.eval()
+
 
 def transcribe_cached(
-    network: FastQuartzNet | PlainQuartzNet, corpus: Corpus, indices: list[int], batch_s: float = 100.0
+    network: Network, corpus: Corpus, indices: list[int], batch_s: float = 100.0
 ) -> list[str]:
     """Greedy texts of cached utterances, in the order of ``indices``; leaves the network's mode as it was."""
     was_training = network.training
@@ -45,7 +77,7 @@ def word_error_rates(
     return {key: error_rates(utterances).wer for key, utterances in heard.items()}
 
 
-def validate(network: FastQuartzNet | PlainQuartzNet, corpus: Corpus) -> dict[str, float]:
+def validate(network: Network, corpus: Corpus) -> dict[str, float]:
     """Word error rate per source on the held-out speakers."""
     rows = [corpus.rows[index] for index in corpus.validation]
     texts = transcribe_cached(network, corpus, corpus.validation)

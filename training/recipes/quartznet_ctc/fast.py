@@ -135,7 +135,8 @@ def _full_convolution(x: Tensor, convolution: nn.Conv1d) -> Tensor:
     return functional.linear(x.contiguous(), convolution.weight.flatten(1).to(x.dtype))
 
 
-def _depthwise(x: Tensor, convolution: nn.Conv1d) -> Tensor:
+def depthwise(x: Tensor, convolution: nn.Conv1d) -> Tensor:
+    """Depthwise convolution without its bias; x (B,T,C) bfloat16 -> (B,T',C)."""
     dilation, stride = convolution.dilation[0], convolution.stride[0]
     if stride == 1 and x.shape[-1] % 32 == 0:
         if dilation == 1:
@@ -198,7 +199,7 @@ class FastQuartzNet(nn.Module):
         """Convolutions of one repeat, before its norm: (B,T,C) -> (B,T',C'), lengths."""
         if layer.depthwise is not None:
             x = functional.linear(
-                _depthwise(x, layer.depthwise), layer.pointwise.weight[:, :, 0].to(torch.bfloat16)
+                depthwise(x, layer.depthwise), layer.pointwise.weight[:, :, 0].to(torch.bfloat16)
             )
         else:
             x = _full_convolution(x, layer.pointwise)

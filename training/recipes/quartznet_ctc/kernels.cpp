@@ -1,4 +1,4 @@
-// Channels-last training kernels for separable 1-D convolutions on CPUs with AVX512-BF16.
+// Channels-last training kernels for depthwise convolutions on CPUs with AVX512-BF16.
 //
 // Activations are bfloat16 (batch, frames, channels), channels a multiple of 32; sums are float32. The vendor
 // libraries run the pointwise convolutions (plain matrix products in this layout); what they are slow at, the
@@ -124,6 +124,79 @@ at::Tensor depthwise_weight_gradient(const at::Tensor& x, const at::Tensor& g, i
     }
   });
   return dw;
+}
+
+// y[b,t,f,c] = sum_{i,j} w[3*i+j,c] * x[b, 2*t+i-1, 2*f+j-1, c]; x (B,T,F,C), w (9,C) float32: a 3 x 3
+// convolution of stride 2 over time and features, each padded by one.
+at::Tensor strided_depthwise(const at::Tensor& x, const at::Tensor& w) {
+  check(x);
+  const int64_t B = x.size(0), T = x.size(1), F = x.size(2), C = x.size(3);
+  const int64_t rows = (T - 1) / 2 + 1, columns = (F - 1) / 2 + 1;
+  at::Tensor y = at::empty({B, rows, columns, C}, x.options());
+  const float* weights = w.data_ptr<float>();
+  at::parallel_for(0, B * rows, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / rows, t = row % rows;
+      for (int64_t f = 0; f < columns; ++f) {
+        uint16_t* out = raw(y) + (row * columns + f) * C;
+        for (int64_t c = 0; c < C; c += kLanes) {
+          __m512 low = _mm512_setzero_ps(), high = low;
+          for (int64_t i = std::max<int64_t>(0, 1 - 2 * t); i < std::min<int64_t>(3, T + 1 - 2 * t); ++i)
+            for (int64_t j = std::max<int64_t>(0, 1 - 2 * f); j < std::min<int64_t>(3, F + 1 - 2 * f); ++j) {
+              __m512 x0, x1;
+              load32(raw(x) + ((b * T + 2 * t + i - 1) * F + 2 * f + j - 1) * C + c, x0, x1);
+              const float* tap = weights + (3 * i + j) * C + c;
+              low = _mm512_fmadd_ps(x0, _mm512_loadu_ps(tap), low);
+              high = _mm512_fmadd_ps(x1, _mm512_loadu_ps(tap + 16), high);
+            }
+          store32(out + c, low, high);
+        }
+      }
+    }
+  });
+  return y;
+}
+
+// Gradients of strided_depthwise in x (as x) and in w (as w).
+std::vector<at::Tensor> strided_depthwise_gradients(const at::Tensor& g, const at::Tensor& x, const at::Tensor& w) {
+  check(x);
+  check(g);
+  const int64_t B = x.size(0), T = x.size(1), F = x.size(2), C = x.size(3), rows = g.size(1), columns = g.size(2);
+  at::Tensor dx = at::empty_like(x), dw = at::zeros({9, C}, w.options());
+  const float* weights = w.data_ptr<float>();
+  at::parallel_for(0, C / kLanes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t c = block * kLanes;
+      __m512 sums[18];
+      for (auto& value : sums) value = _mm512_setzero_ps();
+      for (int64_t place = 0; place < B * T * F; ++place) {
+        const int64_t f = place % F, t = place / F % T, b = place / (F * T);
+        __m512 low = _mm512_setzero_ps(), high = low, x0, x1;
+        load32(raw(x) + place * C + c, x0, x1);
+        for (int64_t i = (t + 1) % 2; i < 3; i += 2) {
+          const int64_t row = (t + 1 - i) / 2;
+          if (row < 0 || row >= rows) continue;
+          for (int64_t j = (f + 1) % 2; j < 3; j += 2) {
+            const int64_t column = (f + 1 - j) / 2;
+            if (column < 0 || column >= columns) continue;
+            __m512 g0, g1;
+            load32(raw(g) + ((b * rows + row) * columns + column) * C + c, g0, g1);
+            const int64_t k = 3 * i + j;
+            low = _mm512_fmadd_ps(g0, _mm512_loadu_ps(weights + k * C + c), low);
+            high = _mm512_fmadd_ps(g1, _mm512_loadu_ps(weights + k * C + c + 16), high);
+            sums[2 * k] = _mm512_fmadd_ps(g0, x0, sums[2 * k]);
+            sums[2 * k + 1] = _mm512_fmadd_ps(g1, x1, sums[2 * k + 1]);
+          }
+        }
+        store32(raw(dx) + place * C + c, low, high);
+      }
+      for (int64_t k = 0; k < 9; ++k) {
+        _mm512_storeu_ps(dw.data_ptr<float>() + k * C + c, sums[2 * k]);
+        _mm512_storeu_ps(dw.data_ptr<float>() + k * C + c + 16, sums[2 * k + 1]);
+      }
+    }
+  });
+  return {dx, dw};
 }
 
 // Per-channel sum and sum of squares over the valid rows of z (B,T,C): float32 (2, C).
@@ -281,6 +354,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
   module.def("depthwise", &depthwise, release());
   module.def("depthwise_weight_gradient", &depthwise_weight_gradient, release());
+  module.def("strided_depthwise", &strided_depthwise, release());
+  module.def("strided_depthwise_gradients", &strided_depthwise_gradients, release());
   module.def("moments", &moments, release());
   module.def("affine_relu", &affine_relu, release());
   module.def("gradient_sums", &gradient_sums, release());

@@ -32,7 +32,7 @@ from training.recipes.quartznet_ctc.examples import Batch, BatchMaker, Corpus
 from training.recipes.quartznet_ctc.fast import FastQuartzNet, channels_last
 from training.recipes.quartznet_ctc.loss import ctc_loss, posterior_loss
 from training.recipes.quartznet_ctc.model import Block, QuartzNet, QuartzNetConfig
-from training.recipes.quartznet_ctc.student import LossWeights
+from training.recipes.quartznet_ctc.student import QUARTZNET_5X5, LossWeights
 from training.recipes.quartznet_ctc.trainer import TrainConfig, Trainer
 
 
@@ -109,7 +109,10 @@ class PieceTrainer(Trainer):
 
     def __init__(self, config: TrainConfig, corpus: Corpus, archive: Path, joined: bool) -> None:
         super().__init__(config, corpus)
-        self.study = PieceStudy(read_nemo(archive).model.eval(), self.distiller.model, joined)
+        student = self.distiller.model
+        if not isinstance(student, QuartzNet):
+            raise SystemExit(f"stage pieces needs a QuartzNet: choose size {QUARTZNET_5X5}")
+        self.study = PieceStudy(read_nemo(archive).model.eval(), student, joined)
         first = BatchMaker(corpus, config.batch_s, config.seed, None)(0)
         self.study.measure(first)
 

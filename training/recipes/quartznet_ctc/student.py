@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.conformer import ConformerConfig, ConformerCtc
+from training.frontend import FrontendConfig
+from training.recipes.conformer_ctc.fast import FastConformer
 from training.recipes.quartznet_ctc.architectures import quartznet
 from training.recipes.quartznet_ctc.dataset import VOCABULARY_SIZE
 from training.recipes.quartznet_ctc.examples import Batch
-from training.recipes.quartznet_ctc.fast import channels_last, upsampled
+from training.recipes.quartznet_ctc.fast import FastQuartzNet, PlainQuartzNet, channels_last, upsampled
 from training.recipes.quartznet_ctc.loss import activation_loss, ctc_loss, dense_loss, posterior_loss
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
 
@@ -26,7 +29,20 @@ SIZES: dict[str, tuple[int, list[tuple[int, int, int]], int]] = {
 
 QUARTZNET_5X5 = "5x5"
 """The published QuartzNet5x5: strides, widths and kernels of the 15x5 teacher, a third of its blocks."""
-SIZE_NAMES = (*SIZES, QUARTZNET_5X5)
+_CONFORMER = ConformerConfig(
+    features=64, width=256, layers=6, heads=4, inner=768, kernel=15, subsampling_factor=4,
+    subsampling_channels=64, scale_input=False, upsample=2,
+)  # fmt: skip
+CONFORMERS = {
+    "conformer": _CONFORMER,
+    "conformer-tiny": replace(
+        _CONFORMER, width=32, layers=4, heads=2, inner=64, kernel=7, subsampling_channels=32
+    ),
+}
+"""Frames of 40 ms in the layers, two of 20 ms out of each, as the teacher has."""
+LAYER_MATRICES = ("_proj.weight", "linear1.weight", "linear2.weight", "conv1.weight", "conv2.weight")
+"""Of a Conformer's layers: attention, feed-forward, pointwise convolutions."""
+SIZE_NAMES = (*SIZES, QUARTZNET_5X5, *CONFORMERS)
 
 
 def student_config(size: str) -> QuartzNetConfig:
@@ -50,39 +66,72 @@ class LossWeights:
     ctc: float = 0.3
 
 
+@dataclass(frozen=True)
+class Student:
+    """A network that learns, and what the training-only heads hang on."""
+
+    model: QuartzNet | ConformerCtc
+    fast: FastQuartzNet | PlainQuartzNet | FastConformer
+    """How `model` is run while it learns."""
+    hidden: tuple[int, int]
+    """Blocks or layers that answer the teacher's acoustic and its last activations."""
+    dense: int
+    """Which of the two answers the dense labels."""
+    widths: tuple[int, int]
+    matrices: tuple[str, ...]
+    """Ends of the names of the weights that Muon moves."""
+
+
+def student_of_size(size: str) -> Student:
+    """A new student with random weights."""
+    if size in CONFORMERS:
+        shape = CONFORMERS[size]
+        conformer = ConformerCtc(shape, VOCABULARY_SIZE, FrontendConfig())
+        for module in conformer.modules():
+            if isinstance(module, nn.Conv1d) and module.groups > 1:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # before a norm it changes nothing
+        hidden = (shape.layers // 2 - 1, shape.layers - 2)
+        return Student(
+            conformer, FastConformer(conformer), hidden, 1, (shape.width, shape.width), LAYER_MATRICES
+        )
+    config = student_config(size)
+    model = QuartzNet(config)
+    residual = max(index for index, block in enumerate(config.blocks) if block.residual)
+    hidden = (residual, len(config.blocks) - 1)
+    middle, last = (config.blocks[index].filters for index in hidden)
+    return Student(model, channels_last(model), hidden, 0, (middle, last), ("pointwise.weight",))
+
+
 class Distiller(nn.Module):
     """The student and its training-only heads: to the teacher's activations and to dense labels."""
 
-    def __init__(self, config: QuartzNetConfig, components: int) -> None:
+    def __init__(self, student: Student, components: int) -> None:
         super().__init__()
-        self.model = QuartzNet(config)
-        self.fast = channels_last(self.model)
-        self.components = components
-        residual = max(index for index, block in enumerate(config.blocks) if block.residual)
-        self.hidden_blocks = (residual, len(config.blocks) - 1)
-        middle, last = (config.blocks[index].filters for index in self.hidden_blocks)
-        self.acoustic_head = nn.Linear(middle, config.upsample * components)
-        self.character_head = nn.Linear(last, config.upsample * components)
-        self.dense_head = nn.Linear(middle, config.upsample * config.vocabulary_size)
+        self.model, self.fast, self.student = student.model, student.fast, student
+        self.components, self.factor = components, student.model.config.upsample
+        middle, last = student.widths
+        self.acoustic_head = nn.Linear(middle, self.factor * components)
+        self.character_head = nn.Linear(last, self.factor * components)
+        self.dense_head = nn.Linear(student.widths[student.dense], self.factor * VOCABULARY_SIZE)
 
     def losses(self, batch: Batch, hidden_weights: Tensor, with_ctc: bool = True) -> dict[str, Tensor]:
         """Each part of the loss on a batch; ``hidden_weights`` (2 * components,)."""
-        output = self.fast(batch.features, batch.lengths, self.hidden_blocks)
-        factor = self.model.config.upsample
+        output = self.fast(batch.features, batch.lengths, self.student.hidden)
 
         def head(linear: nn.Linear, hidden: Tensor) -> Tensor:
             out = functional.linear(hidden, linear.weight.to(hidden.dtype), linear.bias.to(hidden.dtype))
-            return upsampled(out, factor).float()
+            return upsampled(out, self.factor).float()
 
         frames = output.log_probs.shape[1]
         targets, lengths = batch.hidden[:, :frames], batch.target_lengths
         first, second = targets[..., : self.components], targets[..., self.components :]
         weights = hidden_weights[: self.components], hidden_weights[self.components :]
+        dense = head(self.dense_head, output.hidden[self.student.dense])
         losses = {
             "hidden": 0.5
             * activation_loss(head(self.acoustic_head, output.hidden[0]), first, weights[0], lengths)
             + 0.5 * activation_loss(head(self.character_head, output.hidden[1]), second, weights[1], lengths),
-            "dense": dense_loss(head(self.dense_head, output.hidden[0]), batch.dense[:, :frames], lengths),
+            "dense": dense_loss(dense, batch.dense[:, :frames], lengths),
             "posterior": posterior_loss(output.log_probs, batch.teacher[:, :frames], lengths),
         }
         if with_ctc:

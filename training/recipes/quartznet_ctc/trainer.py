@@ -17,7 +17,7 @@ from training.errors import CheckpointError
 from training.recipes.quartznet_ctc.examples import Batch, Corpus
 from training.recipes.quartznet_ctc.label import COMPONENTS
 from training.recipes.quartznet_ctc.muon import Muon
-from training.recipes.quartznet_ctc.student import Distiller, LossWeights, mix, student_config, total_loss
+from training.recipes.quartznet_ctc.student import Distiller, LossWeights, mix, student_of_size, total_loss
 
 START_WEIGHTS = LossWeights(hidden=1.0, dense=0.3, posterior=0.7, ctc=0.3)
 END_WEIGHTS = LossWeights(hidden=0.3, dense=0.1, posterior=0.8, ctc=0.8)
@@ -62,17 +62,18 @@ class Trainer:
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
         torch.manual_seed(config.seed)
         self.config, self.corpus = config, corpus
-        self.distiller = Distiller(student_config(config.size), COMPONENTS)
+        self.distiller = Distiller(student_of_size(config.size), COMPONENTS)
         self.average = copy.deepcopy(self.distiller).requires_grad_(False)
         self.pool = ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,))
         self.optimisers = self._optimisers()
         self.step, self.elapsed_s, self.audio_s, self.best_wer = 0, 0.0, 0.0, math.inf
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the pointwise convolutions' matrices where it is asked for, AdamW for everything else."""
+        """Muon for the student's matrices where it is asked for, AdamW for everything else."""
         config = self.config
         named = dict(self.distiller.named_parameters())
-        matrices = {name for name in named if config.muon and name.endswith("pointwise.weight")}
+        ends = self.distiller.student.matrices
+        matrices = {name for name in named if config.muon and name.endswith(ends)}
         decayed = [p for name, p in named.items() if p.ndim > 1 and name not in matrices]
         plain = [p for p in named.values() if p.ndim <= 1]
         groups = [
@@ -166,7 +167,7 @@ class Trainer:
     def initialise_from(self, weights: Path) -> None:
         """Start from a published student; the heads of training only stay random. Raises CheckpointError."""
         stored = load_checkpoint(weights).model
-        if stored.config != self.distiller.model.config:
+        if type(stored) is not type(self.distiller.model) or stored.config != self.distiller.model.config:
             raise CheckpointError(f"{weights}: another network than size {self.config.size!r}")
         for network in (self.distiller, self.average):
             network.model.load_state_dict(stored.state_dict())

@@ -23,13 +23,13 @@ from training.errors import in_one_line
 from training.frontend import FrontendConfig
 from training.recipes.quartznet_ctc.dataset import ALPHABET
 from training.recipes.quartznet_ctc.label import COMPONENTS
-from training.recipes.quartznet_ctc.student import Distiller, student_config
+from training.recipes.quartznet_ctc.student import Distiller, student_of_size
 from training.vocabulary import CharacterCodec
 
 
 def student_of(state: dict[str, Any], raw: bool = False) -> Checkpoint:
     """The student in a distillation checkpoint: the running average, or the last step's ``raw`` weights."""
-    distiller = Distiller(student_config(state["config"]["size"]), COMPONENTS)
+    distiller = Distiller(student_of_size(state["config"]["size"]), COMPONENTS)
     distiller.load_state_dict(state["distiller" if raw else "average"])
     step, elapsed_s, audio_s, best_wer = state["counters"]
     meta = {
