@@ -1,6 +1,6 @@
 """Stage 3: train the student on the cache.
 
-    python -m training.recipes.quartznet_ctc.distill --cache CACHE --run runs/NAME --size m --max-minutes 100
+    python -m training.distillation.distill --cache CACHE --run runs/NAME --size m --max-minutes 100
 
 The learning rate warms up, stays, and falls to nothing over the last part of the run. The run's length is
 ``--steps``, or a wall-clock budget (``--max-minutes``, or ``--until HH:MM`` UTC) for machines whose speed is
@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from training.distillation.augment import AugmentConfig
+from training.distillation.evaluate import settle, validate
+from training.distillation.examples import Batch, BatchMaker, Corpus
+from training.distillation.student import SIZE_NAMES
+from training.distillation.trainer import TrainConfig, Trainer
 from training.errors import in_one_line
-from training.recipes.quartznet_ctc.augment import AugmentConfig
-from training.recipes.quartznet_ctc.evaluate import settle, validate
-from training.recipes.quartznet_ctc.examples import Batch, BatchMaker, Corpus
-from training.recipes.quartznet_ctc.student import SIZE_NAMES
-from training.recipes.quartznet_ctc.trainer import TrainConfig, Trainer
 from training.torch_state import save_state
 
 

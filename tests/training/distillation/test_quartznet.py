@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from training.distillation.kernels import cpu_has_bfloat16, kernels, load
+from training.distillation.quartznet import FastQuartzNet, PlainQuartzNet, channels_last, upsampled
 from training.masks import frame_mask
-from training.recipes.quartznet_ctc.fast import FastQuartzNet, PlainQuartzNet, channels_last, upsampled
-from training.recipes.quartznet_ctc.kernels import cpu_has_bfloat16, kernels, load
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
 
 needs_kernels = pytest.mark.skipif(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import load_checkpoint
+from training.distillation.examples import Batch, Corpus
+from training.distillation.label import COMPONENTS
+from training.distillation.muon import Muon
+from training.distillation.student import Distiller, LossWeights, mix, student_of_size, total_loss
 from training.errors import CheckpointError
-from training.recipes.quartznet_ctc.examples import Batch, Corpus
-from training.recipes.quartznet_ctc.label import COMPONENTS
-from training.recipes.quartznet_ctc.muon import Muon
-from training.recipes.quartznet_ctc.student import Distiller, LossWeights, mix, student_of_size, total_loss
 
 START_WEIGHTS = LossWeights(hidden=1.0, dense=0.3, posterior=0.7, ctc=0.3)
 END_WEIGHTS = LossWeights(hidden=0.3, dense=0.1, posterior=0.8, ctc=0.8)

@@ -1,6 +1,6 @@
 """Stage 1: audio of a manifest -> one memory-mapped file of samples and one of log-mel features.
 
-    python -m training.recipes.quartznet_ctc.cache --manifest MANIFEST --out CACHE
+    python -m training.distillation.cache --manifest MANIFEST --out CACHE
 
 Writes ``pcm.i16`` (int16, 16 kHz mono, utterances back to back), ``mel.npy`` (float16 ``(frames, 64)``
 log-mel before the per-feature normalisation, so that augmentation can add noise as power), and
@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from training.data.audio import decode_waveform
 from training.data.shards import shard_members
+from training.distillation.dataset import Utterance, read_utterances
 from training.errors import DataError, in_one_line
 from training.files import written_whole
 from training.frontend import LogMel
-from training.recipes.quartznet_ctc.dataset import Utterance, read_utterances
 
 SAMPLE_RATE_HZ = 16_000
 

@@ -22,25 +22,25 @@ import torch
 from torch import nn
 
 from training.checkpoint import load_checkpoint
-from training.errors import CheckpointError, DiskFullError
-from training.frontend import FrontendConfig, LogMel
-from training.nemo import NemoModel
-from training.recipes.quartznet_ctc import distill, label, texts, weights
-from training.recipes.quartznet_ctc.augment import AugmentConfig
-from training.recipes.quartznet_ctc.batches import normalise_features
-from training.recipes.quartznet_ctc.cache import write_mel, write_pcm
-from training.recipes.quartznet_ctc.dataset import (
+from training.distillation import distill, label, texts, weights
+from training.distillation.augment import AugmentConfig
+from training.distillation.batches import normalise_features
+from training.distillation.cache import write_mel, write_pcm
+from training.distillation.dataset import (
     ALPHABET,
     VOCABULARY_SIZE,
     read_utterances,
     write_validation,
 )
-from training.recipes.quartznet_ctc.evaluate import settle, validate
-from training.recipes.quartznet_ctc.examples import BatchMaker, Corpus
+from training.distillation.evaluate import settle, validate
+from training.distillation.examples import BatchMaker, Corpus
+from training.distillation.student import LossWeights
+from training.distillation.trainer import TrainConfig, Trainer, learning_rate
+from training.distillation.weights import halved, student_of
+from training.errors import CheckpointError, DiskFullError
+from training.frontend import FrontendConfig, LogMel
+from training.nemo import NemoModel
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
-from training.recipes.quartznet_ctc.student import LossWeights
-from training.recipes.quartznet_ctc.trainer import TrainConfig, Trainer, learning_rate
-from training.recipes.quartznet_ctc.weights import halved, student_of
 from training.torch_state import save_state
 
 UTTERANCES = 12
@@ -292,7 +292,7 @@ def test_what_is_not_there_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [stage, *options])
-    assert importlib.import_module(f"training.recipes.quartznet_ctc.{stage}").main() == 2
+    assert importlib.import_module(f"training.distillation.{stage}").main() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{stage}: ")
     assert "none" in line

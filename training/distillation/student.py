@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.conformer import ConformerConfig, ConformerCtc
+from training.distillation.conformer import FastConformer
+from training.distillation.dataset import VOCABULARY_SIZE
+from training.distillation.examples import Batch
+from training.distillation.loss import activation_loss, ctc_loss, dense_loss, posterior_loss
+from training.distillation.quartznet import FastQuartzNet, PlainQuartzNet, channels_last, upsampled
 from training.frontend import FrontendConfig
-from training.recipes.conformer_ctc.fast import FastConformer
 from training.recipes.quartznet_ctc.architectures import quartznet
-from training.recipes.quartznet_ctc.dataset import VOCABULARY_SIZE
-from training.recipes.quartznet_ctc.examples import Batch
-from training.recipes.quartznet_ctc.fast import FastQuartzNet, PlainQuartzNet, channels_last, upsampled
-from training.recipes.quartznet_ctc.loss import activation_loss, ctc_loss, dense_loss, posterior_loss
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
 
 SIZES: dict[str, tuple[int, list[tuple[int, int, int]], int]] = {

@@ -1,6 +1,6 @@
 """Stage 4: the averaged weights of a run as one small checkpoint, for export, ``--init-from`` and git.
 
-    python -m training.recipes.quartznet_ctc.weights --run runs/NAME --out student.safetensors
+    python -m training.distillation.weights --run runs/NAME --out student.safetensors
 
 Half precision, the heads of training only left out. ``--average-with`` takes the mean with other students, as
 with the one that the run went on from: between two points of one valley often lies a better one (Wortsman et
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from training.checkpoint import Checkpoint, average_weights, save_checkpoint
+from training.distillation.dataset import ALPHABET
+from training.distillation.label import COMPONENTS
+from training.distillation.student import Distiller, student_of_size
 from training.errors import in_one_line
 from training.frontend import FrontendConfig
-from training.recipes.quartznet_ctc.dataset import ALPHABET
-from training.recipes.quartznet_ctc.label import COMPONENTS
-from training.recipes.quartznet_ctc.student import Distiller, student_of_size
 from training.vocabulary import CharacterCodec
 
 

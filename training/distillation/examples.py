@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.recipes.quartznet_ctc import augment
-from training.recipes.quartznet_ctc.augment import AugmentConfig
-from training.recipes.quartznet_ctc.batches import normalise_features, pad_features
-from training.recipes.quartznet_ctc.dataset import (
+from training.distillation import augment
+from training.distillation.augment import AugmentConfig
+from training.distillation.batches import normalise_features, pad_features
+from training.distillation.dataset import (
     BLANK_ID,
     VALIDATION_FRACTION,
     Utterance,
     encode_text,
     split_rows,
 )
-from training.recipes.quartznet_ctc.loss import dense_labels
+from training.distillation.loss import dense_labels
 
 FEATURE_FRAMES_PER_S = 100
 

@@ -4,7 +4,7 @@ A row is one utterance of ``manifest.jsonl``: audio inside a tar shard (or a pla
 seconds, its text where it is known. The split is a pure function of the speaker's name and a seed, so that
 every stage and every resumed run sees the same one. To write it down, for the gate of publishing:
 
-    python -m training.recipes.quartznet_ctc.dataset --manifest MANIFEST --validation VALIDATION.jsonl
+    python -m training.distillation.dataset --manifest MANIFEST --validation VALIDATION.jsonl
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from training.recipes.quartznet_ctc import augment, loss
-from training.recipes.quartznet_ctc.augment import AugmentConfig
-from training.recipes.quartznet_ctc.dataset import BLANK_ID, VOCABULARY_SIZE, encode_text, normalise_text
-from training.recipes.quartznet_ctc.evaluate import word_error_rates
+from training.distillation import augment, loss
+from training.distillation.augment import AugmentConfig
+from training.distillation.dataset import BLANK_ID, VOCABULARY_SIZE, encode_text, normalise_text
+from training.distillation.evaluate import word_error_rates
 
 
 def spikes(path: list[int]) -> np.ndarray:

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from training.distillation.dataset import VOCABULARY_SIZE
+from training.distillation.examples import Batch
+from training.distillation.kernels import load
+from training.distillation.loss import ctc_loss, posterior_loss
+from training.distillation.pieces import PieceStudy, borders, relative_error
+from training.distillation.student import QUARTZNET_5X5, Distiller, student_config
 from training.errors import ConfigError
 from training.recipes.quartznet_ctc.architectures import quartznet
-from training.recipes.quartznet_ctc.dataset import VOCABULARY_SIZE
-from training.recipes.quartznet_ctc.examples import Batch
-from training.recipes.quartznet_ctc.kernels import load
-from training.recipes.quartznet_ctc.loss import ctc_loss, posterior_loss
 from training.recipes.quartznet_ctc.model import QuartzNet
-from training.recipes.quartznet_ctc.pieces import PieceStudy, borders, relative_error
-from training.recipes.quartznet_ctc.student import QUARTZNET_5X5, Distiller, student_config
 
 TEACHER = quartznet(VOCABULARY_SIZE, blocks_per_group=3, repeat=1)
 

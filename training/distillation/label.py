@@ -1,6 +1,6 @@
 """Stage 2: what the teacher says and thinks about every cached utterance.
 
-    python -m training.recipes.quartznet_ctc.label --teacher TEACHER.nemo --cache CACHE
+    python -m training.distillation.label --teacher TEACHER.nemo --cache CACHE
 
 Writes ``logits.npy`` (float16 log-probs ``(frames, 29)``, 20 ms each), ``hidden.npy`` (float16 activations
 of two of the teacher's layers on their first principal components), ``components.npz`` (that projection) and
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from training.distillation.batches import normalise_features, pad_features
+from training.distillation.dataset import ALPHABET, BLANK_ID, VOCABULARY_SIZE, decode_ids
+from training.distillation.quartznet import channels_last
 from training.errors import CheckpointError, in_one_line
 from training.files import written_whole
 from training.nemo import read_nemo
-from training.recipes.quartznet_ctc.batches import normalise_features, pad_features
-from training.recipes.quartznet_ctc.dataset import ALPHABET, BLANK_ID, VOCABULARY_SIZE, decode_ids
-from training.recipes.quartznet_ctc.fast import channels_last
 
 HIDDEN_BLOCKS = (-3, -1)
 """Last residual block (acoustic, smooth in time) and the layer before the decoder (near the characters)."""

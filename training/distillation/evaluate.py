@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from training.distillation.batches import normalise_features, pad_features
+from training.distillation.conformer import FastConformer
+from training.distillation.examples import Corpus
+from training.distillation.label import greedy, length_batches
+from training.distillation.quartznet import FastQuartzNet, PlainQuartzNet
 from training.evaluate import Utterance, error_rates
-from training.recipes.conformer_ctc.fast import FastConformer
-from training.recipes.quartznet_ctc.batches import normalise_features, pad_features
-from training.recipes.quartznet_ctc.examples import Corpus
-from training.recipes.quartznet_ctc.fast import FastQuartzNet, PlainQuartzNet
-from training.recipes.quartznet_ctc.label import greedy, length_batches
 
 Network = FastQuartzNet | PlainQuartzNet | FastConformer
 SETTLING_CLIPS = 192

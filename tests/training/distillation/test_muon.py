@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from training.recipes.quartznet_ctc.muon import Muon, orthogonalised
+from training.distillation.muon import Muon, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32)])

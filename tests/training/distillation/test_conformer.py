@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.conformer import ConformerConfig, ConformerCtc
+from training.distillation.conformer import FastConformer
+from training.distillation.kernels import cpu_has_bfloat16, kernels, load
 from training.frontend import FrontendConfig
 from training.masks import frame_mask
-from training.recipes.conformer_ctc.fast import FastConformer
-from training.recipes.quartznet_ctc.kernels import cpu_has_bfloat16, kernels, load
 
 SHAPE = ConformerConfig(
     features=64, width=64, layers=2, heads=4, inner=96, kernel=7, subsampling_factor=4,
@@ -47,7 +47,7 @@ def plainly(model: ConformerCtc, values: Tensor, lengths: Tensor) -> Tensor:
 @pytest.fixture(params=["kernels", "torch"])
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[FastConformer]:
     if request.param == "torch":
-        monkeypatch.setattr("training.recipes.conformer_ctc.fast.load", lambda: None)
+        monkeypatch.setattr("training.distillation.conformer.load", lambda: None)
     elif load() is None:
         pytest.skip("no AVX512-BF16, C++ compiler or ninja here")
     return FastConformer

@@ -1,6 +1,6 @@
 """Texts of the training speakers, for a language model: written ones, else the teacher's where it was sure.
 
-    python -m training.recipes.quartznet_ctc.texts --cache CACHE --out texts.txt
+    python -m training.distillation.texts --cache CACHE --out texts.txt
 
 One line each. The held-out speakers' texts are not among them.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from training.distillation.dataset import decode_ids
+from training.distillation.examples import Corpus
+from training.distillation.trainer import TrainConfig
 from training.errors import in_one_line
-from training.recipes.quartznet_ctc.dataset import decode_ids
-from training.recipes.quartznet_ctc.examples import Corpus
-from training.recipes.quartznet_ctc.trainer import TrainConfig
 
 
 def training_texts(corpus: Corpus) -> list[str]:

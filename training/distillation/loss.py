@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.distillation.dataset import BLANK_ID
 from training.masks import frame_mask
-from training.recipes.quartznet_ctc.dataset import BLANK_ID
 
 
 def dense_labels(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.recipes.quartznet_ctc.kernels import kernels, load
+from training.distillation.kernels import kernels, load
 from training.recipes.quartznet_ctc.model import Block, ConvNorm, CtcOutput, QuartzNet, convolved_length
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.conformer import ConformerCtc
+from training.distillation.kernels import kernels, load
+from training.distillation.quartznet import depthwise, upsampled
 from training.masks import frame_mask
-from training.recipes.quartznet_ctc.fast import depthwise, upsampled
-from training.recipes.quartznet_ctc.kernels import kernels, load
 from training.recipes.quartznet_ctc.model import CtcOutput
 
 Untyped = Any

@@ -1,6 +1,6 @@
 """Stage 2b: each piece of the student learns what the same stretch of the teacher does, on its input.
 
-    python -m training.recipes.quartznet_ctc.pieces --teacher TEACHER.nemo --cache CACHE --run runs/pieces \\
+    python -m training.distillation.pieces --teacher TEACHER.nemo --cache CACHE --run runs/pieces \\
         --size 5x5 --max-minutes 20
 
 A student with the teacher's widths at the borders of its pieces (QuartzNet5x5: stem, one block for each
@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.distillation.distill import arguments_of, run
+from training.distillation.examples import Batch, BatchMaker, Corpus
+from training.distillation.loss import ctc_loss, posterior_loss
+from training.distillation.quartznet import FastQuartzNet, channels_last
+from training.distillation.student import QUARTZNET_5X5, LossWeights
+from training.distillation.trainer import TrainConfig, Trainer
 from training.errors import ConfigError, in_one_line
 from training.nemo import read_nemo
-from training.recipes.quartznet_ctc.distill import arguments_of, run
-from training.recipes.quartznet_ctc.examples import Batch, BatchMaker, Corpus
-from training.recipes.quartznet_ctc.fast import FastQuartzNet, channels_last
-from training.recipes.quartznet_ctc.loss import ctc_loss, posterior_loss
 from training.recipes.quartznet_ctc.model import Block, QuartzNet, QuartzNetConfig
-from training.recipes.quartznet_ctc.student import QUARTZNET_5X5, LossWeights
-from training.recipes.quartznet_ctc.trainer import TrainConfig, Trainer
 
 
 def borders(student: QuartzNetConfig, teacher: QuartzNetConfig) -> list[int]:

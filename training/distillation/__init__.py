@@ -1,0 +1,1 @@
+"""Small English models from the answers of a large one, on a CPU."""
