@@ -82,24 +82,30 @@ class Student:
     """Ends of the names of the weights that Muon moves."""
 
 
-def student_of_size(size: str) -> Student:
-    """A new student with random weights."""
-    if size in CONFORMERS:
-        shape = CONFORMERS[size]
-        conformer = ConformerCtc(shape, VOCABULARY_SIZE, FrontendConfig())
-        for module in conformer.modules():
-            if isinstance(module, nn.Conv1d) and module.groups > 1:
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # before a norm it changes nothing
-        hidden = (shape.layers // 2 - 1, shape.layers - 2)
-        return Student(
-            conformer, FastConformer(conformer), hidden, 1, (shape.width, shape.width), LAYER_MATRICES
-        )
-    config = student_config(size)
+def conformer_student(shape: ConformerConfig) -> Student:
+    """A new Conformer; the middle layer and the last but one answer the teacher's two."""
+    model = ConformerCtc(shape, VOCABULARY_SIZE, FrontendConfig())
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d) and module.groups > 1:
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # before a norm it changes nothing
+    hidden = (shape.layers // 2 - 1, shape.layers - 2)
+    return Student(model, FastConformer(model), hidden, 1, (shape.width, shape.width), LAYER_MATRICES)
+
+
+def quartznet_student(config: QuartzNetConfig) -> Student:
+    """A new QuartzNet; its last residual block and its last block answer the teacher's two."""
     model = QuartzNet(config)
     residual = max(index for index, block in enumerate(config.blocks) if block.residual)
     hidden = (residual, len(config.blocks) - 1)
     middle, last = (config.blocks[index].filters for index in hidden)
     return Student(model, channels_last(model), hidden, 0, (middle, last), ("pointwise.weight",))
+
+
+def student_of_size(size: str) -> Student:
+    """A new student with random weights."""
+    if size in CONFORMERS:
+        return conformer_student(CONFORMERS[size])
+    return quartznet_student(student_config(size))
 
 
 class Distiller(nn.Module):

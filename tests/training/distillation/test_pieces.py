@@ -12,7 +12,7 @@ from training.distillation.examples import Batch
 from training.distillation.kernels import load
 from training.distillation.loss import ctc_loss, posterior_loss
 from training.distillation.pieces import PieceStudy, borders, relative_error
-from training.distillation.student import QUARTZNET_5X5, Distiller, student_config
+from training.distillation.student import QUARTZNET_5X5, Distiller, student_config, student_of_size
 from training.errors import ConfigError
 from training.recipes.quartznet_ctc.architectures import quartznet
 from training.recipes.quartznet_ctc.model import QuartzNet
@@ -51,7 +51,7 @@ def test_relative_error_is_one_for_the_mean_and_nought_for_the_target() -> None:
 def test_pieces_learn_alone_and_no_gradient_crosses_a_border() -> None:
     torch.manual_seed(0)
     teacher = QuartzNet(TEACHER).eval()
-    distiller = Distiller(student_config(QUARTZNET_5X5), components=4)
+    distiller = Distiller(student_of_size(QUARTZNET_5X5), components=4)
     study = PieceStudy(teacher, distiller.model)
     batch = some_batch()
     study.measure(batch)
@@ -75,7 +75,7 @@ def test_pieces_learn_alone_and_no_gradient_crosses_a_border() -> None:
 @pytest.mark.skipif(load() is None, reason="needs AVX512-BF16 and a C++ compiler")
 def test_joined_pieces_are_the_whole_student() -> None:
     torch.manual_seed(0)
-    distiller = Distiller(student_config(QUARTZNET_5X5), components=4)
+    distiller = Distiller(student_of_size(QUARTZNET_5X5), components=4)
     study = PieceStudy(QuartzNet(TEACHER).eval(), distiller.model, joined=True)
     batch = replace(some_batch(), texts=[[3, 4], [5]])
     losses = study.losses(batch, with_ctc=True)
