@@ -18,10 +18,15 @@ from training.export import AGREEMENT_TOLERANCE
 from training.graph import as_file, fits_one_file
 from training.inference import Waveform, compare, cpu_session, run_graph
 from training.torch_inference import Forward, run_torch
-from training.transformer_quantize import DYNAMIC, candidates
+from training.transformer_quantize import DYNAMIC, candidates, fixed_ranges
 
 Ways = Callable[[onnx.ModelProto, Sequence[Waveform]], Iterable[tuple[str, onnx.ModelProto]]]
 """A float32 graph and recordings to find ranges on -> graphs in INT8 by the name of the way."""
+
+
+DYNAMIC_RANGES = (
+    " Dynamic ranges are found anew for each batch: an item's result depends a little on its neighbours."
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,9 @@ def exported_transformer(
     min_samples: int,
     text_normalisation: tuple[str, ...],
     sample_rate_hz: int = 16_000,
+    exact_batches: bool = False,
 ) -> Exported:
-    """A network whose work is matrix products."""
+    """A network whose work is matrix products; with `exact_batches` in INT8 with fixed ranges only."""
     return Exported(
         graph,
         vocabulary,
@@ -78,12 +84,10 @@ def exported_transformer(
         max_window_s=max_window_s,
         min_samples=min_samples,
         agreement=lambda clips: agreement(network, graph, clips),
-        ways=_matrix_products,
-        ways_described=(
-            "Matrix products with constant weights: S8 weights per channel, U8 activations. Dynamic ranges "
-            "are found anew for each batch, so an item's result then depends a little on its neighbours."
-        ),
-        exact_batches=False,
+        ways=_fixed_ranges if exact_batches else _matrix_products,
+        ways_described="Matrix products with constant weights: S8 weights per channel, U8 activations."
+        + ("" if exact_batches else DYNAMIC_RANGES),
+        exact_batches=exact_batches,
         text_normalisation=text_normalisation,
         sample_rate_hz=sample_rate_hz,
     )
@@ -106,3 +110,11 @@ def _matrix_products(
         ways = candidates(path, path.parent, calibration)
         for how, quantized in ways if fits_one_file(graph) else islice(ways, DYNAMIC):
             yield how, onnx.load(quantized)
+
+
+def _fixed_ranges(
+    graph: onnx.ModelProto, calibration: Sequence[Waveform]
+) -> Iterator[tuple[str, onnx.ModelProto]]:
+    with as_file(graph) as path:
+        how, quantized = fixed_ranges(path, path.parent, calibration)
+        yield how, onnx.load(quantized)

@@ -95,7 +95,7 @@ def exported_checkpoint(checkpoint: Checkpoint, max_window_s: float) -> Exported
         return exported_quartznet(checkpoint, max_window_s)
     from training import conformer_graph
 
-    made = exported_transformer(
+    return exported_transformer(
         model,
         conformer_graph.export_graph(model, tables=False),
         checkpoint.vocabulary,
@@ -104,8 +104,8 @@ def exported_checkpoint(checkpoint: Checkpoint, max_window_s: float) -> Exported
         min_samples=MIN_SAMPLES,
         text_normalisation=casing_steps(checkpoint.vocabulary),
         sample_rate_hz=checkpoint.frontend.sample_rate_hz,
+        exact_batches=True,
     )
-    return replace(made, exact_batches=True)
 
 
 def exported_quartznet(checkpoint: Checkpoint, max_window_s: float = 20.0) -> Exported:

@@ -27,10 +27,12 @@ CONFIGS = {
 }
 
 
-def random_conformer(config: ConformerConfig) -> ConformerCtc:
+def random_conformer(
+    config: ConformerConfig, outputs: int = len(PIECES) + 1, frontend: FrontendConfig = FRONTEND
+) -> ConformerCtc:
     """Weights that make every part count, and normalisations that have seen data."""
     torch.manual_seed(0)
-    model = ConformerCtc(config, len(PIECES) + 1, FRONTEND).eval()
+    model = ConformerCtc(config, outputs, frontend).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = 10.0 if parameter.dim() == 1 else parameter[0].numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,21 @@ from api.bundle import load_bundle, sha256_of, verify_bundle
 from api.decoding import in_words
 from api.manifest import Source
 from tests.tiny_bundle import make_bundle, sing, wav
+from tests.training.conformers import FAST, random_conformer
 from tests.training.networks import CONFIGS, VOCABULARY, chirps, random_checkpoint, write_corpus
 from training import benchmark, evaluate
 from training import publish as command
 from training.bundle_writer import Card, Graphs, LanguageModel, write_bundle
 from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
-from training.checkpoint import average_weights, load_checkpoint, save_checkpoint
+from training.checkpoint import Checkpoint, average_weights, load_checkpoint, save_checkpoint
 from training.errors import CheckpointError, ConfigError, DataError, EmptyManifestError, ManifestError
 from training.evaluate import Utterance, bundle_recogniser, error_rates, plainly
 from training.export import export_graph
+from training.frontend import FrontendConfig
+from training.inference import compare, cpu_session, run_graph
 from training.kneser_ney import character_ngrams
 from training.text import normaliser
+from training.torch_inference import run_torch
 
 CARD = {
     "title": "A random network",
@@ -54,6 +59,39 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
         assert torch.equal(
             after.model(features, lengths).log_probs, before.model(features, lengths).log_probs
         )
+
+
+def conformer_checkpoint() -> Checkpoint:
+    """As distillation leaves it: characters, front end of QuartzNet."""
+    frontend = FrontendConfig()
+    shape = replace(FAST, features=frontend.features, subsampling_factor=4, upsample=2)
+    return Checkpoint(random_conformer(shape, len(VOCABULARY), frontend), frontend, VOCABULARY)
+
+
+def test_a_conformer_comes_back_as_it_was(tmp_path: Path) -> None:
+    before = conformer_checkpoint()
+    save_checkpoint(tmp_path / "model.safetensors", before)
+    after = load_checkpoint(tmp_path / "model.safetensors")
+    assert (after.model.config, after.frontend, after.vocabulary) == (
+        before.model.config,
+        before.frontend,
+        before.vocabulary,
+    )
+    (expected,), (found,) = (run_torch(network.forward(), chirps(1)) for network in (before, after))
+    assert np.array_equal(found, expected)
+
+
+def test_a_conformer_becomes_a_bundle_whose_batches_are_exact(tmp_path: Path) -> None:
+    """Ranges that are found anew for each batch are not for it; its graph hears clips of any length."""
+    assert publish(tmp_path, "--keep-float", checkpoint=conformer_checkpoint()) == 0
+    bundle = verify_bundle(tmp_path / "models", "en-random")
+    assert bundle.manifest.frame_stride_s == 0.02
+    assert "INT8, static QDQ MatMul per channel (kept)" in (bundle.path / "README.md").read_text()
+    clips = [*chirps(3), np.tile(chirps(1)[0], 40)[: 25 * 16_000]]
+    for graph in bundle.manifest.graphs:
+        session = cpu_session(bundle.graph_path(graph))
+        alone = [run_graph(session, [clip])[0] for clip in clips]
+        assert compare(alone, run_graph(session, clips)).worst_log_prob < 1e-4
 
 
 def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -94,9 +132,9 @@ def test_averaging_takes_the_mean(tmp_path: Path) -> None:
     assert mean["blocks.0.layers.0.norm.num_batches_tracked"].dtype == torch.int64
 
 
-def publish(tmp_path: Path, *more: str) -> int:
+def publish(tmp_path: Path, *more: str, checkpoint: Checkpoint | None = None) -> int:
     """Run the command on a random checkpoint; the gate is wide, since the network knows nothing."""
-    save_checkpoint(tmp_path / "model.safetensors", random_checkpoint())
+    save_checkpoint(tmp_path / "model.safetensors", checkpoint or random_checkpoint())
     (tmp_path / "card.json").write_text(json.dumps(CARD), encoding="utf-8")
     manifest = str(write_corpus(tmp_path, chirps(8)))
     arguments = [
