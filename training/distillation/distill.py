@@ -74,7 +74,8 @@ class Records:
 def checkpoint(trainer: Trainer, run: Path, records: Records, *, measured: bool) -> None:
     """Write ``last.pt``; ``measured`` on the held-out speakers, ``best.pt`` too where it is the best."""
     if measured:
-        settle(trainer.average.fast, trainer.corpus)
+        if not trainer.config.frozen_norms:
+            settle(trainer.average.fast, trainer.corpus)
         rates = validate(trainer.average.fast, trainer.corpus)
         records.validation(trainer, rates)
         if rates.get("all", math.inf) < trainer.best_wer:
@@ -180,6 +181,11 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-muon", action="store_true", help="AdamW for every weight")
     parser.add_argument("--output-only", action="store_true", help="no activations among the targets")
+    parser.add_argument(
+        "--frozen-norms",
+        action="store_true",
+        help="go on with statistics of the batch normalisations as they will be when it is used; Conformers",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--workers", type=int, default=TrainConfig.workers, help="threads, each with a batch of its own"
@@ -204,18 +210,22 @@ def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Cor
         seed=arguments.seed,
         output_only=arguments.output_only,
         decay_share=arguments.decay_share,
+        frozen_norms=arguments.frozen_norms,
     )
     arguments.run.mkdir(parents=True, exist_ok=True)
     trainer = trainer_class(config, Corpus(arguments.cache, config.min_confidence))
-    last = arguments.run / "last.pt"
+    last, frozen_before = arguments.run / "last.pt", False
     if last.exists():
         state = torch.load(last, weights_only=True)
         if state["config"]["size"] != config.size:
             raise SystemExit(f"{last}: a student of size {state['config']['size']}, asked for {config.size}")
         trainer.restore(state)
+        frozen_before = state["config"].get("frozen_norms", False)
         print(f"going on at step {trainer.step}")
     elif arguments.init_from:
         trainer.initialise_from(arguments.init_from)
+    if config.frozen_norms:
+        trainer.freeze_norms(anew=not frozen_before)
     (arguments.run / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
     train(trainer, arguments.run, arguments.steps, deadline_s, 60.0 * arguments.validate_every_minutes)
 

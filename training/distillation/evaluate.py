@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -18,29 +17,30 @@ from training.distillation.quartznet import FastQuartzNet, PlainQuartzNet
 from training.evaluate import Utterance, error_rates
 
 Network = FastQuartzNet | PlainQuartzNet | FastConformer
-SETTLING_CLIPS = 192
-"""Training utterances that batch statistics are taken from, up to `SETTLING_FRAMES` of each."""
+SETTLING_CLIPS = 128
+"""Training utterances that statistics are taken from, up to `SETTLING_FRAMES` of each."""
 SETTLING_FRAMES = 1_000
 
 
 def settle(network: Network, corpus: Corpus) -> None:
-    """Take the statistics of the batch normalisations anew, for averaged weights (Izmailov et al. 2018).
+    """Take the statistics of the batch normalisations anew, all from one large batch of clean speech.
 
-    Those that were averaged with the weights belong to other weights, and lag where the weights move fast.
+    Running ones lag behind the weights, and batches of one length are of one source mostly: they vary less
+    than what the network will hear, and every layer's statistics must suit what the layers before it will do.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
     before = [norm.momentum for norm in norms]
     count = min(SETTLING_CLIPS, len(corpus.train))
     chosen = np.random.default_rng(0).choice(corpus.train, count, replace=False)
+    features, lengths = pad_features(
+        [corpus.features(int(index)).numpy()[:SETTLING_FRAMES] for index in chosen]
+    )
     network.train()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
     with torch.no_grad():
-        for number, part in enumerate(np.array_split(chosen, math.ceil(count / 8)), start=1):
-            for norm in norms:
-                norm.momentum = 1.0 / number
-            features, lengths = pad_features(
-                [corpus.features(int(index)).numpy()[:SETTLING_FRAMES] for index in part]
-            )
-            network(normalise_features(features, lengths), lengths)
+        network(normalise_features(features, lengths), lengths)
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum
     network.eval()

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import load_checkpoint
+from training.distillation.evaluate import settle
 from training.distillation.examples import Batch, Corpus
 from training.distillation.label import COMPONENTS
 from training.distillation.muon import Muon
 from training.distillation.student import Distiller, LossWeights, mix, student_of_size, total_loss
-from training.errors import CheckpointError
+from training.errors import CheckpointError, ConfigError
+from training.pretrained import FrozenNorms
 
 START_WEIGHTS = LossWeights(hidden=1.0, dense=0.3, posterior=0.7, ctc=0.3)
 END_WEIGHTS = LossWeights(hidden=0.3, dense=0.1, posterior=0.8, ctc=0.8)
@@ -47,6 +49,8 @@ class TrainConfig:
     augment: bool = True
     output_only: bool = False
     """Posteriors and text count, activations do not: for a student that already follows the teacher."""
+    frozen_norms: bool = False
+    """Batch normalisations keep the statistics that the run began with: for its last part."""
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
@@ -163,6 +167,22 @@ class Trainer:
         else:
             print("another optimiser than the checkpoint's: its averages start afresh")
         self.step, self.elapsed_s, self.audio_s, self.best_wer = state["counters"]
+
+    def freeze_norms(self, *, anew: bool) -> None:
+        """Keep the normalisations' statistics, taken `anew` from clean speech or as they are.
+
+        Raises ConfigError for a student that is no Conformer.
+        """
+        if anew:
+            settle(self.distiller.fast, self.corpus)
+            settled = dict(self.distiller.named_buffers())
+            for name, buffer in self.average.named_buffers():
+                buffer.copy_(settled[name])
+        for network in (self.distiller, self.average):
+            if not isinstance(network.model, FrozenNorms):
+                raise ConfigError(f"--frozen-norms: a student of size {self.config.size!r} cannot")
+            network.model.frozen_norms = True
+        self.distiller.train()
 
     def initialise_from(self, weights: Path) -> None:
         """Start from a published student; the heads of training only stay random. Raises CheckpointError."""

@@ -37,7 +37,7 @@ from training.distillation.examples import BatchMaker, Corpus
 from training.distillation.student import LossWeights
 from training.distillation.trainer import TrainConfig, Trainer, learning_rate
 from training.distillation.weights import halved, student_of
-from training.errors import CheckpointError, DiskFullError
+from training.errors import CheckpointError, ConfigError, DiskFullError
 from training.frontend import FrontendConfig, LogMel
 from training.nemo import NemoModel
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
@@ -457,6 +457,39 @@ def test_settled_statistics_are_those_of_the_weights(corpus: Corpus, size: str) 
         network.train()
         own = network(normalise_features(values, lengths), lengths).log_probs
     assert (before - own).abs().mean() < 0.5, "its own statistics and those of the corpus are close"
+
+
+def test_frozen_norms_keep_what_clean_speech_gave(cache: Path, tmp_path: Path) -> None:
+    """Over a run that is gone on with, while the weights move; what is published has the same statistics."""
+    given = ["--cache", str(cache), "--run", str(tmp_path), "--size", "conformer-tiny", "--workers", "1"]
+
+    def go_on(steps: int, *more: str) -> tuple[dict[str, torch.Tensor], Trainer]:
+        trainers: list[Trainer] = []
+
+        def make(config: TrainConfig, corpus: Corpus) -> Trainer:
+            trainers.append(Trainer(config, corpus))
+            return trainers[-1]
+
+        distill.run(distill.arguments_of("").parse_args([*given, "--steps", str(steps), *more]), make)
+        return torch.load(tmp_path / "last.pt", weights_only=True), trainers[-1]
+
+    go_on(2)
+    kept: list[dict[str, torch.Tensor]] = []
+    for steps in (4, 6):
+        state, student = go_on(steps, "--frozen-norms")
+        for part in ("distiller", "average"):
+            kept.append({name: value for name, value in state[part].items() if ".running_" in name})
+    for other in kept[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in kept[0].items())
+    assert kept[0]
+    moved = student.distiller.model.network.ctc_head.weight, student.average.model.network.ctc_head.weight
+    assert not torch.equal(*moved)
+
+
+def test_a_quartznet_learns_with_its_own_statistics_only(cache: Path, tmp_path: Path) -> None:
+    given = ["--cache", str(cache), "--run", str(tmp_path), "--size", "tiny", "--steps", "1"]
+    with pytest.raises(ConfigError, match="--frozen-norms: a student of size 'tiny' cannot"):
+        distill.run(distill.arguments_of("").parse_args([*given, "--frozen-norms"]), Trainer)
 
 
 def test_a_run_of_another_size_is_not_gone_on_with(cache: Path, corpus: Corpus, tmp_path: Path) -> None:
