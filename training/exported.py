@@ -18,7 +18,7 @@ from training.export import AGREEMENT_TOLERANCE
 from training.graph import as_file, fits_one_file
 from training.inference import Waveform, compare, cpu_session, run_graph
 from training.torch_inference import Forward, run_torch
-from training.transformer_quantize import DYNAMIC, candidates, fixed_ranges
+from training.transformer_quantize import DYNAMIC, candidates, exact_candidates
 
 Ways = Callable[[onnx.ModelProto, Sequence[Waveform]], Iterable[tuple[str, onnx.ModelProto]]]
 """A float32 graph and recordings to find ranges on -> graphs in INT8 by the name of the way."""
@@ -116,5 +116,5 @@ def _fixed_ranges(
     graph: onnx.ModelProto, calibration: Sequence[Waveform]
 ) -> Iterator[tuple[str, onnx.ModelProto]]:
     with as_file(graph) as path:
-        how, quantized = fixed_ranges(path, path.parent, calibration)
-        yield how, onnx.load(quantized)
+        for how, quantized in exact_candidates(path, path.parent, calibration):
+            yield how, onnx.load(quantized)

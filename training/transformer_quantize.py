@@ -23,6 +23,7 @@ from training.dynamic_int8 import graphs_of, quantize_products
 
 DYNAMIC = 2
 """How many of `candidates`, the first, need no run of the float graph to find ranges."""
+STATIC = "static QDQ MatMul per channel"
 FRONT = "frontend."
 """Nodes of the front end stay float: a spectrum does not fit 8 bits."""
 
@@ -66,12 +67,12 @@ def dynamic(graph: Path, out: Path, skipped: Sequence[str] = ()) -> Path:
 
 
 def static(
-    graph: Path, out: Path, recordings: Sequence[npt.NDArray[np.float32]], skipped: Sequence[str] = ()
+    graph: Path, out: Path, recordings: Sequence[npt.NDArray[np.float32]], *, averaged: bool = False
 ) -> Path:
-    """Weights S8 per channel, activations U8 with scales measured on `recordings`: batched equals alone."""
-    chosen = [
-        name for name in products(onnx.load(graph, load_external_data=False)) if name not in set(skipped)
-    ]
+    """Weights S8 per channel, activations U8 with scales measured on `recordings`: batched equals alone.
+
+    A range is that of all recordings, or the mean of their ranges where it is `averaged`.
+    """
     with _quiet():
         quantize_static(
             str(graph),
@@ -82,9 +83,9 @@ def static(
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_quantize=chosen,
+            nodes_to_quantize=products(onnx.load(graph, load_external_data=False)),
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"MatMulConstBOnly": True},
+            extra_options={"MatMulConstBOnly": True, "CalibMovingAverage": averaged},
         )
     return out
 
@@ -97,12 +98,15 @@ def candidates(
     yield "dynamic MatMul per channel", dynamic(graph, out / "dynamic.onnx")
     ends = [names[0], names[-1]]
     yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "dynamic_ends.onnx", ends)
-    yield fixed_ranges(graph, out, calibration)
+    yield STATIC, static(graph, out / "static.onnx", calibration[:8])
 
 
-def fixed_ranges(graph: Path, out: Path, calibration: Sequence[npt.NDArray[np.float32]]) -> tuple[str, Path]:
-    """The one way whose batches are exact."""
-    return "static QDQ MatMul per channel", static(graph, out / "static.onnx", calibration[:8])
+def exact_candidates(
+    graph: Path, out: Path, calibration: Sequence[npt.NDArray[np.float32]]
+) -> Iterator[tuple[str, Path]]:
+    """The ways whose batches are exact."""
+    yield STATIC, static(graph, out / "static.onnx", calibration[:8])
+    yield f"{STATIC}, mean ranges", static(graph, out / "averaged.onnx", calibration, averaged=True)
 
 
 @contextmanager

@@ -86,7 +86,9 @@ def test_a_conformer_becomes_a_bundle_whose_batches_are_exact(tmp_path: Path) ->
     assert publish(tmp_path, "--keep-float", checkpoint=conformer_checkpoint()) == 0
     bundle = verify_bundle(tmp_path / "models", "en-random")
     assert bundle.manifest.frame_stride_s == 0.02
-    assert "INT8, static QDQ MatMul per channel (kept)" in (bundle.path / "README.md").read_text()
+    tried = [line for line in (bundle.path / "README.md").read_text().splitlines() if "| INT8, " in line]
+    assert [line.split(" |")[0] for line in tried if "static" not in line] == []
+    assert len(tried) == 2
     clips = [*chirps(3), np.tile(chirps(1)[0], 40)[: 25 * 16_000]]
     for graph in bundle.manifest.graphs:
         session = cpu_session(bundle.graph_path(graph))
