@@ -34,8 +34,8 @@ from training.kneser_ney import ORDER, character_ngrams
 from training.text import STEPS, normaliser, plain_normaliser
 
 BEAM = 32
-WEIGHTS = (0.4, 0.6, 0.8, 1.0)
-BONUSES = (0.5, 1.0, 1.5)
+WEIGHTS = (0.4, 0.6, 0.8, 1.0, 1.2)
+BONUSES = (0.5, 1.0, 1.5, 2.0, 2.5)
 MIN_GAIN = 0.03
 """Share of the word errors of greedy decoding that a language model must remove to be shipped."""
 MIN_WRITTEN = 0.5
