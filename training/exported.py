@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 from torch import nn
@@ -14,16 +15,20 @@ from api.manifest import GraphName
 from api.vocabulary import Vocabulary
 from training.bundle_writer import Graphs
 from training.errors import QualityGateError
-from training.export import AGREEMENT_TOLERANCE
+from training.export import AGREEMENT_TOLERANCE, MIN_SAMPLES
 from training.graph import as_file, fits_one_file
 from training.inference import Waveform, compare, cpu_session, run_graph
 from training.torch_inference import Forward, run_torch
-from training.transformer_quantize import DYNAMIC, candidates, exact_candidates
+from training.transformer_quantize import candidates, dynamic_candidates, exact_candidates
+from training.vocabulary import casing_steps
+
+if TYPE_CHECKING:
+    from training.conformer import ConformerCtc
 
 Ways = Callable[[onnx.ModelProto, Sequence[Waveform]], Iterable[tuple[str, onnx.ModelProto]]]
 """A float32 graph and recordings to find ranges on -> graphs in INT8 by the name of the way."""
-
-
+Candidates = Callable[[Path, Path, Sequence[Waveform]], Iterable[tuple[str, Path]]]
+"""The same with files: the graph, a folder to write to, recordings."""
 DYNAMIC_RANGES = (
     " Dynamic ranges are found anew for each batch: an item's result depends a little on its neighbours."
 )
@@ -76,6 +81,9 @@ def exported_transformer(
     exact_batches: bool = False,
 ) -> Exported:
     """A network whose work is matrix products; with `exact_batches` in INT8 with fixed ranges only."""
+    tried: Candidates = candidates if fits_one_file(graph) else dynamic_candidates
+    if exact_batches:
+        tried = exact_candidates
     return Exported(
         graph,
         vocabulary,
@@ -84,12 +92,34 @@ def exported_transformer(
         max_window_s=max_window_s,
         min_samples=min_samples,
         agreement=lambda clips: agreement(network, graph, clips),
-        ways=_fixed_ranges if exact_batches else _matrix_products,
+        ways=partial(_products, tried),
         ways_described="Matrix products with constant weights: S8 weights per channel, U8 activations."
         + ("" if exact_batches else DYNAMIC_RANGES),
         exact_batches=exact_batches,
         text_normalisation=text_normalisation,
         sample_rate_hz=sample_rate_hz,
+    )
+
+
+def exported_conformer(
+    model: ConformerCtc,
+    graph: onnx.ModelProto,
+    vocabulary: Vocabulary,
+    max_window_s: float,
+    *,
+    exact_batches: bool = False,
+) -> Exported:
+    """A Conformer with its graph; its tokens say how it writes."""
+    return exported_transformer(
+        model,
+        graph,
+        vocabulary,
+        frame_stride_s=model.frame_stride_s,
+        max_window_s=max_window_s,
+        min_samples=MIN_SAMPLES,
+        text_normalisation=casing_steps(vocabulary),
+        sample_rate_hz=model.frontend.config.sample_rate_hz,
+        exact_batches=exact_batches,
     )
 
 
@@ -103,18 +133,9 @@ def agreement(network: Forward, graph: onnx.ModelProto, clips: Sequence[Waveform
     return found.describe()
 
 
-def _matrix_products(
-    graph: onnx.ModelProto, calibration: Sequence[Waveform]
+def _products(
+    tried: Candidates, graph: onnx.ModelProto, calibration: Sequence[Waveform]
 ) -> Iterator[tuple[str, onnx.ModelProto]]:
     with as_file(graph) as path:
-        ways = candidates(path, path.parent, calibration)
-        for how, quantized in ways if fits_one_file(graph) else islice(ways, DYNAMIC):
-            yield how, onnx.load(quantized)
-
-
-def _fixed_ranges(
-    graph: onnx.ModelProto, calibration: Sequence[Waveform]
-) -> Iterator[tuple[str, onnx.ModelProto]]:
-    with as_file(graph) as path:
-        for how, quantized in exact_candidates(path, path.parent, calibration):
+        for how, quantized in tried(path, path.parent, calibration):
             yield how, onnx.load(quantized)

@@ -19,12 +19,10 @@ from training.bundle_writer import Card
 from training.calibration import shared_folder
 from training.checkpoint import Checkpoint
 from training.errors import in_one_line
-from training.export import MIN_SAMPLES
-from training.exported import Exported, exported_transformer
+from training.exported import Exported, exported_conformer
 from training.nemo import NemoModel, quartznet_of
 from training.nemo_archive import CONFORMER, NemoError, read_archive
-from training.publish import Recordings, add_recordings, exported_quartznet, publish
-from training.vocabulary import casing_steps
+from training.publish import Recordings, add_recordings, exported_checkpoint, publish
 
 CONTROL = re.compile(r"<.+>|\[.+\]")
 """Tokens that stand for no text: `<unk>`, `<s>`, `<pad>` of SentencePiece, `[UNK]` of word pieces."""
@@ -41,23 +39,14 @@ def exported_nemo(archive: Path) -> Exported:
     """The graph of any archive with a CTC head that is known. Raises NemoError."""
     opened = read_archive(archive)
     if opened.encoder != CONFORMER:
-        return exported_quartznet(as_checkpoint(quartznet_of(opened)))
+        return exported_checkpoint(as_checkpoint(quartznet_of(opened)))
     # transformers takes seconds to load, which no other archive needs
     from training.conformer_graph import MAX_WINDOW_S, export_graph
     from training.nemo_conformer import conformer_of
 
     found = conformer_of(opened)
     vocabulary = bundle_vocabulary(found.vocabulary)
-    return exported_transformer(
-        found.model,
-        export_graph(found.model),
-        vocabulary,
-        frame_stride_s=found.model.frame_stride_s,
-        max_window_s=MAX_WINDOW_S,
-        min_samples=MIN_SAMPLES,
-        text_normalisation=casing_steps(vocabulary),
-        sample_rate_hz=found.model.frontend.config.sample_rate_hz,
-    )
+    return exported_conformer(found.model, export_graph(found.model), vocabulary, MAX_WINDOW_S)
 
 
 def bundle_vocabulary(listed: Sequence[str]) -> Vocabulary:

@@ -33,7 +33,7 @@ from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import ConfigError, in_one_line
 from training.evaluate import bundle_recogniser, error_rates, plainly, recognise_all
 from training.export import MIN_SAMPLES, check_agreement, export_graph
-from training.exported import Exported, exported_transformer
+from training.exported import Exported, exported_conformer
 from training.graph import fits_one_file
 from training.inference import cpu_session, quiet_run_s
 from training.ngram import fit_texts
@@ -88,31 +88,19 @@ def recordings_of(given: argparse.Namespace) -> Recordings:
     )
 
 
-def exported_checkpoint(checkpoint: Checkpoint, max_window_s: float) -> Exported:
+def exported_checkpoint(checkpoint: Checkpoint, max_window_s: float = 20.0) -> Exported:
     """A checkpoint of either kind; INT8 of a Conformer has to give in a batch what it gives alone."""
     model = checkpoint.model
     if isinstance(model, QuartzNet):
-        return exported_quartznet(checkpoint, max_window_s)
-    from training import conformer_graph
+        return _exported_quartznet(model, checkpoint, max_window_s)
+    from training.conformer_graph import export_graph as export_conformer
 
-    return exported_transformer(
-        model,
-        conformer_graph.export_graph(model, tables=False),
-        checkpoint.vocabulary,
-        frame_stride_s=model.frame_stride_s,
-        max_window_s=max_window_s,
-        min_samples=MIN_SAMPLES,
-        text_normalisation=casing_steps(checkpoint.vocabulary),
-        sample_rate_hz=checkpoint.frontend.sample_rate_hz,
-        exact_batches=True,
-    )
+    graph = export_conformer(model, tables=False)
+    return exported_conformer(model, graph, checkpoint.vocabulary, max_window_s, exact_batches=True)
 
 
-def exported_quartznet(checkpoint: Checkpoint, max_window_s: float = 20.0) -> Exported:
-    """QuartzNet or Citrinet, whose work is convolutions. Raises TypeError."""
-    model = checkpoint.model
-    if not isinstance(model, QuartzNet):
-        raise TypeError(f"expected QuartzNet, got {type(model).__name__}")
+def _exported_quartznet(model: QuartzNet, checkpoint: Checkpoint, max_window_s: float) -> Exported:
+    """QuartzNet or Citrinet, whose work is convolutions."""
     graph = export_graph(model, checkpoint.frontend)
     return Exported(
         graph,

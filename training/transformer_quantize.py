@@ -21,8 +21,6 @@ from onnxruntime.quantization import (
 
 from training.dynamic_int8 import graphs_of, quantize_products
 
-DYNAMIC = 2
-"""How many of `candidates`, the first, need no run of the float graph to find ranges."""
 STATIC = "static QDQ MatMul per channel"
 FRONT = "frontend."
 """Nodes of the front end stay float: a spectrum does not fit 8 bits."""
@@ -90,14 +88,21 @@ def static(
     return out
 
 
-def candidates(
+def dynamic_candidates(
     graph: Path, out: Path, calibration: Sequence[npt.NDArray[np.float32]]
 ) -> Iterator[tuple[str, Path]]:
-    """The ways that are tried for every Transformer encoder."""
+    """The ways that need no run of the float graph to find ranges."""
     names = products(onnx.load(graph, load_external_data=False))
     yield "dynamic MatMul per channel", dynamic(graph, out / "dynamic.onnx")
     ends = [names[0], names[-1]]
     yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "dynamic_ends.onnx", ends)
+
+
+def candidates(
+    graph: Path, out: Path, calibration: Sequence[npt.NDArray[np.float32]]
+) -> Iterator[tuple[str, Path]]:
+    """The ways that are tried for every Transformer encoder."""
+    yield from dynamic_candidates(graph, out, calibration)
     yield STATIC, static(graph, out / "static.onnx", calibration[:8])
 
 
