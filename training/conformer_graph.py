@@ -8,6 +8,7 @@ megabytes that ships with the service computes them instead (`tables=False`).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import onnx
@@ -102,16 +103,16 @@ def _add_masked(graph: GraphBuilder, name: str, values: str, counts: str) -> str
     return graph.add("Mul", [values, mask], name)
 
 
-class _Distances:
+class _Distances(ABC):
     """What an attention makes of the distances between a batch's frames."""
 
     def __init__(self, graph: GraphBuilder, model: ConformerCtc, values: str) -> None:
         self.graph = graph
         self.frames = add_frames(graph, "distances.frames", values)
 
+    @abstractmethod
     def keys(self, name: str, attention: Untyped, heads: int) -> str:
         """(heads, width / heads, 2 * frames - 1): keys by distance, the largest first."""
-        raise NotImplementedError
 
 
 class _Tables(_Distances):

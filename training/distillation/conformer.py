@@ -2,8 +2,8 @@
 
 :class:`FastConformer` owns no weights: it reads those of the wrapped network. Activations are (batch, frames,
 channels), so that every convolution that sees one frame is a matrix product; the sums along the layers are
-float32. Batch statistics are taken over valid frames only. The depthwise convolutions are kernels of the
-QuartzNet recipe, without which torch's run instead.
+float32. Batch statistics are taken over valid frames only. The depthwise convolutions are those of
+``kernels.cpp``, without which torch's run instead.
 """
 
 from __future__ import annotations
@@ -16,19 +16,14 @@ from torch.nn import functional
 
 from training.conformer import ConformerCtc
 from training.distillation.kernels import kernels, load
-from training.distillation.quartznet import depthwise, upsampled
+from training.distillation.quartznet import Recorded, depthwise, follow, upsampled
 from training.masks import frame_mask
-from training.recipes.quartznet_ctc.model import CtcOutput
+from training.recipes.quartznet_ctc.model import CtcOutput, convolved_length
 
 Untyped = Any
 """A module of `transformers`, which has no types."""
 MISSING = -1e9
 """Added to an attention's scores of frames that an item does not have."""
-
-
-def halved_frames(frames: Tensor) -> Tensor:
-    """Frames after a convolution of stride 2 with "same" padding."""
-    return torch.div(frames - 1, 2, rounding_mode="floor") + 1
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -42,13 +37,8 @@ def normal(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-class _Strided(torch.autograd.Function):
+class _Strided(Recorded):
     """Depthwise 3 x 3 convolution of stride 2; x (B,T,F,C) bfloat16, weight (C,1,3,3) float32."""
-
-    @classmethod
-    def call(cls, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution, with its gradient recorded."""
-        return cast(Tensor, cls.apply(x, weight))  # type: ignore[no-untyped-call]
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -103,14 +93,14 @@ class FastConformer(nn.Module):
         """(B,T,F), (B,) -> float32 (B,T',C), (B,)."""
         encoder = self.model.network.encoder
         first, relu, *rest = encoder.subsampling.layers
-        lengths = halved_frames(lengths)
+        lengths = convolved_length(lengths, 3, 2, 1)
         windows = functional.pad(features.bfloat16(), (1, 1, 1, 1)).unfold(1, 3, 2).unfold(2, 3, 2)
         weight = first.weight.reshape(len(first.weight), 9)
         x = relu(self._own(product(windows.flatten(3), weight, first.bias), lengths))
         for strided, pointwise, relu in zip(rest[0::3], rest[1::3], rest[2::3], strict=True):
-            lengths = halved_frames(lengths)
-            x = self._own(self._strided(x, strided), lengths)
-            x = relu(self._own(product(x, pointwise.weight, pointwise.bias), lengths))
+            lengths = convolved_length(lengths, 3, 2, 1)
+            x = product(self._strided(x, strided), pointwise.weight, pointwise.bias)
+            x = relu(self._own(x, lengths))
         linear = encoder.subsampling.linear
         out = product(x.transpose(2, 3).flatten(2), linear.weight, linear.bias)
         return out.float() * encoder.input_scale, lengths
@@ -168,14 +158,10 @@ class FastConformer(nn.Module):
 
 def _batch_normal(x: Tensor, own: Tensor, norm: nn.BatchNorm1d) -> Tensor:
     """Batch normalisation (Ioffe and Szegedy 2015) of float32 (B,T,C) over the frames that count."""
-    running_mean, running_variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    mean, variance = running_mean, running_variance
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     if norm.training:
         frames = x[own]
         mean, variance = frames.mean(dim=0), frames.var(dim=0, unbiased=False)
-        with torch.no_grad():
-            momentum = norm.momentum if norm.momentum is not None else 0.1
-            running_mean.lerp_(mean, momentum)
-            running_variance.lerp_(variance, momentum)
+        follow(norm, mean, variance)
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
     return x * scale + (norm.bias - mean * scale)

@@ -18,13 +18,17 @@ from training.distillation.kernels import kernels, load
 from training.recipes.quartznet_ctc.model import Block, ConvNorm, CtcOutput, QuartzNet, convolved_length
 
 
-class _Depthwise(torch.autograd.Function):
-    """Depthwise convolution at stride 1 with "same" padding; x (B,T,C) bfloat16, weight (C,1,K) float32."""
+class Recorded(torch.autograd.Function):
+    """A function whose gradient is our own."""
 
     @classmethod
-    def call(cls, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution, with its gradient recorded."""
-        return cast(Tensor, cls.apply(x, weight))  # type: ignore[no-untyped-call]
+    def call(cls, *inputs: Any) -> Tensor:
+        """The function, with its gradient recorded; ``inputs`` as in its ``forward``."""
+        return cast(Tensor, cls.apply(*inputs))  # type: ignore[no-untyped-call]
+
+
+class _Depthwise(Recorded):
+    """Depthwise convolution at stride 1 with "same" padding; x (B,T,C) bfloat16, weight (C,1,K) float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -46,17 +50,12 @@ class _Depthwise(torch.autograd.Function):
         return of_x, of_weight
 
 
-class _NormRelu(torch.autograd.Function):
+class _NormRelu(Recorded):
     """``relu(norm(z) [+ norm(r)])`` with batch statistics over valid frames; zeros on padded frames.
 
     Batch normalisation and its gradient: Ioffe and Szegedy 2015. ``statistics`` hold mean and variance of z
     (and r) as float32 ``(2, C)``.
     """
-
-    @classmethod
-    def call(cls, lengths: Tensor, eps: float, *inputs: Tensor) -> Tensor:
-        """The function, with its gradient recorded; ``inputs`` as in :meth:`forward`."""
-        return cast(Tensor, cls.apply(lengths, eps, *inputs))  # type: ignore[no-untyped-call]
 
     @staticmethod
     def forward(
@@ -119,10 +118,16 @@ def _statistics(z: Tensor, lengths: Tensor, norm: nn.BatchNorm1d) -> Tensor:
         count = float(lengths.sum())
         mean, square = kernels().moments(z, lengths) / count
         variance = (square - mean * mean).clamp_(min=0.0)
-        momentum = norm.momentum if norm.momentum is not None else 0.1
-        running_mean.lerp_(mean, momentum)
-        running_variance.lerp_(variance * (count / max(1.0, count - 1.0)), momentum)
+        follow(norm, mean, variance * (count / max(1.0, count - 1.0)))
         return torch.stack([mean, variance])
+
+
+@torch.no_grad()
+def follow(norm: nn.BatchNorm1d, mean: Tensor, variance: Tensor) -> None:
+    """Move the running statistics towards a batch's, each (C,)."""
+    momentum = norm.momentum if norm.momentum is not None else 0.1
+    cast(Tensor, norm.running_mean).lerp_(mean, momentum)
+    cast(Tensor, norm.running_var).lerp_(variance, momentum)
 
 
 def _full_convolution(x: Tensor, convolution: nn.Conv1d) -> Tensor:

@@ -173,21 +173,19 @@ class Trainer:
 
         Raises ConfigError for a student that is no Conformer.
         """
+        ours, average = self.distiller.model, self.average.model
+        if not (isinstance(ours, FrozenNorms) and isinstance(average, FrozenNorms)):
+            raise ConfigError(f"--frozen-norms: a student of size {self.config.size!r} cannot")
         if anew:
             settle(self.distiller.fast, self.corpus)
-            settled = dict(self.distiller.named_buffers())
-            for name, buffer in self.average.named_buffers():
-                buffer.copy_(settled[name])
-        for network in (self.distiller, self.average):
-            if not isinstance(network.model, FrozenNorms):
-                raise ConfigError(f"--frozen-norms: a student of size {self.config.size!r} cannot")
-            network.model.frozen_norms = True
+            average.load_state_dict(dict(ours.named_buffers()), strict=False)
+        ours.frozen_norms = average.frozen_norms = True
         self.distiller.train()
 
     def initialise_from(self, weights: Path) -> None:
         """Start from a published student; the heads of training only stay random. Raises CheckpointError."""
         stored = load_checkpoint(weights).model
-        if type(stored) is not type(self.distiller.model) or stored.config != self.distiller.model.config:
+        if stored.config != self.distiller.model.config:
             raise CheckpointError(f"{weights}: another network than size {self.config.size!r}")
         for network in (self.distiller, self.average):
             network.model.load_state_dict(stored.state_dict())
