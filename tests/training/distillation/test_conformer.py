@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from tests.training.conformers import random_conformer
 from training.conformer import ConformerConfig, ConformerCtc
 from training.distillation.conformer import FastConformer
 from training.distillation.kernels import cpu_has_bfloat16, kernels, load
@@ -23,13 +24,7 @@ SHAPE = ConformerConfig(
 
 
 def network(shape: ConformerConfig = SHAPE) -> ConformerCtc:
-    torch.manual_seed(0)
-    model = ConformerCtc(shape, 29, FrontendConfig())
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            nn.init.uniform_(module.running_mean, -0.2, 0.2)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
-    return model
+    return random_conformer(shape, 29, FrontendConfig())
 
 
 def features(lengths: Tensor) -> Tensor:
