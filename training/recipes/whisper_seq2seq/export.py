@@ -49,7 +49,10 @@ def _layer(module: object) -> DecoderLayer:
 def _add_search(
     graph: GraphBuilder, model: WhisperSeq2Seq, heard: list[tuple[str, str]], bias: str | None, limit: str
 ) -> tuple[str, str]:
-    """Greedy search: log-probabilities (steps, batch, vocabulary), and whether each is a text token."""
+    """Greedy search: log-probabilities (steps, batch, vocabulary), and whether each is a text token.
+
+    Those of the prompt's steps are certain blanks.
+    """
     config, prompt = model.decoder.config, model.prompt.ids
     shape = graph.add("Shape", ["waveform"], "search.shape")
     batch = graph.add("Gather", [shape, graph.ints("zero", [0])], "search.batch", axis=0)
@@ -93,10 +96,11 @@ def _body(
     config, prompt = model.decoder.config, model.prompt
     one = graph.ints("one", [1])
     index = graph.add("Reshape", ["step.index", one], "step.index_row")
-    table = graph.weights("decoder.embed_tokens", array(model.decoder.embed_tokens.weight))
+    output = graph.weights("decoder.output", array(model.decoder.embed_tokens.weight).T)
     places = graph.weights("decoder.embed_positions", array(model.decoder.embed_positions.weight))
     token = graph.add("Unsqueeze", ["step.token", one], "step.token_column")
-    embedded = graph.add("Gather", [table, token], "step.embedded", axis=0)
+    embedded = graph.add("Gather", [output, token], "step.embedded_first", axis=1)
+    embedded = graph.add("Transpose", [embedded], "step.embedded", perm=[1, 2, 0])
     placed = graph.add("Gather", [places, index], "step.place", axis=0)
     values = graph.add("Add", [embedded, placed], "step.values")
     caches = []
@@ -104,19 +108,25 @@ def _body(
         values, grown = _add_layer(graph, number, _layer(module), values, heard[number], bias)
         caches += grown
     values = add_layer_norm(graph, "decoder.layer_norm", values, model.decoder.layer_norm)
-    output = graph.weights("decoder.output", array(model.decoder.embed_tokens.weight).T)
     logits = graph.add("MatMul", [values, output], "step.logits")
     flat = graph.add("Squeeze", [logits, one], "step.flat")
-    allowed = graph.add("Add", [flat, graph.weights("step.suppress", array(model.suppress))], "step.allowed")
-    graph.add("LogSoftmax", [allowed], "step.log_probs", axis=-1)
-    best = graph.add("ArgMax", ["step.log_probs"], "step.best", axis=-1, keepdims=0)
     following = graph.add("Add", [index, one], "step.following")
     size = graph.ints("step.prompt_size", [len(prompt.ids)])
+    begins = graph.add("Equal", [following, size], "step.begins")
+    row = graph.add("Cast", [begins], "step.suppress_row", to=TensorProto.INT64)
+    rows = graph.weights("step.suppress_rows", array(model.suppress))
+    suppress = graph.add("Gather", [rows, row], "step.suppress", axis=0)
+    allowed = graph.add("Add", [flat, suppress], "step.allowed")
+    found = graph.add("LogSoftmax", [allowed], "step.found", axis=-1)
+    best = graph.add("ArgMax", [found], "step.best", axis=-1, keepdims=0)
     prompted = graph.add("Less", [following, size], "step.prompted")
     last = graph.ints("step.prompt_last", [len(prompt.ids) - 1])
     within = graph.add("Min", [following, last], "step.within")
     forced = graph.add("Gather", [graph.ints("step.prompt", prompt.ids), within], "step.forced", axis=0)
     graph.add("Where", [prompted, forced, best], "step.next")
+    blank = np.full(config.vocabulary, IMPOSSIBLE, np.float32)
+    blank[prompt.end] = 0.0
+    graph.add("Where", [prompted, graph.weights("step.blank", blank), found], "step.log_probs")
     text = graph.add("Not", [prompted], "step.text")
     number_of_text = graph.add("Sub", [following, size], "step.text_number")
     full = graph.add("GreaterOrEqual", [number_of_text, limit], "step.full")
@@ -181,19 +191,14 @@ def _add_layer(
 
 
 def _add_frames(graph: GraphBuilder, model: WhisperSeq2Seq, steps: str, valid: str, frames: str) -> None:
-    """Spread the text tokens over the frames, see model.spread."""
-    zero, one = graph.ints("zero", [0]), graph.ints("one", [1])
-    start = graph.ints("spread.start", [len(model.prompt.ids) - 1])
-    far = graph.ints("far", [2**31 - 1])
-    text = graph.add("Slice", [steps, start, far, zero], "spread.text_steps")
-    text = graph.add("Transpose", [text], "spread.text", perm=[1, 0, 2])
+    """Spread the text tokens over the frames, see model.spread; all others are the first step, a blank."""
+    zero, one, last_axis = graph.ints("zero", [0]), graph.ints("one", [1]), graph.ints("axis_last", [-1])
     counted = graph.add("Cast", [valid], "spread.valid", to=TensorProto.INT64)
     found = graph.add("ReduceSum", [counted, zero], "spread.found", keepdims=0)
     n = graph.add("Unsqueeze", [found, one], "spread.n")
     total = graph.add("Unsqueeze", [frames, one], "spread.total")
     longest = graph.add("ReduceMax", [frames], "spread.longest", keepdims=0)
-    scalars = [graph.ints("spread.zero_row", [0]), graph.ints("spread.one_row", [1])]
-    first, step = (graph.add("Squeeze", [name], f"{name}.scalar") for name in scalars)
+    first, step = (graph.add("Squeeze", [name], f"spread.{name}_scalar") for name in (zero, one))
     frame = graph.add("Range", [first, longest, step], "spread.frame")
     scaled = graph.add("Mul", [frame, n], "spread.scaled")
     less_one = graph.add("Sub", [total, one], "spread.total_less_one")
@@ -204,14 +209,14 @@ def _add_frames(graph: GraphBuilder, model: WhisperSeq2Seq, steps: str, valid: s
     there = graph.add("Equal", [place, frame], "spread.there")
     inside = graph.add("Less", [index, n], "spread.inside")
     hit = graph.add("And", [there, inside], "spread.hit")
-    shape = graph.add("Shape", [text], "spread.shape")
-    count = graph.add("Gather", [shape, one], "spread.count", axis=0)
-    last = graph.add("Sub", [count, one], "spread.last")
-    bounded = graph.add("Min", [index, last], "spread.bounded")
-    chosen = graph.add("Unsqueeze", [bounded, graph.ints("axis_last", [-1])], "spread.chosen")
-    gathered = graph.add("GatherND", [text, chosen], "spread.gathered", batch_dims=1)
-    row = np.full(model.decoder.config.vocabulary, IMPOSSIBLE, np.float32)
-    row[model.prompt.end] = 0.0
-    column = graph.add("Unsqueeze", [hit, graph.ints("axis_last", [-1])], "spread.hit_column")
-    graph.add("Where", [column, gathered, graph.weights("spread.blank", row)], "log_probs")
+    start = graph.ints("spread.start", [len(model.prompt.ids) - 1])
+    text_step = graph.add("Add", [index, start], "spread.text_step")
+    chosen = graph.add("Where", [hit, text_step, zero], "spread.chosen")
+    items = graph.add("Squeeze", [graph.add("Shape", [found], "spread.batch")], "spread.batch_scalar")
+    item = graph.add("Range", [first, items, step], "spread.item")
+    item = graph.add("Unsqueeze", [item, one], "spread.item_column")
+    item = graph.add("Add", [item, graph.add("Mul", [chosen, zero], "spread.no_item")], "spread.items")
+    pair = [graph.add("Unsqueeze", [name, last_axis], f"{name}.pair") for name in (chosen, item)]
+    places = graph.add("Concat", pair, "spread.pairs", axis=-1)
+    graph.add("GatherND", [steps, places], "log_probs")
     graph.add("Identity", [frames], "frame_lengths")

@@ -53,10 +53,12 @@ class Prompt:
     """Tokens that every decoding starts with, and those that end it or may not appear."""
 
     ids: tuple[int, ...]
-    """Start of transcript, language, task, no timestamps."""
+    """Start of transcript, language and task where the model knows several, no timestamps."""
     end: int
     suppressed: tuple[int, ...]
-    """Control tokens, the end not among them."""
+    """Control tokens, the end not among them, and what the checkpoint says is no speech."""
+    suppressed_first: tuple[int, ...] = ()
+    """What the text may not begin with."""
 
 
 class DecoderLayer(nn.Module):
@@ -132,8 +134,9 @@ class WhisperSeq2Seq(nn.Module):
         self.augment = SpecAugment(augment) if augment else None
         self.encoder = WhisperEncoder(encoder, dropout)
         self.decoder = WhisperDecoder(decoder, dropout)
-        suppress = torch.zeros(decoder.vocabulary)
-        suppress[list(prompt.suppressed)] = -1e9
+        suppress = torch.zeros(2, decoder.vocabulary)  # after the first text token, and before it
+        suppress[:, list(prompt.suppressed)] = -1e9
+        suppress[1, list(prompt.suppressed_first)] = -1e9
         self.register_buffer("suppress", suppress, persistent=False)
 
     def listen(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -168,7 +171,7 @@ class WhisperSeq2Seq(nn.Module):
         found = torch.zeros(batch, dtype=torch.int64, device=waveform.device)
         steps = []
         for step in range(min(int(limit.max()) + 1, room)):
-            logits = self.decoder(tokens, hidden, bias, last=True)[:, 0] + self.suppress
+            logits = self.decoder(tokens, hidden, bias, last=True)[:, 0] + self.suppress[int(step == 0)]
             log_probs = functional.log_softmax(logits.float(), dim=-1)
             steps.append(log_probs)
             best = log_probs.argmax(dim=-1)

@@ -29,6 +29,7 @@ from training.transformer_quantize import dynamic, products
 from training.vocabulary import TokenCodec
 
 IGNORED = -100
+ENGLISH_OUTPUTS = 51_864
 
 
 class WhisperSeq2SeqSettings(Section):
@@ -40,7 +41,9 @@ class WhisperSeq2SeqSettings(Section):
     revision: str | None = Field(default=None, description="Commit of the hub checkpoint.")
     frozen_encoder: bool = Field(default=False, description="Only the decoder learns.")
     length: Literal["true", "fixed30"] = Field(
-        default="true", description="Run on the audio's own length, or on 30 padded seconds as Whisper does."
+        default="fixed30",
+        description="Run on 30 padded seconds, as Whisper was trained, or on the audio's own length, which "
+        "published weights answer with text without end.",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
@@ -97,14 +100,31 @@ class WhisperSeq2SeqRecipe(Recipe):
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.settings.base, self.settings.revision)
 
-    def _prompt(self, tokenizer: Any) -> Prompt:
-        names = ["<|startoftranscript|>", f"<|{self.config.language}|>", "<|transcribe|>", "<|notimestamps|>"]
+    def _prompt(self, tokenizer: Any, generation: Any) -> Prompt:
+        """`generation`: the checkpoint's GenerationConfig. Raises ConfigError."""
+        base, language = self.settings.base, self.config.language
+        names = [f"<|{language}|>", "<|transcribe|>"]
+        if not _multilingual(generation, self._config.vocab_size):
+            if language != "en":
+                raise ConfigError(f"{base} knows English only, not {language}")
+            names = []  # its tokenizer has these tokens, but it never saw them
+        names = ["<|startoftranscript|>", *names, "<|notimestamps|>"]
         known = tokenizer.get_vocab()
         if missing := [name for name in names if name not in known]:
-            raise ConfigError(f"the tokenizer of {self.settings.base} has no {missing[0]}")
+            raise ConfigError(f"the tokenizer of {base} has no {missing[0]}")
         end = int(tokenizer.eos_token_id)
-        control = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
-        return Prompt(tuple(known[name] for name in names), end, tuple(sorted(control - {end})))
+        outputs = range(self._config.vocab_size)
+        said, first = (
+            {token for token in given or () if token in outputs}
+            for given in (generation.suppress_tokens, generation.begin_suppress_tokens)
+        )
+        control = self.codec().vocabulary.special_ids | said
+        return Prompt(
+            tuple(known[name] for name in names),
+            end,
+            tuple(sorted(control - {end})),
+            tuple(sorted(first - {end})),  # a text may be empty
+        )
 
     def codec(self) -> ByteLevelCodec:
         """The checkpoint's tokenizer; the end of text is the bundle's blank."""
@@ -144,7 +164,7 @@ class WhisperSeq2SeqRecipe(Recipe):
         network = WhisperSeq2Seq(
             EncoderConfig.from_transformers(base.config),
             DecoderConfig.from_transformers(base.config),
-            self._prompt(self._tokenizer()),
+            self._prompt(self._tokenizer(), base.generation_config),
             fixed=self.settings.length == "fixed30",
             dropout=self.settings.dropout,
             augment=self.config.augment.features if self.config.augment else None,
@@ -181,6 +201,12 @@ class WhisperSeq2SeqRecipe(Recipe):
         self._tokenizer().save_pretrained(folder)
         WhisperFeatureExtractor(feature_size=base.config.num_mel_bins).save_pretrained(folder)  # type: ignore[no-untyped-call]
         return folder
+
+
+def _multilingual(generation: Any, outputs: int) -> bool:
+    """What the checkpoint says, or else whether it has the 51,864 outputs of Whisper's English models."""
+    said = getattr(generation, "is_multilingual", None)
+    return outputs != ENGLISH_OUTPUTS if said is None else bool(said)
 
 
 def _checked(network: nn.Module) -> WhisperSeq2Seq:
