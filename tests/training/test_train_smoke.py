@@ -48,7 +48,7 @@ RECIPES: dict[str, tuple[type[Recipe], str, str]] = {
         "{{transfer_from: {base}, shape: {{width: 32, layers: 2, heads: 4, inner: 128,"
         " subsampling_channels: 16, upsample: 4}}}}",
     ),
-    "whisper_seq2seq": (WhisperSeq2SeqRecipe, "az", "{{base: {base}}}"),
+    "whisper_seq2seq": (WhisperSeq2SeqRecipe, "az", "{{base: {base}, length: 'true'}}"),
 }
 
 
