@@ -3,8 +3,8 @@
     python -m training.bench_wer [--models NAME ...] [--systems bundles pocketsphinx] [--limit N] [--jobs 2]
 
 pocketsphinx 5 (its default English model, decoded offline, one utterance at a time) is the one other English
-recogniser that `pip install` brings with a model. Ours decode as the service does. The last
-line is JSON.
+recogniser that `pip install` brings with a model. Ours decode as the service does; capitals and punctuation
+are no errors. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from api.bundle import list_bundles, load_bundle
 from training.arguments import positive
 from training.calibration import manifest_rows, manifest_waveforms, shared_folder
 from training.errors import in_one_line
-from training.evaluate import ErrorRates, Recogniser, Utterance, bundle_recogniser, error_rates
+from training.evaluate import ErrorRates, Recogniser, Utterance, bundle_recogniser, error_rates, plainly
 from training.inference import Waveform
+from training.text import plain_normaliser
 
 SAMPLE_RATE_HZ = 16_000
 TEACHER = "en-quartznet15x5"
@@ -84,6 +85,8 @@ class System:
     label: str
     models_dir: Path | None = None
     name: str = ""
+    taught: tuple[str, ...] = ()
+    """The bundle's text normalisation."""
 
     def recogniser(self) -> Recogniser:
         """Built once per process."""
@@ -98,7 +101,9 @@ def _recognise(task: tuple[System, Waveform]) -> tuple[str, float]:
     return text, time.process_time() - start
 
 
-def score(system: System, test_set: str, clips: Sequence[tuple[Waveform, str]], jobs: int) -> Score:
+def score(
+    system: System, test_set: str, clips: Sequence[tuple[Waveform, str]], jobs: int, language: str = "en"
+) -> Score:
     """Run one system over a set, `jobs` utterances at a time, each on one thread."""
     tasks = [(system, waveform) for waveform, _ in clips]
     if jobs == 1:
@@ -108,7 +113,8 @@ def score(system: System, test_set: str, clips: Sequence[tuple[Waveform, str]], 
             answers = list(pool.map(_recognise, tasks, chunksize=4))
     pairs = [Utterance(reference, text) for (_, reference), (text, _) in zip(clips, answers, strict=True)]
     audio_s = sum(len(waveform) for waveform, _ in clips) / SAMPLE_RATE_HZ
-    return Score(system.label, test_set, error_rates(pairs), sum(spent for _, spent in answers) / audio_s)
+    rates = error_rates(plainly(pairs, plain_normaliser(language, system.taught)))
+    return Score(system.label, test_set, rates, sum(spent for _, spent in answers) / audio_s)
 
 
 def make_teacher(models_dir: Path) -> None:
@@ -128,7 +134,8 @@ def find_systems(models_dir: Path, models: Sequence[str], wanted: Sequence[str])
     for name in models if "bundles" in wanted else ():
         if name in list_bundles(models_dir):
             bundle = load_bundle(models_dir, name)
-            systems.append(System(f"{name} ({bundle.manifest.default_graph})", models_dir, name))
+            label = f"{name} ({bundle.manifest.default_graph})"
+            systems.append(System(label, models_dir, name, bundle.manifest.text_normalisation))
         else:
             print(f"{name}: not in {models_dir}", file=sys.stderr)
     if "pocketsphinx" in wanted:
@@ -191,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             source=test_set,
         )
         for system in systems:
-            scores.append(score(system, test_set, clips, given.jobs))
+            scores.append(score(system, test_set, clips, given.jobs, given.language))
             print(f"{test_set}, {system.label}: {scores[-1].rates.wer:.1%}", file=sys.stderr)
     print(table(scores))
     print(json.dumps({"scores": [asdict(entry) for entry in scores]}))

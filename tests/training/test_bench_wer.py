@@ -50,6 +50,18 @@ def test_each_system_is_scored_on_each_set(
     assert f"absent: not in {models}" in captured.err
 
 
+class Whisper(bench_wer.System):
+    """Writes capitals and punctuation; the references of the test sets have neither."""
+
+    def recogniser(self) -> evaluate.Recogniser:
+        return lambda _: "It's one, Two."
+
+
+def test_capitals_and_punctuation_are_no_errors() -> None:
+    clips = [(chirps(1)[0], "it's one two")]
+    assert bench_wer.score(Whisper("whisper", taught=("nfc",)), "first", clips, jobs=1).rates.wer == 0
+
+
 def test_a_missing_manifest_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_wer.main(["--manifest", str(tmp_path / "none.jsonl")]) == 2
     assert "no such manifest" in capsys.readouterr().err
