@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from api.bundle import load_bundle
 from training.config import load_config
 from training.data.manifest import Utterance, read_manifest, spread, write_manifest
 from training.errors import CheckpointError, ConfigError, QualityGateError
@@ -299,6 +300,12 @@ def test_a_card_says_what_was_done(corpus: Callable[[str], Path], tmp_path: Path
     assert "Converted by the recipe `quartznet_ctc`" in cards["converted"]
     assert "own recordings, test part" in cards["converted"]
     assert "Training data" not in cards["converted"]
+    taught = {
+        name: load_bundle(tmp_path / name / "run" / "bundle", "tiny").manifest.text_normalisation
+        for name in cards
+    }
+    assert taught["trained"] == normaliser("ru").steps
+    assert taught["converted"] == ("nfc", "lowercase"), "as its letters are, no text taught it anything"
 
 
 def test_a_part_may_be_empty_where_the_split_says_so(

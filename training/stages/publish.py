@@ -16,6 +16,7 @@ from training.data.split import told_apart_by
 from training.errors import CheckpointError
 from training.loop.run_folder import FLOAT32, INT8, WEIGHTS, RunFolder
 from training.stages.recipe import Recipe
+from training.vocabulary import casing_steps
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -76,6 +77,7 @@ def _card(recipe: Recipe, rows: dict[str, list[Utterance]], *, learned: bool) ->
     config, said = recipe.config, recipe.config.bundle
     hours = sum(row.duration_s or 0.0 for row in rows["train"]) / 3600
     made = f"Made by the recipe `{recipe.name}` from {len(rows['train'])} utterances."
+    taught = recipe.normaliser().steps if learned else casing_steps(recipe.codec().vocabulary)
     data = TrainingData(name=said.data_name, licence=said.data_licence, hours=round(hours, 4))
     return Card(
         title=config.name,
@@ -84,7 +86,7 @@ def _card(recipe: Recipe, rows: dict[str, list[Utterance]], *, learned: bool) ->
         licence=said.licence,
         version=said.version,
         summary=made if learned else f"Converted by the recipe `{recipe.name}`, the weights as they were.",
-        text_normalisation=recipe.normaliser().steps,
+        text_normalisation=taught,
         training_data=(data,) if learned else (),
     )
 
