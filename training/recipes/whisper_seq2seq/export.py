@@ -215,7 +215,7 @@ def _add_frames(graph: GraphBuilder, model: WhisperSeq2Seq, steps: str, valid: s
     items = graph.add("Squeeze", [graph.add("Shape", [found], "spread.batch")], "spread.batch_scalar")
     item = graph.add("Range", [first, items, step], "spread.item")
     item = graph.add("Unsqueeze", [item, one], "spread.item_column")
-    item = graph.add("Add", [item, graph.add("Mul", [chosen, zero], "spread.no_item")], "spread.items")
+    item = graph.add("Expand", [item, graph.add("Shape", [chosen], "spread.shape")], "spread.items")
     pair = [graph.add("Unsqueeze", [name, last_axis], f"{name}.pair") for name in (chosen, item)]
     places = graph.add("Concat", pair, "spread.pairs", axis=-1)
     graph.add("GatherND", [steps, places], "log_probs")
