@@ -147,8 +147,8 @@ def _absolute(config: RunConfig, folder: Path) -> RunConfig:
     for name in ("transfer_from", "checkpoint"):
         if isinstance(value := model.get(name), str):
             model[name] = str((folder / Path(value).expanduser()).resolve())
-    # `base` names a folder or something on the hub: only what is there is a folder
-    if isinstance(value := model.get("base"), str) and (folder / value).is_dir():
+    # `base` names a folder, a file of weights or something on the hub: only what is there is a path
+    if isinstance(value := model.get("base"), str) and (folder / value).exists():
         model["base"] = str((folder / value).resolve())
     augment = config.augment
     if augment is not None and augment.waveform is not None and augment.waveform.noise_folder is not None:

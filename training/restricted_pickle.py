@@ -99,7 +99,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of `state_dict` in a checkpoint (or of the checkpoint itself), on the CPU.
+    """The tensors of `state_dict` or `model_state_dict` in a checkpoint (or of the checkpoint), on the CPU.
 
     Reads safetensors as well. Raises CheckpointError.
     """
@@ -115,7 +115,9 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", pickle_module=_module(), weights_only=False)
     except Exception as error:
         raise CheckpointError(f"{path.name}: not a checkpoint that can be read: {error}") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    state = content
+    if isinstance(content, dict):
+        state = content.get("state_dict", content.get("model_state_dict", content))
     if not isinstance(state, dict):
         raise CheckpointError(f"{path.name}: holds no state dict")
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from training.inference import compare, cpu_session, run_graph
 from training.loop.run_folder import RunFolder
 from training.recipes.rehearsal import tiny_whisper
 from training.recipes.whisper_ctc.export import export_graph
-from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc, sinusoids
+from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc, read_openai, sinusoids
 from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
 from training.restricted_pickle import Inert, load_state_dict
 from training.stages.command import main
@@ -355,3 +356,56 @@ def test_weights_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     recipe = from_random(tmp_path, tmp_path / "manifest.jsonl", *changes)
     with pytest.raises(CheckpointError, match="no weights can be read"):
         recipe.network(recipe.codec())
+
+
+OPENAI = {
+    "layers": "blocks",
+    "embed_positions.weight": "positional_embedding",
+    "self_attn_layer_norm": "attn_ln",
+    "self_attn.q_proj": "attn.query",
+    "self_attn.k_proj": "attn.key",
+    "self_attn.v_proj": "attn.value",
+    "self_attn.out_proj": "attn.out",
+    "final_layer_norm": "mlp_ln",
+    "fc1": "mlp.0",
+    "fc2": "mlp.2",
+}
+
+
+def openai_checkpoint(path: Path, encoder: dict[str, torch.Tensor]) -> Path:
+    """A file in the form of OpenAI's: half precision, other names, a decoder, shapes under `dims`."""
+    state = {"decoder.ln.weight": torch.ones(2)}
+    for name, value in encoder.items():
+        theirs = "ln_post" + name[len("layer_norm") :] if name.startswith("layer_norm.") else name
+        for ours, other in OPENAI.items():
+            theirs = theirs.replace(ours, other)
+        state[f"encoder.{theirs}"] = value.half()
+    torch.save({"dims": {"n_audio_state": 128}, "model_state_dict": state}, path)
+    return path
+
+
+def test_openais_own_file_is_a_base_whose_outputs_are_characters(
+    tmp_path: Path, corpus: Callable[[str], Path]
+) -> None:
+    config = EncoderConfig(bands=80, width=128, layers=3, heads=2, inner=96, positions=1500)
+    encoder = WhisperCtc(config, 5).encoder.state_dict()
+    openai_checkpoint(tmp_path / "small.pt", encoder)
+    text = FROM_RANDOM.format(manifest=corpus("ru"))
+    (tmp_path / "openai.yaml").write_text(
+        re.sub("(?m)^model: .*$", "model: {base: small.pt, frozen_encoder: false}", text)
+    )
+    recipe = WhisperCtcRecipe(load_config(tmp_path / "openai.yaml", []))
+    network = recipe.network(recipe.codec())
+    assert isinstance(network, WhisperCtc)
+    assert network.encoder.config == config
+    assert recipe.codec().vocabulary.kind == "chars"
+    for name, value in network.encoder.state_dict().items():
+        assert torch.equal(value, encoder[name].half().float()), name
+    arguments = ["--config", str(tmp_path / "openai.yaml"), "--run", str(tmp_path / "run")]
+    assert main(WhisperCtcRecipe, ["all", *arguments]) == 0
+
+
+def test_a_file_of_another_kind_is_no_base(tmp_path: Path) -> None:
+    torch.save({"model_state_dict": {"encoder.conv1.weight": torch.ones(4, 3, 3)}}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other\.pt: not a Whisper checkpoint of OpenAI's"):
+        read_openai(tmp_path / "other.pt")

@@ -23,6 +23,23 @@ from training.restricted_pickle import load_state_dict
 from training.transformer import EncoderLayer, check_heads, key_bias
 
 
+HEAD_WIDTH = 64
+OPENAI_NAMES = {
+    "positional_embedding": "embed_positions.weight",
+    "blocks": "layers",
+    "attn_ln": "self_attn_layer_norm",
+    "attn.query": "self_attn.q_proj",
+    "attn.key": "self_attn.k_proj",
+    "attn.value": "self_attn.v_proj",
+    "attn.out": "self_attn.out_proj",
+    "mlp_ln": "final_layer_norm",
+    "mlp.0": "fc1",
+    "mlp.2": "fc2",
+    "ln_post": "layer_norm",
+}
+"""Parts of names in OpenAI's own checkpoints, and what `transformers` calls them."""
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """Shape of a Whisper encoder; the defaults are those of whisper-tiny."""
@@ -47,6 +64,19 @@ class EncoderConfig:
             heads=config.encoder_attention_heads,
             inner=config.encoder_ffn_dim,
             positions=config.max_source_positions,
+        )
+
+    @classmethod
+    def of_weights(cls, encoder: Mapping[str, Tensor]) -> EncoderConfig:
+        """From an encoder's weights; a head of Whisper's is 64 wide at every size. Raises KeyError."""
+        width, bands, _ = encoder["conv1.weight"].shape
+        return cls(
+            bands=bands,
+            width=width,
+            layers=len({name.split(".")[1] for name in encoder if name.startswith("layers.")}),
+            heads=width // HEAD_WIDTH,
+            inner=encoder["layers.0.fc1.weight"].shape[0],
+            positions=encoder["embed_positions.weight"].shape[0],
         )
 
 
@@ -158,6 +188,26 @@ def read_published(path: Path) -> dict[str, Tensor]:
         if name not in state:
             raise CheckpointError(f"{path.name}: {name} is missing; it has {sorted(state)[:3]} and more")
     return {name: value for name, value in state.items() if name.startswith(("encoder.", "ctc_head."))}
+
+
+def is_openai(base: str) -> bool:
+    """Whether a base is a file of OpenAI's, not a folder or a name on the hub."""
+    return base.endswith(".pt")
+
+
+def read_openai(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    """The encoder of OpenAI's own checkpoint, such as `tiny.en.pt`, under our names. Raises CheckpointError."""
+    state = {}
+    for name, value in load_state_dict(path).items():
+        if name.startswith("encoder."):
+            ours = f".{name.removeprefix('encoder.')}."
+            for theirs, other in OPENAI_NAMES.items():
+                ours = ours.replace(f".{theirs}.", f".{other}.")
+            state[ours.strip(".")] = value
+    try:
+        return EncoderConfig.of_weights(state), state
+    except KeyError as error:
+        raise CheckpointError(f"{path.name}: not a Whisper checkpoint of OpenAI's: no {error}") from error
 
 
 def head_shape(state: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from training.config import Section
 from training.pretrained import fill, from_hub
 from training.recipes.whisper_ctc.export import export_graph
-from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc, head_shape, read_published
+from training.recipes.whisper_ctc.model import (
+    EncoderConfig,
+    WhisperCtc,
+    head_shape,
+    is_openai,
+    read_openai,
+    read_published,
+)
 from training.stages.recipe import Facts, Recipe, Waveforms
 from training.tokenizer import ByteLevelCodec, load_tokenizer
 from training.transformer_quantize import candidates
@@ -26,7 +33,8 @@ class WhisperCtcSettings(Section):
 
     base: str = Field(
         default="vinai/PhoWhisper-tiny",
-        description="Whisper checkpoint with tokenizer: a folder, or its hub name.",
+        description="Whisper checkpoint: a folder with tokenizer, its hub name, or OpenAI's own file (*.pt), "
+        "which has no tokenizer: the outputs are then the language's characters.",
     )
     revision: str | None = Field(default=None, description="Commit of the hub checkpoint.")
     shape: EncoderConfig | None = Field(
@@ -62,9 +70,9 @@ class WhisperCtcRecipe(Recipe):
     def codec(self) -> TokenCodec:
         """The checkpoint's tokenizer; the blank is its pad token, the outputs are those of `ctc_head.3`.
 
-        Characters where the weights start from random.
+        Characters where the weights start from random or from a file of OpenAI's.
         """
-        if self.settings.shape is not None:
+        if self.settings.shape is not None or is_openai(self.settings.base):
             return super().codec()
         tokenizer = load_tokenizer(self.settings.base, self.settings.revision)
         published = self._published()
@@ -98,9 +106,11 @@ class WhisperCtcRecipe(Recipe):
     def _base(self) -> tuple[EncoderConfig, dict[str, Tensor] | None]:
         if self.settings.shape is not None:
             return self.settings.shape, None
+        source, revision = self.settings.base, self.settings.revision
+        if is_openai(source):
+            return read_openai(Path(source))
         from transformers import WhisperConfig, WhisperModel
 
-        source, revision = self.settings.base, self.settings.revision
         if self.settings.checkpoint is not None:
             return EncoderConfig.from_transformers(from_hub(WhisperConfig, source, revision)), None
         model = from_hub(WhisperModel, source, revision, dtype=torch.float32)
