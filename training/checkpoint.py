@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import safetensors
 import torch
@@ -25,17 +25,21 @@ from training.torch_inference import Forward
 
 if TYPE_CHECKING:
     from training.conformer import ConformerCtc
+    from training.recipes.whisper_ctc.model import WhisperCtc
 
 FORMAT = 1
-CONFORMER = "conformer"
-"""The one key of a Conformer's entry; a QuartzNet's entry is its configuration."""
+CONFORMER, WHISPER = "conformer", "whisper"
+"""The one key of such a network's entry; a QuartzNet's entry is its configuration."""
+
+
+Network: TypeAlias = "QuartzNet | ConformerCtc | WhisperCtc"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A network with its front end and vocabulary."""
 
-    model: QuartzNet | ConformerCtc
+    model: Network
     frontend: FrontendConfig
     vocabulary: Vocabulary
     """The blank's id and every token, as in a bundle's vocab.txt."""
@@ -99,19 +103,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(model.eval(), frontend, vocabulary, header["meta"])
 
 
-def _described(model: QuartzNet | ConformerCtc) -> dict[str, Any]:
+def _described(model: Network) -> dict[str, Any]:
     if isinstance(model, QuartzNet):
         return model.config.to_dict()
-    return {CONFORMER: asdict(model.config)}
+    from training.recipes.whisper_ctc.model import WhisperCtc
+
+    return {WHISPER if isinstance(model, WhisperCtc) else CONFORMER: asdict(model.config)}
 
 
-def _built(entry: dict[str, Any], frontend: FrontendConfig, outputs: int) -> QuartzNet | ConformerCtc:
+def _built(entry: dict[str, Any], frontend: FrontendConfig, outputs: int) -> Network:
     """The reverse of `_described`. Raises ValueError."""
     if CONFORMER in entry:
         # transformers takes seconds to load, which no QuartzNet needs
         from training.conformer import ConformerConfig, ConformerCtc
 
         return ConformerCtc(ConformerConfig(**entry[CONFORMER]), outputs, frontend)
+    if WHISPER in entry:
+        from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc
+
+        return WhisperCtc(EncoderConfig(**entry[WHISPER]), outputs)
     config = QuartzNetConfig.from_dict(entry)
     if config.vocabulary_size != outputs:
         raise ValueError(f"the head has {config.vocabulary_size} outputs for {outputs} tokens")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.torch
 import soundfile
@@ -30,6 +31,7 @@ from training.export import export_graph
 from training.frontend import FrontendConfig
 from training.inference import compare, cpu_session, run_graph
 from training.kneser_ney import character_ngrams
+from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc
 from training.text import normaliser
 from training.torch_inference import run_torch
 
@@ -94,6 +96,32 @@ def test_a_conformer_becomes_a_bundle_whose_batches_are_exact(tmp_path: Path) ->
         session = cpu_session(bundle.graph_path(graph))
         alone = [run_graph(session, [clip])[0] for clip in clips]
         assert compare(alone, run_graph(session, clips)).worst_log_prob < 1e-4
+
+
+def test_a_whisper_encoder_becomes_a_bundle_whose_batches_are_exact(tmp_path: Path) -> None:
+    """Its positions are computed in the graph, not stored."""
+    torch.manual_seed(0)
+    model = WhisperCtc(EncoderConfig(width=64, layers=2, heads=1, inner=64), len(VOCABULARY))
+    model.encoder.start_from_random()
+    before = Checkpoint(model.eval(), FrontendConfig(), VOCABULARY)
+    save_checkpoint(tmp_path / "model.safetensors", before)
+    after = load_checkpoint(tmp_path / "model.safetensors")
+    assert after.model.config == model.config
+    (expected,), (found,) = (run_torch(network.forward(), chirps(1)) for network in (before, after))
+    assert np.array_equal(found, expected)
+    assert publish(tmp_path, "--keep-float", checkpoint=before) == 0
+    bundle = verify_bundle(tmp_path / "models", "en-random")
+    assert bundle.manifest.max_window_s == 20.0
+    graph = onnx.load(bundle.graph_path("float32"))
+    assert not any(list(tensor.dims) == [1500, 64] for tensor in graph.graph.initializer)
+    clips = [*chirps(3), np.tile(chirps(1)[0], 40)[: 20 * 16_000]]
+    for name in bundle.manifest.graphs:
+        session = cpu_session(bundle.graph_path(name))
+        alone = [run_graph(session, [clip])[0] for clip in clips]
+        assert compare(alone, run_graph(session, clips)).worst_log_prob < 1e-4
+        assert compare(alone, [run_torch(model, [clip])[0] for clip in clips]).worst_posterior < (
+            1e-4 if name == "float32" else 1.0
+        )
 
 
 def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Speed and vocal-tract length are stretched by linear interpolation over time and mel bands (Jaitly and Hinton
 2013 for the latter); noise is added as power in the log domain; SpecAugment (Park et al. 2019) masks the
-normalised features. Gain and a fixed equaliser need no augmentation: the normalisation removes them.
+normalised features. Where the normalisation removes gain and fixed equalisers, they need no augmentation.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-
-FEATURES = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class AugmentConfig:
     max_band_mask: int = 10
     time_masks_per_s: float = 0.5
     max_time_mask_frames: int = 24
+    max_gain_db: float = 0.0
+    """Either way, for a student that hears loudness."""
 
 
 def sample_positions(count: int, scale: float, limit: int) -> tuple[Tensor, Tensor]:
@@ -54,18 +54,16 @@ def stretch_bands(values: Tensor, scale: float) -> Tensor:
     return torch.lerp(values.index_select(1, left), values.index_select(1, left + 1), weight[None])
 
 
-def coloured_noise(frames: int, generator: np.random.Generator) -> Tensor:
-    """Log-mel of a stationary noise with a random smooth spectrum and slow swells, (frames, 64)."""
+def coloured_noise(frames: int, bands: int, generator: np.random.Generator) -> Tensor:
+    """Log-mel of a stationary noise with a random smooth spectrum and slow swells, (frames, bands)."""
     anchors = np.cumsum(generator.normal(0.0, 0.9, 6))
-    spectrum = np.interp(np.linspace(0, 5, FEATURES), np.arange(6), anchors)
+    spectrum = np.interp(np.linspace(0, 5, bands), np.arange(6), anchors)
     points = max(2, frames // 60)
     swell = np.interp(
         np.linspace(0, points - 1, frames), np.arange(points), generator.normal(0.0, 0.5, points)
     )
     # A band's power over one frame is roughly exponential around its mean, less so for wide upper bands.
-    flutter = generator.standard_normal((frames, FEATURES), dtype=np.float32) * np.linspace(
-        0.8, 0.35, FEATURES
-    )
+    flutter = generator.standard_normal((frames, bands), dtype=np.float32) * np.linspace(0.8, 0.35, bands)
     level = spectrum - spectrum.mean()
     return torch.from_numpy((level[None] + swell[:, None] + flutter).astype(np.float32))
 

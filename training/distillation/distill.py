@@ -29,10 +29,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from training.distillation.augment import AugmentConfig
 from training.distillation.evaluate import settle, validate
 from training.distillation.examples import Batch, BatchMaker, Corpus
-from training.distillation.student import SIZE_NAMES
+from training.distillation.student import SIZE_NAMES, corpus_type
 from training.distillation.trainer import TrainConfig, Trainer
 from training.errors import in_one_line
 from training.torch_state import save_state
@@ -101,7 +100,7 @@ def train(
     """Run until the steps or the time (``time.time()`` value) are used up, or SIGTERM comes."""
     config = trainer.config
     maker = BatchMaker(
-        trainer.corpus, config.batch_s, config.seed, AugmentConfig() if config.augment else None
+        trainer.corpus, config.batch_s, config.seed, trainer.corpus.augmentation if config.augment else None
     )
     started_s, before_s = time.time(), trainer.elapsed_s
     horizon_s = before_s + (deadline_s - started_s) if deadline_s is not None else math.inf
@@ -191,7 +190,9 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
         "--workers", type=int, default=TrainConfig.workers, help="threads, each with a batch of its own"
     )
     parser.add_argument("--validate-every-minutes", type=float, default=5.0)
-    parser.add_argument("--init-from", type=Path, help="checkpoint (.safetensors) to start from")
+    parser.add_argument(
+        "--init-from", type=Path, help="checkpoint (.safetensors), or OpenAI's own (.pt), to start from"
+    )
     return parser
 
 
@@ -213,7 +214,7 @@ def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Cor
         frozen_norms=arguments.frozen_norms,
     )
     arguments.run.mkdir(parents=True, exist_ok=True)
-    trainer = trainer_class(config, Corpus(arguments.cache, config.min_confidence))
+    trainer = trainer_class(config, corpus_type(config.size)(arguments.cache, config.min_confidence))
     last, frozen_before = arguments.run / "last.pt", False
     if last.exists():
         state = torch.load(last, weights_only=True)

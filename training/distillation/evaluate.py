@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from training.distillation.batches import normalise_features, pad_features
+from training.distillation.batches import pad_features
 from training.distillation.conformer import FastConformer
 from training.distillation.examples import Corpus
 from training.distillation.label import greedy, length_batches
 from training.distillation.quartznet import FastQuartzNet, PlainQuartzNet
+from training.distillation.whisper import FastWhisper
 from training.evaluate import Utterance, error_rates
 
-Network = FastQuartzNet | PlainQuartzNet | FastConformer
+Network = FastQuartzNet | PlainQuartzNet | FastConformer | FastWhisper
 SETTLING_CLIPS = 128
 """Training utterances that statistics are taken from, up to `SETTLING_FRAMES` of each."""
 SETTLING_FRAMES = 1_000
@@ -40,7 +41,7 @@ def settle(network: Network, corpus: Corpus) -> None:
         norm.train()
         norm.momentum = 1.0
     with torch.no_grad():
-        network(normalise_features(features, lengths), lengths)
+        network(corpus.normalise(features, lengths), lengths)
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum
     network.eval()
@@ -59,7 +60,7 @@ def transcribe_cached(
             features, lengths = pad_features(
                 [corpus.features(indices[position]).numpy() for position in batch]
             )
-            output = network(normalise_features(features, lengths), lengths)
+            output = network(corpus.normalise(features, lengths), lengths)
             for item, position in enumerate(batch):
                 texts[position] = greedy(output.log_probs[item, : int(output.lengths[item])].numpy())[0]
     network.train(was_training)

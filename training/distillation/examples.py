@@ -7,6 +7,7 @@ uninterrupted one would have seen.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ class Batch:
 class Corpus:
     """The cache written by stages 1 and 2, opened for reading."""
 
+    augmentation = AugmentConfig()
+    normalise = staticmethod(normalise_features)
+    """What a student hears of padded features (B,T,F), lengths (B,)."""
+
     def __init__(
         self, cache: Path, min_confidence: float, validation_fraction: float = VALIDATION_FRACTION
     ) -> None:
@@ -57,6 +62,7 @@ class Corpus:
         self.rows = [Utterance(**{key: row[key] for key in names if key in row}) for row in index]
         self.train, self.validation = split_rows(self.rows, validation_fraction)
         self.mel_spans = [(row["mel_start"], row["mel_frames"]) for row in index]
+        self.pcm_spans = [(row["pcm_start"], row["pcm_samples"]) for row in index]
         self.label_spans = [(row["label_start"], row["label_frames"]) for row in labels]
         self.mel = np.load(cache / "mel.npy", mmap_mode="r")
         self.logits = np.load(cache / "logits.npy", mmap_mode="r")
@@ -148,8 +154,10 @@ class BatchMaker:
                 noise = augment.fit_length(other, len(mel), generator)
                 snr_db = max(snr_db, 8.0)
             else:
-                noise = augment.coloured_noise(len(mel), generator)
+                noise = augment.coloured_noise(len(mel), mel.shape[1], generator)
             mel = augment.add_noise(mel, noise, snr_db)
+        if config.max_gain_db:
+            mel = mel + float(generator.uniform(-1, 1)) * config.max_gain_db * math.log(10.0) / 10.0
         return mel, posteriors, hidden
 
     def __call__(self, step: int) -> Batch:
@@ -158,7 +166,7 @@ class BatchMaker:
         generator = np.random.default_rng([self.seed, 2, step])
         items = [self._one(index, generator) for index in indices]
         features, lengths = pad_features([item[0].numpy() for item in items])
-        features = normalise_features(features, lengths)
+        features = self.corpus.normalise(features, lengths)
         if self.config is not None:
             augment.spec_augment(features, lengths, self.config, generator)
         frames = 2 * ((features.shape[1] - 1) // 4 + 1)

@@ -11,12 +11,14 @@ from torch.nn import functional
 from training.conformer import ConformerConfig, ConformerCtc
 from training.distillation.conformer import FastConformer
 from training.distillation.dataset import VOCABULARY_SIZE
-from training.distillation.examples import Batch
+from training.distillation.examples import Batch, Corpus
 from training.distillation.loss import activation_loss, ctc_loss, dense_loss, posterior_loss
 from training.distillation.quartznet import FastQuartzNet, PlainQuartzNet, channels_last, upsampled
+from training.distillation.whisper import FastWhisper, WhisperCorpus
 from training.frontend import FrontendConfig
 from training.recipes.quartznet_ctc.architectures import quartznet
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
+from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc
 
 SIZES: dict[str, tuple[int, list[tuple[int, int, int]], int]] = {
     # name: stem filters, residual blocks (filters, repeat, kernel), filters of the last layer
@@ -42,7 +44,13 @@ CONFORMERS = {
 """Frames of 40 ms in the layers, two of 20 ms out of each, as the teacher has."""
 LAYER_MATRICES = ("_proj.weight", "linear1.weight", "linear2.weight", "conv1.weight", "conv2.weight")
 """Of a Conformer's layers: attention, feed-forward, pointwise convolutions."""
-SIZE_NAMES = (*SIZES, QUARTZNET_5X5, *CONFORMERS)
+WHISPERS = {
+    "whisper-tiny": EncoderConfig(),
+    "whisper-micro": EncoderConfig(width=64, layers=2, heads=1, inner=64),
+}
+"""An encoder of Whisper's shape; the first goes on from OpenAI's weights (`--init-from tiny.en.pt`)."""
+WHISPER_MATRICES = ("_proj.weight", "fc1.weight", "fc2.weight")
+SIZE_NAMES = (*SIZES, QUARTZNET_5X5, *CONFORMERS, *WHISPERS)
 
 
 def student_config(size: str) -> QuartzNetConfig:
@@ -54,6 +62,11 @@ def student_config(size: str) -> QuartzNetConfig:
     blocks += [BlockConfig(filters, repeat, kernel, residual=True) for filters, repeat, kernel in body]
     blocks.append(BlockConfig(last, 1, 1, separable=False))
     return QuartzNetConfig(VOCABULARY_SIZE, tuple(blocks), upsample=2)
+
+
+def corpus_type(size: str) -> type[Corpus]:
+    """How a student of that size reads the cache."""
+    return WhisperCorpus if size in WHISPERS else Corpus
 
 
 @dataclass(frozen=True)
@@ -70,8 +83,8 @@ class LossWeights:
 class Student:
     """A network that learns, and what the training-only heads hang on."""
 
-    model: QuartzNet | ConformerCtc
-    fast: FastQuartzNet | PlainQuartzNet | FastConformer
+    model: QuartzNet | ConformerCtc | WhisperCtc
+    fast: FastQuartzNet | PlainQuartzNet | FastConformer | FastWhisper
     """How `model` is run while it learns."""
     hidden: tuple[int, int]
     """Blocks or layers that answer the teacher's acoustic and its last activations."""
@@ -80,6 +93,8 @@ class Student:
     widths: tuple[int, int]
     matrices: tuple[str, ...]
     """Ends of the names of the weights that Muon moves."""
+    factor: int = 1
+    """Frames out of each of the trunk's."""
 
 
 def conformer_student(shape: ConformerConfig) -> Student:
@@ -89,7 +104,17 @@ def conformer_student(shape: ConformerConfig) -> Student:
         if isinstance(module, nn.Conv1d) and module.groups > 1:
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # before a norm it changes nothing
     hidden = (shape.layers // 2 - 1, shape.layers - 2)
-    return Student(model, FastConformer(model), hidden, 1, (shape.width, shape.width), LAYER_MATRICES)
+    return Student(
+        model, FastConformer(model), hidden, 1, (shape.width, shape.width), LAYER_MATRICES, shape.upsample
+    )
+
+
+def whisper_student(shape: EncoderConfig) -> Student:
+    """A new encoder of Whisper's kind; the middle layer and the last answer the teacher's two."""
+    model = WhisperCtc(shape, VOCABULARY_SIZE)
+    model.encoder.start_from_random()
+    hidden = (shape.layers // 2 - 1, shape.layers - 1)
+    return Student(model, FastWhisper(model), hidden, 1, (shape.width, shape.width), WHISPER_MATRICES)
 
 
 def quartznet_student(config: QuartzNetConfig) -> Student:
@@ -98,13 +123,17 @@ def quartznet_student(config: QuartzNetConfig) -> Student:
     residual = max(index for index, block in enumerate(config.blocks) if block.residual)
     hidden = (residual, len(config.blocks) - 1)
     middle, last = (config.blocks[index].filters for index in hidden)
-    return Student(model, channels_last(model), hidden, 0, (middle, last), ("pointwise.weight",))
+    return Student(
+        model, channels_last(model), hidden, 0, (middle, last), ("pointwise.weight",), config.upsample
+    )
 
 
 def student_of_size(size: str) -> Student:
     """A new student with random weights."""
     if size in CONFORMERS:
         return conformer_student(CONFORMERS[size])
+    if size in WHISPERS:
+        return whisper_student(WHISPERS[size])
     return quartznet_student(student_config(size))
 
 
@@ -114,7 +143,7 @@ class Distiller(nn.Module):
     def __init__(self, student: Student, components: int) -> None:
         super().__init__()
         self.model, self.fast, self.student = student.model, student.fast, student
-        self.components, self.factor = components, student.model.config.upsample
+        self.components, self.factor = components, student.factor
         middle, last = student.widths
         self.acoustic_head = nn.Linear(middle, self.factor * components)
         self.character_head = nn.Linear(last, self.factor * components)

@@ -19,7 +19,8 @@ from training.distillation.label import COMPONENTS
 from training.distillation.muon import Muon
 from training.distillation.student import Distiller, LossWeights, mix, student_of_size, total_loss
 from training.errors import CheckpointError, ConfigError
-from training.pretrained import FrozenNorms
+from training.pretrained import FrozenNorms, fill
+from training.recipes.whisper_ctc.model import WhisperCtc, is_openai, read_openai
 
 START_WEIGHTS = LossWeights(hidden=1.0, dense=0.3, posterior=0.7, ctc=0.3)
 END_WEIGHTS = LossWeights(hidden=0.3, dense=0.1, posterior=0.8, ctc=0.8)
@@ -183,9 +184,20 @@ class Trainer:
         self.distiller.train()
 
     def initialise_from(self, weights: Path) -> None:
-        """Start from a published student; the heads of training only stay random. Raises CheckpointError."""
-        stored = load_checkpoint(weights).model
-        if stored.config != self.distiller.model.config:
+        """Start from a published student, or from an encoder of OpenAI's; heads that it lacks stay random.
+
+        Raises CheckpointError.
+        """
+        ours = self.distiller.model
+        shape: object
+        if isinstance(ours, WhisperCtc) and is_openai(weights.name):
+            shape, encoder = read_openai(weights)
+            state = {f"encoder.{name}": value for name, value in encoder.items()}
+            new: tuple[str, ...] = ("ctc_head.", "encoder.embed_positions.")
+        else:
+            stored = load_checkpoint(weights).model
+            shape, state, new = stored.config, stored.state_dict(), ()
+        if shape != ours.config:
             raise CheckpointError(f"{weights}: another network than size {self.config.size!r}")
         for network in (self.distiller, self.average):
-            network.model.load_state_dict(stored.state_dict())
+            fill(network.model, state, new=new)

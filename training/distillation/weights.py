@@ -44,10 +44,11 @@ def student_of(state: dict[str, Any], raw: bool = False) -> Checkpoint:
 
 
 def halved(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with float16 weights; batch statistics stay float32, where half precision could overflow."""
+    """The same with float16 weights; batch statistics and positions stay float32."""
     model = copy.deepcopy(checkpoint.model)
     for parameter in model.parameters():
-        parameter.data = parameter.data.half()
+        if parameter.requires_grad:
+            parameter.data = parameter.data.half()
     return Checkpoint(model, checkpoint.frontend, checkpoint.vocabulary, checkpoint.meta)
 
 

@@ -21,6 +21,7 @@ import soundfile
 import torch
 from torch import nn
 
+from tests.training.distillation.conftest import UTTERANCES, tiny_teacher
 from training.checkpoint import load_checkpoint
 from training.distillation import distill, label, texts, weights
 from training.distillation.augment import AugmentConfig
@@ -28,64 +29,26 @@ from training.distillation.batches import normalise_features
 from training.distillation.cache import write_mel, write_pcm
 from training.distillation.dataset import (
     ALPHABET,
-    VOCABULARY_SIZE,
     read_utterances,
     write_validation,
 )
 from training.distillation.evaluate import settle, validate
 from training.distillation.examples import BatchMaker, Corpus
-from training.distillation.student import LossWeights
+from training.distillation.student import LossWeights, corpus_type
 from training.distillation.trainer import TrainConfig, Trainer, learning_rate
 from training.distillation.weights import halved, student_of
 from training.errors import CheckpointError, ConfigError, DiskFullError
 from training.frontend import FrontendConfig, LogMel
 from training.nemo import NemoModel
-from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
 from training.torch_state import save_state
-
-UTTERANCES = 12
-
-
-def tiny_teacher() -> QuartzNet:
-    """A random network of the teacher's kind: stride 2, three blocks, wide last layers."""
-    torch.manual_seed(3)
-    blocks = (
-        BlockConfig(32, 1, 5, stride=2),
-        BlockConfig(160, 1, 5, residual=True),
-        BlockConfig(160, 1, 5, dilation=2),
-        BlockConfig(160, 1, 1, separable=False),
-    )
-    return QuartzNet(QuartzNetConfig(VOCABULARY_SIZE, blocks)).eval()
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stages 1 and 2 on generated noise: six speakers, a text for half of the utterances."""
-    folder = tmp_path_factory.mktemp("corpus")
-    generator = np.random.default_rng(0)
-    lines = []
-    for number in range(UTTERANCES):
-        duration_s = float(generator.uniform(0.8, 1.6))
-        samples = generator.normal(0, 0.1, int(duration_s * 16000))
-        soundfile.write(folder / f"{number}.flac", samples, 16000)
-        row = {"audio_filepath": f"{number}.flac", "duration": duration_s, "speaker": f"s{number % 6}"}
-        lines.append(json.dumps(row | {"text": "hello there" if number % 2 else "", "source": "noise"}))
-    (folder / "manifest.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    out = folder / "cache"
-    out.mkdir()
-    write_pcm(read_utterances(folder / "manifest.jsonl"), folder, out)
-    with torch.inference_mode():
-        write_mel(out)
-    with pytest.MonkeyPatch.context() as patch:
-        teacher = NemoModel(tiny_teacher(), FrontendConfig(), tuple(ALPHABET))
-        patch.setattr(label, "read_nemo", lambda path: teacher)
-        label.label(folder / "teacher.nemo", out, budget_s=4.0)
-    return out
 
 
 @pytest.fixture
-def corpus(cache: Path) -> Corpus:
-    return Corpus(cache, min_confidence=-100.0, validation_fraction=0.3)
+def corpus(cache: Path, request: pytest.FixtureRequest) -> Corpus:
+    """As the test's student reads it."""
+    named = getattr(request.node, "callspec", None)
+    size = named.params.get("size", "tiny") if named else "tiny"
+    return corpus_type(size)(cache, min_confidence=-100.0, validation_fraction=0.3)
 
 
 def trainer(corpus: Corpus, seed: int = 0, size: str = "tiny") -> Trainer:
@@ -316,7 +279,7 @@ def test_batches_are_a_function_of_seed_and_step(corpus: Corpus) -> None:
     assert torch.allclose(ours.teacher.sum(dim=-1), torch.ones(ours.teacher.shape[:2]), atol=1e-2)
 
 
-@pytest.mark.parametrize("size", ["tiny", "conformer-tiny"])
+@pytest.mark.parametrize("size", ["tiny", "conformer-tiny", "whisper-micro"])
 def test_training_learns_the_teachers_activations(corpus: Corpus, size: str) -> None:
     student = trainer(corpus, size=size)
     maker = BatchMaker(corpus, 4.0, 0, None)
@@ -387,7 +350,7 @@ def test_sigterm_leaves_a_state_to_go_on_from(corpus: Corpus, tmp_path: Path) ->
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("size", ["tiny", "conformer-tiny"])
+@pytest.mark.parametrize("size", ["tiny", "conformer-tiny", "whisper-micro"])
 def test_published_weights_start_another_run(corpus: Corpus, tmp_path: Path, size: str) -> None:
     student = trainer(corpus, size=size)
     maker = BatchMaker(corpus, 4.0, 0, None)
@@ -397,8 +360,11 @@ def test_published_weights_start_another_run(corpus: Corpus, tmp_path: Path, siz
     from training.checkpoint import save_checkpoint
 
     save_checkpoint(path, halved(student_of(student.state())))
-    parameters = sum(parameter.numel() for parameter in student.distiller.model.parameters())
-    assert path.stat().st_size < 2.5 * parameters + 40_000
+    size_bytes = sum(
+        parameter.numel() * (2.5 if parameter.requires_grad else 4)
+        for parameter in student.distiller.model.parameters()
+    )
+    assert path.stat().st_size < size_bytes + 40_000
     loaded = load_checkpoint(path)
     assert loaded.meta["steps"] == 3
     successor = trainer(corpus, seed=9, size=size)

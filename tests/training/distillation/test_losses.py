@@ -99,7 +99,7 @@ def test_stretched_posteriors_still_sum_to_one() -> None:
 def test_noise_is_added_at_the_asked_ratio() -> None:
     generator = np.random.default_rng(0)
     speech = torch.randn(200, 64) * 2
-    noise = augment.coloured_noise(200, generator)
+    noise = augment.coloured_noise(200, 64, generator)
     assert noise.shape == (200, 64)
     mixed = augment.add_noise(speech, noise, 10.0)
     added = (mixed.double().exp() - speech.double().exp()).sum()

@@ -8,7 +8,7 @@ from torch import nn
 
 from training.graph import GraphBuilder
 from training.recipes.whisper_ctc import frontend
-from training.recipes.whisper_ctc.model import WhisperCtc, WhisperEncoder
+from training.recipes.whisper_ctc.model import WhisperCtc, WhisperEncoder, rates, sinusoids
 from training.transformer import EncoderLayer
 from training.transformer_graph import (
     add_convolution,
@@ -103,6 +103,26 @@ def add_features(graph: GraphBuilder, bands: int, *, fixed: bool) -> tuple[str, 
     return features, counts
 
 
+def add_places(graph: GraphBuilder, name: str, encoder: WhisperEncoder, values: str) -> str:
+    """Positions of the frames of `values` (batch, frames, width): (frames, width).
+
+    Sinusoids are computed: the table of whisper-tiny would be a fifth of its INT8 graph.
+    """
+    table = array(encoder.embed_positions.weight)
+    frames = add_frames(graph, f"{name}.frames", values)
+    zero = graph.ints("zero", [0])
+    if not np.allclose(table, sinusoids(*table.shape).numpy(), atol=1e-3):  # half precision is as far off
+        stored = graph.weights(f"{name}.embed_positions", table)
+        return graph.add("Slice", [stored, zero, frames, zero], f"{name}.places")
+    counted = graph.weights(f"{name}.counted", np.arange(len(table), dtype=np.float32)[:, None])
+    counted = graph.add("Slice", [counted, zero, frames, zero], f"{name}.counted_own")
+    angles = graph.add(
+        "Mul", [counted, graph.weights(f"{name}.rates", rates(table.shape[1]))], f"{name}.angles"
+    )
+    waves = [graph.add(kind, [angles], f"{name}.{kind.lower()}") for kind in ("Sin", "Cos")]
+    return graph.add("Concat", waves, f"{name}.places", axis=1)
+
+
 def add_encoder(
     graph: GraphBuilder, name: str, encoder: WhisperEncoder, features: str, counts: str, *, fixed: bool
 ) -> tuple[str, str, str | None]:
@@ -117,12 +137,7 @@ def add_encoder(
     values = add_gelu(graph, f"{name}.conv2.gelu", convolved)
     up = graph.add("Add", [counts, one], f"{name}.counts_up")
     counts = graph.add("Div", [up, two], f"{name}.counts")
-    table = graph.weights(f"{name}.embed_positions", array(encoder.embed_positions.weight))
-    frames = add_frames(graph, f"{name}.frames", values)
-    places = graph.add(
-        "Slice", [table, graph.ints("zero", [0]), frames, graph.ints("zero", [0])], f"{name}.places"
-    )
-    values = graph.add("Add", [values, places], f"{name}.placed")
+    values = graph.add("Add", [values, add_places(graph, name, encoder, values)], f"{name}.placed")
     bias = None
     if not fixed:
         bias = add_key_bias(graph, f"{name}.bias", add_own_frames(graph, f"{name}.inside", values, counts))

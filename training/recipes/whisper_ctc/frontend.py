@@ -38,6 +38,11 @@ def filters(bands: int) -> npt.NDArray[np.float32]:
     return mel_filters(config).T.astype(np.float32)
 
 
+def in_range(log_mel: Tensor) -> Tensor:
+    """Features of decadic logarithms (batch, frames, bands): clipped 8 below each item's loudest, scaled."""
+    return (torch.maximum(log_mel, log_mel.amax(dim=(1, 2), keepdim=True) - RANGE) + 4.0) / 4.0
+
+
 class WhisperLogMel(nn.Module):
     """Waveform in, features out; nothing to train."""
 
@@ -62,6 +67,14 @@ class WhisperLogMel(nn.Module):
             (batch, frames, bands) float32 and (batch,) int64, one frame per 10 ms that an item has begun. On
             true lengths the features are zero beyond an item; `fixed` gives 3000 frames of 30 padded seconds.
         """
+        log_mel, counts = self.log_mel(waveform, lengths)
+        if self.fixed:
+            return in_range(log_mel), counts
+        inside = frame_mask(counts, log_mel.shape[1])[:, :, None]
+        return in_range(torch.where(inside, log_mel, log_mel.new_tensor(np.log10(FLOOR)))) * inside, counts
+
+    def log_mel(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Decadic logarithms of the energies (batch, frames, bands), and frames (batch,); as `forward`."""
         signal = waveform * frame_mask(lengths, waveform.shape[1])
         if self.fixed:
             signal = functional.pad(signal, (0, WINDOW_SAMPLES))[:, :WINDOW_SAMPLES]
@@ -73,13 +86,5 @@ class WhisperLogMel(nn.Module):
         stacked = torch.cat([blocks[:, :-2], blocks[:, 1:-1], blocks[:, 2:]], dim=2)
         real, imaginary = torch.matmul(stacked, self.bases).chunk(2, dim=-1)
         energies = torch.matmul(real * real + imaginary * imaginary, self.filters)
-        log_mel = torch.log10(energies.clamp(min=FLOOR))
         counts = torch.div(lengths + HOP - 1, HOP, rounding_mode="floor").clamp(max=frames)
-        if not self.fixed:
-            inside = frame_mask(counts, frames)[:, :, None]
-            log_mel = torch.where(inside, log_mel, log_mel.new_tensor(np.log10(FLOOR)))
-        loudest = log_mel.amax(dim=(1, 2), keepdim=True)
-        features = (torch.maximum(log_mel, loudest - RANGE) + 4.0) / 4.0
-        if not self.fixed:
-            features = features * inside
-        return features, counts
+        return torch.log10(energies.clamp(min=FLOOR)), counts

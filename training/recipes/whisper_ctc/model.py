@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,7 +22,6 @@ from training.masks import frame_mask
 from training.recipes.whisper_ctc.frontend import WhisperLogMel
 from training.restricted_pickle import load_state_dict
 from training.transformer import EncoderLayer, check_heads, key_bias
-
 
 HEAD_WIDTH = 64
 OPENAI_NAMES = {
@@ -80,11 +80,18 @@ class EncoderConfig:
         )
 
 
-def sinusoids(positions: int, width: int) -> Tensor:
-    """Whisper's positions (positions, width): sines, then cosines, of 2 pi to 20,000 pi frames."""
+def rates(width: int) -> npt.NDArray[np.float32]:
+    """Angles per frame of Whisper's positions, (width / 2,): periods of 2 pi to 20,000 pi frames."""
     half = width // 2
-    rates = np.exp(-np.log(10_000.0) / (half - 1) * np.arange(half))
-    angles = np.arange(positions)[:, None] * rates[None, :]
+    found: npt.NDArray[np.float32] = np.exp(-np.log(10_000.0) / (half - 1) * np.arange(half)).astype(
+        np.float32
+    )
+    return found
+
+
+def sinusoids(positions: int, width: int) -> Tensor:
+    """Whisper's positions (positions, width): sines, then cosines."""
+    angles = np.arange(positions)[:, None] * rates(width).astype(np.float64)[None, :]
     return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()
 
 
@@ -154,7 +161,7 @@ class WhisperCtc(nn.Module):
     ) -> None:
         super().__init__()
         hidden = hidden or config.width
-        self.fixed = fixed
+        self.config, self.fixed = config, fixed
         self.frontend = WhisperLogMel(config.bands, fixed=fixed)
         self.augment = SpecAugment(augment) if augment else None
         self.encoder = WhisperEncoder(config, dropout)
@@ -196,7 +203,7 @@ def is_openai(base: str) -> bool:
 
 
 def read_openai(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """The encoder of OpenAI's own checkpoint, such as `tiny.en.pt`, under our names. Raises CheckpointError."""
+    """The encoder of OpenAI's own file, such as `tiny.en.pt`, under our names. Raises CheckpointError."""
     state = {}
     for name, value in load_state_dict(path).items():
         if name.startswith("encoder."):

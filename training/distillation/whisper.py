@@ -1,0 +1,139 @@
+"""Trains a :class:`WhisperCtc` in bfloat16 on a CPU, from features that are computed when they are asked for.
+
+:class:`FastWhisper` owns no weights: it reads those of the wrapped network. The convolutions are products of
+their taps, and attention is written out: at a few hundred frames that is faster than torch's fused form.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.distillation.augment import AugmentConfig
+from training.distillation.conformer import MISSING, product
+from training.distillation.dataset import BLANK_ID, VALIDATION_FRACTION
+from training.distillation.examples import Corpus
+from training.masks import frame_mask
+from training.recipes.quartznet_ctc.model import CtcOutput
+from training.recipes.whisper_ctc.frontend import FLOOR, WhisperLogMel, in_range
+from training.recipes.whisper_ctc.model import WhisperCtc
+from training.transformer import Attention, EncoderLayer
+
+LEAD_FRAMES = 6
+"""How much earlier than the teacher a Whisper encoder answers, in frames of 20 ms, left to itself (measured:
+docs/experiments.md); the teacher's answers are moved by as much."""
+LN_10 = math.log(10.0)
+
+
+class WhisperCorpus(Corpus):
+    """The cache for a student of Whisper's kind: 80 bands, on Whisper's scale, which hears loudness."""
+
+    augmentation = AugmentConfig(max_gain_db=8.0)
+
+    def __init__(
+        self, cache: Path, min_confidence: float, validation_fraction: float = VALIDATION_FRACTION
+    ) -> None:
+        super().__init__(cache, min_confidence, validation_fraction)
+        self.pcm = np.memmap(cache / "pcm.i16", np.int16, mode="r")
+        self.frontend = WhisperLogMel()
+
+    def features(self, index: int) -> Tensor:
+        """Natural logarithms of the energies, (frames, 80) float32."""
+        start, count = self.pcm_spans[index]
+        samples = torch.from_numpy(self.pcm[start : start + count].astype(np.float32) / 32768.0)
+        log_mel, _ = self.frontend.log_mel(samples[None], torch.tensor([count]))
+        return log_mel[0] * LN_10
+
+    def targets(self, index: int) -> tuple[Tensor, Tensor]:
+        """As the teacher would answer `LEAD_FRAMES` earlier."""
+        posteriors, hidden = super().targets(index)
+        ends = torch.zeros(min(LEAD_FRAMES, len(posteriors)), posteriors.shape[1])
+        ends[:, BLANK_ID] = 1.0
+        last = hidden[-1:].expand(len(ends), -1)
+        return torch.cat([posteriors[LEAD_FRAMES:], ends]), torch.cat([hidden[LEAD_FRAMES:], last])
+
+    @staticmethod
+    def normalise(values: Tensor, lengths: Tensor) -> Tensor:
+        """Natural logarithms (B,T,F) as Whisper wants them; zeros beyond each item's frames."""
+        own = frame_mask(lengths, values.shape[1])[:, :, None]
+        log_mel = (values / LN_10).clamp(min=math.log10(FLOOR))
+        return in_range(torch.where(own, log_mel, log_mel.new_tensor(math.log10(FLOOR)))) * own
+
+
+def _convolved(values: Tensor, module: nn.Conv1d) -> Tensor:
+    """A Conv1d of three taps as one product: (B,T,C) bfloat16 -> (B, T / stride, C')."""
+    stride = module.stride[0]
+    padded = functional.pad(values, (0, 0, 1, 1))
+    count = (values.shape[1] - 1) // stride + 1
+    taps = [padded[:, tap : tap + stride * (count - 1) + 1 : stride] for tap in range(3)]
+    weight = module.weight.permute(0, 2, 1).flatten(1).bfloat16()
+    bias = None if module.bias is None else module.bias.bfloat16()
+    return functional.gelu(functional.linear(torch.cat(taps, dim=2), weight, bias))
+
+
+def _normal(values: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return functional.layer_norm(
+        values, norm.normalized_shape, norm.weight.bfloat16(), norm.bias.bfloat16(), norm.eps
+    )
+
+
+def _linear(values: Tensor, module: nn.Linear) -> Tensor:
+    return product(values, module.weight, module.bias)
+
+
+class FastWhisper(nn.Module):
+    """Normalised features in, log-probabilities out."""
+
+    def __init__(self, model: WhisperCtc) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: Tensor, lengths: Tensor, hidden_layers: tuple[int, ...] = ()) -> CtcOutput:
+        """Features (batch, frames, bands), zero beyond lengths -> log-probs, layers' outputs (B,T,C)."""
+        encoder = self.model.encoder
+        values = _convolved(features.bfloat16(), encoder.conv1)
+        values = _convolved(values * frame_mask(lengths, values.shape[1])[:, :, None], encoder.conv2)
+        lengths = torch.div(lengths + 1, 2, rounding_mode="floor")
+        frames = values.shape[1]
+        values = values + encoder.embed_positions.weight[:frames].bfloat16()
+        missing = torch.zeros(len(values), 1, 1, frames, dtype=torch.bfloat16)
+        missing = missing.masked_fill(~frame_mask(lengths, frames)[:, None, None], MISSING)
+        hidden: list[Tensor] = []
+        for index, layer in enumerate(encoder.layers):
+            values = self._layer(cast(EncoderLayer, layer), values, missing)
+            if index in hidden_layers:
+                hidden.append(values)
+        head: Any = self.model.ctc_head
+        first, _, norm, last = head
+        inner = functional.gelu(_linear(_normal(values, encoder.layer_norm), first))
+        logits = _linear(_normal(inner, norm), last).float()
+        return CtcOutput(functional.log_softmax(logits, dim=-1), lengths, hidden)
+
+    def _layer(self, layer: EncoderLayer, values: Tensor, missing: Tensor) -> Tensor:
+        mixed = self._attended(layer.self_attn, _normal(values, layer.self_attn_layer_norm), missing)
+        values = values + layer.dropout(mixed)
+        inner = functional.gelu(_linear(_normal(values, layer.final_layer_norm), layer.fc1))
+        out: Tensor = values + layer.dropout(_linear(inner, layer.fc2))
+        return out
+
+    @staticmethod
+    def _attended(module: Attention, values: Tensor, missing: Tensor) -> Tensor:
+        batch, frames, width = values.shape
+        size = width // module.heads
+
+        def split(joined: Tensor) -> Tensor:
+            shape = (batch, frames, module.heads, size)
+            return joined.view(shape).transpose(1, 2).reshape(batch * module.heads, frames, size)
+
+        query = split(_linear(values, module.q_proj) * size**-0.5)
+        key, value = split(_linear(values, module.k_proj)), split(_linear(values, module.v_proj))
+        scores = (query @ key.transpose(1, 2)).view(batch, module.heads, frames, frames) + missing
+        mixed = scores.flatten(0, 1).softmax(dim=-1) @ value
+        joined = mixed.view(batch, module.heads, frames, size).transpose(1, 2).reshape(batch, frames, width)
+        return _linear(joined, module.out_proj)
