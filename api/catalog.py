@@ -61,6 +61,7 @@ class CatalogEntry:
 
 _NGC = "https://api.ngc.nvidia.com/v2/models/nvidia/nemo"
 _WAV2VEC2_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
+_WHISPER_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json")
 _TOKENS = ("special_tokens_map.json", "tokenizer_config.json")
 
 
@@ -74,6 +75,19 @@ def _ngc(name: str, title: str, model: str, version: str) -> CatalogEntry:
         family="nemo",
         sources=(Archive(f"{_NGC}/{model}/versions/{version}/files/{model}.nemo", f"{model}.nemo"),),
         page=f"https://catalog.ngc.nvidia.com/orgs/nvidia/teams/nemo/models/{model}",
+    )
+
+
+def _whisper(language: str, size: str, named: str) -> CatalogEntry:
+    """OpenAI's Whisper with its decoder, told to write that language."""
+    return CatalogEntry(
+        name=f"{language}-whisper-{size}",
+        title=f"Whisper {size}, {named} (OpenAI)",
+        languages=(language,),
+        licence="Apache-2.0",
+        family="whisper",
+        sources=(HubFiles(f"openai/whisper-{size}", None, _WHISPER_FILES, ("added_tokens.json", *_TOKENS)),),
+        page=f"https://huggingface.co/openai/whisper-{size}",
     )
 
 
@@ -165,6 +179,17 @@ _ENTRIES = (
             ),
         ),
         page="https://huggingface.co/menhior/wav2vec2-large-xls-r-300m-azeri-colab-test",
+    ),
+    *(
+        _whisper(language, size, named)
+        for language, named in (
+            ("en", "English"),
+            ("vi", "Vietnamese"),
+            ("tr", "Turkish"),
+            ("az", "Azerbaijani"),
+            ("ru", "Russian"),
+        )
+        for size in ("base", "small")
     ),
 )
 

@@ -4,10 +4,11 @@
         [--calibration MANIFEST [--validation MANIFEST] [--test MANIFEST] [--texts FILE ...]]
 
 FAMILY is ``nemo`` (an archive with QuartzNet, Citrinet, Conformer or FastConformer and a CTC head),
-``wav2vec2`` (the XLSR kind) or ``whisper`` (an encoder with a CTC head in a Lightning checkpoint).
-Configuration and vocabulary lie in the archive or beside the weights. Only tensors are read: safetensors, or
-a pickle whose code is not run. The float32 graph is checked against PyTorch. Recordings (``--calibration``),
-of which some have texts, give the bundle an INT8 graph as well. ``asr models pull`` calls this.
+``wav2vec2`` (the XLSR kind) or ``whisper`` (with its decoder as OpenAI publishes it, or an encoder with a CTC
+head in a Lightning checkpoint). Configuration and vocabulary lie in the archive or beside the weights. Only
+tensors are read: safetensors, or a pickle whose code is not run. The float32 graph is checked against
+PyTorch. Recordings (``--calibration``), of which some have texts, give the bundle an INT8 graph as well.
+``asr models pull`` calls this.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from api.bundle import Bundle
 from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.bundle_writer import Card, Measurements, check_card, write_bundle
-from training.errors import CheckpointError, Int8RefusedError, in_one_line
-from training.exported import Exported, exported_transformer
+from training.config import RunConfig
+from training.errors import CheckpointError, ConfigError, Int8RefusedError, in_one_line
+from training.exported import Exported, exported_transformer, ways_of
 from training.graph import fits_one_file
 from training.inference import Waveform
 from training.nemo_import import exported_nemo
@@ -121,11 +123,48 @@ def from_whisper(weights: Path, *, fixed: bool = True) -> Exported:
     )
 
 
-FAMILIES: dict[str, Callable[[Path], Exported]] = {
-    "nemo": exported_nemo,
-    "wav2vec2": from_wav2vec2,
-    "whisper": from_whisper,
+def from_whisper_with_decoder(weights: Path, languages: Sequence[str]) -> Exported:
+    """Whisper as OpenAI publishes it, told to write one language; configuration and tokenizer beside it."""
+    from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
+
+    if len(languages) != 1:
+        raise ConfigError(f"--language {' '.join(languages)}: such a model is told one language to write")
+    for name in ("config.json", "generation_config.json"):
+        _read_json(weights.with_name(name))
+    settings = {
+        "name": "converted",
+        "language": languages[0],
+        "data": {"manifest": "none"},
+        "model": {"base": str(weights.parent)},
+        "bundle": {"licence": ""},
+    }
+    recipe = WhisperSeq2SeqRecipe(RunConfig.model_validate(settings))
+    codec, facts = recipe.codec(), recipe.facts()
+    network = recipe.network(codec).eval()
+    made = exported_transformer(
+        network,
+        recipe.export(network),
+        codec.vocabulary,
+        frame_stride_s=facts.frame_stride_s,
+        max_window_s=facts.max_window_s,
+        min_samples=facts.min_samples,
+        text_normalisation=("nfc",),
+    )
+    return replace(made, ways=ways_of(recipe.quantized))
+
+
+def _whisper(weights: Path, languages: Sequence[str]) -> Exported:
+    """Either kind."""
+    whole = any(name.startswith("model.decoder.") for name in load_state_dict(weights))
+    return from_whisper_with_decoder(weights, languages) if whole else from_whisper(weights)
+
+
+FAMILIES: dict[str, Callable[[Path, Sequence[str]], Exported]] = {
+    "nemo": lambda weights, languages: exported_nemo(weights),
+    "wav2vec2": lambda weights, languages: from_wav2vec2(weights),
+    "whisper": _whisper,
 }
+"""What reads weights, told the languages of the bundle."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -150,7 +189,7 @@ def convert(
 ) -> Bundle:
     """Write the bundle, with INT8 where there are recordings. Raises TrainingError, BundleError, OSError."""
     check_card(name, card)
-    made = FAMILIES[family](weights)
+    made = FAMILIES[family](weights, card.languages)
     card = replace(card, text_normalisation=made.text_normalisation)
     if recordings is not None:
         try:

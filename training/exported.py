@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +91,7 @@ def exported_transformer(
         max_window_s=max_window_s,
         min_samples=min_samples,
         agreement=lambda clips: agreement(network, graph, clips),
-        ways=partial(_products, tried),
+        ways=ways_of(tried),
         ways_described="Matrix products with constant weights: S8 weights per channel, U8 activations."
         + ("" if exact_batches else DYNAMIC_RANGES),
         exact_batches=exact_batches,
@@ -133,9 +132,14 @@ def agreement(network: Forward, graph: onnx.ModelProto, clips: Sequence[Waveform
     return found.describe()
 
 
-def _products(
-    tried: Candidates, graph: onnx.ModelProto, calibration: Sequence[Waveform]
-) -> Iterator[tuple[str, onnx.ModelProto]]:
-    with as_file(graph) as path:
-        for how, quantized in tried(path, path.parent, calibration):
-            yield how, onnx.load(quantized)
+def ways_of(tried: Candidates) -> Ways:
+    """Candidates that read and write files, for graphs in memory."""
+
+    def ways(
+        graph: onnx.ModelProto, calibration: Sequence[Waveform]
+    ) -> Iterator[tuple[str, onnx.ModelProto]]:
+        with as_file(graph) as path:
+            for how, quantized in tried(path, path.parent, calibration):
+                yield how, onnx.load(quantized)
+
+    return ways

@@ -268,6 +268,37 @@ def test_phowhisper_records_the_commit_it_found(hub: Hub, tmp_path: Path) -> Non
     assert pins == {head.repository: COMMIT}
 
 
+def test_a_whisper_with_its_decoder_becomes_a_bundle_that_writes_one_language(
+    hub: Hub, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    from training.recipes.rehearsal import tiny_whisper
+
+    name = "az-whisper-base"
+    (source,) = CATALOG[name].sources
+    assert isinstance(source, HubFiles)
+    published = tiny_whisper(tmp_path / "published", "az")
+    serve(hub, source, published)
+    done = run_pull(name, tmp_path / "models", hub.url)
+    assert done.returncode == 0, done.stderr
+    bundle = verify_bundle(tmp_path / "models", name)
+    assert (bundle.manifest.languages, bundle.manifest.max_window_s) == (("az",), 30.0)
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    (found,) = Engine(bundle).run([noise], alone=False)
+    blank = bundle.vocabulary.blank_id
+    said = [token for token in found.argmax(axis=1).tolist() if token != blank]
+    model = WhisperForConditionalGeneration.from_pretrained(published).eval()
+    features = WhisperFeatureExtractor.from_pretrained(published)(
+        noise, sampling_rate=16_000, return_tensors="pt"
+    ).input_features
+    with torch.inference_mode():
+        expected = model.generate(features, language="az", task="transcribe", max_new_tokens=12)[0].tolist()
+    special = bundle.vocabulary.special_ids | {blank}
+    assert said[:8] == [token for token in expected if token not in special][:8]
+
+
 def test_a_recorded_commit_is_asked_for_whatever_the_hub_has_by_now(hub: Hub, tmp_path: Path) -> None:
     name = "vi-phowhisper-tiny-ctc"
     head = CATALOG[name].sources[0]
