@@ -148,7 +148,7 @@ def from_whisper_with_decoder(weights: Path, languages: Sequence[str]) -> Export
         frame_stride_s=facts.frame_stride_s,
         max_window_s=facts.max_window_s,
         min_samples=facts.min_samples,
-        text_normalisation=("nfc",),
+        text_normalisation=casing_steps(codec.vocabulary),
     )
     return replace(made, ways=ways_of(recipe.quantized))
 
