@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LONE_NOISE_LEVELS = (-18.0, -2.0)
+"""Natural logarithms of a band's energy; speech at a usual level has -12 to 2."""
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -31,6 +34,8 @@ class AugmentConfig:
     max_time_mask_frames: int = 24
     max_gain_db: float = 0.0
     """Either way, for a student that hears loudness."""
+    lone_noise: float = 0.0
+    """Share of the batches that get an item of noise alone, which says nothing."""
 
 
 def sample_positions(count: int, scale: float, limit: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +71,12 @@ def coloured_noise(frames: int, bands: int, generator: np.random.Generator) -> T
     flutter = generator.standard_normal((frames, bands), dtype=np.float32) * np.linspace(0.8, 0.35, bands)
     level = spectrum - spectrum.mean()
     return torch.from_numpy((level[None] + swell[:, None] + flutter).astype(np.float32))
+
+
+def lone_noise(frames: int, bands: int, generator: np.random.Generator) -> Tensor:
+    """Log-mel of noise where nobody speaks, anything from faint to loud, (frames, bands)."""
+    level = float(generator.uniform(*LONE_NOISE_LEVELS))
+    return coloured_noise(frames, bands, generator) + level
 
 
 def add_noise(speech: Tensor, noise: Tensor, snr_db: float) -> Tensor:

@@ -160,11 +160,25 @@ class BatchMaker:
             mel = mel + float(generator.uniform(-1, 1)) * config.max_gain_db * math.log(10.0) / 10.0
         return mel, posteriors, hidden
 
+    @staticmethod
+    def _noise(
+        speech: tuple[Tensor, Tensor, Tensor], generator: np.random.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise as long as an utterance, with blanks and mean activations for what the teacher says."""
+        mel, posteriors, hidden = speech
+        silent = torch.zeros_like(posteriors)
+        silent[:, BLANK_ID] = 1.0
+        return augment.lone_noise(len(mel), mel.shape[1], generator), silent, torch.zeros_like(hidden)
+
     def __call__(self, step: int) -> Batch:
         """Batch number ``step``; call with rising numbers."""
         indices = self._locate(step)
         generator = np.random.default_rng([self.seed, 2, step])
         items = [self._one(index, generator) for index in indices]
+        texts = [self.corpus.texts[index] for index in indices]
+        if self.config is not None and generator.random() < self.config.lone_noise:
+            items.append(self._noise(items[0], generator))
+            texts.append([])
         features, lengths = pad_features([item[0].numpy() for item in items])
         features = self.corpus.normalise(features, lengths)
         if self.config is not None:
@@ -181,5 +195,4 @@ class BatchMaker:
             dense[row, :count] = torch.from_numpy(dense_labels(posteriors.numpy()))
         target_lengths = torch.tensor([len(item[1]) for item in items])
         audio_s = float(lengths.sum()) / FEATURE_FRAMES_PER_S
-        texts = [self.corpus.texts[index] for index in indices]
         return Batch(features, lengths, teacher, hidden, dense, target_lengths, texts, audio_s)

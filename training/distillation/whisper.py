@@ -34,7 +34,7 @@ LN_10 = math.log(10.0)
 class WhisperCorpus(Corpus):
     """The cache for a student of Whisper's kind: 80 bands, on Whisper's scale, which hears loudness."""
 
-    augmentation = AugmentConfig(max_gain_db=8.0)
+    augmentation = AugmentConfig(max_gain_db=8.0, lone_noise=0.8)
 
     def __init__(
         self, cache: Path, min_confidence: float, validation_fraction: float = VALIDATION_FRACTION

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from tests.training.distillation.test_distillation import trainer
 from tests.training.test_whisper_ctc import openai_checkpoint
+from training.distillation.augment import AugmentConfig
 from training.distillation.dataset import BLANK_ID
 from training.distillation.examples import BatchMaker, Corpus
 from training.distillation.whisper import LEAD_FRAMES, FastWhisper, WhisperCorpus
@@ -107,13 +109,26 @@ def test_the_teacher_answers_earlier(heard: WhisperCorpus, cache: Path) -> None:
 def test_loudness_varies_where_it_is_heard(heard: WhisperCorpus) -> None:
     maker = BatchMaker(heard, 60.0, 0, heard.augmentation)
     quiet = BatchMaker(heard, 60.0, 0, None)
-    heard.augmentation = type(heard.augmentation)(
+    maker.config = AugmentConfig(
         warp_probability=0, noise_probability=0, band_masks=0, time_masks_per_s=0, max_gain_db=8.0
     )
-    maker.config = heard.augmentation
     louder = (maker(0).features - quiet(0).features).abs().flatten(1).amax(dim=1)
     assert louder.max() <= 8.0 / 10.0 / 4.0 + 1e-5
     assert len(set(louder.tolist())) == len(louder)
+
+
+def test_where_nobody_speaks_nothing_is_to_be_said(heard: WhisperCorpus) -> None:
+    silent = replace(heard.augmentation, lone_noise=1.0)
+    batch = BatchMaker(heard, 4.0, 0, silent)(0)
+    plain = BatchMaker(heard, 4.0, 0, replace(silent, lone_noise=0.0))(0)
+    assert len(batch.texts) == len(batch.features) == len(plain.features) + 1
+    frames = int(batch.target_lengths[-1])
+    assert batch.texts[-1] == []
+    assert torch.all(batch.teacher[-1, :frames, BLANK_ID] == 1.0)
+    assert torch.all(batch.dense[-1] == BLANK_ID)
+    assert batch.features[-1, : int(batch.lengths[-1])].std() > 0.01
+    student = trainer(heard, size="whisper-micro")
+    assert math.isfinite(student.train_step([batch], 0.0)["posterior"])
 
 
 def test_it_goes_on_from_openais_weights(heard: WhisperCorpus, tmp_path: Path) -> None:
