@@ -1,6 +1,6 @@
 """Network -> verified bundle: export, agreement check, quantization behind its gate, manifest, model card.
 
-    python -m training.publish CHECKPOINT --name en-quartznet-small --models-dir models --card card.json \\
+    python -m training.publish CHECKPOINT --name en-whisper-tiny-ctc --models-dir models --card card.json \\
         --calibration MANIFEST --validation MANIFEST [--test MANIFEST] [--texts FILE ...] [--keep-float]
 
 `--card` names a JSON file with what no program can know: title, languages, source, licence, training data,
