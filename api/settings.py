@@ -80,7 +80,7 @@ class Settings(BaseSettings):
         Path("models"), description="Folder that holds the bundles, one folder per model."
     )
     models: Names = Field(
-        ("en-quartznet-small",),
+        ("en-whisper-tiny-ctc",),
         description="Models to load, comma list. Each costs its size in memory, twice where small.",
     )
     default_model: str = Field(

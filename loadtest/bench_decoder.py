@@ -1,7 +1,7 @@
 """Decoders on ten seconds of log-probabilities: greedy, and the beam search with 0 to 1,000 hotwords or with
 the bundle's language model.
 
-    python -m loadtest.bench_decoder [--model en-quartznet-small] [--beam 16] [--rounds 200]
+    python -m loadtest.bench_decoder [--model en-whisper-tiny-ctc] [--beam 16] [--rounds 200]
 
 The log-probabilities are a bundle's, on speech. The rows take turns, so that a machine whose speed drifts
 treats them alike. What is timed is checked: greedy against plain Python, the beam against itself without

@@ -155,6 +155,7 @@ def print_profile(name: str, found: dict[str, float]) -> None:
 def main() -> None:
     """The command."""
     parser = bundle_parser(__doc__)
+    parser.set_defaults(model="en-quartznet-small")  # our own operators are of convolutions
     parser.add_argument("--rounds", type=int, default=40)
     given = parser.parse_args()
     bundle = load_bundle(given.models_dir, given.model)

@@ -13,6 +13,6 @@ def bundle_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="en-quartznet-small", help="name of a bundle")
+    parser.add_argument("--model", default="en-whisper-tiny-ctc", help="name of a bundle")
     parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
     return parser

@@ -267,7 +267,7 @@ def run(model: str) -> dict[str, Any]:
 def main() -> int:
     """Run it; 0 when all went as it should, 1 when not, 2 where a program is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="en-quartznet-small", help="bundle under ASR_MODELS_DIR")
+    parser.add_argument("--model", default="en-whisper-tiny-ctc", help="bundle under ASR_MODELS_DIR")
     try:
         outcome = run(parser.parse_args().model)
     except MissingProgramError as missing:

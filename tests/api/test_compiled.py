@@ -32,7 +32,7 @@ from api.ctc import FUSED_ARGMAX_MAX_VOCABULARY, greedy
 from api.hotwords import build_hotwords
 from pathlib import Path
 
-bundle = load_bundle(Path("models"), "en-quartznet-small")
+bundle = load_bundle(Path("models"), "en-whisper-tiny-ctc")
 size, blank = len(bundle.vocabulary), bundle.vocabulary.blank_id
 rng = np.random.default_rng(5)
 digest = hashlib.sha256()
@@ -105,7 +105,7 @@ from api import beam, ctc, prefix_search
 from api.bundle import load_bundle
 from api.registry import _warm_decoder
 
-_warm_decoder(load_bundle(Path("models"), "en-quartznet-small"))
+_warm_decoder(load_bundle(Path("models"), "en-whisper-tiny-ctc"))
 loops = (ctc._argmax, ctc._collapse, ctc._viterbi, prefix_search._search, prefix_search._spell)
 print(all(loop.signatures for loop in loops))
 """

@@ -59,7 +59,7 @@ def edits(found: Sequence[str], expected: Sequence[str]) -> int:
     return row[-1]
 
 
-@pytest_asyncio.fixture(params=["en-quartznet-small", "en-quartznet15x5"])
+@pytest_asyncio.fixture(params=["en-whisper-tiny-ctc", "en-quartznet-small", "en-quartznet15x5"])
 async def service(request: pytest.FixtureRequest) -> AsyncIterator[Service]:
     folder = model_dir(request.param)
     settings = Settings(models_dir=folder, models=(request.param,), calibrate=False, workers=2)

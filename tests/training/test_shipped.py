@@ -1,4 +1,4 @@
-"""The model in the box, and the teacher where it was made: verified, and batched equals alone."""
+"""The models in the box, and the teacher where it was made: verified, and batched equals alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def real_clips(count: int) -> list[Waveform]:
     return [clip for clip, _ in manifest_waveforms(manifest, 16_000, count, language="en")]
 
 
-@pytest.mark.parametrize("name", ["en-quartznet-small", "en-quartznet15x5"])
+BOX = ("en-whisper-tiny-ctc", "en-quartznet-small")
+
+
+@pytest.mark.parametrize("name", [*BOX, "en-quartznet15x5"])
 def test_batched_equals_alone(name: str) -> None:
     if name not in list_bundles(MODELS):
         pytest.skip(f"{name} is not in {MODELS}")
@@ -40,15 +43,16 @@ def test_batched_equals_alone(name: str) -> None:
         assert compare(alone, run_graph(session, clips)).worst_log_prob < 1e-4, f"{name}, {graph}"
 
 
+@pytest.mark.parametrize("name", BOX)
 @pytest.mark.parametrize("beam", [None, 0])
-async def test_the_model_in_the_box_makes_no_text_of_noise(beam: int | None) -> None:
+async def test_a_model_in_the_box_makes_no_text_of_noise(beam: int | None, name: str) -> None:
     """Silence and steady noise never reach it; of noise that swells one clip in a hundred reads as a word."""
-    if "en-quartznet-small" not in list_bundles(MODELS):
-        pytest.skip("en-quartznet-small is not in models/")
+    if name not in list_bundles(MODELS):
+        pytest.skip(f"{name} is not in {MODELS}")
     generator = np.random.default_rng(0)
     swell = 1 + 0.9 * np.sin(2 * np.pi * 2.3 * np.arange(32_000) / 16_000)
     levels = [0.0, *np.geomspace(1e-4, 0.05, 20)]
-    settings = Settings(models_dir=MODELS, models=("en-quartznet-small",), calibrate=False, workers=2)
+    settings = Settings(models_dir=MODELS, models=(name,), calibrate=False, workers=2)
     async with open_service(settings) as service:
 
         async def text(samples: np.ndarray) -> str:
