@@ -40,7 +40,7 @@ RECIPES: dict[str, tuple[type[Recipe], str, str]] = {
         "{options: {groups: [[48, 11], [48, 13]], blocks_per_group: 1, repeat: 2, stem: [48, 11],"
         " tail: [64, 15], last_filters: 96}}",
     ),
-    "whisper_ctc": (WhisperCtcRecipe, "vi", "{{base: {base}}}"),
+    "whisper_ctc": (WhisperCtcRecipe, "vi", "{{base: {base}, length: 'true'}}"),
     "wav2vec2_ctc": (Wav2Vec2Recipe, "tr", "{{base: {base}}}"),
     "conformer_ctc": (
         ConformerRecipe,

@@ -405,6 +405,22 @@ def test_openais_own_file_is_a_base_whose_outputs_are_characters(
     assert main(WhisperCtcRecipe, ["all", *arguments]) == 0
 
 
+@pytest.mark.parametrize(
+    ("model", "fixed"),
+    [
+        ("base: any", True),
+        ("base: any, frozen_encoder: false", False),
+        ("shape: {width: 32, layers: 1, heads: 2, inner: 64}", False),
+        ("base: any, length: 'true'", False),
+        ("base: any, frozen_encoder: false, length: fixed30", True),
+    ],
+)
+def test_a_frozen_encoder_hears_what_it_was_trained_on(tmp_path: Path, model: str, fixed: bool) -> None:
+    text = FROM_RANDOM.format(manifest=tmp_path / "manifest.jsonl")
+    (tmp_path / "config.yaml").write_text(re.sub("(?m)^model: .*$", f"model: {{{model}}}", text))
+    assert WhisperCtcRecipe(load_config(tmp_path / "config.yaml", [])).settings.fixed is fixed
+
+
 def test_a_file_of_another_kind_is_no_base(tmp_path: Path) -> None:
     torch.save({"model_state_dict": {"encoder.conv1.weight": torch.ones(4, 3, 3)}}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"other\.pt: not a Whisper checkpoint of OpenAI's"):

@@ -51,10 +51,19 @@ class WhisperCtcSettings(Section):
         default=None, ge=1, description="Hidden width of the head; default: encoder's."
     )
     frozen_encoder: bool = Field(default=True, description="Only the head learns.")
-    length: Literal["true", "fixed30"] = Field(
-        default="true", description="Run on the audio's own length, or on 30 padded seconds as Whisper does."
+    length: Literal["true", "fixed30"] | None = Field(
+        default=None,
+        description="Run on the audio's own length, or on 30 padded seconds as Whisper does. Default: padded "
+        "where the encoder is frozen, which knows nothing else, on the own length where it learns.",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the network runs on 30 padded seconds."""
+        if self.length is None:
+            return self.frozen_encoder and self.shape is None
+        return self.length == "fixed30"
 
 
 class WhisperCtcRecipe(Recipe):
@@ -90,7 +99,7 @@ class WhisperCtcRecipe(Recipe):
             config,
             len(codec.vocabulary),
             hidden=head_shape(published)[0] if published is not None else self.settings.head_width,
-            fixed=self.settings.length == "fixed30",
+            fixed=self.settings.fixed,
             dropout=self.settings.dropout,
             augment=self.config.augment.features if self.config.augment else None,
         )
