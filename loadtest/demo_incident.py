@@ -29,6 +29,7 @@ import numpy as np
 import yaml
 
 from loadtest.clips import speech, wav_clip
+from loadtest.command import DEFAULT_MODEL
 from loadtest.local_stack import MONITORING, LocalStack, MissingProgramError, PrometheusApi
 from loadtest.processes import NotReadyError
 
@@ -267,7 +268,7 @@ def run(model: str) -> dict[str, Any]:
 def main() -> int:
     """Run it; 0 when all went as it should, 1 when not, 2 where a program is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="en-whisper-tiny-ctc", help="bundle under ASR_MODELS_DIR")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="bundle under ASR_MODELS_DIR")
     try:
         outcome = run(parser.parse_args().model)
     except MissingProgramError as missing:
