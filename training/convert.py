@@ -29,7 +29,7 @@ from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.bundle_writer import Card, Measurements, check_card, write_bundle
 from training.config import RunConfig
 from training.errors import CheckpointError, ConfigError, Int8RefusedError, in_one_line
-from training.exported import Exported, exported_transformer, ways_of
+from training.exported import Exported, exported_transformer, exported_whisper, ways_of
 from training.graph import fits_one_file
 from training.inference import Waveform
 from training.nemo_import import exported_nemo
@@ -100,7 +100,6 @@ def from_whisper(weights: Path, *, fixed: bool = True) -> Exported:
     """
     from transformers import WhisperConfig
 
-    from training.recipes.whisper_ctc.export import export_graph
     from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc, head_shape, read_published
     from training.tokenizer import ByteLevelCodec, load_tokenizer
 
@@ -111,16 +110,7 @@ def from_whisper(weights: Path, *, fixed: bool = True) -> Exported:
     network = WhisperCtc(encoder, outputs, hidden=hidden, fixed=fixed)
     fill(network, state)
     vocabulary = ByteLevelCodec(load_tokenizer(str(weights.parent)), outputs).vocabulary
-    graph = export_graph(network.eval())
-    return exported_transformer(
-        network,
-        graph,
-        vocabulary,
-        frame_stride_s=0.02,
-        max_window_s=MAX_WINDOW_S,
-        min_samples=400,
-        text_normalisation=("nfc",),
-    )
+    return exported_whisper(network.eval(), vocabulary, ("nfc",))
 
 
 def from_whisper_with_decoder(weights: Path, languages: Sequence[str]) -> Exported:

@@ -17,6 +17,9 @@ from training.errors import QualityGateError
 from training.export import AGREEMENT_TOLERANCE, MIN_SAMPLES
 from training.graph import as_file, fits_one_file
 from training.inference import Waveform, compare, cpu_session, run_graph
+from training.recipes.whisper_ctc.export import export_graph as export_whisper
+from training.recipes.whisper_ctc.model import FRAME_STRIDE_S, MAX_WINDOW_S, WhisperCtc
+from training.recipes.whisper_ctc.model import MIN_SAMPLES as WHISPER_MIN_SAMPLES
 from training.torch_inference import Forward, run_torch
 from training.transformer_quantize import candidates, dynamic_candidates, exact_candidates
 from training.vocabulary import casing_steps
@@ -118,6 +121,27 @@ def exported_conformer(
         min_samples=MIN_SAMPLES,
         text_normalisation=casing_steps(vocabulary),
         sample_rate_hz=model.frontend.config.sample_rate_hz,
+        exact_batches=exact_batches,
+    )
+
+
+def exported_whisper(
+    model: WhisperCtc,
+    vocabulary: Vocabulary,
+    text_normalisation: tuple[str, ...],
+    max_window_s: float = MAX_WINDOW_S,
+    *,
+    exact_batches: bool = False,
+) -> Exported:
+    """A Whisper encoder with a CTC head; its window is at most what it has positions for."""
+    return exported_transformer(
+        model,
+        export_whisper(model),
+        vocabulary,
+        frame_stride_s=FRAME_STRIDE_S,
+        max_window_s=min(max_window_s, MAX_WINDOW_S),
+        min_samples=WHISPER_MIN_SAMPLES,
+        text_normalisation=text_normalisation,
         exact_batches=exact_batches,
     )
 

@@ -33,14 +33,13 @@ from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import ConfigError, in_one_line
 from training.evaluate import bundle_recogniser, error_rates, plainly, recognise_all
 from training.export import MIN_SAMPLES, check_agreement, export_graph
-from training.exported import Exported, exported_conformer, exported_transformer
+from training.exported import Exported, exported_conformer, exported_whisper
 from training.graph import fits_one_file
 from training.inference import cpu_session, quiet_run_s
 from training.ngram import fit_texts
 from training.provenance import hardware
 from training.quantize import Gate, Outcome, quantize, static_convolutions
 from training.recipes.quartznet_ctc.model import QuartzNet
-from training.recipes.whisper_ctc.export import export_graph as export_whisper
 from training.recipes.whisper_ctc.model import WhisperCtc
 from training.text import plain_normaliser
 from training.vocabulary import casing_steps
@@ -96,16 +95,8 @@ def exported_checkpoint(checkpoint: Checkpoint, max_window_s: float = 20.0) -> E
     if isinstance(model, QuartzNet):
         return _exported_quartznet(model, checkpoint, max_window_s)
     if isinstance(model, WhisperCtc):
-        return exported_transformer(
-            model,
-            export_whisper(model),
-            checkpoint.vocabulary,
-            frame_stride_s=0.02,
-            max_window_s=min(max_window_s, 30.0),
-            min_samples=400,
-            text_normalisation=casing_steps(checkpoint.vocabulary),
-            exact_batches=True,
-        )
+        steps = casing_steps(checkpoint.vocabulary)
+        return exported_whisper(model, checkpoint.vocabulary, steps, max_window_s, exact_batches=True)
     from training.conformer_graph import export_graph as export_conformer
 
     graph = export_conformer(model, tables=False)

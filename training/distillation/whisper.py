@@ -21,7 +21,7 @@ from training.distillation.dataset import BLANK_ID, VALIDATION_FRACTION
 from training.distillation.examples import Corpus
 from training.masks import frame_mask
 from training.recipes.quartznet_ctc.model import CtcOutput
-from training.recipes.whisper_ctc.frontend import FLOOR, WhisperLogMel, in_range
+from training.recipes.whisper_ctc.frontend import FLOOR, WhisperLogMel, own_in_range
 from training.recipes.whisper_ctc.model import WhisperCtc
 from training.transformer import Attention, EncoderLayer
 
@@ -61,9 +61,7 @@ class WhisperCorpus(Corpus):
     @staticmethod
     def normalise(values: Tensor, lengths: Tensor) -> Tensor:
         """Natural logarithms (B,T,F) as Whisper wants them; zeros beyond each item's frames."""
-        own = frame_mask(lengths, values.shape[1])[:, :, None]
-        log_mel = (values / LN_10).clamp(min=math.log10(FLOOR))
-        return in_range(torch.where(own, log_mel, log_mel.new_tensor(math.log10(FLOOR)))) * own
+        return own_in_range((values / LN_10).clamp(min=math.log10(FLOOR)), lengths)
 
 
 def _convolved(values: Tensor, module: nn.Conv1d) -> Tensor:

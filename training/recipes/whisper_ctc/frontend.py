@@ -43,6 +43,12 @@ def in_range(log_mel: Tensor) -> Tensor:
     return (torch.maximum(log_mel, log_mel.amax(dim=(1, 2), keepdim=True) - RANGE) + 4.0) / 4.0
 
 
+def own_in_range(log_mel: Tensor, counts: Tensor) -> Tensor:
+    """The same of each item's own frames only (batch,); zeros beyond."""
+    own = frame_mask(counts, log_mel.shape[1])[:, :, None]
+    return in_range(torch.where(own, log_mel, log_mel.new_tensor(np.log10(FLOOR)))) * own
+
+
 class WhisperLogMel(nn.Module):
     """Waveform in, features out; nothing to train."""
 
@@ -68,10 +74,7 @@ class WhisperLogMel(nn.Module):
             true lengths the features are zero beyond an item; `fixed` gives 3000 frames of 30 padded seconds.
         """
         log_mel, counts = self.log_mel(waveform, lengths)
-        if self.fixed:
-            return in_range(log_mel), counts
-        inside = frame_mask(counts, log_mel.shape[1])[:, :, None]
-        return in_range(torch.where(inside, log_mel, log_mel.new_tensor(np.log10(FLOOR)))) * inside, counts
+        return in_range(log_mel) if self.fixed else own_in_range(log_mel, counts), counts
 
     def log_mel(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Decadic logarithms of the energies (batch, frames, bands), and frames (batch,); as `forward`."""

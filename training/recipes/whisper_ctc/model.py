@@ -23,6 +23,10 @@ from training.recipes.whisper_ctc.frontend import WhisperLogMel
 from training.restricted_pickle import load_state_dict
 from training.transformer import EncoderLayer, check_heads, key_bias
 
+FRAME_STRIDE_S = 0.02
+MAX_WINDOW_S = 30.0
+"""There are positions for no more."""
+MIN_SAMPLES = 400
 HEAD_WIDTH = 64
 OPENAI_NAMES = {
     "positional_embedding": "embed_positions.weight",

@@ -15,6 +15,9 @@ from training.config import Section
 from training.pretrained import fill, from_hub
 from training.recipes.whisper_ctc.export import export_graph
 from training.recipes.whisper_ctc.model import (
+    FRAME_STRIDE_S,
+    MAX_WINDOW_S,
+    MIN_SAMPLES,
     EncoderConfig,
     WhisperCtc,
     head_shape,
@@ -89,7 +92,7 @@ class WhisperCtcRecipe(Recipe):
 
     def facts(self) -> Facts:
         """20 ms per frame, 30 s of positions."""
-        return Facts(frame_stride_s=0.02, max_window_s=30.0, min_samples=400, longest_s=30.0)
+        return Facts(FRAME_STRIDE_S, MAX_WINDOW_S, MIN_SAMPLES, longest_s=MAX_WINDOW_S)
 
     def network(self, codec: TokenCodec) -> nn.Module:
         """The base's encoder with a new head, or encoder and head of a published checkpoint."""

@@ -100,7 +100,7 @@ class WhisperSeq2SeqRecipe(Recipe):
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.settings.base, self.settings.revision)
 
-    def _prompt(self, tokenizer: Any, generation: Any) -> Prompt:
+    def _prompt(self, codec: ByteLevelCodec, generation: Any) -> Prompt:
         """`generation`: the checkpoint's GenerationConfig. Raises ConfigError."""
         base, language = self.settings.base, self.config.language
         names = [f"<|{language}|>", "<|transcribe|>"]
@@ -109,16 +109,16 @@ class WhisperSeq2SeqRecipe(Recipe):
                 raise ConfigError(f"{base} knows English only, not {language}")
             names = []  # its tokenizer has these tokens, but it never saw them
         names = ["<|startoftranscript|>", *names, "<|notimestamps|>"]
-        known = tokenizer.get_vocab()
+        known = codec.tokenizer.get_vocab()
         if missing := [name for name in names if name not in known]:
             raise ConfigError(f"the tokenizer of {base} has no {missing[0]}")
-        end = int(tokenizer.eos_token_id)
+        end = codec.vocabulary.blank_id
         outputs = range(self._config.vocab_size)
         said, first = (
             {token for token in given or () if token in outputs}
             for given in (generation.suppress_tokens, generation.begin_suppress_tokens)
         )
-        control = self.codec().vocabulary.special_ids | said
+        control = codec.vocabulary.special_ids | said
         return Prompt(
             tuple(known[name] for name in names),
             end,
@@ -164,7 +164,7 @@ class WhisperSeq2SeqRecipe(Recipe):
         network = WhisperSeq2Seq(
             EncoderConfig.from_transformers(base.config),
             DecoderConfig.from_transformers(base.config),
-            self._prompt(self._tokenizer(), base.generation_config),
+            self._prompt(self.codec(), base.generation_config),
             fixed=self.settings.length == "fixed30",
             dropout=self.settings.dropout,
             augment=self.config.augment.features if self.config.augment else None,
