@@ -39,8 +39,8 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
         return name
 
-    def ints(self, name: str, values: Sequence[int]) -> str:
-        """An int64 vector; the same name twice is the same constant."""
+    def ints(self, name: str, values: npt.ArrayLike) -> str:
+        """An int64 tensor; the same name twice is the same constant."""
         return self._constant(name, np.asarray(values, dtype=np.int64))
 
     def floats(self, name: str, value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 from torch import nn
 
 from training.graph import GraphBuilder
@@ -73,12 +74,11 @@ def add_features(graph: GraphBuilder, bands: int, *, fixed: bool) -> tuple[str, 
         for index, (start, end) in enumerate(zip(starts, ends, strict=True))
     ]
     stacked = graph.add("Concat", parts, "frontend.stacked", axis=2)
-    spectrum = graph.add(
-        "MatMul", [stacked, graph.weights("frontend.bases", frontend.bases())], "frontend.spectrum"
-    )
+    spectrum = graph.add("MatMul", [stacked, _add_bases(graph)], "frontend.spectrum")
     squares = graph.add("Mul", [spectrum, spectrum], "frontend.squares")
-    both = np.concatenate([frontend.filters(bands)] * 2)
-    energies = graph.add("MatMul", [squares, graph.weights("frontend.filters", both)], "frontend.energies")
+    filters = graph.weights("frontend.filters", frontend.filters(bands))
+    both = graph.add("Concat", [filters, filters], "frontend.filters_of_both", axis=0)
+    energies = graph.add("MatMul", [squares, both], "frontend.energies")
     floored = graph.add("Max", [energies, graph.floats("frontend.floor", frontend.FLOOR)], "frontend.floored")
     natural = graph.add("Log", [floored], "frontend.natural_log")
     log_mel = graph.add(
@@ -101,6 +101,28 @@ def add_features(graph: GraphBuilder, bands: int, *, fixed: bool) -> tuple[str, 
     if not fixed:
         features = graph.add("Mul", [features, inside], "frontend.features_own")
     return features, counts
+
+
+def _add_bases(graph: GraphBuilder) -> str:
+    """`frontend.bases()` from angles that are whole multiples of one: stored it would be 0.8 MB.
+
+    ONNX Runtime computes it once, as it loads the graph.
+    """
+    half = frontend.FFT // 2 + 1
+    samples = graph.ints("frontend.sample_column", np.arange(frontend.FFT)[:, None])
+    bins = graph.ints("frontend.bin_row", np.arange(half)[None, :])
+    turns = graph.add("Mul", [samples, bins], "frontend.turns")
+    turns = graph.add("Mod", [turns, graph.ints("frontend.turn", [frontend.FFT])], "frontend.turns_within")
+    counted = graph.add("Cast", [turns], "frontend.turns_float", to=TensorProto.FLOAT)
+    step = graph.floats("frontend.angle", 2.0 * np.pi / frontend.FFT)
+    angles = graph.add("Mul", [counted, step], "frontend.angles")
+    waves = [graph.add(kind, [angles], f"frontend.{kind.lower()}") for kind in ("Cos", "Sin")]
+    both = graph.add("Concat", waves, "frontend.waves", axis=1)
+    windowed = graph.add(
+        "Mul", [both, graph.weights("frontend.hann", frontend.hann()[:, None])], "frontend.windowed"
+    )
+    pads = graph.ints("frontend.bases_pads", [0, 0, 3 * frontend.HOP - frontend.FFT, 0])
+    return graph.add("Pad", [windowed, pads], "frontend.bases")
 
 
 def add_places(graph: GraphBuilder, name: str, encoder: WhisperEncoder, values: str) -> str:

@@ -24,9 +24,15 @@ FLOOR = 1e-10
 RANGE = 8.0
 
 
+def hann() -> npt.NDArray[np.float64]:
+    """The periodic window, (400,)."""
+    found: npt.NDArray[np.float64] = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(FFT) / FFT)
+    return found
+
+
 def bases() -> npt.NDArray[np.float32]:
     """Windowed cosines and sines side by side, (480, 402): a frame is three hops, the last half used."""
-    window = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(FFT) / FFT)
+    window = hann()
     angles = 2.0 * np.pi * np.arange(FFT)[:, None] * np.arange(FFT // 2 + 1)[None, :] / FFT
     both = np.concatenate([window[:, None] * np.cos(angles), window[:, None] * np.sin(angles)], axis=1)
     return np.concatenate([both, np.zeros((3 * HOP - FFT, both.shape[1]))]).astype(np.float32)
