@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ import onnxruntime
 from pydantic import ValidationError
 
 from api.errors import BundleError
-from api.manifest import GraphName, Manifest
+from api.manifest import GraphChoice, GraphName, Manifest
 from api.ngram import NgramModel, load_table, weigh
 from api.vocabulary import Vocabulary, WordSpan
 
@@ -73,7 +73,7 @@ class Bundle:
         entry = self.manifest.language_model
         return entry.beam if entry is not None else 0
 
-    def choose_graph(self, wanted: Literal["auto", "int8", "float32"] = "auto") -> GraphName:
+    def choose_graph(self, wanted: GraphChoice = "auto") -> GraphName:
         """The graph to load; `auto` is the manifest's default. Raises BundleError where it is not there."""
         if wanted == "auto":
             return self.manifest.default_graph
@@ -84,7 +84,7 @@ class Bundle:
             )
         return wanted
 
-    def graph_path(self, wanted: Literal["auto", "int8", "float32"] = "auto") -> Path:
+    def graph_path(self, wanted: GraphChoice = "auto") -> Path:
         """Where the chosen graph lies."""
         return self.path / self.manifest.graphs[self.choose_graph(wanted)].file
 

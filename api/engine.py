@@ -32,6 +32,7 @@ from api.batching import BatchLimits, bucket_of
 from api.bundle import Bundle, check_outputs, check_session
 from api.errors import BundleError, InferenceError, SettingsError
 from api.kernels import Kernels, open_sessions
+from api.manifest import GraphChoice
 
 log = structlog.get_logger("api.engine")
 
@@ -84,7 +85,7 @@ class Engine:
         self,
         bundle: Bundle,
         *,
-        graph: Literal["auto", "int8", "float32"] = "auto",
+        graph: GraphChoice = "auto",
         provider: ProviderName = "auto",
         threads: int = 1,
         wide_threads: int = 0,

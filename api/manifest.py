@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.vocabulary import SPACE_MARK, VocabularyKind
 
-GraphName = Literal["int8", "float32"]
+GraphName = Literal["int8", "int4", "float32"]
+GraphChoice = Literal["auto", "int8", "int4", "float32"]
+"""`auto`: the manifest's default."""
 FileName = Annotated[str, Field(min_length=1, max_length=100)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2}$")]

@@ -50,7 +50,7 @@ class LoadedModel:
 
     @property
     def graph(self) -> str:
-        """``int8`` or ``float32``."""
+        """``int8``, ``int4`` or ``float32``."""
         return self.engine.graph
 
     @property

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from api.errors import SettingsError
 from api.keys import ApiKey
+from api.manifest import GraphChoice
 
 MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
@@ -87,9 +88,9 @@ class Settings(BaseSettings):
         "",
         description="Model that answers when none is named, and `whisper-1`; empty: the first of ASR_MODELS.",
     )
-    graph: Literal["auto", "int8", "float32"] = Field(
+    graph: GraphChoice = Field(
         "auto",
-        description="Graph of the bundle to load; auto takes the manifest's default (int8 where it won).",
+        description="Graph of the bundle to load; auto takes the manifest's default, the smallest that won.",
     )
     provider: Literal["auto", "cpu", "cuda", "openvino"] = Field(
         "auto",

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from api.bundle import Bundle, load_bundle
+from api.manifest import GraphName
 from api.vocabulary import Vocabulary
 from training.arguments import positive
 from training.calibration import manifest_waveforms
@@ -159,8 +160,12 @@ def benchmark(
         torch_form("PyTorch float32", size_bytes, checkpoint.forward()),
         onnx_form("ONNX float32", float_graph, threads),
     ]
-    if "int8" in graphs:
-        forms.append(onnx_form("ONNX INT8", bundle.graph_path("int8"), threads))
+    small: tuple[GraphName, ...] = ("int8", "int4")
+    forms += [
+        onnx_form(f"ONNX {name.upper()}", bundle.graph_path(name), threads)
+        for name in small
+        if name in graphs
+    ]
     return side_by_side(
         forms,
         clips,

@@ -30,7 +30,11 @@ from training.errors import ConfigError
 from training.files import written_whole
 from training.provenance import git_commit
 
-GRAPH_FILES: Mapping[GraphName, str] = {"int8": "model.int8.onnx", "float32": "model.onnx"}
+GRAPH_FILES: Mapping[GraphName, str] = {
+    "int8": "model.int8.onnx",
+    "int4": "model.int4.onnx",
+    "float32": "model.onnx",
+}
 VOCABULARY_FILE = "vocab.txt"
 LANGUAGE_MODEL_FILE = "ngram.npz"
 

@@ -48,7 +48,17 @@ def quantize_products(model: onnx.ModelProto, chosen: Collection[str]) -> None:
         kept = [_copy(node) for node in nodes]
         del graph.node[:]
         graph.node.extend(kept)
-    weights.forget_unused(model.graph)
+    forget_unused(model.graph, weights.done)
+
+
+def forget_unused(graph: onnx.GraphProto, names: Collection[str]) -> None:
+    """Drop those of the named constants that nothing reads any more."""
+    uses = Counter(name for inner in graphs_of(graph) for node in inner.node for name in node.input)
+    uses.update(output.name for inner in graphs_of(graph) for output in inner.output)
+    unused = {name for name in names if not uses[name]}
+    for index in range(len(graph.initializer) - 1, -1, -1):
+        if graph.initializer[index].name in unused:
+            del graph.initializer[index]
 
 
 def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
@@ -102,11 +112,3 @@ class _Weights:
             quantized, scale, zero_point = made
             self.done[name] = quantized, scale, zero_point
         return self.done[name]
-
-    def forget_unused(self, graph: onnx.GraphProto) -> None:
-        """Drop the float weights that nothing reads any more."""
-        uses = Counter(name for inner in graphs_of(graph) for node in inner.node for name in node.input)
-        uses.update(output.name for inner in graphs_of(graph) for output in inner.output)
-        for name in sorted(self.done, key=lambda name: self.places[name], reverse=True):
-            if not uses[name]:
-                del graph.initializer[self.places[name]]

@@ -1,6 +1,6 @@
 """Word and character error rates of a bundle's graph, with the service's own vocabulary and decoding.
 
-python -m training.evaluate MODELS_DIR NAME --manifest MANIFEST [--graph int8|float32] [--beam N] [--limit N]
+python -m training.evaluate MODELS_DIR NAME --manifest MANIFEST [--graph GRAPH] [--beam N] [--limit N]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import jiwer
 import numpy as np
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from api.bundle import Bundle, load_bundle
 from api.ctc import greedy
 from api.decoding import decode
+from api.manifest import GraphChoice
 from api.vocabulary import Vocabulary
 from training.arguments import positive
 from training.calibration import manifest_waveforms
@@ -196,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("models_dir", type=Path)
     parser.add_argument("name")
     parser.add_argument("--manifest", type=Path, required=True)
-    parser.add_argument("--graph", choices=["auto", "int8", "float32"], default="auto")
+    parser.add_argument("--graph", choices=get_args(GraphChoice), default="auto")
     parser.add_argument("--beam", type=int, help="0 is greedy; default: the bundle's own way")
     parser.add_argument(
         "--limit", type=positive, help="at most this many utterances, spread over the manifest"

@@ -55,6 +55,8 @@ class Exported:
     """Whether INT8 has to give for an item in a batch what the item alone gives."""
     text_normalisation: tuple[str, ...]
     sample_rate_hz: int = 16_000
+    form: GraphName = "int8"
+    """What the ways lead to."""
 
     def graphs(self, files: Mapping[GraphName, bytes | Path], default: GraphName) -> Graphs:
         """For the bundle."""

@@ -79,6 +79,22 @@ def add_recordings(parser: argparse.ArgumentParser, *, required: bool = False) -
     parser.add_argument("--test", type=Path, help="manifest of test sets, for manifest and card")
 
 
+def add_gate(parser: argparse.ArgumentParser, usual: Gate) -> None:
+    """Options that say what a smaller graph must reach."""
+    parser.add_argument("--min-speed", type=float, default=usual.min_speed, help="over float32")
+    parser.add_argument(
+        "--max-wer-increase",
+        type=float,
+        default=usual.max_wer_increase,
+        help="absolute, on the validation set",
+    )
+
+
+def gate_of(given: argparse.Namespace) -> Gate:
+    """What the options of `add_gate` say."""
+    return Gate(given.min_speed, given.max_wer_increase)
+
+
 def recordings_of(given: argparse.Namespace) -> Recordings:
     """What the options of `add_recordings` name. Raises FileNotFoundError."""
     for path in (given.calibration, given.validation, given.test):
@@ -152,9 +168,11 @@ def publish(
     if not made.exact_batches:
         gate = replace(gate, max_batch_difference=math.inf)
     plain = plain_normaliser(card.languages[0], card.text_normalisation)
-    outcome = quantize(graph, vocabulary, calibration, validation, gate, ways=made.ways, plain=plain)
+    outcome = quantize(
+        graph, vocabulary, calibration, validation, gate, ways=made.ways, plain=plain, form=made.form
+    )
     print(outcome.table())
-    files: dict[GraphName, bytes | Path] = {"int8": outcome.chosen.graph.SerializeToString()}
+    files: dict[GraphName, bytes | Path] = {made.form: outcome.chosen.graph.SerializeToString()}
     if keep_float and fits_one_file(graph):
         files["float32"] = graph.SerializeToString()
     notes = {
@@ -168,14 +186,14 @@ def publish(
             vocabulary,
             card.text_normalisation,
             card.languages[0],
-            files["int8"],
+            files[made.form],
             validation,
             without=_texts(recordings.test),
         )
         language_model = found.shipped()
         notes["Language model"] = found.note()
         print(found.markdown())
-    graphs = made.graphs(files, "int8")
+    graphs = made.graphs(files, made.form)
     written = Measurements(notes=notes)
     bundle = write_bundle(models_dir, name, graphs, vocabulary, card, written, language_model)
     measurements = Measurements(_evaluate(bundle, recordings.test), _speed(bundle), notes)
@@ -264,13 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_recordings(parser, required=True)
     parser.add_argument("--max-window-s", type=float, default=20.0)
     parser.add_argument("--keep-float", action="store_true", help="ship the float32 graph as well")
-    parser.add_argument("--min-speed", type=float, default=Gate.min_speed, help="of INT8 over float32")
-    parser.add_argument(
-        "--max-wer-increase",
-        type=float,
-        default=Gate.max_wer_increase,
-        help="absolute, on the validation set",
-    )
+    add_gate(parser, Gate())
     given = parser.parse_args(arguments)
     bundle = publish(
         exported_checkpoint(load_checkpoint(given.checkpoint), given.max_window_s),
@@ -279,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         read_card(given.card),
         recordings_of(given),
         keep_float=given.keep_float,
-        gate=Gate(given.min_speed, given.max_wer_increase),
+        gate=gate_of(given),
     )
     print(f"{bundle.path}: verified")
     return 0

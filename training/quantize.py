@@ -21,6 +21,7 @@ import onnx
 from onnx import TensorProto, helper
 from tqdm import tqdm
 
+from api.manifest import GraphName
 from api.vocabulary import BLANK_TOKEN, Vocabulary
 from training.calibration import manifest_waveforms
 from training.errors import Int8RefusedError, in_one_line
@@ -130,6 +131,7 @@ class Outcome:
     float_bytes: int
     trials: tuple[Trial, ...]
     chosen: Trial
+    form: GraphName = "int8"
 
     def table(self) -> str:
         """All trials as Markdown."""
@@ -142,9 +144,9 @@ class Outcome:
         for trial in self.trials:
             mark = " (kept)" if trial is self.chosen else ""
             lines.append(
-                f"| INT8, {trial.method}{mark} | {trial.size_bytes / 1e6:.1f} | {trial.speed:.2f}x "
-                f"| {trial.rates.wer:.2%} | {trial.rates.cer:.2%} | {trial.agreement.same_best:.2%} "
-                f"| {trial.batched_worst:.1e} |"
+                f"| {self.form.upper()}, {trial.method}{mark} | {trial.size_bytes / 1e6:.1f} "
+                f"| {trial.speed:.2f}x | {trial.rates.wer:.2%} | {trial.rates.cer:.2%} "
+                f"| {trial.agreement.same_best:.2%} | {trial.batched_worst:.1e} |"
             )
         return "\n".join(lines)
 
@@ -168,6 +170,7 @@ def quantize(
     *,
     ways: Ways | None = None,
     plain: Callable[[str], str] = str,
+    form: GraphName = "int8",
 ) -> Outcome:
     """Try every way and keep the one with the lowest word error rate.
 
@@ -175,6 +178,7 @@ def quantize(
         validation: (waveform, reference) pairs; a reference may come from a teacher.
         ways: to INT8; default: static convolutions with each of `RANGE_METHODS`.
         plain: what is done to a text before it is compared with its reference.
+        form: what the ways lead to.
 
     Raises Int8RefusedError, with the table, where no INT8 graph is good enough.
     """
@@ -183,7 +187,7 @@ def quantize(
     tried = (ways or static_convolutions)(graph, calibration)
     trials = [reference.measure(method, quantized) for method, quantized in tried]
     best = min(trials, key=lambda trial: (trial.rates.wer, -trial.speed))
-    outcome = Outcome(reference.rates, weights_bytes(graph), tuple(trials), best)
+    outcome = Outcome(reference.rates, weights_bytes(graph), tuple(trials), best, form)
     problems = []
     if best.speed < gate.min_speed:
         problems.append(f"speed {best.speed:.2f}x, expected at least {gate.min_speed}x")
@@ -196,7 +200,7 @@ def quantize(
             f"batched differs from alone by {best.batched_worst:.1e}, limit {gate.max_batch_difference:.0e}"
         )
     if problems:
-        raise Int8RefusedError("INT8 is refused: " + "; ".join(problems) + "\n" + outcome.table())
+        raise Int8RefusedError(f"{form.upper()} is refused: " + "; ".join(problems) + "\n" + outcome.table())
     return outcome
 
 

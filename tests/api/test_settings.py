@@ -41,7 +41,7 @@ def test_env_example_as_an_environment_gives_the_defaults(monkeypatch: pytest.Mo
         ("ASR_PORT", "99999", ["ASR_PORT=99999", "65535"]),
         ("ASR_PORT", "eighty", ["ASR_PORT=eighty", "integer"]),
         ("ASR_MAX_UPLOAD_BYTES", "1", ["ASR_MAX_UPLOAD_BYTES=1", "1024"]),
-        ("ASR_GRAPH", "int4", ["ASR_GRAPH=int4", "int8"]),
+        ("ASR_GRAPH", "int2", ["ASR_GRAPH=int2", "int8", "int4"]),
         ("ASR_MODELS", "../../etc", ["ASR_MODELS", "not a model name"]),
         ("ASR_MODELS", "a,a", ["ASR_MODELS", "twice"]),
         ("ASR_DEFAULT_MODEL", "other", ["ASR_DEFAULT_MODEL=other", "en-whisper-tiny-ctc"]),

@@ -1,0 +1,136 @@
+"""Weights of four bits: the rounding that training hears through is the one that is served."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from training.four_bits import GROUP, halve, integers, quantize_to_four_bits, rounded
+from training.inference import cpu_session
+
+
+def test_rounding_what_is_rounded_changes_nothing() -> None:
+    weight = torch.randn(5, 2 * GROUP, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[3] = 0.0
+    once = rounded(weight)
+    torch.testing.assert_close(rounded(once), once, rtol=0, atol=0)
+    assert not once[3].any()
+    for row in once.view(-1, GROUP):
+        assert len(row.unique()) <= 16
+
+
+def test_no_value_is_off_by_more_than_half_a_step_but_at_the_short_end() -> None:
+    weight = torch.randn(64, GROUP, generator=torch.Generator().manual_seed(1))
+    _, scales = integers(weight)
+    steps = (rounded(weight) - weight).abs() / scales[:, 0].abs()
+    assert steps.max() <= 1.01, "a value of the other sign as large as the largest is cut to 7 steps"
+    assert steps.quantile(0.98) <= 0.51
+
+
+def test_a_group_is_filled_up() -> None:
+    weight = torch.randn(4, GROUP + 72, generator=torch.Generator().manual_seed(2))
+    whole, scales = integers(weight)
+    assert whole.shape == (4, 2, GROUP)
+    assert not whole[:, 1, 72:].any()
+    torch.testing.assert_close(rounded(weight)[:, :GROUP], rounded(weight[:, :GROUP]))
+    assert scales.shape == (4, 2, 1)
+
+
+def test_a_convolution_is_rounded_as_the_product_of_its_taps() -> None:
+    weight = torch.randn(6, GROUP, 3, generator=torch.Generator().manual_seed(3))
+    for tap in range(3):
+        torch.testing.assert_close(rounded(weight)[:, :, tap], rounded(weight[:, :, tap]))
+
+
+@pytest.fixture
+def model() -> onnx.ModelProto:
+    """A product and a look-up in one weight, the look-up inside a branch, and a weight that stays."""
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(2 * GROUP, 10)).astype(np.float32)
+    inner = helper.make_graph(
+        [helper.make_node("Gather", ["w", "places"], ["columns"], name="look-up", axis=1)],
+        "then",
+        [],
+        [helper.make_tensor_value_info("columns", TensorProto.FLOAT, None)],
+    )
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["w"], ["same"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("same", TensorProto.FLOAT, None)],
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"], name="product"),
+        helper.make_node("If", ["yes"], ["found"], then_branch=inner, else_branch=other),
+        helper.make_node("MatMul", ["product", "small"], ["out"], name="stays"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 2 * GROUP]),
+            helper.make_tensor_value_info("places", TensorProto.INT64, [2, 1]),
+            helper.make_tensor_value_info("yes", TensorProto.BOOL, []),
+        ],
+        [
+            helper.make_tensor_value_info("product", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("found", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("out", TensorProto.FLOAT, None),
+        ],
+        [
+            numpy_helper.from_array(weight, "w"),
+            numpy_helper.from_array(generator.normal(size=(10, 4)).astype(np.float32), "small"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_the_graph_multiplies_and_looks_up_the_rounded_weights(model: onnx.ModelProto) -> None:
+    weight = numpy_helper.to_array(model.graph.initializer[0])
+    expected = rounded(torch.from_numpy(weight.T.copy())).numpy().T
+    quantize_to_four_bits(model, {"product"})
+    feeds = {
+        "x": np.random.default_rng(1).normal(size=(3, 2 * GROUP)).astype(np.float32),
+        "places": np.array([[7], [2]]),
+        "yes": np.array(True),
+    }
+    product, found, _ = cpu_session(model.SerializeToString()).run(None, feeds)
+    np.testing.assert_allclose(found[:, :, 0], expected[:, [7, 2]], rtol=0, atol=1e-6)
+    exact = feeds["x"] @ expected
+    assert np.abs(product - exact).max() < 0.03 * np.abs(exact).std()
+    feeds["yes"] = np.array(False)
+    whole = cpu_session(model.SerializeToString()).run(["found"], feeds)[0]
+    np.testing.assert_array_equal(whole, weight, "another reader still has the float weight")
+
+
+def test_a_row_in_a_batch_gives_what_it_gives_alone(model: onnx.ModelProto) -> None:
+    quantize_to_four_bits(model, {"product"})
+    del model.graph.input[0].type.tensor_type.shape.dim[0]
+    model.graph.input[0].type.tensor_type.shape.dim.insert(0, onnx.TensorShapeProto.Dimension())
+    session = cpu_session(model.SerializeToString())
+    x = np.random.default_rng(2).normal(size=(3, 2 * GROUP)).astype(np.float32)
+    x[1] *= 100.0
+    rest = {"places": np.array([[0], [1]]), "yes": np.array(True)}
+    together = session.run(["product"], {"x": x, **rest})[0]
+    for row, values in enumerate(x):
+        alone = session.run(["product"], {"x": values[None], **rest})[0]
+        np.testing.assert_allclose(together[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_is_named_is_halved(model: onnx.ModelProto) -> None:
+    halve(model, {"small"})
+    types = {tensor.name: numpy_helper.to_array(tensor).dtype for tensor in model.graph.initializer}
+    assert types == {"w": np.float32, "small_half": np.float16}
+    feeds = {"x": np.ones((3, 2 * GROUP), np.float32), "places": np.array([[0], [1]]), "yes": np.array(True)}
+    out = cpu_session(model.SerializeToString()).run(["out"], feeds)[0]
+    assert out.dtype == np.float32
+
+
+def test_a_look_up_that_is_none_of_columns_is_refused(model: onnx.ModelProto) -> None:
+    gather = model.graph.node[1].attribute[1].g.node[0]
+    gather.attribute[0].i = 0
+    with pytest.raises(ValueError, match="look-up: only whole columns"):
+        quantize_to_four_bits(model, {"product"})

@@ -1,0 +1,176 @@
+"""Weights of four bits: the same rounding for networks that learn with it and for graphs that are served.
+
+A matrix (outputs, inputs) is cut into groups of `GROUP` inputs. A group has one float16 scale and integers
+from -8 to 7; its largest magnitude is -8, so rounding what is rounded already changes nothing. In a graph the
+products become ONNX Runtime's ``MatMulNBits``, which also rounds what it is given to 8 bits, each row and
+group by its own scale: an item in a batch gives what it gives alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+from torch.nn import functional
+
+from training.dynamic_int8 import forget_unused, graphs_of
+
+GROUP = 128
+LOWEST = -8
+HIGHEST = 7
+DOMAIN = "com.microsoft"
+"""Of the operators that are ONNX Runtime's own."""
+INT8_ACTIVATIONS = 4
+"""`accuracy_level` of MatMulNBits: sums of 8-bit products."""
+
+
+def integers(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(outputs, inputs) -> whole numbers (outputs, groups, GROUP) and scales (outputs, groups, 1), float32.
+
+    The last group is filled up with zeros; a scale has no more digits than float16.
+    """
+    missing = -weight.shape[1] % GROUP
+    groups = functional.pad(weight, (0, missing)).reshape(len(weight), -1, GROUP)
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scales = (largest / LOWEST).half().float()
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
+    return (groups * inverse).round_().clamp_(LOWEST, HIGHEST), scales
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """A matrix (outputs, inputs), or a convolution (outputs, inputs, taps), with the values that are served.
+
+    A convolution is served as the product of its taps, which stand side by side.
+    """
+    with torch.no_grad():
+        if weight.ndim == 3:
+            taps = weight.permute(0, 2, 1)
+            return rounded(taps.reshape(len(taps), -1)).view(taps.shape).permute(0, 2, 1)
+        whole, scales = integers(weight)
+        return (whole * scales).flatten(1)[:, : weight.shape[1]]
+
+
+def quantize_to_four_bits(model: onnx.ModelProto, chosen: Collection[str]) -> None:
+    """Give the MatMul nodes with these names, and the look-ups in their weights, weights of four bits."""
+    weights = _Weights(model.graph)
+    for graph in graphs_of(model.graph):
+        products = [node for node in graph.node if node.op_type == "MatMul" and node.name in chosen]
+        for node in products:
+            weights.pack(node.input[1])
+    for graph in graphs_of(model.graph):
+        nodes: list[onnx.NodeProto] = []
+        for node in graph.node:
+            if node.op_type == "MatMul" and node.name in chosen:
+                nodes.append(weights.product(node))
+            elif node.op_type == "Gather" and node.input[0] in weights.packed:
+                nodes += weights.look_up(node)
+            else:
+                copied = onnx.NodeProto()
+                copied.CopyFrom(node)
+                nodes.append(copied)
+        del graph.node[:]
+        graph.node.extend(nodes)
+    forget_unused(model.graph, weights.packed)
+    _prepend(model.graph, weights.casts)
+    if not any(entry.domain == DOMAIN for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def halve(model: onnx.ModelProto, chosen: Collection[str]) -> None:
+    """Store the float32 constants with these names in float16; ONNX Runtime widens them as it loads."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.name in chosen:
+            name, values = tensor.name, numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
+            casts.append(cast_to_float(f"{name}_half", name))
+    _prepend(model.graph, casts)
+
+
+def cast_to_float(source: str, name: str) -> onnx.NodeProto:
+    """A node that widens a constant."""
+    return helper.make_node("Cast", [source], [name], name=name, to=TensorProto.FLOAT)
+
+
+def _prepend(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*nodes, *graph.node)]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+class _Weights:
+    """Constants of the outer graph; inner graphs see them too."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.places = {tensor.name: index for index, tensor in enumerate(graph.initializer)}
+        self.packed: dict[str, tuple[int, int]] = {}
+        """Inputs and outputs of each weight that has been packed."""
+        self.casts: list[onnx.NodeProto] = []
+
+    def pack(self, name: str) -> None:
+        """Add a weight's integers (outputs, groups, GROUP / 2), two in a byte, and its scales."""
+        if name in self.packed:
+            return
+        values = torch.from_numpy(numpy_helper.to_array(self.graph.initializer[self.places[name]]).T.copy())
+        whole, scales = integers(values)
+        raised = (whole - LOWEST).to(torch.uint8).numpy()
+        pairs: npt.NDArray[np.uint8] = raised[..., 0::2] | (raised[..., 1::2] << 4)
+        self.graph.initializer.extend(
+            [
+                numpy_helper.from_array(pairs, f"{name}_packed"),
+                numpy_helper.from_array(scales[..., 0].half().numpy(), f"{name}_scales_half"),
+            ]
+        )
+        self.casts.append(cast_to_float(f"{name}_scales_half", f"{name}_scales"))
+        self.packed[name] = (values.shape[1], values.shape[0])
+
+    def product(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """(..., inputs) -> (..., outputs)."""
+        source, weight = node.input
+        inputs, outputs = self.packed[weight]
+        return helper.make_node(
+            "MatMulNBits",
+            [source, f"{weight}_packed", f"{weight}_scales"],
+            list(node.output),
+            name=node.name,
+            domain=DOMAIN,
+            K=inputs,
+            N=outputs,
+            bits=4,
+            block_size=GROUP,
+            accuracy_level=INT8_ACTIVATIONS,
+        )
+
+    def look_up(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Columns (inputs, n, 1) of a weight (inputs, outputs), as Gather gives those at places (n, 1)."""
+        weight, places = node.input
+        inputs, outputs = self.packed[weight]
+        axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
+        if axis != 1 or inputs % GROUP:
+            raise ValueError(f"{node.name}: only whole columns of {GROUP} weights and its multiples")
+        name = node.name
+        rows = np.array([outputs, inputs // 2], np.int64)
+        self.graph.initializer.append(numpy_helper.from_array(rows, f"{name}.rows"))
+        return [
+            helper.make_node(
+                "Reshape", [f"{weight}_packed", f"{name}.rows"], [f"{name}.table"], name=f"{name}.table"
+            ),
+            helper.make_node(
+                "GatherBlockQuantized",
+                [f"{name}.table", places, f"{weight}_scales"],
+                [f"{name}.found"],
+                name=f"{name}.found",
+                domain=DOMAIN,
+                bits=4,
+                block_size=GROUP,
+                gather_axis=0,
+                quantize_axis=1,
+            ),
+            helper.make_node("Transpose", [f"{name}.found"], list(node.output), name=name, perm=[2, 0, 1]),
+        ]
