@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import load_checkpoint
-from training.distillation.evaluate import settle
-from training.distillation.examples import Batch, Corpus
+from training.distillation.evaluate import settle, validate
+from training.distillation.examples import Batch, BatchMaker, Corpus
 from training.distillation.label import COMPONENTS
 from training.distillation.muon import Muon
 from training.distillation.student import Distiller, LossWeights, mix, student_of_size, total_loss
@@ -71,6 +71,8 @@ class Trainer:
         self.average = copy.deepcopy(self.distiller).requires_grad_(False)
         self.pool = ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,))
         self.optimisers = self._optimisers()
+        augmentation = corpus.augmentation if config.augment else None
+        self.maker = BatchMaker(corpus, config.batch_s, config.seed, augmentation)
         self.step, self.elapsed_s, self.audio_s, self.best_wer = 0, 0.0, 0.0, math.inf
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
@@ -92,6 +94,19 @@ class Trainer:
             wide = [named[name] for name in sorted(matrices)]
             found.append(Muon(wide, config.learning_rate, 0.95, config.weight_decay, self.pool))
         return found
+
+    def batches(self, step: int) -> list[Batch]:
+        """One per worker."""
+        workers = self.config.workers
+        return [self.maker(step * workers + worker) for worker in range(workers)]
+
+    def validation(self) -> dict[str, float]:
+        """Word error rate of the averaged weights per source, on the held-out speakers."""
+        if not self.corpus.validation:
+            return {}
+        if not self.config.frozen_norms:
+            settle(self.average.fast, self.corpus)
+        return validate(self.average.fast, self.corpus)
 
     def _losses(self, batch: Batch, with_ctc: bool) -> dict[str, Tensor]:
         """The parts of the loss, each with its gradient recorded."""

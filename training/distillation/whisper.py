@@ -22,7 +22,7 @@ from training.distillation.examples import Corpus
 from training.masks import frame_mask
 from training.recipes.quartznet_ctc.model import CtcOutput
 from training.recipes.whisper_ctc.frontend import FLOOR, WhisperLogMel, own_in_range
-from training.recipes.whisper_ctc.model import WhisperCtc
+from training.recipes.whisper_ctc.model import WhisperCtc, WhisperEncoder
 from training.transformer import Attention, EncoderLayer
 
 LEAD_FRAMES = 6
@@ -75,14 +75,68 @@ def _convolved(values: Tensor, module: nn.Conv1d) -> Tensor:
     return functional.gelu(functional.linear(torch.cat(taps, dim=2), weight, bias))
 
 
-def _normal(values: Tensor, norm: nn.LayerNorm) -> Tensor:
+def normal(values: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Layer normalisation in bfloat16."""
     return functional.layer_norm(
         values, norm.normalized_shape, norm.weight.bfloat16(), norm.bias.bfloat16(), norm.eps
     )
 
 
-def _linear(values: Tensor, module: nn.Linear) -> Tensor:
+def linear(values: Tensor, module: nn.Linear) -> Tensor:
+    """A linear layer in bfloat16."""
     return product(values, module.weight, module.bias)
+
+
+def fast_encoder(
+    encoder: WhisperEncoder, features: Tensor, lengths: Tensor, hidden_layers: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """All of an encoder but its last normalisation, in bfloat16.
+
+    Args:
+        encoder: whose weights are read.
+        features: (batch, frames, bands), zero beyond lengths (batch,).
+        hidden_layers: whose outputs are wanted, too.
+
+    Returns states (batch, frames / 2, width), lengths, what is added to the scores of frames that an item
+    does not have, (batch, 1, 1, frames / 2), and the wanted layers' outputs.
+    """
+    values = _convolved(features.bfloat16(), encoder.conv1)
+    values = _convolved(values * frame_mask(lengths, values.shape[1])[:, :, None], encoder.conv2)
+    lengths = torch.div(lengths + 1, 2, rounding_mode="floor")
+    frames = values.shape[1]
+    values = values + encoder.embed_positions.weight[:frames].bfloat16()
+    missing = torch.zeros(len(values), 1, 1, frames, dtype=torch.bfloat16)
+    missing = missing.masked_fill(~frame_mask(lengths, frames)[:, None, None], MISSING)
+    hidden: list[Tensor] = []
+    for index, layer in enumerate(encoder.layers):
+        values = _layer(cast(EncoderLayer, layer), values, missing)
+        if index in hidden_layers:
+            hidden.append(values)
+    return values, lengths, missing, hidden
+
+
+def _layer(layer: EncoderLayer, values: Tensor, missing: Tensor) -> Tensor:
+    mixed = _attended(layer.self_attn, normal(values, layer.self_attn_layer_norm), missing)
+    values = values + layer.dropout(mixed)
+    inner = functional.gelu(linear(normal(values, layer.final_layer_norm), layer.fc1))
+    out: Tensor = values + layer.dropout(linear(inner, layer.fc2))
+    return out
+
+
+def _attended(module: Attention, values: Tensor, missing: Tensor) -> Tensor:
+    batch, frames, width = values.shape
+    size = width // module.heads
+
+    def split(joined: Tensor) -> Tensor:
+        shape = (batch, frames, module.heads, size)
+        return joined.view(shape).transpose(1, 2).reshape(batch * module.heads, frames, size)
+
+    query = split(linear(values, module.q_proj) * size**-0.5)
+    key, value = split(linear(values, module.k_proj)), split(linear(values, module.v_proj))
+    scores = (query @ key.transpose(1, 2)).view(batch, module.heads, frames, frames) + missing
+    mixed = scores.flatten(0, 1).softmax(dim=-1) @ value
+    joined = mixed.view(batch, module.heads, frames, size).transpose(1, 2).reshape(batch, frames, width)
+    return linear(joined, module.out_proj)
 
 
 class FastWhisper(nn.Module):
@@ -94,44 +148,9 @@ class FastWhisper(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor, hidden_layers: tuple[int, ...] = ()) -> CtcOutput:
         """Features (batch, frames, bands), zero beyond lengths -> log-probs, layers' outputs (B,T,C)."""
-        encoder = self.model.encoder
-        values = _convolved(features.bfloat16(), encoder.conv1)
-        values = _convolved(values * frame_mask(lengths, values.shape[1])[:, :, None], encoder.conv2)
-        lengths = torch.div(lengths + 1, 2, rounding_mode="floor")
-        frames = values.shape[1]
-        values = values + encoder.embed_positions.weight[:frames].bfloat16()
-        missing = torch.zeros(len(values), 1, 1, frames, dtype=torch.bfloat16)
-        missing = missing.masked_fill(~frame_mask(lengths, frames)[:, None, None], MISSING)
-        hidden: list[Tensor] = []
-        for index, layer in enumerate(encoder.layers):
-            values = self._layer(cast(EncoderLayer, layer), values, missing)
-            if index in hidden_layers:
-                hidden.append(values)
+        values, lengths, _, hidden = fast_encoder(self.model.encoder, features, lengths, hidden_layers)
         head: Any = self.model.ctc_head
         first, _, norm, last = head
-        inner = functional.gelu(_linear(_normal(values, encoder.layer_norm), first))
-        logits = _linear(_normal(inner, norm), last).float()
+        inner = functional.gelu(linear(normal(values, self.model.encoder.layer_norm), first))
+        logits = linear(normal(inner, norm), last).float()
         return CtcOutput(functional.log_softmax(logits, dim=-1), lengths, hidden)
-
-    def _layer(self, layer: EncoderLayer, values: Tensor, missing: Tensor) -> Tensor:
-        mixed = self._attended(layer.self_attn, _normal(values, layer.self_attn_layer_norm), missing)
-        values = values + layer.dropout(mixed)
-        inner = functional.gelu(_linear(_normal(values, layer.final_layer_norm), layer.fc1))
-        out: Tensor = values + layer.dropout(_linear(inner, layer.fc2))
-        return out
-
-    @staticmethod
-    def _attended(module: Attention, values: Tensor, missing: Tensor) -> Tensor:
-        batch, frames, width = values.shape
-        size = width // module.heads
-
-        def split(joined: Tensor) -> Tensor:
-            shape = (batch, frames, module.heads, size)
-            return joined.view(shape).transpose(1, 2).reshape(batch * module.heads, frames, size)
-
-        query = split(_linear(values, module.q_proj) * size**-0.5)
-        key, value = split(_linear(values, module.k_proj)), split(_linear(values, module.v_proj))
-        scores = (query @ key.transpose(1, 2)).view(batch, module.heads, frames, frames) + missing
-        mixed = scores.flatten(0, 1).softmax(dim=-1) @ value
-        joined = mixed.view(batch, module.heads, frames, size).transpose(1, 2).reshape(batch, frames, width)
-        return _linear(joined, module.out_proj)

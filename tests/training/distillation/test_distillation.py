@@ -23,7 +23,7 @@ from torch import nn
 
 from tests.training.distillation.conftest import UTTERANCES, tiny_teacher
 from training.checkpoint import load_checkpoint
-from training.distillation import distill, label, texts, weights
+from training.distillation import distill, label, runner, texts, weights
 from training.distillation.augment import AugmentConfig
 from training.distillation.batches import normalise_features
 from training.distillation.cache import write_mel, write_pcm
@@ -231,7 +231,7 @@ def test_until_is_the_next_such_moment() -> None:
     now = time.time()
     before = datetime.fromtimestamp(now - 120, UTC)
     given = ["--cache", "c", "--run", "r", "--until", f"{before:%H:%M}"]
-    moment = distill.deadline(distill.arguments_of("").parse_args(given).until, None)
+    moment = runner.deadline(distill.arguments_of("").parse_args(given).until, None)
     assert moment == pytest.approx(now - 120 + 86_400, abs=61)
 
 
@@ -306,7 +306,7 @@ def test_two_workers_give_the_mean_gradient_of_their_batches(corpus: Corpus) -> 
 def test_a_resumed_run_equals_an_uninterrupted_one(corpus: Corpus, tmp_path: Path) -> None:
     whole = trainer(corpus)
     (tmp_path / "whole").mkdir()
-    distill.train(whole, tmp_path / "whole", total_steps=6, deadline_s=None, validate_every_s=1e9)
+    runner.run_until(whole, tmp_path / "whole", total_steps=6, deadline_s=None, validate_every_s=1e9)
     halves = trainer(corpus)
     (tmp_path / "half").mkdir()
     # The schedule runs over all six steps, so the first part stops from outside, at a checkpoint.
@@ -316,7 +316,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(corpus: Corpus, tmp_path: Pat
     save_state(halves.state(), tmp_path / "half" / "last.pt")
     resumed = trainer(corpus, seed=0)
     resumed.restore(torch.load(tmp_path / "half" / "last.pt", weights_only=True))
-    distill.train(resumed, tmp_path / "half", total_steps=6, deadline_s=None, validate_every_s=1e9)
+    runner.run_until(resumed, tmp_path / "half", total_steps=6, deadline_s=None, validate_every_s=1e9)
     assert resumed.step == whole.step == 6
     expected = whole.distiller.state_dict()
     for name, value in resumed.distiller.state_dict().items():
@@ -326,13 +326,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(corpus: Corpus, tmp_path: Pat
 
 
 def test_a_full_disk_leaves_the_state_before(corpus: Corpus, tmp_path: Path) -> None:
-    distill.train(trainer(corpus), tmp_path, total_steps=1, deadline_s=None, validate_every_s=1e9)
+    runner.run_until(trainer(corpus), tmp_path, total_steps=1, deadline_s=None, validate_every_s=1e9)
     before = (tmp_path / "last.pt").read_bytes()
     (tmp_path / ".last.pt.partial").symlink_to("/dev/full")
     student = trainer(corpus)
     student.restore(torch.load(tmp_path / "last.pt", weights_only=True))
     with pytest.raises(DiskFullError, match=r"last\.pt: the disk is full"):
-        distill.train(student, tmp_path, total_steps=2, deadline_s=None, validate_every_s=1e9)
+        runner.run_until(student, tmp_path, total_steps=2, deadline_s=None, validate_every_s=1e9)
     assert (tmp_path / "last.pt").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
 
@@ -342,7 +342,7 @@ def test_sigterm_leaves_a_state_to_go_on_from(corpus: Corpus, tmp_path: Path) ->
     student, before = trainer(corpus), signal.getsignal(signal.SIGTERM)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    distill.train(student, tmp_path, total_steps=10**9, deadline_s=None, validate_every_s=1e9)
+    runner.run_until(student, tmp_path, total_steps=10**9, deadline_s=None, validate_every_s=1e9)
     timer.join()
     stored = torch.load(tmp_path / "last.pt", weights_only=True)
     assert stored["counters"][0] == student.step > 0
