@@ -21,6 +21,9 @@ from training.transformer_graph import (
     array,
 )
 
+FRAME_STRIDE_S = 0.04
+"""Of the frames over which the tokens are spread; at most every second holds one."""
+
 
 def export_graph(model: WhisperSeq2Seq) -> onnx.ModelProto:
     """The bundle's float32 graph."""

@@ -20,8 +20,8 @@ from training.loop.module import SpeechModule
 from training.loop.settings import TrainingSettings
 from training.masks import frame_mask
 from training.pretrained import fill, from_hub
-from training.recipes.whisper_ctc.model import EncoderConfig
-from training.recipes.whisper_seq2seq.export import export_graph
+from training.recipes.whisper_ctc.model import MAX_WINDOW_S, MIN_SAMPLES, EncoderConfig
+from training.recipes.whisper_seq2seq.export import FRAME_STRIDE_S, export_graph
 from training.recipes.whisper_seq2seq.model import DecoderConfig, Prompt, WhisperSeq2Seq
 from training.stages.recipe import Facts, Recipe, Waveforms
 from training.tokenizer import ByteLevelCodec, load_tokenizer
@@ -140,7 +140,12 @@ class WhisperSeq2SeqRecipe(Recipe):
 
     def facts(self) -> Facts:
         """40 ms per frame, of which at most every second holds a token."""
-        return Facts(frame_stride_s=0.04, max_window_s=30.0, min_samples=400, longest_s=30.0)
+        return Facts(
+            frame_stride_s=FRAME_STRIDE_S,
+            max_window_s=MAX_WINDOW_S,
+            min_samples=MIN_SAMPLES,
+            longest_s=MAX_WINDOW_S,
+        )
 
     def room_needed(self, ids: Sequence[int]) -> int:
         """One place per token."""

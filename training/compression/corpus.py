@@ -1,0 +1,256 @@
+"""Cached utterances with their labels -> augmented training batches for the small network.
+
+Everything random is drawn from a generator seeded by (seed, step). A quarter of what is heard is several
+utterances in a row, for the service's windows are up to 30 s long and recordings of speech corpora are not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.compression.label import LIKELY, Label, likely_tokens, read_labels
+from training.compression.vocabulary import CutVocabulary
+from training.distillation import augment
+from training.distillation.augment import AugmentConfig
+from training.distillation.dataset import VALIDATION_FRACTION, Utterance, split_rows
+from training.distillation.examples import FEATURE_FRAMES_PER_S, plan_epoch
+from training.masks import frame_mask
+from training.recipes.whisper_ctc.frontend import FLOOR, HOP, WhisperLogMel, own_in_range
+
+LN_10 = math.log(10.0)
+MAX_FRAMES = 2990
+AUGMENTATION = AugmentConfig(
+    max_band_change=0.1,
+    noise_probability=0.35,
+    max_time_mask_frames=20,
+    max_band_mask=12,
+    max_gain_db=8.0,
+    lone_noise=0.35,
+)
+JOINED_SHARE = 0.25
+MOST_JOINED = 5
+QUIET_FRAMES = 70
+"""The longest pause before, between and after utterances."""
+LEAST_CERTAINTY = -0.5
+"""Mean log-probability per token: text that nobody wrote down and the large network doubts is left out."""
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one worker hears and is to write."""
+
+    features: Tensor
+    """(batch, frames, bands), normalised."""
+    lengths: Tensor
+    """(batch,) feature frames."""
+    tokens: Tensor
+    """(batch, prompt + n): prompt and text."""
+    wanted: Tensor
+    """(batch, n + 1): text and end, IGNORED beyond."""
+    likely: Tensor
+    """(batch, n + 1, LIKELY) tokens of the large network, and"""
+    probabilities: Tensor
+    """theirs; all zero where it has no say."""
+    audio_s: float
+
+
+@dataclass(frozen=True)
+class _Item:
+    log_mel: Tensor
+    tokens: tuple[int, ...]
+    likely: np.ndarray
+    probabilities: np.ndarray
+
+
+class LabelledCorpus:
+    """The cache and the labels, opened for reading."""
+
+    def __init__(self, cache: Path, labels: Path, validation_fraction: float = VALIDATION_FRACTION) -> None:
+        index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
+        names = Utterance.__dataclass_fields__
+        self.rows = [Utterance(**{key: row[key] for key in names if key in row}) for row in index]
+        self.spans = [(row["pcm_start"], row["pcm_samples"]) for row in index]
+        self.pcm = np.memmap(cache / "pcm.i16", np.int16, mode="r")
+        self.cut = CutVocabulary.load(labels / "vocabulary.json")
+        self.tokenizer = self.cut.tokenizer()
+        self.labels = {label.index: label for label in read_labels(labels)}
+        self.likely = likely_tokens(labels)
+        self.frontend = WhisperLogMel()
+        train, self.validation = split_rows(self.rows, validation_fraction)
+        self.train = [index for index in train if self._learned(index)]
+
+    def _learned(self, index: int) -> bool:
+        label = self.labels.get(index)
+        if label is None or not label.tokens or self.frames(index) > MAX_FRAMES:
+            return False
+        return bool(self.rows[index].text) or label.certainty >= LEAST_CERTAINTY
+
+    def frames(self, index: int) -> int:
+        """Feature frames of an utterance."""
+        samples: int = self.spans[index][1]
+        return samples // HOP + 1
+
+    def features(self, index: int) -> Tensor:
+        """Natural logarithms of the energies, (frames, bands) float32."""
+        start, count = self.spans[index]
+        samples = torch.from_numpy(self.pcm[start : start + count].astype(np.float32) / 32768.0)
+        log_mel, _ = self.frontend.log_mel(samples[None], torch.tensor([count]))
+        return log_mel[0] * LN_10
+
+    def targets(self, label: Label, *, last: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Likely tokens and their probabilities, with the end where it is the `last` of a row of them."""
+        count = len(label.tokens) + last
+        found = self.likely[label.likely : label.likely + count]
+        probabilities = found["probability"].astype(np.float32)
+        if label.understood:
+            total = probabilities.sum(axis=1, keepdims=True)
+            shares = np.divide(probabilities, total, out=np.zeros_like(probabilities), where=total > 0)
+            return found["token"].astype(np.int64), shares
+        return np.zeros((count, LIKELY), np.int64), np.zeros((count, LIKELY), np.float32)
+
+
+def padded(items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Natural logarithms (frames, bands) -> features as the network wants them, and lengths."""
+    lengths = torch.tensor([len(item) for item in items])
+    values = torch.full((len(items), int(lengths.max()), items[0].shape[1]), math.log(FLOOR))
+    for row, item in zip(values, items, strict=True):
+        row[: len(item)] = item
+    return own_in_range((values / LN_10).clamp(min=math.log10(FLOOR)), lengths), lengths
+
+
+class BatchMaker:
+    """Batch number ``step`` of a run, as a pure function of the seed and the step."""
+
+    def __init__(self, corpus: LabelledCorpus, batch_s: float, seed: int, most_tokens: int) -> None:
+        """`most_tokens`: of text and end in a row; what is longer is not heard."""
+        self.corpus, self.seed, self.most_tokens = corpus, seed, most_tokens
+        labels = corpus.labels
+        self.heard = [index for index in corpus.train if len(labels[index].tokens) < most_tokens]
+        self.budget_frames = int(batch_s * FEATURE_FRAMES_PER_S)
+        self.epoch = -1
+        self.batches: list[list[list[int]]] = []
+        self.starts = [0]
+
+    def _locate(self, step: int) -> list[list[int]]:
+        while step >= self.starts[-1]:
+            self.epoch += 1
+            generator = np.random.default_rng([self.seed, 1, self.epoch])
+            rows = self._joined(generator)
+            frames = [sum(self.corpus.frames(index) for index in row) for row in rows]
+            self.batches = [
+                [rows[place] for place in batch]
+                for batch in plan_epoch(frames, self.budget_frames, generator)
+            ]
+            self.starts.append(self.starts[-1] + len(self.batches))
+        if step < self.starts[-2]:
+            raise ValueError("batches are read in order")
+        return self.batches[step - self.starts[-2]]
+
+    def _joined(self, generator: np.random.Generator) -> list[list[int]]:
+        """Every utterance once, alone or in a row with others."""
+        rows: list[list[int]] = []
+        room = frames = tokens = 0
+        for index in generator.permutation(self.heard).tolist():
+            count = len(self.corpus.labels[index].tokens)
+            needed = int(self.corpus.frames(index) * (1 + AUGMENTATION.max_speed_change)) + 2 * QUIET_FRAMES
+            if room > 0 and frames + needed <= MAX_FRAMES and tokens + count < self.most_tokens:
+                rows[-1].append(index)
+                frames, tokens, room = frames + needed, tokens + count, room - 1
+            else:
+                rows.append([index])
+                several = generator.random() < JOINED_SHARE
+                frames, tokens = needed, count
+                room = int(generator.integers(1, MOST_JOINED)) if several else 0
+        return rows
+
+    def _item(self, indices: list[int], generator: np.random.Generator) -> _Item:
+        corpus, config = self.corpus, AUGMENTATION
+        parts: list[Tensor] = []
+        targets = []
+        tokens: list[int] = []
+        for place, index in enumerate(indices):
+            mel, last = corpus.features(index), place == len(indices) - 1
+            if generator.random() < config.warp_probability:
+                speed = float(np.exp(generator.uniform(-1, 1) * config.max_speed_change))
+                mel = augment.stretch_time(mel, max(8, round(len(mel) / speed)), speed)
+                change = float(generator.uniform(-1, 1)) * config.max_band_change
+                mel = augment.stretch_bands(mel, 1.0 + change)
+            if place == 0 and generator.random() < 0.4:
+                parts.append(_quiet(mel, generator))
+            parts.append(mel)
+            if not last or generator.random() < 0.5:
+                parts.append(_quiet(mel, generator))
+            label = corpus.labels[index]
+            tokens += label.tokens
+            targets.append(corpus.targets(label, last=last))
+        mel = torch.cat(parts)[:MAX_FRAMES]
+        if generator.random() < config.noise_probability:
+            mel = self._with_noise(mel, generator)
+        mel = mel + float(generator.uniform(-1, 1)) * config.max_gain_db * LN_10 / 10.0
+        likely, probabilities = (np.concatenate(both) for both in zip(*targets, strict=True))
+        return _Item(mel, tuple(tokens), likely, probabilities)
+
+    def _with_noise(self, mel: Tensor, generator: np.random.Generator) -> Tensor:
+        corpus, config = self.corpus, AUGMENTATION
+        snr_db = float(generator.uniform(config.min_snr_db, config.max_snr_db))
+        if generator.random() < config.babble_share:
+            other = corpus.features(corpus.train[int(generator.integers(len(corpus.train)))])
+            return augment.add_noise(mel, augment.fit_length(other, len(mel), generator), max(snr_db, 9.0))
+        return augment.add_noise(mel, augment.coloured_noise(len(mel), mel.shape[1], generator), snr_db)
+
+    def _lone_noise(self, generator: np.random.Generator) -> _Item:
+        """Noise, which says nothing."""
+        noise = augment.lone_noise(int(generator.integers(60, 400)), self.corpus.frontend.bands, generator)
+        none = np.zeros((1, LIKELY))
+        return _Item(noise, (), none.astype(np.int64), none.astype(np.float32))
+
+    def __call__(self, step: int) -> Batch:
+        """Batch number ``step``; call with rising numbers."""
+        rows = self._locate(step)
+        generator = np.random.default_rng([self.seed, 2, step])
+        items = [self._item(row, generator) for row in rows]
+        if generator.random() < AUGMENTATION.lone_noise:
+            items.append(self._lone_noise(generator))
+        features, lengths = padded([item.log_mel for item in items])
+        _mask(features, lengths, AUGMENTATION, generator)
+        cut = self.corpus.cut
+        start = cut.prompt().ids
+        longest = max(len(item.tokens) for item in items)
+        tokens = torch.full((len(items), len(start) + longest), cut.end)
+        tokens[:, : len(start)] = torch.tensor(start)
+        wanted = torch.full((len(items), longest + 1), IGNORED)
+        likely = torch.zeros(len(items), longest + 1, LIKELY, dtype=torch.int64)
+        probabilities = torch.zeros(len(items), longest + 1, LIKELY)
+        for row, item in enumerate(items):
+            count = len(item.tokens)
+            tokens[row, len(start) : len(start) + count] = torch.tensor(item.tokens, dtype=torch.int64)
+            wanted[row, : count + 1] = torch.tensor([*item.tokens, cut.end])
+            likely[row, : len(item.likely)] = torch.from_numpy(item.likely)
+            probabilities[row, : len(item.likely)] = torch.from_numpy(item.probabilities)
+        audio_s = float(lengths.sum()) / FEATURE_FRAMES_PER_S
+        return Batch(features, lengths, tokens, wanted, likely, probabilities, audio_s)
+
+
+def _quiet(like: Tensor, generator: np.random.Generator) -> Tensor:
+    """A pause with the faintest sound of each band in `like`, (5 to QUIET_FRAMES, bands)."""
+    frames = int(generator.integers(5, QUIET_FRAMES))
+    flutter = np.abs(generator.standard_normal((frames, like.shape[1]), dtype=np.float32))
+    return like.min(dim=0).values + torch.from_numpy(flutter) * 0.7
+
+
+def _mask(features: Tensor, lengths: Tensor, config: AugmentConfig, generator: np.random.Generator) -> None:
+    """SpecAugment in place, with each item's mean: zero stands for silence on Whisper's scale."""
+    means = features.sum(dim=(1, 2)) / (lengths * features.shape[2])
+    shifted = features - means[:, None, None]
+    augment.spec_augment(shifted, lengths, config, generator)
+    own = frame_mask(lengths, features.shape[1])[:, :, None]
+    features.copy_((shifted + means[:, None, None]) * own)

@@ -1,0 +1,278 @@
+"""Stage 2: what the large network writes for every cached utterance, and how sure it is of each token.
+
+    python -m training.compression.label --base BASE --cache CACHE --texts TEXTS --out LABELS
+
+BASE is a Whisper as `transformers` stores it (a folder, or its name on the hub). Writes ``vocabulary.json``
+(the tokens that are kept), ``labels.jsonl`` (text and tokens per utterance) and ``likely.npy`` (the likeliest
+tokens at each place, and their probabilities). Where somebody wrote down what was said, those are the words,
+in the large network's capitals and punctuation. Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from api.vocabulary import Vocabulary
+from training.arguments import positive
+from training.compression.network import decode, evaluating, greedy, heard, listen
+from training.compression.vocabulary import (
+    CutVocabulary,
+    cut_vocabulary,
+    unchanged_share,
+    written_whole_words,
+)
+from training.config import RunConfig
+from training.distillation.label import length_batches
+from training.errors import ConfigError, in_one_line
+from training.recipes.whisper_ctc.frontend import SAMPLE_RATE_HZ, WINDOW_SAMPLES, WhisperLogMel, own_in_range
+from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
+from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
+
+SILENCE_SAMPLES = 8 * SAMPLE_RATE_HZ
+"""Appended to what the large network hears: as good as 30 s for an English one (docs/experiments.md)."""
+TOKENS_PER_S = 12.5
+LIKELY = 24
+"""Tokens whose probabilities are kept per place."""
+MOST_DIFFERENT = 0.5
+"""Of the words: where a known text differs more, the large network did not understand the utterance."""
+BATCH_SAMPLES = 16 * 15 * SAMPLE_RATE_HZ
+Likely = np.dtype([("token", np.uint16, LIKELY), ("probability", np.float16, LIKELY)])
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a student is to write for one utterance of the cache."""
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    """Without the end."""
+    likely: int
+    """Where its places begin in ``likely.npy``: one per token, and one for the end."""
+    certainty: float
+    """Mean log-probability of the large network per token, words that are in pieces now left out."""
+    understood: bool
+    """Whether its probabilities are worth following."""
+
+
+class Large:
+    """The network that is made small, with its tokenizer."""
+
+    def __init__(self, base: str, language: str) -> None:
+        settings = {
+            "name": "large",
+            "language": language,
+            "data": {"manifest": "none"},
+            "model": {"base": base},
+            "bundle": {"licence": ""},
+        }
+        recipe = WhisperSeq2SeqRecipe(RunConfig.model_validate(settings))
+        self.codec = recipe.codec()
+        self.network: WhisperSeq2Seq = recipe.network(self.codec).eval()
+        self.frontend = WhisperLogMel(self.network.encoder.config.bands)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of `transformers`."""
+        return self.codec.tokenizer
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the whole network."""
+        return self.codec.vocabulary
+
+    def hear(self, clips: Sequence[npt.NDArray[np.int16]]) -> tuple[list[str], Tensor, Tensor]:
+        """Texts, audio states, and what is added to the scores of frames that a clip does not have."""
+        waveforms = [torch.from_numpy(clip.astype(np.float32) / 32768.0)[:WINDOW_SAMPLES] for clip in clips]
+        lengths = torch.tensor([min(len(w) + SILENCE_SAMPLES, WINDOW_SAMPLES) for w in waveforms])
+        padded = torch.zeros(len(clips), int(lengths.max()))
+        for row, waveform in zip(padded, waveforms, strict=True):
+            row[: len(waveform)] = waveform
+        log_mel, counts = self.frontend.log_mel(padded, lengths)
+        audio, _, missing = listen(self.network, own_in_range(log_mel, counts), counts)
+        limits = [int(len(w) / SAMPLE_RATE_HZ * TOKENS_PER_S) + 2 for w in waveforms]
+        found = greedy(self.network, audio, missing, self.network.prompt, limits)
+        return [self.vocabulary.decode(tokens).strip() for tokens in found], audio, missing
+
+    def judge(
+        self, cut: CutVocabulary, tokens: Sequence[Sequence[int]], audio: Tensor, missing: Tensor
+    ) -> Tensor:
+        """Log-probabilities of the kept tokens after each of the given ones: (batch, longest + 1, kept)."""
+        prompt, longest = self.network.prompt, max(map(len, tokens))
+        given = torch.full((len(tokens), len(prompt.ids) + longest), prompt.end)
+        given[:, : len(prompt.ids)] = torch.tensor(prompt.ids)
+        kept = torch.tensor(cut.ids[: cut.texts + 1])
+        for row, item in zip(given, tokens, strict=True):
+            row[len(prompt.ids) : len(prompt.ids) + len(item)] = kept[torch.tensor(item, dtype=torch.int64)]
+        states = decode(self.network, given, heard(self.network, audio), missing)[:, len(prompt.ids) - 1 :]
+        output = self.network.decoder.embed_tokens.weight[kept].bfloat16()
+        return functional.linear(states, output).float().log_softmax(dim=-1)
+
+
+def spelled(word: str) -> str:
+    """The letters of a word, for comparing."""
+    return re.sub(r"[^\w']", "", word.lower())
+
+
+def in_the_style_of(written: str, words: Sequence[str]) -> str:
+    """Known words (lower case, no punctuation) with capitals and punctuation of what a network wrote."""
+    theirs = [word for word in re.sub(r"(\w)-(\w)", r"\1 \2", written).split() if spelled(word)]
+    found: list[str] = []
+    matcher = difflib.SequenceMatcher(None, [spelled(word) for word in theirs], list(words), autojunk=False)
+    for change, start, stop, first, last in matcher.get_opcodes():
+        if change == "equal":
+            found += theirs[start:stop]
+        elif change == "replace" and stop - start == last - first:
+            found += [_like(theirs[start + i], words[first + i]) for i in range(last - first)]
+        elif change in ("replace", "insert"):
+            found += words[first:last]
+    text = re.sub(r"\bi\b(?=$|[ ',.?!])", "I", " ".join(found))
+    if not text:
+        return ""
+    text = text[0].upper() + text[1:]
+    return text if text[-1] in ".?!" else text.rstrip(",;:") + "."
+
+
+def _like(model: str, word: str) -> str:
+    ending = re.search(r"[.,?!;:]+$", model)
+    return (word.capitalize() if model[:1].isupper() else word) + (ending.group() if ending else "")
+
+
+def difference(written: str, words: Sequence[str]) -> float:
+    """Share of the known words that a network did not write, 0 to 1."""
+    theirs = [spelled(word) for word in written.replace("-", " ").split()]
+    matcher = difflib.SequenceMatcher(None, theirs, list(words), autojunk=False)
+    same = sum(block.size for block in matcher.get_matching_blocks())
+    return 1.0 - same / max(1, len(words))
+
+
+def label(large: Large, cut: CutVocabulary, cache: Path, out: Path, workers: int) -> None:
+    """Write what is still missing of ``labels.jsonl`` and ``likely.npy``."""
+    rows = json.loads((cache / "index.json").read_text(encoding="utf-8"))
+    pcm = np.memmap(cache / "pcm.i16", np.int16, mode="r")
+    tokenizer = cut.tokenizer()
+    done = read_labels(out)
+    waiting = sorted(
+        set(range(len(rows))) - {one.index for one in done}, key=lambda i: rows[i]["pcm_samples"]
+    )
+    lengths = [rows[index]["pcm_samples"] + SILENCE_SAMPLES for index in waiting]
+    batches = [[waiting[i] for i in batch] for batch in length_batches(lengths, BATCH_SAMPLES)]
+
+    def answers(batch: list[int]) -> list[tuple[Label, npt.NDArray[Any]]]:
+        clips = [pcm[(start := rows[i]["pcm_start"]) : start + rows[i]["pcm_samples"]] for i in batch]
+        with evaluating(large.network):
+            written, audio, missing = large.hear(clips)
+            known = [rows[index]["text"].split() for index in batch]
+            texts = [in_the_style_of(w, k) if k else w for w, k in zip(written, known, strict=True)]
+            tokens = [tokenizer.encode(f" {text}").ids if text else [] for text in texts]
+            judged = large.judge(cut, tokens, audio, missing)
+        found = []
+        for item, index in enumerate(batch):
+            wanted = torch.tensor([*tokens[item], cut.end])
+            mine = judged[item, : len(wanted)]
+            likely = np.zeros(len(wanted), Likely)
+            values, places = mine.exp().topk(min(LIKELY, mine.shape[1]), dim=-1)
+            likely["token"][:, : places.shape[1]] = places.numpy()
+            likely["probability"][:, : values.shape[1]] = values.numpy()
+            whole = torch.tensor([*written_whole_words(large.tokenizer, tokenizer, f" {texts[item]}"), True])
+            whole = whole[-len(wanted) :]
+            likely["probability"][~whole.numpy()] = 0.0
+            certainty = float(mine.gather(1, wanted[:, None])[whole].mean())
+            understood = not known[item] or difference(written[item], known[item]) <= MOST_DIFFERENT
+            one = Label(index, texts[item], tuple(tokens[item]), 0, round(certainty, 4), understood)
+            found.append((one, likely))
+        return found
+
+    place = sum(len(one.tokens) + 1 for one in done)
+    with (
+        (out / "labels.jsonl").open("a", encoding="utf-8") as lines,
+        (out / "likely.raw").open("ab") as raw,
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        tqdm(total=len(waiting), unit="clip", desc="label", mininterval=2) as bar,
+    ):
+        raw.truncate(place * Likely.itemsize)
+        for start in range(0, len(batches), workers):
+            for several in pool.map(answers, batches[start : start + workers]):
+                for one, likely in several:
+                    raw.write(likely.tobytes())
+                    raw.flush()
+                    lines.write(json.dumps(asdict(one) | {"likely": place}, ensure_ascii=False) + "\n")
+                    lines.flush()
+                    place += len(likely)
+                bar.update(len(several))
+
+
+def read_labels(folder: Path) -> list[Label]:
+    """Those that are there. A last line that was cut short is dropped from the file."""
+    path = folder / "labels.jsonl"
+    if not path.is_file():
+        return []
+    content = path.read_text(encoding="utf-8")
+    whole = content[: content.rfind("\n") + 1]
+    if whole != content:
+        path.write_text(whole, encoding="utf-8")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return [Label(**(row | {"tokens": tuple(row["tokens"])})) for row in rows]
+
+
+def likely_tokens(folder: Path) -> npt.NDArray[Any]:
+    """``likely.raw``: (places,) of `Likely`."""
+    return np.memmap(folder / "likely.raw", Likely, mode="r")
+
+
+def _texts(paths: Iterable[Path]) -> list[str]:
+    return [line.strip() for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+@in_one_line("label")
+def main(given: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", required=True, help="Whisper: a folder, or its name on the hub")
+    parser.add_argument("--language", default="en", metavar="xx")
+    parser.add_argument("--cache", type=Path, required=True, help="made by training.distillation.cache")
+    parser.add_argument(
+        "--texts", type=Path, nargs="+", required=True, help="plain text that chooses the tokens"
+    )
+    parser.add_argument("--tokens", type=positive, default=8191, help="of text to keep")
+    parser.add_argument("--workers", type=positive, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args(given)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    large = Large(arguments.base, arguments.language)
+    path = arguments.out / "vocabulary.json"
+    if path.is_file():
+        cut = CutVocabulary.load(path)
+        if cut.texts > arguments.tokens:
+            raise ConfigError(f"{path} has {cut.texts} tokens of text, asked for {arguments.tokens}")
+    else:
+        texts = _texts(arguments.texts)
+        cut = cut_vocabulary(large.tokenizer, large.network.prompt, texts, arguments.tokens)
+        cut.save(path)
+        share = unchanged_share(large.tokenizer, cut, texts)
+        print(f"{path}: {cut.texts} tokens of text; {share:.0%} of the words there are written as before")
+    label(large, cut, arguments.cache, arguments.out, arguments.workers)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

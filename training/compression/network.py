@@ -1,0 +1,175 @@
+"""The small network, and how it and its teacher run in bfloat16 on a CPU.
+
+Activations are (batch, frames, width); keys and values of the audio are computed once for all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.compression.vocabulary import CutVocabulary
+from training.distillation.whisper import fast_encoder, linear, normal
+from training.four_bits import GROUP, rounded
+from training.recipes.whisper_seq2seq.model import DecoderLayer, Prompt, WhisperSeq2Seq
+from training.transformer import Attention
+
+POSITIONS = 224
+"""Of tokens, prompt and all: nobody says more in 30 s."""
+Heard = list[tuple[Tensor, Tensor]]
+"""Keys and values of the audio per layer, (batch, heads, frames, width / heads)."""
+
+
+def small_network(large: WhisperSeq2Seq, layers: Sequence[int], cut: CutVocabulary) -> WhisperSeq2Seq:
+    """A copy on true lengths with these layers of the decoder and these tokens only."""
+    positions = min(POSITIONS, large.decoder.config.positions)
+    config = replace(large.decoder.config, vocabulary=len(cut.ids), layers=len(layers), positions=positions)
+    small = WhisperSeq2Seq(large.encoder.config, config, cut.prompt())
+    small.encoder.load_state_dict(large.encoder.state_dict())
+    decoder = small.decoder
+    for ours, index in zip(decoder.layers, layers, strict=True):
+        ours.load_state_dict(large.decoder.layers[index].state_dict())
+    decoder.layer_norm.load_state_dict(large.decoder.layer_norm.state_dict())
+    with torch.no_grad():
+        decoder.embed_positions.weight.copy_(large.decoder.embed_positions.weight[:positions])
+        decoder.embed_tokens.weight.copy_(large.decoder.embed_tokens.weight[list(cut.ids)])
+    return small
+
+
+def coarse_weights(network: WhisperSeq2Seq) -> set[str]:
+    """Names of the weights that are served in four bits: the matrices whose inputs fill whole groups."""
+    found = set()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d) or name.endswith("embed_tokens"):
+            weight = cast(Tensor, module.weight)
+            if weight[0].numel() % GROUP == 0:
+                found.add(f"{name}.weight")
+    return found
+
+
+def round_into(target: WhisperSeq2Seq, source: WhisperSeq2Seq, coarse: set[str]) -> None:
+    """Give `target` the weights of `source`, those named in `coarse` with the values that are served."""
+    with torch.no_grad():
+        places = dict(target.named_parameters())
+        for name, value in source.named_parameters():
+            places[name].copy_(rounded(value) if name in coarse else value)
+
+
+def listen(network: WhisperSeq2Seq, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised features (batch, frames, bands), zero beyond lengths -> audio states in bfloat16.
+
+    Returns (batch, frames / 2, width), lengths (batch,), and what is added to scores of missing frames.
+    """
+    values, lengths, missing, _ = fast_encoder(network.encoder, features, lengths)
+    return normal(values, network.encoder.layer_norm), lengths, missing
+
+
+def heard(network: WhisperSeq2Seq, audio: Tensor) -> Heard:
+    """Keys and values of the audio, for every layer of the decoder."""
+    return [_keys_and_values(layer.encoder_attn, audio) for layer in decoder_layers(network)]
+
+
+def decoder_layers(network: WhisperSeq2Seq) -> Iterator[DecoderLayer]:
+    """The decoder's layers, as what they are."""
+    return (cast(DecoderLayer, layer) for layer in network.decoder.layers)
+
+
+def decode(
+    network: WhisperSeq2Seq,
+    tokens: Tensor,
+    audio: Heard,
+    missing: Tensor,
+    caches: list[tuple[Tensor, Tensor] | None] | None = None,
+    start: int = 0,
+) -> Tensor:
+    """(batch, n) tokens from position `start` on -> states before the output layer (batch, n, width).
+
+    `caches` hold keys and values of the tokens before and grow by those of these.
+    """
+    decoder, count = network.decoder, tokens.shape[1]
+    embedded = functional.embedding(tokens, decoder.embed_tokens.weight)
+    values = (embedded + decoder.embed_positions.weight[start : start + count]).bfloat16()
+    causal = torch.full((count, start + count), -1e9).triu(start + 1).bfloat16()
+    for index, layer in enumerate(decoder_layers(network)):
+        normed = normal(values, layer.self_attn_layer_norm)
+        keys, memory = _keys_and_values(layer.self_attn, normed)
+        if caches is not None:
+            before = caches[index]
+            if before is not None:
+                keys, memory = torch.cat([before[0], keys], 2), torch.cat([before[1], memory], 2)
+            caches[index] = keys, memory
+        said = _attended(layer.self_attn, normed, keys, memory, causal)
+        values = values + layer.dropout(said)
+        normed = normal(values, layer.encoder_attn_layer_norm)
+        values = values + layer.dropout(_attended(layer.encoder_attn, normed, *audio[index], missing))
+        inner = functional.gelu(linear(normal(values, layer.final_layer_norm), layer.fc1))
+        values = values + layer.dropout(linear(inner, layer.fc2))
+    return normal(values, decoder.layer_norm)
+
+
+def logits(network: WhisperSeq2Seq, states: Tensor) -> Tensor:
+    """(..., width) -> (..., vocabulary) float32."""
+    return functional.linear(states, network.decoder.embed_tokens.weight.bfloat16()).float()
+
+
+def greedy(
+    network: WhisperSeq2Seq, audio: Tensor, missing: Tensor, prompt: Prompt, limits: Sequence[int]
+) -> list[list[int]]:
+    """The likeliest token again and again, at most `limits` of them per item."""
+    memory, batch = heard(network, audio), len(audio)
+    caches: list[tuple[Tensor, Tensor] | None] = [None] * len(network.decoder.layers)
+    found: list[list[int]] = [[] for _ in range(batch)]
+    going = [limit > 0 for limit in limits]
+    tokens, position = torch.tensor([prompt.ids] * batch), 0
+    room = network.decoder.config.positions - len(prompt.ids)
+    for step in range(min(room, max(limits))):
+        states = decode(network, tokens, memory, missing, caches, position)
+        position += tokens.shape[1]
+        best = (logits(network, states[:, -1]) + network.suppress[int(step == 0)]).argmax(dim=-1)
+        for item, token in enumerate(best.tolist()):
+            going[item] = going[item] and token != prompt.end and step < limits[item]
+            if going[item]:
+                found[item].append(token)
+        if not any(going):
+            break
+        tokens = best[:, None]
+    return found
+
+
+def _keys_and_values(module: Attention, source: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        _split(linear(source, module.k_proj), module.heads),
+        _split(linear(source, module.v_proj), module.heads),
+    )
+
+
+def _split(values: Tensor, heads: int) -> Tensor:
+    batch, count, width = values.shape
+    return values.view(batch, count, heads, width // heads).transpose(1, 2)
+
+
+def _attended(module: Attention, values: Tensor, keys: Tensor, memory: Tensor, bias: Tensor) -> Tensor:
+    batch, heads, _, size = keys.shape
+    count = values.shape[1]
+    query = _split(linear(values, module.q_proj) * size**-0.5, heads).reshape(batch * heads, count, size)
+    scores = query @ keys.reshape(batch * heads, -1, size).transpose(1, 2)
+    scores = scores.view(batch, heads, count, -1) + bias
+    mixed = scores.flatten(0, 1).softmax(dim=-1) @ memory.reshape(batch * heads, -1, size)
+    joined = mixed.view(batch, heads, count, size).transpose(1, 2).reshape(batch, count, heads * size)
+    return linear(joined, module.out_proj)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients, as before afterwards."""
+    was = network.training
+    network.eval()
+    with torch.inference_mode():
+        yield
+    network.train(was)

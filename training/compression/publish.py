@@ -1,0 +1,105 @@
+"""Stage 4: the small network as a bundle whose graph has weights of four bits, behind the gate of any other.
+
+    python -m training.compression.publish --run RUN --name en-whisper-tiny --card CARD.json \\
+        --calibration MANIFEST --validation MANIFEST [--test MANIFEST]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+
+from training.compression.network import coarse_weights, round_into
+from training.compression.train import network_of
+from training.compression.vocabulary import CutVocabulary
+from training.errors import CheckpointError, in_one_line
+from training.exported import Exported, agreement
+from training.four_bits import halve, quantize_to_four_bits
+from training.inference import Waveform
+from training.publish import add_gate, add_recordings, gate_of, publish, read_card, recordings_of
+from training.quantize import Gate
+from training.recipes.whisper_ctc.model import MAX_WINDOW_S, MIN_SAMPLES
+from training.recipes.whisper_seq2seq.export import FRAME_STRIDE_S, export_graph
+from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
+from training.transformer_quantize import products
+from training.vocabulary import casing_steps
+
+HALVED = ("encoder.conv1.weight", "decoder.embed_positions")
+"""Weights that are no matrices of whole groups, and large."""
+
+
+def exported_small(network: WhisperSeq2Seq, cut: CutVocabulary) -> Exported:
+    """A network whose weights are rounded already: float32 and four bits differ in what they multiply."""
+    graph = export_graph(network)
+    coarse = {name.removesuffix(".weight") for name in coarse_weights(network)}
+
+    def ways(
+        float_graph: onnx.ModelProto, calibration: Sequence[Waveform]
+    ) -> Iterator[tuple[str, onnx.ModelProto]]:
+        small = onnx.ModelProto()
+        small.CopyFrom(float_graph)
+        names = {name.removesuffix(".product"): name for name in products(small)}
+        names["decoder.embed_tokens"] = names.pop("step.logits")
+        quantize_to_four_bits(small, {product for name, product in names.items() if name in coarse})
+        halve(small, HALVED)
+        yield "weights of four bits in groups of 128, learned so", small
+
+    vocabulary = cut.vocabulary()
+    return Exported(
+        graph,
+        vocabulary,
+        parameters=sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
+        frame_stride_s=FRAME_STRIDE_S,
+        max_window_s=MAX_WINDOW_S,
+        min_samples=MIN_SAMPLES,
+        agreement=lambda clips: agreement(network, graph, clips),
+        ways=ways,
+        ways_described="The network learned with the rounded weights, so the float32 graph has them as well.",
+        exact_batches=False,
+        text_normalisation=casing_steps(vocabulary),
+        form="int4",
+    )
+
+
+def load_run(run: Path) -> tuple[WhisperSeq2Seq, CutVocabulary]:
+    """The averaged network of a run, rounded as it is served. Raises CheckpointError."""
+    path = run / "last.pt"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    cut = CutVocabulary.load(run / "vocabulary.json")
+    network = network_of(torch.load(path, weights_only=True), cut)
+    round_into(network, network, coarse_weights(network))
+    return network, cut
+
+
+@in_one_line("publish")
+def main(given: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--models-dir", type=Path, default=Path("models"))
+    parser.add_argument("--card", type=Path, required=True)
+    add_recordings(parser, required=True)
+    add_gate(parser, Gate(min_speed=1.0))
+    arguments = parser.parse_args(given)
+    bundle = publish(
+        exported_small(*load_run(arguments.run)),
+        arguments.name,
+        arguments.models_dir,
+        read_card(arguments.card),
+        recordings_of(arguments),
+        gate=gate_of(arguments),
+    )
+    print(f"{bundle.path}: verified")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

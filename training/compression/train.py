@@ -1,0 +1,278 @@
+"""Stage 3: the small network learns what to write, with the weights that will be served.
+
+    python -m training.compression.train --base BASE --cache CACHE --labels LABELS --run RUN --max-minutes 80
+
+The optimiser moves float32 weights; every step hears through their rounding to four bits, and its gradients
+are taken as theirs (the straight-through estimator, Bengio et al. 2013). Half of the loss follows the labels,
+half the large network's probabilities where it understood the utterance (Hinton et al. 2015). Without
+``--base`` a run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.arguments import positive
+from training.compression.corpus import IGNORED, Batch, BatchMaker, LabelledCorpus, padded
+from training.compression.label import TOKENS_PER_S, Large
+from training.compression.network import (
+    coarse_weights,
+    decode,
+    evaluating,
+    greedy,
+    heard,
+    listen,
+    logits,
+    round_into,
+    small_network,
+)
+from training.compression.vocabulary import CutVocabulary
+from training.distillation.dataset import normalise_text
+from training.distillation.evaluate import word_error_rates
+from training.distillation.label import length_batches
+from training.distillation.runner import deadline, run_until
+from training.distillation.trainer import AVERAGE_EVERY
+from training.errors import CheckpointError, ConfigError, in_one_line
+from training.recipes.whisper_ctc.model import EncoderConfig
+from training.recipes.whisper_seq2seq.model import DecoderConfig, WhisperSeq2Seq
+
+VALIDATION_FRAMES = 10_000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run needs to know; stored with its checkpoints."""
+
+    layers: tuple[int, ...] = (0, 1, 3)
+    """Of the large decoder, those that are kept."""
+    workers: int = 2
+    batch_s: float = 40.0
+    learning_rate: float = 1.5e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 200
+    ema_steps: int = 250
+    gradient_clip: float = 1.0
+    teacher_share: float = 0.5
+    """Of the loss, where the large network understood the utterance."""
+    smoothing: float = 0.05
+    """Of the labels elsewhere (Szegedy et al. 2016)."""
+    dropout: float = 0.1
+    """In the decoder."""
+    seed: int = 0
+
+
+def described(network: WhisperSeq2Seq) -> dict[str, Any]:
+    """The shape of a network, for its checkpoint."""
+    return {"encoder": asdict(network.encoder.config), "decoder": asdict(network.decoder.config)}
+
+
+def network_of(state: dict[str, Any], cut: CutVocabulary) -> WhisperSeq2Seq:
+    """The averaged network of a run's ``last.pt``, in float32."""
+    shape = state["shape"]
+    network = WhisperSeq2Seq(
+        EncoderConfig(**shape["encoder"]), DecoderConfig(**shape["decoder"]), cut.prompt()
+    )
+    network.load_state_dict(state["average"])
+    return network.eval()
+
+
+class Trainer:
+    """Weights in float32, their rounded copy that hears and writes, and their running average."""
+
+    def __init__(self, config: TrainConfig, network: WhisperSeq2Seq, corpus: LabelledCorpus) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.corpus, self.network = config, corpus, network
+        for layer in network.decoder.layers:
+            layer.dropout.p = config.dropout  # type: ignore[union-attr]
+        self.average = copy.deepcopy(network).requires_grad_(False)
+        self.rounded = copy.deepcopy(network)
+        self.coarse = coarse_weights(network)
+        self.learned = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for _, p in self.learned if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for _, p in self.learned if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        self.optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+        self.pool = ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,))
+        most_tokens = network.decoder.config.positions - len(network.prompt.ids)
+        self.maker = BatchMaker(corpus, config.batch_s, config.seed, most_tokens)
+        self.step, self.elapsed_s, self.audio_s, self.best_wer = 0, 0.0, 0.0, math.inf
+
+    def batches(self, step: int) -> list[Batch]:
+        """One per worker."""
+        workers = self.config.workers
+        return [self.maker(step * workers + worker) for worker in range(workers)]
+
+    def _backward(self, batch: Batch) -> dict[str, float]:
+        """Adds the gradients of one batch to those of the rounded weights; runs in a worker thread."""
+        network, config = self.rounded, self.config
+        audio, _, missing = listen(network, batch.features, batch.lengths)
+        states = decode(network, batch.tokens, heard(network, audio), missing)
+        states = states[:, len(network.prompt.ids) - 1 :]
+        counts = batch.wanted != IGNORED
+        found = logits(network, states[counts]).log_softmax(dim=-1)
+        wanted = batch.wanted[counts]
+        label = -found.gather(1, wanted[:, None])[:, 0]
+        probabilities = batch.probabilities[counts]
+        teacher = -(probabilities * found.gather(1, batch.likely[counts])).sum(dim=-1)
+        taught = probabilities.sum(dim=-1) > 0
+        share, smooth = config.teacher_share, config.smoothing
+        alone = (1 - smooth) * label - smooth * found.mean(dim=-1)
+        loss = torch.where(taught, (1 - share) * label + share * teacher, alone).mean()
+        (loss / config.workers).backward()  # type: ignore[no-untyped-call]
+        right = (found.argmax(dim=-1) == wanted).float().mean()
+        return {"label": float(label.detach().mean()), "right": float(right)}
+
+    def train_step(self, batches: list[Batch], progress: float) -> dict[str, float]:
+        """One update on one batch per worker; returns the parts of the loss."""
+        warm = min(1.0, (self.step + 1) / self.config.warmup_steps)
+        falling = 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        rate = self.config.learning_rate * warm * falling
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        round_into(self.rounded, self.network, self.coarse)
+        parts = list(self.pool.map(self._backward, batches))
+        norm = torch.nn.utils.clip_grad_norm_(self.rounded.parameters(), self.config.gradient_clip)
+        if torch.isfinite(norm):
+            gradients = dict(self.rounded.named_parameters())
+            for name, parameter in self.learned:
+                parameter.grad = gradients[name].grad
+            self.optimiser.step()
+            if self.step % AVERAGE_EVERY == 0:
+                self._move_average()
+        self.rounded.zero_grad(set_to_none=True)
+        self.step += 1
+        self.audio_s += sum(batch.audio_s for batch in batches)
+        values = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        return {**values, "norm": float(norm), "rate": rate}
+
+    def _move_average(self) -> None:
+        updates = self.step // AVERAGE_EVERY
+        share = max(AVERAGE_EVERY / self.config.ema_steps, 9.0 / (10.0 + updates))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), share)
+
+    def validation(self) -> dict[str, float]:
+        """Word error rate of the averaged, rounded weights per source, on the held-out speakers."""
+        corpus = self.corpus
+        served = copy.deepcopy(self.average)
+        round_into(served, self.average, self.coarse)
+        indices = corpus.validation
+        with evaluating(served):
+            texts = transcribe(served, corpus, indices, self.pool)
+        rows = [corpus.rows[index] for index in indices]
+        heard_texts = [normalise_text(text.replace("-", " ")) for text in texts]
+        return word_error_rates([row.text for row in rows], heard_texts, [row.source for row in rows])
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {
+            "config": asdict(self.config),
+            "shape": described(self.network),
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "counters": [self.step, self.elapsed_s, self.audio_s, self.best_wer],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The reverse of :meth:`state`."""
+        self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.elapsed_s, self.audio_s, self.best_wer = state["counters"]
+
+
+def transcribe(
+    network: WhisperSeq2Seq, corpus: LabelledCorpus, indices: Sequence[int], pool: ThreadPoolExecutor
+) -> list[str]:
+    """Greedy texts of cached utterances."""
+    texts: dict[int, str] = {}
+
+    def several(batch: list[int]) -> None:
+        with torch.inference_mode():
+            features, lengths = padded([corpus.features(index) for index in batch])
+            audio, counts, missing = listen(network, features, lengths)
+            limits = [int(count * 0.02 * TOKENS_PER_S) + 2 for count in counts.tolist()]
+            for index, tokens in zip(
+                batch, greedy(network, audio, missing, network.prompt, limits), strict=True
+            ):
+                texts[index] = corpus.tokenizer.decode(tokens)
+
+    batches = length_batches([corpus.frames(index) for index in indices], VALIDATION_FRAMES)
+    list(pool.map(several, [[indices[place] for place in batch] for batch in batches]))
+    return [texts[index] for index in indices]
+
+
+def new_network(base: str, language: str, config: TrainConfig, cut: CutVocabulary) -> WhisperSeq2Seq:
+    """Cut out of the large one. Raises ConfigError, CheckpointError."""
+    large = Large(base, language)
+    have = large.network.decoder.config.layers
+    if wrong := [index for index in config.layers if not 0 <= index < have]:
+        raise ConfigError(f"--layers {wrong[0]}: the decoder of {base} has layers 0 to {have - 1}")
+    if large.network.encoder.config.bands != 80:
+        raise ConfigError(f"{base} hears {large.network.encoder.config.bands} bands, expected 80")
+    return small_network(large.network, config.layers, cut)
+
+
+@in_one_line("train")
+def main(given: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", help="what training.compression.label was given")
+    parser.add_argument("--language", default="en", metavar="xx")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--labels", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run, created or resumed")
+    parser.add_argument("--layers", type=int, nargs="+", default=list(TrainConfig.layers))
+    parser.add_argument("--steps", type=positive)
+    parser.add_argument("--max-minutes", type=float)
+    parser.add_argument("--batch-s", type=float, default=TrainConfig.batch_s)
+    parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
+    parser.add_argument("--workers", type=positive, default=TrainConfig.workers)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate-every-minutes", type=float, default=8.0)
+    arguments = parser.parse_args(given)
+    deadline_s = deadline(None, arguments.max_minutes)
+    if arguments.steps is None and deadline_s is None:
+        raise SystemExit("say how long: --steps or --max-minutes")
+    torch.set_num_threads(1)
+    config = TrainConfig(
+        layers=tuple(arguments.layers),
+        workers=arguments.workers,
+        batch_s=arguments.batch_s,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+    )
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    corpus = LabelledCorpus(arguments.cache, arguments.labels)
+    last = arguments.run / "last.pt"
+    if last.exists():
+        state = torch.load(last, weights_only=True)
+        trainer = Trainer(config, network_of(state, corpus.cut), corpus)
+        trainer.restore(state)
+        print(f"going on at step {trainer.step}")
+    elif arguments.base:
+        trainer = Trainer(config, new_network(arguments.base, arguments.language, config, corpus.cut), corpus)
+    else:
+        raise CheckpointError(f"{last}: no run to go on with; --base says what to begin with")
+    corpus.cut.save(arguments.run / "vocabulary.json")
+    (arguments.run / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+    run_until(trainer, arguments.run, arguments.steps, deadline_s, 60.0 * arguments.validate_every_minutes)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
