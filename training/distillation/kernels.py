@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+NAME = "asr_training_kernels"
 
 
 def cpu_has_bfloat16() -> bool:
@@ -19,6 +24,29 @@ def cpu_has_bfloat16() -> bool:
     return "avx512_bf16" in flags and "avx512bw" in flags
 
 
+def build_folder() -> Path:
+    """Where the extension is compiled, one folder per Python and torch."""
+    import torch
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    version = f"py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
+    return Path(root) / version / NAME
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Nobody else compiles in `folder`; a lock of torch's that a killed compilation left there goes.
+
+    torch marks a compilation by a file, for whose end the next one waits for ever. The system's own lock
+    ends with the process that has it, and who has it knows that such a file is nobody's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "compiling").open("w") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield
+
+
 @functools.cache
 def load() -> Any | None:
     """The compiled extension module, or None without the instructions, a compiler or ninja."""
@@ -28,10 +56,12 @@ def load() -> Any | None:
     try:
         from torch.utils import cpp_extension
 
-        with warnings.catch_warnings():
+        folder = build_folder()
+        with one_at_a_time(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return cpp_extension.load(
-                name="asr_training_kernels",
+                name=NAME,
+                build_directory=str(folder),
                 sources=[str(Path(__file__).with_suffix(".cpp"))],
                 extra_cflags=["-O3", "-march=native", "-fopenmp"],
                 extra_ldflags=["-fopenmp"],
