@@ -47,6 +47,13 @@ class Attention(nn.Module):
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
+    def shares(self, values: Tensor, bias: Tensor | None, memory: Tensor) -> Tensor:
+        """How much each query takes of each key, (batch, heads, queries, keys)."""
+        query, key = self._split(self.q_proj(values)), self._split(self.k_proj(memory))
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        found: Tensor = (scores if bias is None else scores + bias).softmax(dim=-1)
+        return found
+
     def _split(self, values: Tensor) -> Tensor:
         """(batch, frames, width) -> (batch, heads, frames, width per head)."""
         batch, frames, width = values.shape

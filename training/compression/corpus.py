@@ -29,11 +29,12 @@ LN_10 = math.log(10.0)
 MAX_FRAMES = 2990
 AUGMENTATION = AugmentConfig(
     max_band_change=0.1,
-    noise_probability=0.35,
+    noise_probability=0.2,
+    time_masks_per_s=0.25,
     max_time_mask_frames=20,
-    max_band_mask=12,
+    band_masks=1,
     max_gain_db=8.0,
-    lone_noise=0.35,
+    lone_noise=0.3,
 )
 JOINED_SHARE = 0.25
 MOST_JOINED = 5

@@ -29,7 +29,15 @@ Heard = list[tuple[Tensor, Tensor]]
 def small_network(large: WhisperSeq2Seq, layers: Sequence[int], cut: CutVocabulary) -> WhisperSeq2Seq:
     """A copy on true lengths with these layers of the decoder and these tokens only."""
     positions = min(POSITIONS, large.decoder.config.positions)
-    config = replace(large.decoder.config, vocabulary=len(cut.ids), layers=len(layers), positions=positions)
+    whole = large.decoder.config
+    heads = tuple((layers.index(layer), head) for layer, head in whole.alignment_heads if layer in layers)
+    config = replace(
+        whole,
+        vocabulary=len(cut.ids),
+        layers=len(layers),
+        positions=positions,
+        alignment_heads=heads,
+    )
     small = WhisperSeq2Seq(large.encoder.config, config, cut.prompt())
     small.encoder.load_state_dict(large.encoder.state_dict())
     decoder = small.decoder

@@ -5,7 +5,7 @@
 The optimiser moves float32 weights; every step hears through their rounding to four bits, and its gradients
 are taken as theirs (the straight-through estimator, Bengio et al. 2013). Half of the loss follows the labels,
 half the large network's probabilities where it understood the utterance (Hinton et al. 2015). Without
-``--base`` a run goes on where it stopped.
+``--base`` or ``--init-from`` a run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TrainConfig:
     """Of the large decoder, those that are kept."""
     workers: int = 2
     batch_s: float = 40.0
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 5e-5
     weight_decay: float = 0.01
     warmup_steps: int = 200
     ema_steps: int = 250
@@ -91,7 +91,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, network: WhisperSeq2Seq, corpus: LabelledCorpus) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.corpus, self.network = config, corpus, network
+        self.config, self.corpus, self.network = config, corpus, network.train()
         for layer in network.decoder.layers:
             layer.dropout.p = config.dropout  # type: ignore[union-attr]
         self.average = copy.deepcopy(network).requires_grad_(False)
@@ -225,6 +225,12 @@ def new_network(base: str, language: str, config: TrainConfig, cut: CutVocabular
     return small_network(large.network, config.layers, cut)
 
 
+def _averaged(path: Path, cut: CutVocabulary) -> WhisperSeq2Seq:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    return network_of(torch.load(path, weights_only=True), cut)
+
+
 @in_one_line("train")
 def main(given: Sequence[str] | None = None) -> int:
     """Command line."""
@@ -232,6 +238,7 @@ def main(given: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", help="what training.compression.label was given")
+    parser.add_argument("--init-from", type=Path, help="or another run's last.pt or best.pt, its average")
     parser.add_argument("--language", default="en", metavar="xx")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--labels", type=Path, required=True)
@@ -264,10 +271,12 @@ def main(given: Sequence[str] | None = None) -> int:
         trainer = Trainer(config, network_of(state, corpus.cut), corpus)
         trainer.restore(state)
         print(f"going on at step {trainer.step}")
+    elif arguments.init_from:
+        trainer = Trainer(config, _averaged(arguments.init_from, corpus.cut), corpus)
     elif arguments.base:
         trainer = Trainer(config, new_network(arguments.base, arguments.language, config, corpus.cut), corpus)
     else:
-        raise CheckpointError(f"{last}: no run to go on with; --base says what to begin with")
+        raise CheckpointError(f"{last}: no run to go on with; --base or --init-from says what to begin with")
     corpus.cut.save(arguments.run / "vocabulary.json")
     (arguments.run / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
     run_until(trainer, arguments.run, arguments.steps, deadline_s, 60.0 * arguments.validate_every_minutes)

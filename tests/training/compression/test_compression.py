@@ -288,7 +288,7 @@ def test_nothing_to_go_on_with_is_said(
 ) -> None:
     given = ["--cache", str(cache), "--labels", str(labels), "--run", str(tmp_path / "run"), "--steps", "1"]
     assert train.main(given) == 2
-    assert "no run to go on with; --base says what to begin with" in capsys.readouterr().err
+    assert "no run to go on with; --base or --init-from says what to begin with" in capsys.readouterr().err
 
 
 def test_the_graph_of_four_bits_says_what_the_rounded_network_says(run: Path) -> None:

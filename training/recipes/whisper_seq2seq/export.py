@@ -12,7 +12,13 @@ from onnx import TensorProto, helper
 
 from training.graph import GraphBuilder
 from training.recipes.whisper_ctc.export import add_encoder, add_features
-from training.recipes.whisper_seq2seq.model import IMPOSSIBLE, DecoderLayer, WhisperSeq2Seq
+from training.recipes.whisper_seq2seq.model import (
+    IMPOSSIBLE,
+    DecoderConfig,
+    DecoderLayer,
+    WhisperSeq2Seq,
+)
+from training.recipes.whisper_seq2seq.placing import Search, add_frames, add_places
 from training.transformer_graph import (
     add_attention_over,
     add_feed_forward,
@@ -38,8 +44,8 @@ def export_graph(model: WhisperSeq2Seq) -> onnx.ModelProto:
         add_keys_and_memory(graph, f"decoder.layers.{index}.encoder_attn", _layer(layer).encoder_attn, hidden)
         for index, layer in enumerate(model.decoder.layers)
     ]
-    steps, valid = _add_search(graph, model, heard, bias, limit)
-    _add_frames(graph, model, steps, valid, frames)
+    search = _add_search(graph, model, heard, bias, limit)
+    add_frames(graph, search, add_places(graph, search, counts, frames), frames)
     return graph.build("whisper_seq2seq", model.decoder.config.vocabulary)
 
 
@@ -51,11 +57,8 @@ def _layer(module: object) -> DecoderLayer:
 
 def _add_search(
     graph: GraphBuilder, model: WhisperSeq2Seq, heard: list[tuple[str, str]], bias: str | None, limit: str
-) -> tuple[str, str]:
-    """Greedy search: log-probabilities (steps, batch, vocabulary), and whether each is a text token.
-
-    Those of the prompt's steps are certain blanks.
-    """
+) -> Search:
+    """Greedy search as a loop."""
     config, prompt = model.decoder.config, model.prompt.ids
     shape = graph.add("Shape", ["waveform"], "search.shape")
     batch = graph.add("Gather", [shape, graph.ints("zero", [0])], "search.batch", axis=0)
@@ -80,12 +83,14 @@ def _add_search(
         helper.make_node(
             "Loop",
             [count, "", first, done, *caches],
-            [*finals, "search.log_probs", "search.valid"],
+            [*finals, "search.log_probs", "search.valid", "search.heard"],
             name="search",
             body=body,
         )
     )
-    return "search.log_probs", "search.valid"
+    counted = graph.add("Cast", ["search.valid"], "search.valid_count", to=TensorProto.INT64)
+    found = graph.add("ReduceSum", [counted, graph.ints("zero", [0])], "search.found", keepdims=0)
+    return Search("search.log_probs", "search.valid", "search.heard", found, len(prompt))
 
 
 def _body(
@@ -110,6 +115,7 @@ def _body(
     for number, module in enumerate(model.decoder.layers):
         values, grown = _add_layer(graph, number, _layer(module), values, heard[number], bias)
         caches += grown
+    _add_heard(graph, config)
     values = add_layer_norm(graph, "decoder.layer_norm", values, model.decoder.layer_norm)
     logits = graph.add("MatMul", [values, output], "step.logits")
     flat = graph.add("Squeeze", [logits, one], "step.flat")
@@ -156,8 +162,27 @@ def _body(
         *(_cache_info(name, i, config.heads, config.width) for i, name in enumerate(caches)),
         helper.make_tensor_value_info("step.log_probs", TensorProto.FLOAT, ["batch", config.vocabulary]),
         helper.make_tensor_value_info("step.valid", TensorProto.BOOL, ["batch"]),
+        helper.make_tensor_value_info("step.heard", TensorProto.FLOAT, ["batch", None]),
     ]
     return helper.make_graph(graph.nodes, "step", inputs, outputs)
+
+
+def _add_heard(graph: GraphBuilder, config: DecoderConfig) -> None:
+    """Mean of the attention on the audio over the heads that follow the speech, (batch, audio frames)."""
+    sums = []
+    for layer in range(config.layers):
+        if heads := config.heads_of(layer):
+            name = f"decoder.layers.{layer}.encoder_attn"
+            chosen = graph.add(
+                "Gather",
+                [f"{name}.shares", graph.ints(f"{name}.followers", heads)],
+                f"{name}.followed",
+                axis=1,
+            )
+            axes = graph.ints("step.heads_and_token", [1, 2])
+            sums.append(graph.add("ReduceSum", [chosen, axes], f"{name}.heard_sum", keepdims=0))
+    total = graph.add("Sum", sums, "step.heard_sum")
+    graph.add("Div", [total, graph.floats("step.followers", float(config.followers))], "step.heard")
 
 
 def _cache_info(name: str, index: int, heads: int, width: int) -> onnx.ValueInfoProto:
@@ -191,35 +216,3 @@ def _add_layer(
     normal = add_layer_norm(graph, f"{name}.final_layer_norm", values, layer.final_layer_norm)
     values = graph.add("Add", [values, add_feed_forward(graph, name, normal, layer.fc1, layer.fc2)], name)
     return values, [keys, memory]
-
-
-def _add_frames(graph: GraphBuilder, model: WhisperSeq2Seq, steps: str, valid: str, frames: str) -> None:
-    """Spread the text tokens over the frames, see model.spread; all others are the first step, a blank."""
-    zero, one, last_axis = graph.ints("zero", [0]), graph.ints("one", [1]), graph.ints("axis_last", [-1])
-    counted = graph.add("Cast", [valid], "spread.valid", to=TensorProto.INT64)
-    found = graph.add("ReduceSum", [counted, zero], "spread.found", keepdims=0)
-    n = graph.add("Unsqueeze", [found, one], "spread.n")
-    total = graph.add("Unsqueeze", [frames, one], "spread.total")
-    longest = graph.add("ReduceMax", [frames], "spread.longest", keepdims=0)
-    first, step = (graph.add("Squeeze", [name], f"spread.{name}_scalar") for name in (zero, one))
-    frame = graph.add("Range", [first, longest, step], "spread.frame")
-    scaled = graph.add("Mul", [frame, n], "spread.scaled")
-    less_one = graph.add("Sub", [total, one], "spread.total_less_one")
-    raised = graph.add("Add", [scaled, less_one], "spread.raised")
-    index = graph.add("Div", [raised, total], "spread.index")
-    reached = graph.add("Mul", [index, total], "spread.reached")
-    place = graph.add("Div", [reached, graph.add("Max", [n, one], "spread.n_or_one")], "spread.place")
-    there = graph.add("Equal", [place, frame], "spread.there")
-    inside = graph.add("Less", [index, n], "spread.inside")
-    hit = graph.add("And", [there, inside], "spread.hit")
-    start = graph.ints("spread.start", [len(model.prompt.ids) - 1])
-    text_step = graph.add("Add", [index, start], "spread.text_step")
-    chosen = graph.add("Where", [hit, text_step, zero], "spread.chosen")
-    items = graph.add("Squeeze", [graph.add("Shape", [found], "spread.batch")], "spread.batch_scalar")
-    item = graph.add("Range", [first, items, step], "spread.item")
-    item = graph.add("Unsqueeze", [item, one], "spread.item_column")
-    item = graph.add("Expand", [item, graph.add("Shape", [chosen], "spread.shape")], "spread.items")
-    pair = [graph.add("Unsqueeze", [name, last_axis], f"{name}.pair") for name in (chosen, item)]
-    places = graph.add("Concat", pair, "spread.pairs", axis=-1)
-    graph.add("GatherND", [steps, places], "log_probs")
-    graph.add("Identity", [frames], "frame_lengths")

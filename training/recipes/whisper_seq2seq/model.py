@@ -1,25 +1,33 @@
 """Whisper with its decoder (Radford et al. 2022), and how its text becomes frames of log-probabilities.
 
 Serving knows one contract: a waveform goes in, frames of log-probabilities come out, repeats collapse and
-blanks vanish. A decoder fits it: each token that greedy search finds becomes one frame, frames of certain
-blank stand between, and collapsing gives back the tokens. The tokens are spread evenly over the audio, so
-word times of this family are estimates, nothing more.
+blanks vanish. A decoder fits it: each token that greedy search finds becomes a few equal frames, frames of
+certain blank stand between, and collapsing gives back the tokens. Where a token stands is where the decoder
+listened when it wrote it: some heads of its attention follow the speech.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
+from training.masks import frame_mask
 from training.recipes.whisper_ctc.frontend import WhisperLogMel
 from training.recipes.whisper_ctc.model import EncoderConfig, WhisperEncoder
 from training.transformer import Attention, key_bias
 
+TOKEN_FRAMES = 5
+"""A token lasts for 0.2 s at most: what it sounds like, on average (docs/experiments.md)."""
+SMOOTHED = 6
+SMOOTHED_PADS = (2, 3)
+"""Audio frames, of which two are one output frame, over which means are taken; how many the ends lack."""
+STEADY = 1e-6
+"""Added to the deviation of an attention over the tokens."""
 IMPOSSIBLE = -1e4
 """Log-probability of every token but the blank in a frame between tokens; its exponential is zero."""
 
@@ -34,10 +42,23 @@ class DecoderConfig:
     heads: int
     inner: int
     positions: int = 448
+    alignment_heads: tuple[tuple[int, int], ...] = ()
+    """Layers and heads whose attention follows the speech; none: all of the upper half of the layers."""
+
+    def heads_of(self, layer: int) -> list[int]:
+        """Those of one layer that follow the speech."""
+        if self.alignment_heads:
+            return sorted({head for index, head in self.alignment_heads if index == layer})
+        return list(range(self.heads)) if layer >= self.layers // 2 else []
+
+    @property
+    def followers(self) -> int:
+        """How many heads follow the speech."""
+        return sum(len(self.heads_of(layer)) for layer in range(self.layers))
 
     @classmethod
-    def from_transformers(cls, config: Any) -> DecoderConfig:
-        """From a `transformers.WhisperConfig`."""
+    def from_transformers(cls, config: Any, alignment_heads: Any = None) -> DecoderConfig:
+        """From a `transformers.WhisperConfig`, and from its generation configuration the heads."""
         return cls(
             vocabulary=config.vocab_size,
             width=config.d_model,
@@ -45,6 +66,7 @@ class DecoderConfig:
             heads=config.decoder_attention_heads,
             inner=config.decoder_ffn_dim,
             positions=config.max_target_positions,
+            alignment_heads=tuple((int(layer), int(head)) for layer, head in alignment_heads or ()),
         )
 
 
@@ -84,6 +106,11 @@ class DecoderLayer(nn.Module):
         out: Tensor = values + self.dropout(self.fc2(inner))
         return out
 
+    def listened(self, values: Tensor, causal: Tensor, audio: Tensor, audio_bias: Tensor | None) -> Tensor:
+        """Shares of the attention on the audio, (batch, heads, tokens, frames)."""
+        values = values + self.self_attn(self.self_attn_layer_norm(values), causal)
+        return self.encoder_attn.shares(self.encoder_attn_layer_norm(values), audio_bias, audio)
+
 
 class WhisperDecoder(nn.Module):
     """Tokens so far and audio -> what comes next; the output layer is the embedding's transpose."""
@@ -103,13 +130,31 @@ class WhisperDecoder(nn.Module):
 
         With `last` those after the last token only, (batch, 1, vocabulary).
         """
-        count = tokens.shape[1]
-        values = self.embed_tokens(tokens) + self.embed_positions.weight[:count]
-        causal = torch.full((count, count), -1e9, device=tokens.device).triu(1)
+        values, causal = self._embedded(tokens)
         for layer in self.layers:
             values = layer(values, causal, audio, audio_bias)
         values = values[:, -1:] if last else values
         return functional.linear(self.layer_norm(values), self.embed_tokens.weight)
+
+    def attention(self, tokens: Tensor, audio: Tensor, audio_bias: Tensor | None) -> Tensor:
+        """How much is listened to each audio frame after each token: (batch, tokens, frames).
+
+        The mean over the heads that follow the speech.
+        """
+        values, causal = self._embedded(tokens)
+        found = torch.zeros(*tokens.shape, audio.shape[1], device=tokens.device)
+        for index, module in enumerate(self.layers):
+            layer = cast(DecoderLayer, module)
+            if heads := self.config.heads_of(index):
+                found = found + layer.listened(values, causal, audio, audio_bias)[:, heads].sum(dim=1)
+            values = layer(values, causal, audio, audio_bias)
+        return found / self.config.followers
+
+    def _embedded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first layer is given, and what is added to scores of later tokens."""
+        count = tokens.shape[1]
+        values = self.embed_tokens(tokens) + self.embed_positions.weight[:count]
+        return values, torch.full((count, count), -1e9, device=tokens.device).triu(1)
 
 
 class WhisperSeq2Seq(nn.Module):
@@ -161,14 +206,20 @@ class WhisperSeq2Seq(nn.Module):
         per item (batch,), and output frames per item (batch,), one per 40 ms; an item has at most one token
         per two frames.
         """
-        hidden, counts, bias = self.listen(waveform, lengths)
+        steps, _, found, frames = self._search(*self.listen(waveform, lengths))
+        return steps, found, frames
+
+    def _search(
+        self, hidden: Tensor, counts: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `generate`, with the tokens that were given to the steps."""
         frames = torch.div(counts + 1, 2, rounding_mode="floor")
         limit = torch.div(frames, 2, rounding_mode="floor")
         room = self.decoder.config.positions - len(self.prompt.ids)
-        batch = len(lengths)
-        tokens = torch.tensor([self.prompt.ids] * batch, device=waveform.device)
-        open_items = torch.ones(batch, dtype=torch.bool, device=waveform.device)
-        found = torch.zeros(batch, dtype=torch.int64, device=waveform.device)
+        batch, device = len(counts), hidden.device
+        tokens = torch.tensor([self.prompt.ids] * batch, device=device)
+        open_items = torch.ones(batch, dtype=torch.bool, device=device)
+        found = torch.zeros(batch, dtype=torch.int64, device=device)
         steps = []
         for step in range(min(int(limit.max()) + 1, room)):
             logits = self.decoder(tokens, hidden, bias, last=True)[:, 0] + self.suppress[int(step == 0)]
@@ -180,30 +231,76 @@ class WhisperSeq2Seq(nn.Module):
             if not open_items.any():
                 break
             tokens = torch.cat([tokens, best[:, None]], dim=1)
-        return torch.stack(steps, dim=1), found, frames
+        return torch.stack(steps, dim=1), tokens, found, frames
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, samples), (batch,) -> log_probs (batch, frames, vocabulary), frame lengths (batch,)."""
-        steps, found, frames = self.generate(waveform, lengths)
-        return spread(steps, found, frames, self.prompt.end), frames
+        hidden, counts, bias = self.listen(waveform, lengths)
+        steps, tokens, found, frames = self._search(hidden, counts, bias)
+        first = len(self.prompt.ids) - 1
+        heard = self.decoder.attention(tokens, hidden, bias)[:, first : first + steps.shape[1]]
+        places = places_of(heard, found, counts)
+        return spread(steps, places, found, frames, self.prompt.end), frames
 
 
-def spread(steps: Tensor, found: Tensor, frames: Tensor, blank_id: int) -> Tensor:
-    """Token i of n stands at frame floor(i * frames / n); every other frame is a certain blank.
+def places_of(heard: Tensor, found: Tensor, counts: Tensor) -> Tensor:
+    """In which output frame each token begins: (batch, steps) int64, meaningful for the first `found` ones.
+
+    A token is where its attention is most above that of the item's other tokens (as Radford et al. align
+    words), smoothed over three output frames; of places that run against the order the middle is taken
+    between the last later and the first earlier one, and every token gets two frames at least.
+
+    Args:
+        heard: (batch, steps, audio frames), the attention after each token's predecessor.
+        found: (batch,) int64, tokens per item, at most half its output frames.
+        counts: (batch,) int64, audio frames per item; two of them are one output frame.
+    """
+    steps, audio = heard.shape[1:]
+    valid = frame_mask(found, steps)
+    own = valid[:, :, None].to(heard.dtype)
+    number = found.clamp(min=1)[:, None].to(heard.dtype)
+    mean = (heard * own).sum(dim=1) / number
+    away = heard - mean[:, None]
+    deviation = ((away * away * own).sum(dim=1) / number).sqrt()
+    above = away / (deviation[:, None] + STEADY) + heard  # a token alone is above nothing
+    inside = frame_mask(counts, audio)[:, None].to(heard.dtype)
+    frames = torch.div(counts + 1, 2, rounding_mode="floor")
+    smooth = _pooled(above * inside) / _pooled(inside).clamp(min=STEADY)
+    outside = ~frame_mask(frames, smooth.shape[-1])[:, None]
+    best = smooth.masked_fill(outside, IMPOSSIBLE).argmax(dim=-1)
+    order = torch.arange(steps, device=heard.device)
+    before = order[None, :] <= order[:, None]
+    early = torch.where(before & valid[:, None, :], best[:, None, :], -(2**30)).amax(dim=-1)
+    late = torch.where(before.T & valid[:, None, :], best[:, None, :], 2**30).amin(dim=-1)
+    middle = torch.div(early + late, 2, rounding_mode="floor") - 2 * order
+    apart = torch.where(before & valid[:, None, :], middle[:, None, :], -(2**30)).amax(dim=-1) + 2 * order
+    latest = frames[:, None] - 1 - 2 * (found[:, None] - 1 - order)
+    return torch.minimum(apart, latest)
+
+
+def _pooled(values: Tensor) -> Tensor:
+    """Means over three output frames, which are six audio frames, at every output frame."""
+    return functional.avg_pool1d(functional.pad(values, SMOOTHED_PADS), SMOOTHED, stride=2)
+
+
+def spread(steps: Tensor, places: Tensor, found: Tensor, frames: Tensor, blank_id: int) -> Tensor:
+    """Each token for `TOKEN_FRAMES` frames, fewer where the next one begins; all others are certain blanks.
 
     Args:
         steps: (batch, steps, vocabulary) log-probabilities.
-        found: (batch,) int64, tokens per item, at most half its frames: so no two tokens are neighbours.
+        places: (batch, steps) int64, rising by two or more.
+        found: (batch,) int64, tokens per item.
         frames: (batch,) int64.
         blank_id: the end of text, which is the bundle's blank.
     """
     batch, count, vocabulary = steps.shape
     frame = torch.arange(int(frames.max()), device=steps.device)[None, :]
-    n, total = found[:, None], frames[:, None]
-    index = torch.div(frame * n + total - 1, total, rounding_mode="floor")
-    place = torch.div(index * total, n.clamp(min=1), rounding_mode="floor")
-    hit = (place == frame) & (index < n)
-    gathered = steps.gather(1, index.clamp(max=count - 1)[:, :, None].expand(batch, -1, vocabulary))
+    starts = torch.where(frame_mask(found, count), places, 2**30)
+    index = (starts[:, None, :] <= frame[:, :, None]).sum(dim=-1) - 1
+    following = functional.pad(starts, (0, 1), value=2**30)
+    start, after = (following.gather(1, (index + one).clamp(min=0)) for one in (0, 1))
+    shown = (index >= 0) & (frame < start + TOKEN_FRAMES) & (frame < torch.maximum(after - 1, start + 1))
+    gathered = steps.gather(1, index.clamp(min=0)[:, :, None].expand(batch, -1, vocabulary))
     blank = torch.full((vocabulary,), IMPOSSIBLE, device=steps.device)
     blank[blank_id] = 0.0
-    return torch.where(hit[:, :, None], gathered, blank)
+    return torch.where(shown[:, :, None], gathered, blank)

@@ -168,7 +168,9 @@ class WhisperSeq2SeqRecipe(Recipe):
         base = self._published()
         network = WhisperSeq2Seq(
             EncoderConfig.from_transformers(base.config),
-            DecoderConfig.from_transformers(base.config),
+            DecoderConfig.from_transformers(
+                base.config, getattr(base.generation_config, "alignment_heads", None)
+            ),
             self._prompt(self.codec(), base.generation_config),
             fixed=self.settings.length == "fixed30",
             dropout=self.settings.dropout,
