@@ -41,8 +41,8 @@ def quantize_products(model: onnx.ModelProto, chosen: Collection[str]) -> None:
                 source, weight = node.input
                 if source not in scaled:
                     scaled[source] = f"{node.name}.input"
-                    nodes.append(_quantizer(source, scaled[source]))
-                nodes += _product(node, scaled[source], *weights.quantized(weight))
+                    nodes.append(quantizer(source, scaled[source]))
+                nodes += int8_product(node, scaled[source], *weights.quantized(weight))
             else:
                 nodes.append(node)
         kept = [_copy(node) for node in nodes]
@@ -67,12 +67,13 @@ def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
     return copied
 
 
-def _quantizer(source: str, name: str) -> onnx.NodeProto:
+def quantizer(source: str, name: str) -> onnx.NodeProto:
+    """What rounds the inputs of products, `name` begins its three outputs."""
     outputs = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
     return helper.make_node("DynamicQuantizeLinear", [source], outputs, name=f"{name}_quantize")
 
 
-def _product(
+def int8_product(
     node: onnx.NodeProto, source: str, weight: str, scale: str, zero_point: str
 ) -> list[onnx.NodeProto]:
     """The nodes that stand for one product; the last has its output."""

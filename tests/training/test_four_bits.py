@@ -134,3 +134,36 @@ def test_a_look_up_that_is_none_of_columns_is_refused(model: onnx.ModelProto) ->
     gather.attribute[0].i = 0
     with pytest.raises(ValueError, match="look-up: only whole columns"):
         quantize_to_four_bits(model, {"product"})
+
+
+def test_a_widened_weight_multiplies_as_dynamic_int8(model: onnx.ModelProto) -> None:
+    weight = numpy_helper.to_array(model.graph.initializer[0])
+    expected = rounded(torch.from_numpy(weight.T.copy())).numpy().T
+    quantize_to_four_bits(model, {"product"}, {"product"})
+    assert not any(node.op_type == "MatMulNBits" for node in model.graph.node)
+    x = np.random.default_rng(1).normal(size=(3, 2 * GROUP)).astype(np.float32)
+    feeds = {"x": x, "places": np.array([[7], [2]]), "yes": np.array(True)}
+    product, found = cpu_session(model.SerializeToString()).run(["product", "found"], feeds)
+    np.testing.assert_allclose(found[:, :, 0], expected[:, [7, 2]], rtol=0, atol=1e-6)
+    exact = x @ expected
+    assert np.abs(product - exact).max() < 0.05 * np.abs(exact).std()
+
+
+def test_a_column_of_zeros_is_widened_to_zeros() -> None:
+    """Its scale is nothing, and nothing is divided by it; the last group is not whole."""
+    weight = np.random.default_rng(0).normal(size=(GROUP + 40, 3)).astype(np.float32)
+    weight[:, 1] = 0.0
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, GROUP + 40])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    quantize_to_four_bits(model, {"product"}, {"product"})
+    x = np.random.default_rng(1).normal(size=(2, GROUP + 40)).astype(np.float32)
+    (found,) = cpu_session(model.SerializeToString()).run(None, {"x": x})
+    exact = x @ rounded(torch.from_numpy(weight.T.copy())).numpy().T
+    assert np.abs(found - exact).max() < 0.05 * np.abs(exact).std()
+    assert not found[:, 1].any()

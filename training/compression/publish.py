@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,9 @@ from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.transformer_quantize import products
 from training.vocabulary import casing_steps
 
+WAY = "weights of four bits in groups of 128, learned so"
+OF_AUDIO = re.compile(r"encoder\.|.*\.encoder_attn\.[kv]_proj$").match
+"""Products whose input is every frame of the audio; all others see a token at a time."""
 HALVED = ("encoder.conv1.weight", "decoder.embed_positions")
 """Weights that are no matrices of whole groups, and large."""
 
@@ -40,13 +44,17 @@ def exported_small(network: WhisperSeq2Seq, cut: CutVocabulary) -> Exported:
     def ways(
         float_graph: onnx.ModelProto, calibration: Sequence[Waveform]
     ) -> Iterator[tuple[str, onnx.ModelProto]]:
-        small = onnx.ModelProto()
-        small.CopyFrom(float_graph)
-        names = {name.removesuffix(".product"): name for name in products(small)}
+        names = {name.removesuffix(".product"): name for name in products(float_graph)}
         names["decoder.embed_tokens"] = names.pop("step.logits")
-        quantize_to_four_bits(small, {product for name, product in names.items() if name in coarse})
-        halve(small, HALVED)
-        yield "weights of four bits in groups of 128, learned so", small
+        chosen = {name: product for name, product in names.items() if name in coarse}
+        of_audio = {product for name, product in chosen.items() if OF_AUDIO(name)}
+        ways: dict[str, set[str]] = {WAY: set(), f"{WAY}, those of the audio in 8 bits once loaded": of_audio}
+        for how, widened in ways.items():
+            small = onnx.ModelProto()
+            small.CopyFrom(float_graph)
+            quantize_to_four_bits(small, set(chosen.values()), widened)
+            halve(small, HALVED)
+            yield how, small
 
     vocabulary = cut.vocabulary()
     return Exported(

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from training.compression.network import (
 )
 from training.compression.train import TrainConfig, Trainer, network_of, new_network
 from training.compression.vocabulary import CutVocabulary, cut_vocabulary, unchanged_share
+from training.dynamic_int8 import graphs_of
 from training.errors import CheckpointError, ConfigError
 from training.four_bits import rounded
 from training.inference import compare, cpu_session, run_graph
@@ -295,18 +297,26 @@ def test_the_graph_of_four_bits_says_what_the_rounded_network_says(run: Path) ->
     network, cut = publish.load_run(run)
     made = publish.exported_small(network, cut)
     clips = chirps(3)
-    ((_, small_graph),) = made.ways(made.graph, clips)
     exact = run_torch(network, clips)
     assert compare(exact, run_graph(cpu_session(made.graph), clips)).worst_posterior < 1e-4
-    found = run_graph(cpu_session(small_graph), clips)
-    for ours, theirs in zip(found, exact, strict=True):
-        assert ours.shape == theirs.shape
-        assert np.abs(np.exp(ours[0]) - np.exp(theirs[0])).max() < 0.05
-    operators = [node.op_type for node in small_graph.graph.node]
-    assert "MatMulNBits" in operators
-    assert len(small_graph.SerializeToString()) < 0.5 * len(made.graph.SerializeToString())
-    floats = [t for t in small_graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
-    assert max(int(np.prod(t.dims)) for t in floats) < 20_000, "nothing large is left in float32"
+    ways = dict(made.ways(made.graph, clips))
+    assert len(ways) == 2
+    for way, small_graph in ways.items():
+        for ours, theirs in zip(run_graph(cpu_session(small_graph), clips), exact, strict=True):
+            assert ours.shape == theirs.shape
+            assert np.abs(np.exp(ours[0]) - np.exp(theirs[0])).max() < 0.05
+        operators = Counter(node.op_type for graph in graphs_of(small_graph.graph) for node in graph.node)
+        assert operators["GatherBlockQuantized"] == 1
+        if "8 bits" in way:
+            assert operators["MatMulNBits"] == 9, (
+                "one layer of the decoder, less two of the audio, and the output"
+            )
+            assert operators["MatMulInteger"] == 2 * 6 + 1 + 2
+        else:
+            assert operators["MatMulNBits"] == 2 * 6 + 1 + 11
+        assert len(small_graph.SerializeToString()) < 0.5 * len(made.graph.SerializeToString())
+        floats = [t for t in small_graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+        assert max(int(np.prod(t.dims)) for t in floats) < 20_000, "nothing large is left in float32"
 
 
 def test_a_run_becomes_a_bundle_that_is_served(run: Path, cache: Path, tmp_path: Path) -> None:
