@@ -39,7 +39,7 @@ from training.compression.vocabulary import (
 )
 from training.config import RunConfig
 from training.distillation.label import length_batches
-from training.errors import ConfigError, in_one_line
+from training.errors import ConfigError, DataError, in_one_line
 from training.recipes.whisper_ctc.frontend import SAMPLE_RATE_HZ, WINDOW_SAMPLES, WhisperLogMel, own_in_range
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
@@ -236,8 +236,17 @@ def likely_tokens(folder: Path) -> npt.NDArray[Any]:
     return np.memmap(folder / "likely.raw", Likely, mode="r")
 
 
-def _texts(paths: Iterable[Path]) -> list[str]:
-    return [line.strip() for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line]
+def counted_texts(paths: Iterable[Path]) -> list[tuple[str, float]]:
+    """Lines of plain text, once each, or as often as a number behind a tab says. Raises DataError."""
+    found = []
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            text, tab, often = line.strip().partition("\t")
+            try:
+                found.append((text, float(often) if tab else 1.0))
+            except ValueError:
+                raise DataError(f"{path}:{number}: {often!r} behind the tab is no number") from None
+    return found
 
 
 @in_one_line("label")
@@ -250,9 +259,13 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--language", default="en", metavar="xx")
     parser.add_argument("--cache", type=Path, required=True, help="made by training.distillation.cache")
     parser.add_argument(
-        "--texts", type=Path, nargs="+", required=True, help="plain text that chooses the tokens"
+        "--texts",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="plain text that chooses the tokens, or words, tab, how often",
     )
-    parser.add_argument("--tokens", type=positive, default=8191, help="of text to keep")
+    parser.add_argument("--tokens", type=positive, default=24_575, help="of text to keep")
     parser.add_argument("--workers", type=positive, default=2)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(given)
@@ -265,10 +278,10 @@ def main(given: Sequence[str] | None = None) -> int:
         if cut.texts > arguments.tokens:
             raise ConfigError(f"{path} has {cut.texts} tokens of text, asked for {arguments.tokens}")
     else:
-        texts = _texts(arguments.texts)
+        texts = counted_texts(arguments.texts)
         cut = cut_vocabulary(large.tokenizer, large.network.prompt, texts, arguments.tokens)
         cut.save(path)
-        share = unchanged_share(large.tokenizer, cut, texts)
+        share = unchanged_share(large.tokenizer, cut, (text for text, _ in texts))
         print(f"{path}: {cut.texts} tokens of text; {share:.0%} of the words there are written as before")
     label(large, cut, arguments.cache, arguments.out, arguments.workers)
     return 0

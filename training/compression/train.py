@@ -60,7 +60,7 @@ class TrainConfig:
     learning_rate: float = 5e-5
     weight_decay: float = 0.01
     warmup_steps: int = 200
-    ema_steps: int = 250
+    ema_steps: int = 400
     gradient_clip: float = 1.0
     teacher_share: float = 0.5
     """Of the loss, where the large network understood the utterance."""

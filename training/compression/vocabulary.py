@@ -21,8 +21,6 @@ from training.tokenizer import BYTE_SPACE
 
 CAPITALS = 0.3
 """How much a text counts with its first letter, or every word's, in capitals."""
-SHARE_OF_TEXTS = 0.9
-"""Of the kept tokens, those that the texts choose; the most frequent merges of letters fill up the rest."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +80,15 @@ class CutVocabulary:
             raise CheckpointError(f"{path}: no cut vocabulary: {error}") from error
 
 
-def cut_vocabulary(tokenizer: Any, prompt: Prompt, texts: Iterable[str], size: int) -> CutVocabulary:
-    """The `size` tokens of text that `texts` need most, by how often they occur there.
+def cut_vocabulary(
+    tokenizer: Any, prompt: Prompt, texts: Iterable[tuple[str, float]], size: int
+) -> CutVocabulary:
+    """The `size` tokens of text that `texts` need most; the most frequent merges of letters fill up the rest.
 
     Args:
         tokenizer: a fast one of `transformers`, byte-level BPE.
         prompt: of the base.
-        texts: of the language, in any case.
+        texts: of the language, in any case, and how often each occurs.
         size: tokens of text to keep, the 256 bytes among them.
 
     Raises ConfigError where `size` is too small for the bytes.
@@ -103,9 +103,8 @@ def cut_vocabulary(tokenizer: Any, prompt: Prompt, texts: Iterable[str], size: i
         raise ConfigError(f"{size} tokens: the single bytes alone are {len(kept)}")
     for token, _ in _counted(tokenizer, texts).most_common():
         needed = _with_parts(token, parts) - kept
-        if len(kept) + len(needed) > SHARE_OF_TEXTS * size:
-            break
-        kept |= needed
+        if len(kept) + len(needed) <= size:
+            kept |= needed
     for left, right in merges:
         whole = left + right
         if len(kept) >= size:
@@ -119,13 +118,13 @@ def cut_vocabulary(tokenizer: Any, prompt: Prompt, texts: Iterable[str], size: i
     return CutVocabulary(ids, len(spelled), used, tuple(spelled), names)
 
 
-def _counted(tokenizer: Any, texts: Iterable[str]) -> Counter[str]:
+def _counted(tokenizer: Any, texts: Iterable[tuple[str, float]]) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for text in texts:
+    for text, often in texts:
         forms = ((text, 1.0), (f"{text[:1].upper()}{text[1:]}.", CAPITALS), (text.title(), CAPITALS))
         for form, weight in forms:
             for token in tokenizer.backend_tokenizer.encode(f" {form}", add_special_tokens=False).tokens:
-                counts[token] += weight  # type: ignore[assignment]  # a Counter counts in fractions, too
+                counts[token] += often * weight  # type: ignore[assignment]  # a Counter counts in fractions, too
     return counts
 
 

@@ -20,7 +20,14 @@ from tests.training.compression.conftest import LANGUAGE, TEXTS, TOKENS
 from tests.training.networks import chirps
 from training.compression import label, publish, train
 from training.compression.corpus import IGNORED, BatchMaker, LabelledCorpus
-from training.compression.label import Large, difference, in_the_style_of, likely_tokens, read_labels
+from training.compression.label import (
+    Large,
+    counted_texts,
+    difference,
+    in_the_style_of,
+    likely_tokens,
+    read_labels,
+)
 from training.compression.network import (
     coarse_weights,
     decode,
@@ -35,11 +42,13 @@ from training.compression.network import (
 from training.compression.train import TrainConfig, Trainer, network_of, new_network
 from training.compression.vocabulary import CutVocabulary, cut_vocabulary, unchanged_share
 from training.dynamic_int8 import graphs_of
-from training.errors import CheckpointError, ConfigError
+from training.errors import CheckpointError, ConfigError, DataError
 from training.four_bits import rounded
 from training.inference import compare, cpu_session, run_graph
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.torch_inference import run_torch
+
+SAID = [(text, 1.0) for text in TEXTS.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +72,7 @@ def trainer(large: Large, corpus: LabelledCorpus) -> Trainer:
 
 
 def test_kept_tokens_write_every_text(large: Large) -> None:
-    cut = cut_vocabulary(large.tokenizer, large.network.prompt, TEXTS.splitlines(), TOKENS)
+    cut = cut_vocabulary(large.tokenizer, large.network.prompt, SAID, TOKENS)
     assert cut.texts <= TOKENS < cut.texts + 30
     tokenizer, vocabulary = cut.tokenizer(), cut.vocabulary()
     for text in ("good morning", "Zebra? çığ 🙂"):
@@ -78,12 +87,32 @@ def test_kept_tokens_write_every_text(large: Large) -> None:
 
 def test_the_texts_choose_the_tokens(large: Large) -> None:
     word = max(large.tokenizer.backend_tokenizer.encode(" evening", add_special_tokens=False).tokens, key=len)
-    with_it = cut_vocabulary(large.tokenizer, large.network.prompt, ["evening"] * 3, 300)
-    without = cut_vocabulary(large.tokenizer, large.network.prompt, ["zzzz"], 256)
+    with_it = cut_vocabulary(large.tokenizer, large.network.prompt, [("evening", 3.0)], 300)
+    without = cut_vocabulary(large.tokenizer, large.network.prompt, [("zzzz", 1.0)], 256)
     assert word in with_it.spelled
     assert word not in without.spelled
     assert unchanged_share(large.tokenizer, with_it, ["evening"]) == 1.0
     assert unchanged_share(large.tokenizer, without, ["evening"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("often", "kept", "gone"), [(5.0, "\u0120t", "\u0120f"), (0.2, "\u0120f", "\u0120t")]
+)
+def test_how_often_a_text_is_said_counts(large: Large, often: float, kept: str, gone: str) -> None:
+    """One more token than bytes: that of the letter that is said more often."""
+    said = [("f", 1.0), ("t", often)]
+    spelled = cut_vocabulary(large.tokenizer, large.network.prompt, said, 257).spelled
+    assert kept in spelled
+    assert gone not in spelled
+
+
+def test_a_list_of_words_says_how_often(tmp_path: Path) -> None:
+    path = tmp_path / "words.tsv"
+    path.write_text("good\t3.5\nplain text\n")
+    assert counted_texts([path]) == [("good", 3.5), ("plain text", 1.0)]
+    path.write_text("good\tmany\n")
+    with pytest.raises(DataError, match=r"words\.tsv:1: 'many' behind the tab is no number"):
+        counted_texts([path])
 
 
 def test_fewer_tokens_than_bytes_are_refused(large: Large) -> None:
