@@ -12,12 +12,13 @@ import soundfile
 import torch
 from torch import Tensor
 
+from api.ctc import greedy
 from training.config import load_config
 from training.data.manifest import read_manifest
 from training.errors import ConfigError
 from training.inference import compare, cpu_session, run_graph
 from training.recipes.rehearsal import tiny_whisper
-from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
+from training.recipes.whisper_seq2seq.model import Repeats, WhisperSeq2Seq
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
 from training.recipes.whisper_seq2seq.scoring import score
 from training.torch_inference import run_torch
@@ -80,9 +81,10 @@ def heard(network: WhisperSeq2Seq) -> list[list[int]]:
         steps, found, _ = network.generate(torch.nn.utils.rnn.pad_sequence(batch, batch_first=True), lengths)
     graph = run_graph(cpu_session(WhisperSeq2SeqRecipe.export(None, network)), noises)  # type: ignore[arg-type]
     assert compare(run_torch(network, noises), graph).worst_posterior < 1e-4
-    end = network.prompt.end
-    assert [sum(frame != end for frame in item.argmax(-1)) for item in graph] == found.tolist()
-    return [item[:count] for item, count in zip(steps.argmax(-1).tolist(), found.tolist(), strict=True)]
+    said = [item[:count] for item, count in zip(steps.argmax(-1).tolist(), found.tolist(), strict=True)]
+    collapsed = [greedy(item[None], np.array([len(item)]), network.prompt.end)[0] for item in graph]
+    assert [one.token_ids.tolist() for one in collapsed] == said
+    return said
 
 
 def say(folder: Path, **values: object) -> None:
@@ -113,6 +115,45 @@ def test_what_a_checkpoint_suppresses_is_not_said(recipe: WhisperSeq2SeqRecipe, 
     assert set(others) == {token}
     say(tmp_path / "base", suppress_tokens=[token, beyond])
     assert token not in with_token_likeliest()
+
+
+def test_a_text_that_goes_round_in_a_loop_ends(recipe: WhisperSeq2SeqRecipe) -> None:
+    """In the network and in the graph alike, each item of a batch by itself."""
+    network = recipe.network(recipe.codec()).eval()
+    prefer(network, recipe.codec().encode("a")[0])
+    assert [len(item) for item in heard(network)] == [1, 1], "25 and 37 frames have room for 12 and 18"
+
+
+@pytest.mark.parametrize(
+    ("said", "loop"),
+    [
+        ([1, 2, 3, 4, 5, 6], 0),
+        ([7] * 10, 0),
+        ([7] * 11, 10),
+        ([9, 8, *[1, 2] * 5], 0),
+        ([9, 8, *[1, 2] * 6], 10),
+        ([5, *list(range(20)) * 2], 0),
+        ([5, *list(range(20)) * 3], 40),
+        ([*list(range(33)) * 4], 0),
+    ],
+    ids=[
+        "none",
+        "ten equal",
+        "eleven",
+        "a pair five times",
+        "six",
+        "twice",
+        "three times",
+        "too long a phrase",
+    ],
+)
+def test_what_is_a_loop(said: list[int], loop: int) -> None:
+    repeats = Repeats.none(1, torch.device("cpu"))
+    found = 0
+    for token in said:
+        repeats, length = repeats.after(torch.tensor([token]))
+        found = int(length)
+    assert found == loop
 
 
 def test_english_only_checkpoints_get_no_language_and_no_task(

@@ -17,7 +17,7 @@ from torch.nn import functional
 from training.compression.vocabulary import CutVocabulary
 from training.distillation.whisper import fast_encoder, linear, normal
 from training.four_bits import GROUP, rounded
-from training.recipes.whisper_seq2seq.model import DecoderLayer, Prompt, WhisperSeq2Seq
+from training.recipes.whisper_seq2seq.model import DecoderLayer, Prompt, Repeats, WhisperSeq2Seq
 from training.transformer import Attention
 
 POSITIONS = 224
@@ -129,20 +129,25 @@ def logits(network: WhisperSeq2Seq, states: Tensor) -> Tensor:
 def greedy(
     network: WhisperSeq2Seq, audio: Tensor, missing: Tensor, prompt: Prompt, limits: Sequence[int]
 ) -> list[list[int]]:
-    """The likeliest token again and again, at most `limits` of them per item."""
+    """The likeliest token again and again, at most `limits` of them per item, and none in a loop."""
     memory, batch = heard(network, audio), len(audio)
     caches: list[tuple[Tensor, Tensor] | None] = [None] * len(network.decoder.layers)
     found: list[list[int]] = [[] for _ in range(batch)]
     going = [limit > 0 for limit in limits]
     tokens, position = torch.tensor([prompt.ids] * batch), 0
     room = network.decoder.config.positions - len(prompt.ids)
+    repeats = Repeats.none(batch, audio.device)
     for step in range(min(room, max(limits))):
         states = decode(network, tokens, memory, missing, caches, position)
         position += tokens.shape[1]
         best = (logits(network, states[:, -1]) + network.suppress[int(step == 0)]).argmax(dim=-1)
-        for item, token in enumerate(best.tolist()):
+        repeats, repeated = repeats.after(best)
+        for item, (token, loop) in enumerate(zip(best.tolist(), repeated.tolist(), strict=True)):
             going[item] = going[item] and token != prompt.end and step < limits[item]
-            if going[item]:
+            if going[item] and loop:
+                going[item] = False
+                del found[item][len(found[item]) - loop + 1 :]
+            elif going[item]:
                 found[item].append(token)
         if not any(going):
             break

@@ -14,9 +14,11 @@ from training.graph import GraphBuilder
 from training.recipes.whisper_ctc.export import add_encoder, add_features
 from training.recipes.whisper_seq2seq.model import (
     IMPOSSIBLE,
+    LONGEST_PHRASE,
     DecoderConfig,
     DecoderLayer,
     WhisperSeq2Seq,
+    least_repeats,
 )
 from training.recipes.whisper_seq2seq.placing import Search, add_frames, add_places
 from training.transformer_graph import (
@@ -76,9 +78,15 @@ def _add_search(
     value_shape = graph.add("Concat", [batch, heads, none, per_head], "search.value_shape", axis=0)
     keys = graph.add("ConstantOfShape", [key_shape], "search.no_keys")
     values = graph.add("ConstantOfShape", [value_shape], "search.no_values")
+    none_yet = graph.add("ConstantOfShape", [batch], "search.none_cut", value=_filled(0))
+    phrase = graph.ints("search.longest_phrase", [LONGEST_PHRASE])
+    phrases = graph.add("Concat", [batch, phrase], "search.phrase_shape", axis=0)
+    recent = graph.add("ConstantOfShape", [phrases], "search.none_recent", value=_filled(-1))
+    runs = graph.add("ConstantOfShape", [phrases], "search.no_runs", value=_filled(0))
     body = _body(graph.inner(), model, heard, bias, limit)
-    caches = [name for _ in heard for name in (keys, values)]
-    finals = ["search.last", "search.done", *(f"search.cache_{index}" for index in range(len(caches)))]
+    caches = [none_yet, recent, runs, *(name for _ in heard for name in (keys, values))]
+    finals = ["search.last", "search.done", "search.cut", "search.recent", "search.runs"]
+    finals += [f"search.cache_{index}" for index in range(2 * len(heard))]
     graph.nodes.append(
         helper.make_node(
             "Loop",
@@ -89,8 +97,14 @@ def _add_search(
         )
     )
     counted = graph.add("Cast", ["search.valid"], "search.valid_count", to=TensorProto.INT64)
-    found = graph.add("ReduceSum", [counted, graph.ints("zero", [0])], "search.found", keepdims=0)
-    return Search("search.log_probs", "search.valid", "search.heard", found, len(prompt))
+    found = graph.add("ReduceSum", [counted, graph.ints("zero", [0])], "search.found_all", keepdims=0)
+    found = graph.add("Sub", [found, "search.cut"], "search.found")
+    return Search("search.log_probs", "search.heard", found, len(prompt))
+
+
+def _filled(value: int) -> onnx.TensorProto:
+    """For ConstantOfShape."""
+    return helper.make_tensor("value", TensorProto.INT64, [1], [value])
 
 
 def _body(
@@ -142,7 +156,8 @@ def _body(
     ended = graph.add("Equal", [best, graph.ints("step.end", [prompt.end])], "step.ended")
     over = graph.add("Or", [ended, full], "step.over")
     over = graph.add("And", [over, text], "step.over_text")
-    finished = graph.add("Or", ["step.done", over], "step.finished")
+    finished = graph.add("Or", ["step.done", over], "step.finished_or_over")
+    finished = _add_repeats(graph, best, text, finished)
     going = graph.add("Not", [finished], "step.going")
     graph.add("And", [going, text], "step.valid")
     count = graph.add("Cast", [going], "step.going_count", to=TensorProto.INT64)
@@ -153,18 +168,52 @@ def _body(
         helper.make_tensor_value_info("step.condition", TensorProto.BOOL, []),
         helper.make_tensor_value_info("step.token", TensorProto.INT64, ["batch"]),
         helper.make_tensor_value_info("step.done", TensorProto.BOOL, ["batch"]),
+        *_repeats_info("step.cut", "step.recent", "step.runs"),
         *(_cache_info(f"step.cache_{i}", i, config.heads, config.width) for i in range(len(caches))),
     ]
     outputs = [
         helper.make_tensor_value_info("step.continue", TensorProto.BOOL, []),
         helper.make_tensor_value_info("step.next", TensorProto.INT64, ["batch"]),
         helper.make_tensor_value_info("step.finished", TensorProto.BOOL, ["batch"]),
+        *_repeats_info("step.cut_after", "step.recent_after", "step.runs_after"),
         *(_cache_info(name, i, config.heads, config.width) for i, name in enumerate(caches)),
         helper.make_tensor_value_info("step.log_probs", TensorProto.FLOAT, ["batch", config.vocabulary]),
         helper.make_tensor_value_info("step.valid", TensorProto.BOOL, ["batch"]),
         helper.make_tensor_value_info("step.heard", TensorProto.FLOAT, ["batch", None]),
     ]
     return helper.make_graph(graph.nodes, "step", inputs, outputs)
+
+
+def _repeats_info(*names: str) -> list[onnx.ValueInfoProto]:
+    shapes: tuple[list[str | int], ...] = (["batch"], ["batch", LONGEST_PHRASE], ["batch", LONGEST_PHRASE])
+    return [
+        helper.make_tensor_value_info(name, TensorProto.INT64, shape)
+        for name, shape in zip(names, shapes, strict=True)
+    ]
+
+
+def _add_repeats(graph: GraphBuilder, best: str, text: str, finished: str) -> str:
+    """See model.Repeats; which items are finished, those in a loop among them."""
+    zero, one = graph.ints("zero", [0]), graph.ints("one", [1])
+    column = graph.add("Unsqueeze", [best, one], "step.best_column")
+    same = graph.add("Equal", ["step.recent", column], "step.same")
+    longer = graph.add("Add", ["step.runs", one], "step.runs_longer")
+    runs = graph.add("Where", [same, longer, zero], "step.runs_now")
+    graph.add("Where", [text, runs, "step.runs"], "step.runs_after")
+    last = graph.ints("axis_last", [-1])
+    earlier = graph.add("Slice", ["step.recent", zero, last, one], "step.recent_earlier")
+    recent = graph.add("Concat", [column, earlier], "step.recent_now", axis=1)
+    graph.add("Where", [text, recent, "step.recent"], "step.recent_after")
+    looping = graph.add(
+        "GreaterOrEqual", [runs, graph.ints("step.least_repeats", least_repeats())], "step.looping"
+    )
+    lengths = graph.add("Where", [looping, runs, zero], "step.loop_lengths")
+    length = graph.add("ReduceMax", [lengths], "step.loop_length", axes=[1], keepdims=0)
+    looped = graph.add("And", [graph.add("Greater", [length, zero], "step.in_loop"), text], "step.looped")
+    newly = graph.add("And", [graph.add("Not", [finished], "step.unfinished"), looped], "step.newly_looped")
+    before = graph.add("Sub", [length, one], "step.loop_before")
+    graph.add("Where", [newly, before, "step.cut"], "step.cut_after")
+    return graph.add("Or", [finished, looped], "step.finished")
 
 
 def _add_heard(graph: GraphBuilder, config: DecoderConfig) -> None:

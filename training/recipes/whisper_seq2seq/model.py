@@ -9,7 +9,7 @@ listened when it wrote it: some heads of its attention follow the speech.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from training.recipes.whisper_ctc.frontend import WhisperLogMel
 from training.recipes.whisper_ctc.model import EncoderConfig, WhisperEncoder
 from training.transformer import Attention, key_bias
 
+LONGEST_PHRASE = 32
+"""Tokens of a phrase that is noticed when it is said again and again."""
+LEAST_REPEATED = 10
+"""Tokens: `ha ha ha` and ten equal digits are speech; a phrase is in a loop from its third time on."""
 TOKEN_FRAMES = 5
 """A token lasts for 0.2 s at most: what it sounds like, on average (docs/experiments.md)."""
 SMOOTHED = 6
@@ -157,6 +161,36 @@ class WhisperDecoder(nn.Module):
         return values, torch.full((count, count), -1e9, device=tokens.device).triu(1)
 
 
+def least_repeats() -> list[int]:
+    """By the length of what is said again, 1 to `LONGEST_PHRASE`: tokens that repeat before it is a loop."""
+    return [max(2 * length, LEAST_REPEATED) for length in range(1, LONGEST_PHRASE + 1)]
+
+
+class Repeats(NamedTuple):
+    """How long the text of each item has been saying again what it said before."""
+
+    recent: Tensor
+    """(batch, LONGEST_PHRASE) int64: the last tokens, the latest first."""
+    runs: Tensor
+    """(batch, LONGEST_PHRASE) int64: tokens in a row that equal the one so many places before."""
+
+    @classmethod
+    def none(cls, batch: int, device: torch.device) -> Repeats:
+        """Before the first token."""
+        shape = (batch, LONGEST_PHRASE)
+        return cls(
+            torch.full(shape, -1, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=torch.int64, device=device),
+        )
+
+    def after(self, tokens: Tensor) -> tuple[Repeats, Tensor]:
+        """With one more token (batch,), and how many of the last ones are a loop: 0 where there is none."""
+        runs = torch.where(self.recent == tokens[:, None], self.runs + 1, 0)
+        recent = torch.cat([tokens[:, None], self.recent[:, :-1]], dim=1)
+        least = torch.tensor(least_repeats(), device=tokens.device)
+        return Repeats(recent, runs), torch.where(runs >= least, runs, 0).amax(dim=1)
+
+
 class WhisperSeq2Seq(nn.Module):
     """Front end, encoder, decoder."""
 
@@ -204,7 +238,7 @@ class WhisperSeq2Seq(nn.Module):
 
         Returns log_probs (batch, steps, vocabulary) of every step after the prompt, the number of text tokens
         per item (batch,), and output frames per item (batch,), one per 40 ms; an item has at most one token
-        per two frames.
+        per two frames. A text that goes round in a loop ends, and what it said again is no text.
         """
         steps, _, found, frames = self._search(*self.listen(waveform, lengths))
         return steps, found, frames
@@ -220,6 +254,7 @@ class WhisperSeq2Seq(nn.Module):
         tokens = torch.tensor([self.prompt.ids] * batch, device=device)
         open_items = torch.ones(batch, dtype=torch.bool, device=device)
         found = torch.zeros(batch, dtype=torch.int64, device=device)
+        repeats = Repeats.none(batch, device)
         steps = []
         for step in range(min(int(limit.max()) + 1, room)):
             logits = self.decoder(tokens, hidden, bias, last=True)[:, 0] + self.suppress[int(step == 0)]
@@ -227,6 +262,9 @@ class WhisperSeq2Seq(nn.Module):
             steps.append(log_probs)
             best = log_probs.argmax(dim=-1)
             open_items = open_items & (best != self.prompt.end) & (step < limit)
+            repeats, repeated = repeats.after(best)
+            found -= torch.where(open_items & (repeated > 0), repeated - 1, 0)
+            open_items = open_items & (repeated == 0)
             found += open_items
             if not open_items.any():
                 break

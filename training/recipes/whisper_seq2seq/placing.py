@@ -24,8 +24,6 @@ class Search(NamedTuple):
 
     steps: str
     """Log-probabilities (steps, batch, vocabulary); those of the prompt's steps are certain blanks."""
-    valid: str
-    """(steps, batch) bool: is it a text token?"""
     heard: str
     """(steps, batch, audio frames): how much was listened to each."""
     found: str
@@ -42,7 +40,9 @@ class _Text:
         self.start = graph.ints("text.start", [search.prompt - 1])
         bounds = [self.start, graph.ints("far", [2**31 - 1]), graph.ints("zero", [0]), graph.ints("one", [1])]
         self.heard = graph.add("Slice", [search.heard, *bounds], "text.heard")
-        self.valid = graph.add("Slice", [search.valid, *bounds], "text.valid")
+        self.order = _counted(graph, "text.order", _size(graph, "text.steps", self.heard, 0))
+        found = _stretched(graph, "text.found", search.found, 0)
+        self.valid = graph.add("Less", [_stretched(graph, "text.rows", self.order, 1), found], "text.valid")
 
 
 def _size(graph: GraphBuilder, name: str, values: str, axis: int) -> str:
@@ -68,8 +68,7 @@ def add_places(graph: GraphBuilder, search: Search, counts: str, frames: str) ->
     text = _Text(graph, search)
     best = _best_places(graph, text, counts, frames)
     one, two = graph.ints("one", [1]), graph.ints("two", [2])
-    order = _counted(graph, "places.order", _size(graph, "places.steps", best, 0))
-    column, row = (_stretched(graph, f"places.order_{axis}", order, axis) for axis in (1, 0))
+    column, row = (_stretched(graph, f"places.order_{axis}", text.order, axis) for axis in (1, 0))
     others = _stretched(graph, "places.others", text.valid, 0)
 
     def extreme(values: str, name: str, *, earlier: bool) -> str:
@@ -88,7 +87,7 @@ def add_places(graph: GraphBuilder, search: Search, counts: str, frames: str) ->
     twice = graph.add("Mul", [column, two], "places.twice")
     apart = extreme(graph.add("Sub", [middle, twice], "places.packed"), "places.packed_late", earlier=True)
     apart = graph.add("Add", [apart, twice], "places.apart")
-    last = graph.add("Sub", [_stretched(graph, "places.found", search.found, 0), one], "places.last")
+    last = graph.add("Sub", ["text.found", one], "places.last")
     after = graph.add("Mul", [graph.add("Sub", [last, column], "places.after"), two], "places.after_frames")
     end = graph.add("Sub", [_stretched(graph, "places.frames", frames, 0), one], "places.end")
     return graph.add("Min", [apart, graph.add("Sub", [end, after], "places.latest")], "places")
