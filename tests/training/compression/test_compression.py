@@ -199,6 +199,19 @@ def test_the_fast_path_says_what_the_network_says(large: Large, corpus: Labelled
     assert len(quick) <= 3
 
 
+def test_a_loop_ends_the_fast_path_where_it_ends_the_network(large: Large, corpus: LabelledCorpus) -> None:
+    network = small(large, corpus)
+    with evaluating(network):
+        row = network.decoder.embed_tokens.weight[9]
+        network.decoder.layer_norm.bias.data += 100 * row / row.square().sum()
+        clip = torch.from_numpy(chirps(1)[0])[None]
+        steps, found, _ = network.generate(clip, torch.tensor([clip.shape[1]]))
+        features, counts = network.frontend(clip, torch.tensor([clip.shape[1]]))
+        audio, _, missing = listen(network, features, counts)
+        (quick,) = greedy(network, audio, missing, network.prompt, [30])
+    assert quick == steps[0, : int(found)].argmax(dim=-1).tolist() == [9]
+
+
 def test_caches_of_tokens_give_what_all_tokens_give(large: Large, corpus: LabelledCorpus) -> None:
     network = small(large, corpus)
     tokens = torch.tensor([[3, 5, 9, 4]])
