@@ -29,7 +29,7 @@ from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.bundle_writer import Card, Measurements, check_card, write_bundle
 from training.config import RunConfig
 from training.errors import CheckpointError, ConfigError, Int8RefusedError, in_one_line
-from training.exported import Exported, exported_transformer, exported_whisper, ways_of
+from training.exported import Exported, agreement, exported_transformer, exported_whisper, ways_of
 from training.graph import fits_one_file
 from training.inference import Waveform
 from training.nemo_import import exported_nemo
@@ -131,16 +131,21 @@ def from_whisper_with_decoder(weights: Path, languages: Sequence[str]) -> Export
     recipe = WhisperSeq2SeqRecipe(RunConfig.model_validate(settings))
     codec, facts = recipe.codec(), recipe.facts()
     network = recipe.network(codec).eval()
+    graph = recipe.export(network)
     made = exported_transformer(
         network,
-        recipe.export(network),
+        graph,
         codec.vocabulary,
         frame_stride_s=facts.frame_stride_s,
         max_window_s=facts.max_window_s,
         min_samples=facts.min_samples,
         text_normalisation=casing_steps(codec.vocabulary),
     )
-    return replace(made, ways=ways_of(recipe.quantized))
+    return replace(
+        made,
+        ways=ways_of(recipe.quantized),
+        agreement=lambda clips: agreement(network, graph, clips, recipe.compared),
+    )
 
 
 def _whisper(weights: Path, languages: Sequence[str]) -> Exported:

@@ -16,7 +16,7 @@ from training.bundle_writer import Graphs
 from training.errors import QualityGateError
 from training.export import AGREEMENT_TOLERANCE, MIN_SAMPLES
 from training.graph import as_file, fits_one_file
-from training.inference import Waveform, compare, cpu_session, run_graph
+from training.inference import LogProbs, Waveform, compare, cpu_session, run_graph
 from training.recipes.whisper_ctc.export import export_graph as export_whisper
 from training.recipes.whisper_ctc.model import FRAME_STRIDE_S, MAX_WINDOW_S, WhisperCtc
 from training.recipes.whisper_ctc.model import MIN_SAMPLES as WHISPER_MIN_SAMPLES
@@ -31,9 +31,16 @@ Ways = Callable[[onnx.ModelProto, Sequence[Waveform]], Iterable[tuple[str, onnx.
 """A float32 graph and recordings to find ranges on -> graphs in INT8 by the name of the way."""
 Candidates = Callable[[Path, Path, Sequence[Waveform]], Iterable[tuple[str, Path]]]
 """The same with files: the graph, a folder to write to, recordings."""
+View = Callable[[LogProbs], LogProbs]
+"""What of an output is compared."""
 DYNAMIC_RANGES = (
     " Dynamic ranges are found anew for each batch: an item's result depends a little on its neighbours."
 )
+
+
+def as_it_is(log_probs: LogProbs) -> LogProbs:
+    """All of it."""
+    return log_probs
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,15 @@ def exported_whisper(
     )
 
 
-def agreement(network: Forward, graph: onnx.ModelProto, clips: Sequence[Waveform]) -> str:
-    """PyTorch against ONNX on a padded batch. Raises QualityGateError above the tolerance."""
-    found = compare(run_torch(network, clips), run_graph(cpu_session(graph), clips))
+def agreement(
+    network: Forward, graph: onnx.ModelProto, clips: Sequence[Waveform], view: View = as_it_is
+) -> str:
+    """PyTorch against ONNX on a padded batch, in a `view`. Raises QualityGateError above the tolerance."""
+    both = run_torch(network, clips), run_graph(cpu_session(graph), clips)
+    expected, found_frames = ([view(one) for one in several] for several in both)
+    if [len(one) for one in expected] != [len(one) for one in found_frames]:
+        raise QualityGateError("PyTorch and ONNX disagree: texts of different lengths")
+    found = compare(expected, found_frames)
     if not found.worst_posterior <= AGREEMENT_TOLERANCE:  # NaN is no agreement either
         raise QualityGateError(
             f"PyTorch and ONNX disagree, tolerance {AGREEMENT_TOLERANCE:.0e}: {found.describe()}"

@@ -47,6 +47,10 @@ class GraphBuilder:
         """A float32 scalar."""
         return self._constant(name, np.asarray(value, dtype=np.float32))
 
+    def doubles(self, name: str, values: npt.ArrayLike) -> str:
+        """A float64 tensor."""
+        return self._constant(name, np.asarray(values, dtype=np.float64))
+
     def weights(self, name: str, values: npt.ArrayLike) -> str:
         """A float32 tensor."""
         return self._constant(name, np.ascontiguousarray(values, dtype=np.float32))

@@ -83,6 +83,17 @@ def compare(expected: Sequence[LogProbs], actual: Sequence[LogProbs]) -> Agreeme
     return Agreement(posterior, worst, same / frames, frames)
 
 
+def spoken(log_probs: LogProbs, blank_id: int) -> LogProbs:
+    """Every token of a decoder once, wherever it stands: (tokens, vocabulary).
+
+    Where it stands is the largest of many close values, which another order of additions moves.
+    """
+    kept = log_probs[log_probs[:, blank_id] < 0.0]
+    new = np.ones(len(kept), bool)
+    new[1:] = (kept[1:] != kept[:-1]).any(axis=1)
+    return kept[new]
+
+
 def clip_of(waveforms: Sequence[Waveform], seconds: float, sample_rate_hz: int) -> Waveform:
     """`seconds` of real signal: the recordings one after the other, repeated as often as needed."""
     return np.resize(np.concatenate(waveforms), round(seconds * sample_rate_hz))

@@ -59,7 +59,9 @@ def edits(found: Sequence[str], expected: Sequence[str]) -> int:
     return row[-1]
 
 
-@pytest_asyncio.fixture(params=["en-whisper-tiny-ctc", "en-quartznet-small", "en-quartznet15x5"])
+@pytest_asyncio.fixture(
+    params=["en-whisper-tiny", "en-whisper-tiny-ctc", "en-quartznet-small", "en-quartznet15x5"]
+)
 async def service(request: pytest.FixtureRequest) -> AsyncIterator[Service]:
     folder = model_dir(request.param)
     settings = Settings(models_dir=folder, models=(request.param,), calibrate=False, workers=2)
@@ -79,10 +81,10 @@ async def test_cut_and_whole_agree_on_joined_recordings(service: Service) -> Non
     Compared by letters: the front end normalises over a window, so that a neighbour changes doubtful letters,
     and a model in training has many of those. A cut that lost or doubled words would change the length.
     """
-    spoken = recordings("libriother", 12)
+    window_s = service.models()[0].bundle.manifest.max_window_s
+    spoken = recordings("libriother", 12 if window_s <= 20 else 18)
     pause = np.zeros(RATE_HZ // 2, np.float32)
     joined = np.concatenate([part for samples, _ in spoken for part in (samples, pause)])
-    window_s = service.models()[0].bundle.manifest.max_window_s
     assert len(joined) / RATE_HZ > 3 * window_s
     alone = " ".join([await text_of(service, samples) for samples, _ in spoken])
     together = await text_of(service, joined)
@@ -147,9 +149,10 @@ async def test_no_text_is_made_of_silence_noise_or_music(service: Service, sound
 
 
 async def test_the_sample_is_heard(service: Service) -> None:
-    """`samples/hello.flac` is what `make run` shows: every word of it is recognised by either model."""
+    """`samples/hello.flac` is what `make run` shows: every word of it is recognised by each model."""
     sample = decode((ROOT / "samples" / "hello.flac").read_bytes(), sample_rate_hz=RATE_HZ)
-    assert await text_of(service, sample.samples) == "he has been in the band for a long time"
+    text = await text_of(service, sample.samples)
+    assert text.lower().removesuffix(".") == "he has been in the band for a long time"
 
 
 def test_the_page_offers_the_same_sample() -> None:

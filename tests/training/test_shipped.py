@@ -28,10 +28,12 @@ def real_clips(count: int) -> list[Waveform]:
     return [clip for clip, _ in manifest_waveforms(manifest, 16_000, count, language="en")]
 
 
-BOX = ("en-whisper-tiny-ctc", "en-quartznet-small")
+EXACT = ("en-whisper-tiny-ctc", "en-quartznet-small")
+"""Their ranges are fixed; those of `en-whisper-tiny` are found anew for each batch."""
+BOX = ("en-whisper-tiny", *EXACT)
 
 
-@pytest.mark.parametrize("name", [*BOX, "en-quartznet15x5"])
+@pytest.mark.parametrize("name", [*EXACT, "en-quartznet15x5"])
 def test_batched_equals_alone(name: str) -> None:
     if name not in list_bundles(MODELS):
         pytest.skip(f"{name} is not in {MODELS}")

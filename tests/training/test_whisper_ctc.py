@@ -400,7 +400,8 @@ def test_openais_own_file_is_a_base_whose_outputs_are_characters(
     assert network.encoder.config == config
     assert recipe.codec().vocabulary.kind == "chars"
     for name, value in network.encoder.state_dict().items():
-        assert torch.equal(value, encoder[name].half().float()), name
+        exact = name == "embed_positions.weight"  # sinusoids, whatever the file rounded them to
+        assert torch.equal(value, encoder[name] if exact else encoder[name].half().float()), name
     arguments = ["--config", str(tmp_path / "openai.yaml"), "--run", str(tmp_path / "run")]
     assert main(WhisperCtcRecipe, ["all", *arguments]) == 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -20,7 +21,7 @@ from training.compression.vocabulary import CutVocabulary
 from training.errors import CheckpointError, in_one_line
 from training.exported import Exported, agreement
 from training.four_bits import halve, quantize_to_four_bits
-from training.inference import Waveform
+from training.inference import Waveform, spoken
 from training.publish import add_gate, add_recordings, gate_of, publish, read_card, recordings_of
 from training.quantize import Gate
 from training.recipes.whisper_ctc.model import MAX_WINDOW_S, MIN_SAMPLES
@@ -64,7 +65,7 @@ def exported_small(network: WhisperSeq2Seq, cut: CutVocabulary) -> Exported:
         frame_stride_s=FRAME_STRIDE_S,
         max_window_s=MAX_WINDOW_S,
         min_samples=MIN_SAMPLES,
-        agreement=lambda clips: agreement(network, graph, clips),
+        agreement=lambda clips: agreement(network, graph, clips, partial(spoken, blank_id=cut.end)),
         ways=ways,
         ways_described="The network learned with the rounded weights, so the float32 graph has them as well.",
         exact_batches=False,

@@ -12,6 +12,7 @@ from torch import nn
 from training.data.audio import load_waveform
 from training.data.manifest import Utterance, spread
 from training.errors import QualityGateError
+from training.exported import View, as_it_is
 from training.inference import Agreement, Waveform, compare, cpu_session, run_graph
 from training.loop.run_folder import FLOAT32, RunFolder
 from training.stages.recipe import Recipe
@@ -50,7 +51,7 @@ def export(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) 
     partial = target.with_name(target.name + ".partial")
     onnx.save(model, partial)
     clips = load_part(rows["validation"], recipe.facts().sample_rate_hz, limit=4)
-    agreement = agree(network, partial, [clip for clip, _ in clips])
+    agreement = agree(network, partial, [clip for clip, _ in clips], recipe.compared)
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")
     found = {name: asdict(result) for name, result in agreement.items()}
     folder.write_json("export.json", {"opset": opset, "bytes": partial.stat().st_size, **found})
@@ -60,11 +61,14 @@ def export(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) 
     return partial.replace(target)
 
 
-def agree(network: nn.Module, graph: Path, recordings: Sequence[Waveform]) -> dict[str, Agreement]:
-    """How far apart things are: torch against ONNX, and a padded batch against each alone."""
+def agree(
+    network: nn.Module, graph: Path, recordings: Sequence[Waveform], view: View = as_it_is
+) -> dict[str, Agreement]:
+    """How far apart things are in a `view`: torch against ONNX, and a padded batch against each alone."""
     session = cpu_session(graph)
     reference, batched = run_torch(network, recordings), run_graph(session, recordings)
     alone = [run_graph(session, [samples])[0] for samples in recordings]
+    reference, batched, alone = ([view(one) for one in several] for several in (reference, batched, alone))
     for row, (first, second, third) in enumerate(zip(reference, batched, alone, strict=True)):
         if not len(first) == len(second) == len(third):
             raise QualityGateError(

@@ -14,6 +14,7 @@ from torch import nn
 
 from training.config import RunConfig, Section, check
 from training.errors import ConfigError
+from training.inference import LogProbs
 from training.loop.module import CtcModule, SpeechModule
 from training.text import Normaliser, alphabet, normaliser
 from training.vocabulary import CharacterCodec, TokenCodec, ctc_frames_needed
@@ -90,6 +91,10 @@ class Recipe:
     def module(self, network: nn.Module, codec: TokenCodec) -> SpeechModule:
         """What trains the network."""
         return CtcModule(network, codec, self.config.training)
+
+    def compared(self, log_probs: LogProbs) -> LogProbs:
+        """What of an output has to be the same in two forms of the network: (rows, vocabulary)."""
+        return log_probs
 
     def export(self, network: nn.Module) -> onnx.ModelProto:
         """The bundle's float32 graph."""

@@ -106,21 +106,22 @@ def add_features(graph: GraphBuilder, bands: int, *, fixed: bool) -> tuple[str, 
 def _add_bases(graph: GraphBuilder) -> str:
     """`frontend.bases()` from angles that are whole multiples of one: stored it would be 0.8 MB.
 
-    ONNX Runtime computes it once, as it loads the graph.
+    ONNX Runtime computes it once, as it loads the graph, in float64: a float32 angle is off by as much as
+    shows in a quiet band beside a loud one.
     """
     half = frontend.FFT // 2 + 1
     samples = graph.ints("frontend.sample_column", np.arange(frontend.FFT)[:, None])
     bins = graph.ints("frontend.bin_row", np.arange(half)[None, :])
     turns = graph.add("Mul", [samples, bins], "frontend.turns")
     turns = graph.add("Mod", [turns, graph.ints("frontend.turn", [frontend.FFT])], "frontend.turns_within")
-    counted = graph.add("Cast", [turns], "frontend.turns_float", to=TensorProto.FLOAT)
-    step = graph.floats("frontend.angle", 2.0 * np.pi / frontend.FFT)
+    counted = graph.add("Cast", [turns], "frontend.turns_double", to=TensorProto.DOUBLE)
+    step = graph.doubles("frontend.angle", 2.0 * np.pi / frontend.FFT)
     angles = graph.add("Mul", [counted, step], "frontend.angles")
     waves = [graph.add(kind, [angles], f"frontend.{kind.lower()}") for kind in ("Cos", "Sin")]
     both = graph.add("Concat", waves, "frontend.waves", axis=1)
-    windowed = graph.add(
-        "Mul", [both, graph.weights("frontend.hann", frontend.hann()[:, None])], "frontend.windowed"
-    )
+    window = graph.doubles("frontend.hann", frontend.hann()[:, None])
+    windowed = graph.add("Mul", [both, window], "frontend.windowed_double")
+    windowed = graph.add("Cast", [windowed], "frontend.windowed", to=TensorProto.FLOAT)
     pads = graph.ints("frontend.bases_pads", [0, 0, 3 * frontend.HOP - frontend.FFT, 0])
     return graph.add("Pad", [windowed, pads], "frontend.bases")
 
@@ -128,21 +129,23 @@ def _add_bases(graph: GraphBuilder) -> str:
 def add_places(graph: GraphBuilder, name: str, encoder: WhisperEncoder, values: str) -> str:
     """Positions of the frames of `values` (batch, frames, width): (frames, width).
 
-    Sinusoids are computed: the table of whisper-tiny would be a fifth of its INT8 graph.
+    Sinusoids are computed as the graph is loaded (the table of whisper-tiny would be a fifth of its INT8
+    graph), and in float64: angles go up to 1,500, of which float32 knows the fourth decimal.
     """
     table = array(encoder.embed_positions.weight)
     frames = add_frames(graph, f"{name}.frames", values)
     zero = graph.ints("zero", [0])
-    if not np.allclose(table, sinusoids(*table.shape).numpy(), atol=1e-3):  # half precision is as far off
+    if not np.allclose(table, sinusoids(*table.shape).numpy(), atol=1e-6):
         stored = graph.weights(f"{name}.embed_positions", table)
         return graph.add("Slice", [stored, zero, frames, zero], f"{name}.places")
-    counted = graph.weights(f"{name}.counted", np.arange(len(table), dtype=np.float32)[:, None])
-    counted = graph.add("Slice", [counted, zero, frames, zero], f"{name}.counted_own")
+    counted = graph.doubles(f"{name}.counted", np.arange(len(table))[:, None])
     angles = graph.add(
-        "Mul", [counted, graph.weights(f"{name}.rates", rates(table.shape[1]))], f"{name}.angles"
+        "Mul", [counted, graph.doubles(f"{name}.rates", rates(table.shape[1]))], f"{name}.angles"
     )
     waves = [graph.add(kind, [angles], f"{name}.{kind.lower()}") for kind in ("Sin", "Cos")]
-    return graph.add("Concat", waves, f"{name}.places", axis=1)
+    both = graph.add("Concat", waves, f"{name}.waves", axis=1)
+    stored = graph.add("Cast", [both], f"{name}.embed_positions", to=TensorProto.FLOAT)
+    return graph.add("Slice", [stored, zero, frames, zero], f"{name}.places")
 
 
 def add_encoder(

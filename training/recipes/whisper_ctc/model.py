@@ -115,12 +115,26 @@ class WhisperEncoder(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(config.width)
         self.requires_grad_()
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda module, _: module.straighten_positions()
+        )
 
     def requires_grad_(self, requires_grad: bool = True) -> WhisperEncoder:
         """What learns; never the positions, which are sinusoids (Radford et al. 2022) and stay so."""
         super().requires_grad_(requires_grad)
         self.embed_positions.requires_grad_(False)
         return self
+
+    def straighten_positions(self) -> None:
+        """Positions that are sinusoids in half precision, as published, become exact ones.
+
+        The graph computes them: what was read and what is served would differ by more than their rounding.
+        """
+        table = self.embed_positions.weight
+        exact = sinusoids(*table.shape).to(table)
+        if torch.allclose(table, exact, atol=1e-3):
+            with torch.no_grad():
+                table.copy_(exact)
 
     def start_from_random(self) -> None:
         """Let the convolutions keep the size of what they are given (He et al. 2015).

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from training.config import Section
 from training.errors import ConfigError
+from training.inference import LogProbs, spoken
 from training.loop.dataset import Batch
 from training.loop.module import SpeechModule
 from training.loop.settings import TrainingSettings
@@ -184,6 +185,10 @@ class WhisperSeq2SeqRecipe(Recipe):
     def module(self, network: nn.Module, codec: TokenCodec) -> SpeechModule:
         """Teacher forcing."""
         return Seq2SeqModule(_checked(network), codec, self.config.training)
+
+    def compared(self, log_probs: LogProbs) -> LogProbs:
+        """The tokens, wherever they stand."""
+        return spoken(log_probs, self.codec().vocabulary.blank_id)
 
     def export(self, network: nn.Module) -> onnx.ModelProto:
         """Front end, encoder and greedy search in one graph."""
