@@ -29,7 +29,7 @@ def real_clips(count: int) -> list[Waveform]:
 
 
 EXACT = ("en-whisper-tiny-ctc", "en-quartznet-small")
-"""Their ranges are fixed; those of `en-whisper-tiny` are found anew for each batch."""
+"""Their ranges are fixed; `en-whisper-tiny` rounds every row of what it hears by itself."""
 BOX = ("en-whisper-tiny", *EXACT)
 
 

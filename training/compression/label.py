@@ -3,7 +3,7 @@
     python -m training.compression.label --base BASE --cache CACHE --texts TEXTS --out LABELS
 
 BASE is a Whisper as `transformers` stores it (a folder, or its name on the hub). Writes ``vocabulary.json``
-(the tokens that are kept), ``labels.jsonl`` (text and tokens per utterance) and ``likely.npy`` (the likeliest
+(the tokens that are kept), ``labels.jsonl`` (text and tokens per utterance) and ``likely.raw`` (the likeliest
 tokens at each place, and their probabilities). Where somebody wrote down what was said, those are the words,
 in the large network's capitals and punctuation. Interrupted, it goes on where it stopped.
 """
@@ -64,7 +64,7 @@ class Label:
     tokens: tuple[int, ...]
     """Without the end."""
     likely: int
-    """Where its places begin in ``likely.npy``: one per token, and one for the end."""
+    """Where its places begin in ``likely.raw``: one per token, and one for the end."""
     certainty: float
     """Mean log-probability of the large network per token, words that are in pieces now left out."""
     understood: bool
@@ -163,7 +163,7 @@ def difference(written: str, words: Sequence[str]) -> float:
 
 
 def label(large: Large, cut: CutVocabulary, cache: Path, out: Path, workers: int) -> None:
-    """Write what is still missing of ``labels.jsonl`` and ``likely.npy``."""
+    """Write what is still missing of ``labels.jsonl`` and ``likely.raw``."""
     rows = json.loads((cache / "index.json").read_text(encoding="utf-8"))
     pcm = np.memmap(cache / "pcm.i16", np.int16, mode="r")
     tokenizer = cut.tokenizer()

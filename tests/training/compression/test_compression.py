@@ -335,30 +335,28 @@ def test_nothing_to_go_on_with_is_said(
     assert "no run to go on with; --base or --init-from says what to begin with" in capsys.readouterr().err
 
 
-def test_the_graph_of_four_bits_says_what_the_rounded_network_says(run: Path) -> None:
+@pytest.mark.parametrize("widened", [False, True])
+def test_the_graph_of_four_bits_says_what_the_rounded_network_says(run: Path, widened: bool) -> None:
     network, cut = publish.load_run(run)
-    made = publish.exported_small(network, cut)
+    made = publish.exported_small(network, cut, widened=widened)
     clips = chirps(3)
     exact = run_torch(network, clips)
     assert compare(exact, run_graph(cpu_session(made.graph), clips)).worst_posterior < 1e-4
-    ways = dict(made.ways(made.graph, clips))
-    assert len(ways) == 2
-    for way, small_graph in ways.items():
-        for ours, theirs in zip(run_graph(cpu_session(small_graph), clips), exact, strict=True):
-            assert ours.shape == theirs.shape
-            assert np.abs(np.exp(ours[0]) - np.exp(theirs[0])).max() < 0.05
-        operators = Counter(node.op_type for graph in graphs_of(small_graph.graph) for node in graph.node)
-        assert operators["GatherBlockQuantized"] == 1
-        if "8 bits" in way:
-            assert operators["MatMulNBits"] == 9, (
-                "one layer of the decoder, less two of the audio, and the output"
-            )
-            assert operators["MatMulInteger"] == 2 * 6 + 1 + 2
-        else:
-            assert operators["MatMulNBits"] == 2 * 6 + 1 + 11
-        assert len(small_graph.SerializeToString()) < 0.5 * len(made.graph.SerializeToString())
-        floats = [t for t in small_graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
-        assert max(int(np.prod(t.dims)) for t in floats) < 20_000, "nothing large is left in float32"
+    ((way, small_graph),) = made.ways(made.graph, clips)
+    assert (publish.WIDENED in way) is widened
+    for ours, theirs in zip(run_graph(cpu_session(small_graph), clips), exact, strict=True):
+        assert ours.shape == theirs.shape
+        assert np.abs(np.exp(ours[0]) - np.exp(theirs[0])).max() < 0.05
+    operators = Counter(node.op_type for graph in graphs_of(small_graph.graph) for node in graph.node)
+    assert operators["GatherBlockQuantized"] == 1
+    if widened:
+        assert operators["MatMulNBits"] == 9, "a layer of the decoder less two, and the output"
+        assert operators["MatMulInteger"] == 2 * 6 + 1 + 2
+    else:
+        assert operators["MatMulNBits"] == 2 * 6 + 1 + 11
+    assert len(small_graph.SerializeToString()) < 0.5 * len(made.graph.SerializeToString())
+    floats = [t for t in small_graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    assert max(int(np.prod(t.dims)) for t in floats) < 20_000, "nothing large is left in float32"
 
 
 def test_a_run_becomes_a_bundle_that_is_served(run: Path, cache: Path, tmp_path: Path) -> None:
