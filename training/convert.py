@@ -27,7 +27,6 @@ from api.bundle import Bundle
 from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.bundle_writer import Card, Measurements, check_card, write_bundle
-from training.config import RunConfig
 from training.errors import CheckpointError, ConfigError, Int8RefusedError, in_one_line
 from training.exported import Exported, agreement, exported_transformer, exported_whisper, ways_of
 from training.graph import fits_one_file
@@ -121,14 +120,7 @@ def from_whisper_with_decoder(weights: Path, languages: Sequence[str]) -> Export
         raise ConfigError(f"--language {' '.join(languages)}: such a model is told one language to write")
     for name in ("config.json", "generation_config.json"):
         _read_json(weights.with_name(name))
-    settings = {
-        "name": "converted",
-        "language": languages[0],
-        "data": {"manifest": "none"},
-        "model": {"base": str(weights.parent)},
-        "bundle": {"licence": ""},
-    }
-    recipe = WhisperSeq2SeqRecipe(RunConfig.model_validate(settings))
+    recipe = WhisperSeq2SeqRecipe.of_base(str(weights.parent), languages[0])
     codec, facts = recipe.codec(), recipe.facts()
     network = recipe.network(codec).eval()
     graph = recipe.export(network)

@@ -7,7 +7,7 @@ on a machine with 24 GB. This one gives the same graph (a test compares them) an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,20 +34,11 @@ def quantize_products(model: onnx.ModelProto, chosen: Collection[str]) -> None:
     """
     weights = _Weights(model.graph)
     for graph in graphs_of(model.graph):
+        product = Int8Products()
         nodes: list[onnx.NodeProto] = []
-        scaled: dict[str, str] = {}
         for node in graph.node:
-            if node.name in chosen:
-                source, weight = node.input
-                if source not in scaled:
-                    scaled[source] = f"{node.name}.input"
-                    nodes.append(quantizer(source, scaled[source]))
-                nodes += int8_product(node, scaled[source], *weights.quantized(weight))
-            else:
-                nodes.append(node)
-        kept = [_copy(node) for node in nodes]
-        del graph.node[:]
-        graph.node.extend(kept)
+            nodes += product(node, *weights.quantized(node.input[1])) if node.name in chosen else [node]
+        replace_nodes(graph, nodes)
     forget_unused(model.graph, weights.done)
 
 
@@ -61,32 +52,46 @@ def forget_unused(graph: onnx.GraphProto, names: Collection[str]) -> None:
             del graph.initializer[index]
 
 
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    copied = onnx.NodeProto()
-    copied.CopyFrom(node)
-    return copied
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Give a graph other nodes, some of its own among them."""
+    kept = []
+    for node in nodes:  # those of the graph end with its list
+        kept.append(onnx.NodeProto())
+        kept[-1].CopyFrom(node)
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
-def quantizer(source: str, name: str) -> onnx.NodeProto:
-    """What rounds the inputs of products, `name` begins its three outputs."""
+class Int8Products:
+    """Dynamic INT8 products of one graph; those that share an input share its rounding."""
+
+    def __init__(self) -> None:
+        self.scaled: dict[str, str] = {}
+
+    def __call__(
+        self, node: onnx.NodeProto, weight: str, scale: str, zero_point: str
+    ) -> list[onnx.NodeProto]:
+        """The nodes that stand for a MatMul; the last has its output."""
+        name, source, nodes = node.name, node.input[0], []
+        if source not in self.scaled:
+            self.scaled[source] = f"{name}.input"
+            nodes.append(_quantizer(source, self.scaled[source]))
+        source = self.scaled[source]
+        inputs = [f"{source}_quantized", weight, f"{source}_zero_point", zero_point]
+        return [
+            *nodes,
+            helper.make_node("MatMulInteger", inputs, [f"{name}.sums"], name=f"{name}.sums"),
+            helper.make_node(
+                "Cast", [f"{name}.sums"], [f"{name}.float"], name=f"{name}.float", to=TensorProto.FLOAT
+            ),
+            helper.make_node("Mul", [f"{source}_scale", scale], [f"{name}.scale"], name=f"{name}.scale"),
+            helper.make_node("Mul", [f"{name}.float", f"{name}.scale"], [node.output[0]], name=name),
+        ]
+
+
+def _quantizer(source: str, name: str) -> onnx.NodeProto:
     outputs = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
     return helper.make_node("DynamicQuantizeLinear", [source], outputs, name=f"{name}_quantize")
-
-
-def int8_product(
-    node: onnx.NodeProto, source: str, weight: str, scale: str, zero_point: str
-) -> list[onnx.NodeProto]:
-    """The nodes that stand for one product; the last has its output."""
-    name = node.name
-    inputs = [f"{source}_quantized", weight, f"{source}_zero_point", zero_point]
-    return [
-        helper.make_node("MatMulInteger", inputs, [f"{name}.sums"], name=f"{name}.sums"),
-        helper.make_node(
-            "Cast", [f"{name}.sums"], [f"{name}.float"], name=f"{name}.float", to=TensorProto.FLOAT
-        ),
-        helper.make_node("Mul", [f"{source}_scale", scale], [f"{name}.scale"], name=f"{name}.scale"),
-        helper.make_node("Mul", [f"{name}.float", f"{name}.scale"], [node.output[0]], name=name),
-    ]
 
 
 class _Weights:

@@ -10,7 +10,7 @@ loaded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from torch.nn import functional
 
-from training.dynamic_int8 import forget_unused, graphs_of, int8_product, quantizer
+from training.dynamic_int8 import Int8Products, forget_unused, graphs_of, replace_nodes
 from training.qdq import SIGNED_LIMIT
 
 GROUP = 128
@@ -72,27 +72,20 @@ def quantize_to_four_bits(
         for node in products:
             weights.pack(node.input[1])
     for graph in graphs_of(model.graph):
+        int8 = Int8Products()
         nodes: list[onnx.NodeProto] = []
-        scaled: dict[str, str] = {}
         for node in graph.node:
             if node.op_type == "MatMul" and node.name in widened:
-                source, weight = node.input
-                if source not in scaled:
-                    scaled[source] = f"{node.name}.input"
-                    nodes.append(quantizer(source, scaled[source]))
-                nodes += int8_product(node, scaled[source], *weights.widen(weight))
+                nodes += int8(node, *weights.widen(node.input[1]))
             elif node.op_type == "MatMul" and node.name in chosen:
                 nodes.append(weights.product(node))
             elif node.op_type == "Gather" and node.input[0] in weights.packed:
                 nodes += weights.look_up(node)
             else:
-                copied = onnx.NodeProto()
-                copied.CopyFrom(node)
-                nodes.append(copied)
-        del graph.node[:]
-        graph.node.extend(nodes)
+                nodes.append(node)
+        replace_nodes(graph, nodes)
     forget_unused(model.graph, weights.packed)
-    _prepend(model.graph, weights.unpacking)
+    replace_nodes(model.graph, (*weights.unpacking, *model.graph.node))
     if not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
@@ -105,18 +98,12 @@ def halve(model: onnx.ModelProto, chosen: Collection[str]) -> None:
             name, values = tensor.name, numpy_helper.to_array(tensor)
             tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
             casts.append(cast_to_float(f"{name}_half", name))
-    _prepend(model.graph, casts)
+    replace_nodes(model.graph, (*casts, *model.graph.node))
 
 
 def cast_to_float(source: str, name: str) -> onnx.NodeProto:
     """A node that widens a constant."""
     return helper.make_node("Cast", [source], [name], name=name, to=TensorProto.FLOAT)
-
-
-def _prepend(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*nodes, *graph.node)]
-    del graph.node[:]
-    graph.node.extend(kept)
 
 
 class _Weights:
@@ -180,7 +167,6 @@ class _Weights:
             "four_bits.limit": np.array(limit),
             "four_bits.least": np.array(np.finfo(np.float32).tiny),
             "four_bits.last": np.array([-1], np.int64),
-            "four_bits.column": np.array([-1], np.int64),
             f"{name}_groups": np.array([outputs, -1, GROUP], np.int64),
             f"{name}_matrix": np.array([outputs, -1], np.int64),
             f"{name}_inputs": np.array([inputs], np.int64),
@@ -218,7 +204,7 @@ class _Weights:
         steps = add("Reshape", [steps, f"{name}_matrix"], "rows")
         bounds = ["four_bits.first", f"{name}_inputs", "four_bits.second"]
         add("Transpose", [add("Slice", [steps, *bounds], "own_rows")], "bytes", perm=[1, 0])
-        add("Reshape", [columns, "four_bits.column"], "byte_scales")
+        add("Reshape", [columns, "four_bits.last"], "byte_scales")
         return found
 
     def look_up(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -56,8 +56,13 @@ def add_gelu(graph: GraphBuilder, name: str, values: str) -> str:
 
 def add_frames(graph: GraphBuilder, name: str, values: str) -> str:
     """Frames of (batch, frames, channels), int64 of shape (1,)."""
+    return add_size(graph, name, values, 1)
+
+
+def add_size(graph: GraphBuilder, name: str, values: str, axis: int) -> str:
+    """Length of an axis, the first three have names; int64 of shape (1,)."""
     shape = graph.add("Shape", [values], f"{name}.shape")
-    return graph.add("Gather", [shape, graph.ints("one", [1])], name, axis=0)
+    return graph.add("Gather", [shape, graph.ints(("zero", "one", "two")[axis], [axis])], name, axis=0)
 
 
 def add_convolution(graph: GraphBuilder, name: str, values: str, module: nn.Conv1d) -> str:

@@ -7,7 +7,6 @@ utterances in a row, for the service's windows are up to 30 s long and recording
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,18 @@ from training.compression.label import LIKELY, Label, likely_tokens, read_labels
 from training.compression.vocabulary import CutVocabulary
 from training.distillation import augment
 from training.distillation.augment import AugmentConfig
-from training.distillation.dataset import VALIDATION_FRACTION, Utterance, split_rows
-from training.distillation.examples import FEATURE_FRAMES_PER_S, plan_epoch
+from training.distillation.batches import pad_features
+from training.distillation.dataset import VALIDATION_FRACTION, split_rows
+from training.distillation.examples import FEATURE_FRAMES_PER_S, Epochs, plan_epoch, utterances
+from training.distillation.whisper import WhisperCorpus, cached_log_mel
 from training.masks import frame_mask
-from training.recipes.whisper_ctc.frontend import FLOOR, HOP, WhisperLogMel, own_in_range
+from training.recipes.whisper_ctc.frontend import HOP, WhisperLogMel
 
-LN_10 = math.log(10.0)
 MAX_FRAMES = 2990
 AUGMENTATION = AugmentConfig(
     max_band_change=0.1,
     noise_probability=0.2,
+    min_babble_snr_db=9.0,
     time_masks_per_s=0.25,
     max_time_mask_frames=20,
     band_masks=1,
@@ -77,8 +78,7 @@ class LabelledCorpus:
 
     def __init__(self, cache: Path, labels: Path, validation_fraction: float = VALIDATION_FRACTION) -> None:
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
-        names = Utterance.__dataclass_fields__
-        self.rows = [Utterance(**{key: row[key] for key in names if key in row}) for row in index]
+        self.rows = utterances(index)
         self.spans = [(row["pcm_start"], row["pcm_samples"]) for row in index]
         self.pcm = np.memmap(cache / "pcm.i16", np.int16, mode="r")
         self.cut = CutVocabulary.load(labels / "vocabulary.json")
@@ -102,10 +102,7 @@ class LabelledCorpus:
 
     def features(self, index: int) -> Tensor:
         """Natural logarithms of the energies, (frames, bands) float32."""
-        start, count = self.spans[index]
-        samples = torch.from_numpy(self.pcm[start : start + count].astype(np.float32) / 32768.0)
-        log_mel, _ = self.frontend.log_mel(samples[None], torch.tensor([count]))
-        return log_mel[0] * LN_10
+        return cached_log_mel(self.frontend, self.pcm, *self.spans[index])
 
     def targets(self, label: Label, *, last: bool) -> tuple[np.ndarray, np.ndarray]:
         """Likely tokens and their probabilities, with the end where it is the `last` of a row of them."""
@@ -121,11 +118,8 @@ class LabelledCorpus:
 
 def padded(items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Natural logarithms (frames, bands) -> features as the network wants them, and lengths."""
-    lengths = torch.tensor([len(item) for item in items])
-    values = torch.full((len(items), int(lengths.max()), items[0].shape[1]), math.log(FLOOR))
-    for row, item in zip(values, items, strict=True):
-        row[: len(item)] = item
-    return own_in_range((values / LN_10).clamp(min=math.log10(FLOOR)), lengths), lengths
+    features, lengths = pad_features([item.numpy() for item in items])
+    return WhisperCorpus.normalise(features, lengths), lengths
 
 
 class BatchMaker:
@@ -137,24 +131,14 @@ class BatchMaker:
         labels = corpus.labels
         self.heard = [index for index in corpus.train if len(labels[index].tokens) < most_tokens]
         self.budget_frames = int(batch_s * FEATURE_FRAMES_PER_S)
-        self.epoch = -1
-        self.batches: list[list[list[int]]] = []
-        self.starts = [0]
+        self.locate = Epochs(self._planned, seed)
 
-    def _locate(self, step: int) -> list[list[int]]:
-        while step >= self.starts[-1]:
-            self.epoch += 1
-            generator = np.random.default_rng([self.seed, 1, self.epoch])
-            rows = self._joined(generator)
-            frames = [sum(self.corpus.frames(index) for index in row) for row in rows]
-            self.batches = [
-                [rows[place] for place in batch]
-                for batch in plan_epoch(frames, self.budget_frames, generator)
-            ]
-            self.starts.append(self.starts[-1] + len(self.batches))
-        if step < self.starts[-2]:
-            raise ValueError("batches are read in order")
-        return self.batches[step - self.starts[-2]]
+    def _planned(self, generator: np.random.Generator) -> list[list[list[int]]]:
+        """Utterances of each item of each batch of an epoch."""
+        rows = self._joined(generator)
+        frames = [sum(self.corpus.frames(index) for index in row) for row in rows]
+        batches = plan_epoch(frames, self.budget_frames, generator)
+        return [[rows[place] for place in batch] for batch in batches]
 
     def _joined(self, generator: np.random.Generator) -> list[list[int]]:
         """Every utterance once, alone or in a row with others."""
@@ -179,12 +163,8 @@ class BatchMaker:
         targets = []
         tokens: list[int] = []
         for place, index in enumerate(indices):
-            mel, last = corpus.features(index), place == len(indices) - 1
-            if generator.random() < config.warp_probability:
-                speed = float(np.exp(generator.uniform(-1, 1) * config.max_speed_change))
-                mel = augment.stretch_time(mel, max(8, round(len(mel) / speed)), speed)
-                change = float(generator.uniform(-1, 1)) * config.max_band_change
-                mel = augment.stretch_bands(mel, 1.0 + change)
+            last = place == len(indices) - 1
+            mel, _ = augment.warped(corpus.features(index), config, generator)
             if place == 0 and generator.random() < 0.4:
                 parts.append(_quiet(mel, generator))
             parts.append(mel)
@@ -193,20 +173,14 @@ class BatchMaker:
             label = corpus.labels[index]
             tokens += label.tokens
             targets.append(corpus.targets(label, last=last))
-        mel = torch.cat(parts)[:MAX_FRAMES]
-        if generator.random() < config.noise_probability:
-            mel = self._with_noise(mel, generator)
-        mel = mel + float(generator.uniform(-1, 1)) * config.max_gain_db * LN_10 / 10.0
+
+        def other() -> Tensor:
+            return corpus.features(corpus.train[int(generator.integers(len(corpus.train)))])
+
+        mel = augment.with_noise(torch.cat(parts)[:MAX_FRAMES], config, other, generator)
+        mel = augment.with_gain(mel, config, generator)
         likely, probabilities = (np.concatenate(both) for both in zip(*targets, strict=True))
         return _Item(mel, tuple(tokens), likely, probabilities)
-
-    def _with_noise(self, mel: Tensor, generator: np.random.Generator) -> Tensor:
-        corpus, config = self.corpus, AUGMENTATION
-        snr_db = float(generator.uniform(config.min_snr_db, config.max_snr_db))
-        if generator.random() < config.babble_share:
-            other = corpus.features(corpus.train[int(generator.integers(len(corpus.train)))])
-            return augment.add_noise(mel, augment.fit_length(other, len(mel), generator), max(snr_db, 9.0))
-        return augment.add_noise(mel, augment.coloured_noise(len(mel), mel.shape[1], generator), snr_db)
 
     def _lone_noise(self, generator: np.random.Generator) -> _Item:
         """Noise, which says nothing."""
@@ -216,7 +190,7 @@ class BatchMaker:
 
     def __call__(self, step: int) -> Batch:
         """Batch number ``step``; call with rising numbers."""
-        rows = self._locate(step)
+        rows = self.locate(step)
         generator = np.random.default_rng([self.seed, 2, step])
         items = [self._item(row, generator) for row in rows]
         if generator.random() < AUGMENTATION.lone_noise:

@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from api.vocabulary import Vocabulary
 from training.arguments import positive
 from training.compression.network import decode, evaluating, greedy, heard, listen
 from training.compression.vocabulary import (
@@ -37,7 +35,6 @@ from training.compression.vocabulary import (
     unchanged_share,
     written_whole_words,
 )
-from training.config import RunConfig
 from training.distillation.label import length_batches
 from training.errors import ConfigError, DataError, in_one_line
 from training.recipes.whisper_ctc.frontend import SAMPLE_RATE_HZ, WINDOW_SAMPLES, WhisperLogMel, own_in_range
@@ -75,27 +72,11 @@ class Large:
     """The network that is made small, with its tokenizer."""
 
     def __init__(self, base: str, language: str) -> None:
-        settings = {
-            "name": "large",
-            "language": language,
-            "data": {"manifest": "none"},
-            "model": {"base": base},
-            "bundle": {"licence": ""},
-        }
-        recipe = WhisperSeq2SeqRecipe(RunConfig.model_validate(settings))
-        self.codec = recipe.codec()
-        self.network: WhisperSeq2Seq = recipe.network(self.codec).eval()
+        recipe = WhisperSeq2SeqRecipe.of_base(base, language)
+        codec = recipe.codec()
+        self.tokenizer, self.vocabulary = codec.tokenizer, codec.vocabulary
+        self.network: WhisperSeq2Seq = recipe.network(codec).eval()
         self.frontend = WhisperLogMel(self.network.encoder.config.bands)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Of `transformers`."""
-        return self.codec.tokenizer
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """Of the whole network."""
-        return self.codec.vocabulary
 
     def hear(self, clips: Sequence[npt.NDArray[np.int16]]) -> tuple[list[str], Tensor, Tensor]:
         """Texts, audio states, and what is added to the scores of frames that a clip does not have."""

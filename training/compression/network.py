@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.compression.vocabulary import CutVocabulary
-from training.distillation.whisper import fast_encoder, linear, normal
+from training.distillation.whisper import attended, fast_encoder, keys_and_values, linear, normal
 from training.four_bits import GROUP, rounded
 from training.recipes.whisper_seq2seq.model import DecoderLayer, Prompt, Repeats, WhisperSeq2Seq
-from training.transformer import Attention
 
 POSITIONS = 224
 """Of tokens, prompt and all: nobody says more in 30 s."""
@@ -80,7 +79,7 @@ def listen(network: WhisperSeq2Seq, features: Tensor, lengths: Tensor) -> tuple[
 
 def heard(network: WhisperSeq2Seq, audio: Tensor) -> Heard:
     """Keys and values of the audio, for every layer of the decoder."""
-    return [_keys_and_values(layer.encoder_attn, audio) for layer in decoder_layers(network)]
+    return [keys_and_values(layer.encoder_attn, audio) for layer in decoder_layers(network)]
 
 
 def decoder_layers(network: WhisperSeq2Seq) -> Iterator[DecoderLayer]:
@@ -106,16 +105,16 @@ def decode(
     causal = torch.full((count, start + count), -1e9).triu(start + 1).bfloat16()
     for index, layer in enumerate(decoder_layers(network)):
         normed = normal(values, layer.self_attn_layer_norm)
-        keys, memory = _keys_and_values(layer.self_attn, normed)
+        keys, memory = keys_and_values(layer.self_attn, normed)
         if caches is not None:
             before = caches[index]
             if before is not None:
                 keys, memory = torch.cat([before[0], keys], 2), torch.cat([before[1], memory], 2)
             caches[index] = keys, memory
-        said = _attended(layer.self_attn, normed, keys, memory, causal)
+        said = attended(layer.self_attn, normed, keys, memory, causal)
         values = values + layer.dropout(said)
         normed = normal(values, layer.encoder_attn_layer_norm)
-        values = values + layer.dropout(_attended(layer.encoder_attn, normed, *audio[index], missing))
+        values = values + layer.dropout(attended(layer.encoder_attn, normed, *audio[index], missing))
         inner = functional.gelu(linear(normal(values, layer.final_layer_norm), layer.fc1))
         values = values + layer.dropout(linear(inner, layer.fc2))
     return normal(values, decoder.layer_norm)
@@ -153,29 +152,6 @@ def greedy(
             break
         tokens = best[:, None]
     return found
-
-
-def _keys_and_values(module: Attention, source: Tensor) -> tuple[Tensor, Tensor]:
-    return (
-        _split(linear(source, module.k_proj), module.heads),
-        _split(linear(source, module.v_proj), module.heads),
-    )
-
-
-def _split(values: Tensor, heads: int) -> Tensor:
-    batch, count, width = values.shape
-    return values.view(batch, count, heads, width // heads).transpose(1, 2)
-
-
-def _attended(module: Attention, values: Tensor, keys: Tensor, memory: Tensor, bias: Tensor) -> Tensor:
-    batch, heads, _, size = keys.shape
-    count = values.shape[1]
-    query = _split(linear(values, module.q_proj) * size**-0.5, heads).reshape(batch * heads, count, size)
-    scores = query @ keys.reshape(batch * heads, -1, size).transpose(1, 2)
-    scores = scores.view(batch, heads, count, -1) + bias
-    mixed = scores.flatten(0, 1).softmax(dim=-1) @ memory.reshape(batch * heads, -1, size)
-    joined = mixed.view(batch, heads, count, size).transpose(1, 2).reshape(batch, count, heads * size)
-    return linear(joined, module.out_proj)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from training.distillation.dataset import normalise_text
 from training.distillation.evaluate import word_error_rates
 from training.distillation.label import length_batches
 from training.distillation.runner import deadline, run_until
-from training.distillation.trainer import AVERAGE_EVERY
+from training.distillation.trainer import AVERAGE_EVERY, adamw, learning_rate, move_average
 from training.errors import CheckpointError, ConfigError, in_one_line
 from training.recipes.whisper_ctc.model import EncoderConfig
 from training.recipes.whisper_seq2seq.model import DecoderConfig, WhisperSeq2Seq
@@ -60,6 +60,7 @@ class TrainConfig:
     learning_rate: float = 5e-5
     weight_decay: float = 0.01
     warmup_steps: int = 200
+    decay_share: float = 1.0
     ema_steps: int = 400
     gradient_clip: float = 1.0
     teacher_share: float = 0.5
@@ -98,11 +99,7 @@ class Trainer:
         self.rounded = copy.deepcopy(network)
         self.coarse = coarse_weights(network)
         self.learned = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for _, p in self.learned if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for _, p in self.learned if p.ndim == 1], "weight_decay": 0.0},
-        ]
-        self.optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+        self.optimiser = adamw(config, (p for _, p in self.learned))
         self.pool = ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,))
         most_tokens = network.decoder.config.positions - len(network.prompt.ids)
         self.maker = BatchMaker(corpus, config.batch_s, config.seed, most_tokens)
@@ -135,9 +132,7 @@ class Trainer:
 
     def train_step(self, batches: list[Batch], progress: float) -> dict[str, float]:
         """One update on one batch per worker; returns the parts of the loss."""
-        warm = min(1.0, (self.step + 1) / self.config.warmup_steps)
-        falling = 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        rate = self.config.learning_rate * warm * falling
+        rate = learning_rate(self.config, self.step, progress)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         round_into(self.rounded, self.network, self.coarse)
@@ -149,18 +144,12 @@ class Trainer:
                 parameter.grad = gradients[name].grad
             self.optimiser.step()
             if self.step % AVERAGE_EVERY == 0:
-                self._move_average()
+                move_average(self.config, self.step, self.average.parameters(), self.network.parameters())
         self.rounded.zero_grad(set_to_none=True)
         self.step += 1
         self.audio_s += sum(batch.audio_s for batch in batches)
         values = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         return {**values, "norm": float(norm), "rate": rate}
-
-    def _move_average(self) -> None:
-        updates = self.step // AVERAGE_EVERY
-        share = max(AVERAGE_EVERY / self.config.ema_steps, 9.0 / (10.0 + updates))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), share)
 
     def validation(self) -> dict[str, float]:
         """Word error rate of the averaged, rounded weights per source, on the held-out speakers."""

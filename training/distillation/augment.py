@@ -7,12 +7,15 @@ normalised features. Where the normalisation removes gain and fixed equalisers, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+LN_10 = math.log(10.0)
 LONE_NOISE_LEVELS = (-18.0, -2.0)
 """Natural logarithms of a band's energy; speech at a usual level has -12 to 2."""
 
@@ -27,6 +30,7 @@ class AugmentConfig:
     noise_probability: float = 0.4
     babble_share: float = 0.5
     min_snr_db: float = 6.0
+    min_babble_snr_db: float = 8.0
     max_snr_db: float = 30.0
     band_masks: int = 2
     max_band_mask: int = 10
@@ -85,6 +89,33 @@ def add_noise(speech: Tensor, noise: Tensor, snr_db: float) -> Tensor:
     noise_level = torch.logsumexp(noise.flatten(), 0)
     gain = speech_level - noise_level - snr_db * (np.log(10.0) / 10.0)
     return torch.logaddexp(speech, noise + gain)
+
+
+def warped(mel: Tensor, config: AugmentConfig, generator: np.random.Generator) -> tuple[Tensor, float | None]:
+    """Now and then another speed and vocal tract; with the speed, where there is another."""
+    if generator.random() >= config.warp_probability:
+        return mel, None
+    speed = float(np.exp(generator.uniform(-1, 1) * config.max_speed_change))
+    mel = stretch_time(mel, max(8, round(len(mel) / speed)), speed)
+    return stretch_bands(mel, 1.0 + float(generator.uniform(-1, 1)) * config.max_band_change), speed
+
+
+def with_noise(
+    mel: Tensor, config: AugmentConfig, other: Callable[[], Tensor], generator: np.random.Generator
+) -> Tensor:
+    """Now and then with noise, or with what an `other` says."""
+    if generator.random() >= config.noise_probability:
+        return mel
+    snr_db = float(generator.uniform(config.min_snr_db, config.max_snr_db))
+    if generator.random() < config.babble_share:
+        noise = fit_length(other(), len(mel), generator)
+        return add_noise(mel, noise, max(snr_db, config.min_babble_snr_db))
+    return add_noise(mel, coloured_noise(len(mel), mel.shape[1], generator), snr_db)
+
+
+def with_gain(mel: Tensor, config: AugmentConfig, generator: np.random.Generator) -> Tensor:
+    """Louder or fainter."""
+    return mel + float(generator.uniform(-1, 1)) * config.max_gain_db * LN_10 / 10.0
 
 
 def fit_length(values: Tensor, frames: int, generator: np.random.Generator) -> Tensor:

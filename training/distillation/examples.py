@@ -7,10 +7,10 @@ uninterrupted one would have seen.
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from training.distillation.dataset import (
 from training.distillation.loss import dense_labels
 
 FEATURE_FRAMES_PER_S = 100
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Batch:
     audio_s: float
 
 
+def utterances(index: list[dict[str, Any]]) -> list[Utterance]:
+    """Rows of a cache's index; those of earlier days have fewer columns."""
+    names = Utterance.__dataclass_fields__
+    return [Utterance(**{key: row[key] for key in names if key in row}) for row in index]
+
+
 class Corpus:
     """The cache written by stages 1 and 2, opened for reading."""
 
@@ -57,9 +64,7 @@ class Corpus:
     ) -> None:
         index: list[dict[str, Any]] = json.loads((cache / "index.json").read_text(encoding="utf-8"))
         labels: list[dict[str, Any]] = json.loads((cache / "labels.json").read_text(encoding="utf-8"))
-        names = Utterance.__dataclass_fields__
-        # caches of earlier days have fewer columns
-        self.rows = [Utterance(**{key: row[key] for key in names if key in row}) for row in index]
+        self.rows = utterances(index)
         self.train, self.validation = split_rows(self.rows, validation_fraction)
         self.mel_spans = [(row["mel_start"], row["mel_frames"]) for row in index]
         self.pcm_spans = [(row["pcm_start"], row["pcm_samples"]) for row in index]
@@ -108,6 +113,26 @@ def plan_epoch(frames: list[int], budget_frames: int, generator: np.random.Gener
     return batches
 
 
+class Epochs(Generic[Row]):
+    """Where batch number ``step`` of a run is: epochs are planned in order, for their batch counts differ."""
+
+    def __init__(self, plan: Callable[[np.random.Generator], list[list[Row]]], seed: int) -> None:
+        self.plan, self.seed = plan, seed
+        self.epoch = -1
+        self.batches: list[list[Row]] = []
+        self.starts = [0]
+
+    def __call__(self, step: int) -> list[Row]:
+        """Call with rising numbers."""
+        while step >= self.starts[-1]:
+            self.epoch += 1
+            self.batches = self.plan(np.random.default_rng([self.seed, 1, self.epoch]))
+            self.starts.append(self.starts[-1] + len(self.batches))
+        if step < self.starts[-2]:
+            raise ValueError("batches are read in order")
+        return self.batches[step - self.starts[-2]]
+
+
 class BatchMaker:
     """Batch number ``step`` of a run, as a pure function of the seed and the step."""
 
@@ -115,20 +140,12 @@ class BatchMaker:
         self.corpus, self.seed, self.config = corpus, seed, config
         self.budget_frames = int(batch_s * FEATURE_FRAMES_PER_S)
         self.frames = [corpus.mel_spans[index][1] for index in corpus.train]
-        self.epoch = -1
-        self.batches: list[list[int]] = []
-        self.starts = [0]
+        self.locate = Epochs(self._planned, seed)
 
-    def _locate(self, step: int) -> list[int]:
-        """Row indices of batch ``step``; epochs are planned in order because their batch counts differ."""
-        while step >= self.starts[-1]:
-            self.epoch += 1
-            generator = np.random.default_rng([self.seed, 1, self.epoch])
-            self.batches = plan_epoch(self.frames, self.budget_frames, generator)
-            self.starts.append(self.starts[-1] + len(self.batches))
-        if step < self.starts[-2]:
-            raise ValueError("batches are read in order")
-        return [self.corpus.train[position] for position in self.batches[step - self.starts[-2]]]
+    def _planned(self, generator: np.random.Generator) -> list[list[int]]:
+        """Row indices of each batch of an epoch."""
+        batches = plan_epoch(self.frames, self.budget_frames, generator)
+        return [[self.corpus.train[position] for position in batch] for batch in batches]
 
     def _one(self, index: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Augmented log-mel, teacher posteriors and activations of one utterance."""
@@ -137,27 +154,19 @@ class BatchMaker:
         config = self.config
         if config is None:
             return mel, posteriors, hidden
-        if generator.random() < config.warp_probability:
-            speed = float(np.exp(generator.uniform(-1, 1) * config.max_speed_change))
-            count = max(8, round(len(mel) / speed))
-            mel = augment.stretch_time(mel, count, speed)
-            mel = augment.stretch_bands(mel, 1.0 + float(generator.uniform(-1, 1)) * config.max_band_change)
-            label_count = (count - 1) // 2 + 1
+        mel, speed = augment.warped(mel, config, generator)
+        if speed is not None:
+            label_count = (len(mel) - 1) // 2 + 1
             posteriors = augment.stretch_time(posteriors, label_count, speed)
             hidden = augment.stretch_time(hidden, label_count, speed)
-        if generator.random() < config.noise_probability:
-            snr_db = float(generator.uniform(config.min_snr_db, config.max_snr_db))
-            if generator.random() < config.babble_share:
-                other = self.corpus.features(
-                    self.corpus.train[int(generator.integers(len(self.corpus.train)))]
-                )
-                noise = augment.fit_length(other, len(mel), generator)
-                snr_db = max(snr_db, 8.0)
-            else:
-                noise = augment.coloured_noise(len(mel), mel.shape[1], generator)
-            mel = augment.add_noise(mel, noise, snr_db)
+        corpus = self.corpus
+
+        def other() -> Tensor:
+            return corpus.features(corpus.train[int(generator.integers(len(corpus.train)))])
+
+        mel = augment.with_noise(mel, config, other, generator)
         if config.max_gain_db:
-            mel = mel + float(generator.uniform(-1, 1)) * config.max_gain_db * math.log(10.0) / 10.0
+            mel = augment.with_gain(mel, config, generator)
         return mel, posteriors, hidden
 
     @staticmethod
@@ -172,7 +181,7 @@ class BatchMaker:
 
     def __call__(self, step: int) -> Batch:
         """Batch number ``step``; call with rising numbers."""
-        indices = self._locate(step)
+        indices = self.locate(step)
         generator = np.random.default_rng([self.seed, 2, step])
         items = [self._one(index, generator) for index in indices]
         texts = [self.corpus.texts[index] for index in indices]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,7 +55,53 @@ class TrainConfig:
     """Batch normalisations keep the statistics that the run began with: for its last part."""
 
 
-def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
+class Schedule(Protocol):
+    """What the optimiser needs to know of a run."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Of matrices."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """Until the peak."""
+        ...
+
+    @property
+    def decay_share(self) -> float:
+        """Share of the run, at its end, over which the rate falls."""
+        ...
+
+    @property
+    def ema_steps(self) -> int:
+        """Over which the running average looks back."""
+        ...
+
+
+def adamw(config: Schedule, parameters: Iterable[Tensor]) -> torch.optim.AdamW:
+    """Decay for matrices only."""
+    several = list(parameters)
+    groups = [
+        {"params": [p for p in several if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in several if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def move_average(config: Schedule, step: int, ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
+    """Exponentially, faster in the first steps: `ours` towards `theirs`. For every `AVERAGE_EVERY`th step."""
+    share = max(AVERAGE_EVERY / config.ema_steps, 9.0 / (10.0 + step // AVERAGE_EVERY))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ours), list(theirs), share)
+
+
+def learning_rate(config: Schedule, step: int, progress: float) -> float:
     """Linear warm-up, a plateau, then half a cosine to 2 % of the peak over the last ``decay_share``."""
     warm = min(1.0, (step + 1) / config.warmup_steps)
     late = max(0.0, (progress - (1.0 - config.decay_share)) / config.decay_share)
@@ -81,15 +128,8 @@ class Trainer:
         named = dict(self.distiller.named_parameters())
         ends = self.distiller.student.matrices
         matrices = {name for name in named if config.muon and name.endswith(ends)}
-        decayed = [p for name, p in named.items() if p.ndim > 1 and name not in matrices]
-        plain = [p for p in named.values() if p.ndim <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        found: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
-        ]
+        rest = (p for name, p in named.items() if name not in matrices)
+        found: list[torch.optim.Optimizer] = [adamw(config, rest)]
         if matrices:
             wide = [named[name] for name in sorted(matrices)]
             found.append(Muon(wide, config.learning_rate, 0.95, config.weight_decay, self.pool))
@@ -154,13 +194,10 @@ class Trainer:
         return {**values, "norm": float(norm), "rate": rate}
 
     def _move_average(self) -> None:
-        """Exponential moving average of weights and batch statistics, shorter in the first steps."""
-        updates = self.step // AVERAGE_EVERY
-        share = max(AVERAGE_EVERY / self.config.ema_steps, 9.0 / (10.0 + updates))
-        with torch.no_grad():
-            ours = [p for p in self.average.state_dict().values() if p.is_floating_point()]
-            theirs = [p for p in self.distiller.state_dict().values() if p.is_floating_point()]
-            torch._foreach_lerp_(ours, theirs, share)
+        """Of weights and batch statistics."""
+        ours = [p for p in self.average.state_dict().values() if p.is_floating_point()]
+        theirs = [p for p in self.distiller.state_dict().values() if p.is_floating_point()]
+        move_average(self.config, self.step, ours, theirs)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""

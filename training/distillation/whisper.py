@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.distillation.augment import AugmentConfig
+from training.distillation.augment import LN_10, AugmentConfig
 from training.distillation.conformer import MISSING, product
 from training.distillation.dataset import BLANK_ID, VALIDATION_FRACTION
 from training.distillation.examples import Corpus
@@ -28,7 +29,13 @@ from training.transformer import Attention, EncoderLayer
 LEAD_FRAMES = 6
 """How much earlier than the teacher a Whisper encoder answers, in frames of 20 ms, left to itself (measured:
 docs/experiments.md); the teacher's answers are moved by as much."""
-LN_10 = math.log(10.0)
+
+
+def cached_log_mel(frontend: WhisperLogMel, pcm: npt.NDArray[np.int16], start: int, count: int) -> Tensor:
+    """Natural logarithms of the energies of a stretch of the cached samples, (frames, bands) float32."""
+    samples = torch.from_numpy(pcm[start : start + count].astype(np.float32) / 32768.0)
+    log_mel, _ = frontend.log_mel(samples[None], torch.tensor([count]))
+    return log_mel[0] * LN_10
 
 
 class WhisperCorpus(Corpus):
@@ -45,10 +52,7 @@ class WhisperCorpus(Corpus):
 
     def features(self, index: int) -> Tensor:
         """Natural logarithms of the energies, (frames, 80) float32."""
-        start, count = self.pcm_spans[index]
-        samples = torch.from_numpy(self.pcm[start : start + count].astype(np.float32) / 32768.0)
-        log_mel, _ = self.frontend.log_mel(samples[None], torch.tensor([count]))
-        return log_mel[0] * LN_10
+        return cached_log_mel(self.frontend, self.pcm, *self.pcm_spans[index])
 
     def targets(self, index: int) -> tuple[Tensor, Tensor]:
         """As the teacher would answer `LEAD_FRAMES` earlier."""
@@ -116,26 +120,37 @@ def fast_encoder(
 
 
 def _layer(layer: EncoderLayer, values: Tensor, missing: Tensor) -> Tensor:
-    mixed = _attended(layer.self_attn, normal(values, layer.self_attn_layer_norm), missing)
+    normed = normal(values, layer.self_attn_layer_norm)
+    mixed = attended(layer.self_attn, normed, *keys_and_values(layer.self_attn, normed), missing)
     values = values + layer.dropout(mixed)
     inner = functional.gelu(linear(normal(values, layer.final_layer_norm), layer.fc1))
     out: Tensor = values + layer.dropout(linear(inner, layer.fc2))
     return out
 
 
-def _attended(module: Attention, values: Tensor, missing: Tensor) -> Tensor:
-    batch, frames, width = values.shape
-    size = width // module.heads
+def keys_and_values(module: Attention, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a source (batch, n, width), each (batch, heads, n, width / heads)."""
+    key, value = linear(source, module.k_proj), linear(source, module.v_proj)
+    return _split(key, module.heads), _split(value, module.heads)
 
-    def split(joined: Tensor) -> Tensor:
-        shape = (batch, frames, module.heads, size)
-        return joined.view(shape).transpose(1, 2).reshape(batch * module.heads, frames, size)
 
-    query = split(linear(values, module.q_proj) * size**-0.5)
-    key, value = split(linear(values, module.k_proj)), split(linear(values, module.v_proj))
-    scores = (query @ key.transpose(1, 2)).view(batch, module.heads, frames, frames) + missing
-    mixed = scores.flatten(0, 1).softmax(dim=-1) @ value
-    joined = mixed.view(batch, module.heads, frames, size).transpose(1, 2).reshape(batch, frames, width)
+def _split(values: Tensor, heads: int) -> Tensor:
+    batch, count, width = values.shape
+    return values.view(batch, count, heads, width // heads).transpose(1, 2)
+
+
+def attended(module: Attention, values: Tensor, keys: Tensor, memory: Tensor, bias: Tensor) -> Tensor:
+    """Attention of `values` (batch, queries, width) over what `keys_and_values` gave.
+
+    `bias` is added to the scores (batch, heads, queries, n).
+    """
+    batch, heads, _, size = keys.shape
+    count = values.shape[1]
+    query = _split(linear(values, module.q_proj) * size**-0.5, heads).reshape(batch * heads, count, size)
+    scores = query @ keys.reshape(batch * heads, -1, size).transpose(1, 2)
+    scores = scores.view(batch, heads, count, -1) + bias
+    mixed = scores.flatten(0, 1).softmax(dim=-1) @ memory.reshape(batch * heads, -1, size)
+    joined = mixed.view(batch, heads, count, size).transpose(1, 2).reshape(batch, count, heads * size)
     return linear(joined, module.out_proj)
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
+from tests.training.noise_cache import noise_cache
 from training.distillation import label
-from training.distillation.cache import write_mel, write_pcm
-from training.distillation.dataset import ALPHABET, VOCABULARY_SIZE, read_utterances
+from training.distillation.dataset import ALPHABET, VOCABULARY_SIZE
 from training.frontend import FrontendConfig
 from training.nemo import NemoModel
 from training.recipes.quartznet_ctc.model import BlockConfig, QuartzNet, QuartzNetConfig
@@ -36,20 +33,7 @@ def tiny_teacher() -> QuartzNet:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stages 1 and 2 on generated noise: six speakers, a text for half of the utterances."""
     folder = tmp_path_factory.mktemp("corpus")
-    generator = np.random.default_rng(0)
-    lines = []
-    for number in range(UTTERANCES):
-        duration_s = float(generator.uniform(0.8, 1.6))
-        samples = generator.normal(0, 0.1, int(duration_s * 16000))
-        soundfile.write(folder / f"{number}.flac", samples, 16000)
-        row = {"audio_filepath": f"{number}.flac", "duration": duration_s, "speaker": f"s{number % 6}"}
-        lines.append(json.dumps(row | {"text": "hello there" if number % 2 else "", "source": "noise"}))
-    (folder / "manifest.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    out = folder / "cache"
-    out.mkdir()
-    write_pcm(read_utterances(folder / "manifest.jsonl"), folder, out)
-    with torch.inference_mode():
-        write_mel(out)
+    out = noise_cache(folder, ["hello there" if number % 2 else "" for number in range(UTTERANCES)])
     with pytest.MonkeyPatch.context() as patch:
         teacher = NemoModel(tiny_teacher(), FrontendConfig(), tuple(ALPHABET))
         patch.setattr(label, "read_nemo", lambda path: teacher)

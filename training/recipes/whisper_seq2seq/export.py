@@ -14,11 +14,11 @@ from training.graph import GraphBuilder
 from training.recipes.whisper_ctc.export import add_encoder, add_features
 from training.recipes.whisper_seq2seq.model import (
     IMPOSSIBLE,
+    LEAST_REPEATS,
     LONGEST_PHRASE,
     DecoderConfig,
     DecoderLayer,
     WhisperSeq2Seq,
-    least_repeats,
 )
 from training.recipes.whisper_seq2seq.placing import Search, add_frames, add_places
 from training.transformer_graph import (
@@ -205,7 +205,7 @@ def _add_repeats(graph: GraphBuilder, best: str, text: str, finished: str) -> st
     recent = graph.add("Concat", [column, earlier], "step.recent_now", axis=1)
     graph.add("Where", [text, recent, "step.recent"], "step.recent_after")
     looping = graph.add(
-        "GreaterOrEqual", [runs, graph.ints("step.least_repeats", least_repeats())], "step.looping"
+        "GreaterOrEqual", [runs, graph.ints("step.least_repeats", LEAST_REPEATS)], "step.looping"
     )
     lengths = graph.add("Where", [looping, runs, zero], "step.loop_lengths")
     length = graph.add("ReduceMax", [lengths], "step.loop_length", axes=[1], keepdims=0)

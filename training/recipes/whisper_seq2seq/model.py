@@ -25,6 +25,8 @@ LONGEST_PHRASE = 32
 """Tokens of a phrase that is noticed when it is said again and again."""
 LEAST_REPEATED = 10
 """Tokens: `ha ha ha` and ten equal digits are speech; a phrase is in a loop from its third time on."""
+LEAST_REPEATS = [max(2 * length, LEAST_REPEATED) for length in range(1, LONGEST_PHRASE + 1)]
+"""By the length of what is said again: tokens that repeat before it is a loop."""
 TOKEN_FRAMES = 5
 """A token lasts for 0.2 s at most: what it sounds like, on average (docs/experiments.md)."""
 SMOOTHED = 6
@@ -161,11 +163,6 @@ class WhisperDecoder(nn.Module):
         return values, torch.full((count, count), -1e9, device=tokens.device).triu(1)
 
 
-def least_repeats() -> list[int]:
-    """By the length of what is said again, 1 to `LONGEST_PHRASE`: tokens that repeat before it is a loop."""
-    return [max(2 * length, LEAST_REPEATED) for length in range(1, LONGEST_PHRASE + 1)]
-
-
 class Repeats(NamedTuple):
     """How long the text of each item has been saying again what it said before."""
 
@@ -187,7 +184,7 @@ class Repeats(NamedTuple):
         """With one more token (batch,), and how many of the last ones are a loop: 0 where there is none."""
         runs = torch.where(self.recent == tokens[:, None], self.runs + 1, 0)
         recent = torch.cat([tokens[:, None], self.recent[:, :-1]], dim=1)
-        least = torch.tensor(least_repeats(), device=tokens.device)
+        least = torch.tensor(LEAST_REPEATS, device=tokens.device)
         return Repeats(recent, runs), torch.where(runs >= least, runs, 0).amax(dim=1)
 
 

@@ -14,6 +14,7 @@ from training.recipes.whisper_seq2seq.model import (
     STEADY,
     TOKEN_FRAMES,
 )
+from training.transformer_graph import add_size
 
 NEVER = 2**30
 """A place beyond every frame."""
@@ -40,15 +41,9 @@ class _Text:
         self.start = graph.ints("text.start", [search.prompt - 1])
         bounds = [self.start, graph.ints("far", [2**31 - 1]), graph.ints("zero", [0]), graph.ints("one", [1])]
         self.heard = graph.add("Slice", [search.heard, *bounds], "text.heard")
-        self.order = _counted(graph, "text.order", _size(graph, "text.steps", self.heard, 0))
+        self.order = _counted(graph, "text.order", add_size(graph, "text.steps", self.heard, 0))
         found = _stretched(graph, "text.found", search.found, 0)
         self.valid = graph.add("Less", [_stretched(graph, "text.rows", self.order, 1), found], "text.valid")
-
-
-def _size(graph: GraphBuilder, name: str, values: str, axis: int) -> str:
-    """Length of an axis, int64 of shape (1,)."""
-    shape = graph.add("Shape", [values], f"{name}.shape")
-    return graph.add("Gather", [shape, graph.ints(f"axis_{axis}", [axis])], name, axis=0)
 
 
 def _stretched(graph: GraphBuilder, name: str, values: str, axis: int) -> str:
@@ -113,7 +108,7 @@ def _best_places(graph: GraphBuilder, text: _Text, counts: str, frames: str) -> 
     deviation = graph.add("Add", [deviation, steady], "best.deviation_steady")
     above = graph.add("Div", [away, deviation], "best.away_steady")
     above = graph.add("Add", [above, text.heard], "best.above")
-    audio = _size(graph, "best.audio", text.heard, 2)
+    audio = add_size(graph, "best.audio", text.heard, 2)
     inside = graph.mask(audio, _stretched(graph, "best.counts", counts, 1), "best.inside")
     inside = _stretched(graph, "best.inside_row", inside, 0)
 
@@ -127,7 +122,7 @@ def _best_places(graph: GraphBuilder, text: _Text, counts: str, frames: str) -> 
     share = graph.add("Max", [pooled(inside, "best.share"), steady], "best.share_steady")
     smooth = pooled(graph.add("Mul", [above, inside], "best.above_inside"), "best.pooled")
     smooth = graph.add("Div", [smooth, share], "best.smooth")
-    width = _size(graph, "best.width", smooth, 2)
+    width = add_size(graph, "best.width", smooth, 2)
     real = graph.mask(width, _stretched(graph, "best.frames", frames, 1), "best.real_float")
     real = graph.add("Cast", [real], "best.real", to=TensorProto.BOOL)
     masked = graph.add("Where", [real, smooth, graph.floats("best.nowhere", IMPOSSIBLE)], "best.masked")
@@ -147,7 +142,7 @@ def add_frames(graph: GraphBuilder, search: Search, places: str, frames: str) ->
     number = graph.add("ReduceSum", [begun, graph.ints("axis_2", [2])], "spread.number", keepdims=0)
     index = graph.add("Sub", [number, one], "spread.index")
     safe = graph.add("Max", [index, zero], "spread.safe")
-    items = _size(graph, "spread.items", starts, 0)
+    items = add_size(graph, "spread.items", starts, 0)
     shape = graph.add("Concat", [items, one], "spread.one_more_shape", axis=0)
     one_more = graph.add("Expand", [never, shape], "spread.one_more")
     longer = graph.add("Concat", [starts, one_more], "spread.longer", axis=1)

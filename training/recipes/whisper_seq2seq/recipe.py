@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.config import Section
+from training.config import RunConfig, Section
 from training.errors import ConfigError
 from training.inference import LogProbs, spoken
 from training.loop.dataset import Batch
@@ -98,6 +98,18 @@ class WhisperSeq2SeqRecipe(Recipe):
     settings_type = WhisperSeq2SeqSettings
     settings: WhisperSeq2SeqSettings
 
+    @classmethod
+    def of_base(cls, base: str, language: str) -> WhisperSeq2SeqRecipe:
+        """For a published network as it is, without recordings."""
+        settings = {
+            "name": "published",
+            "language": language,
+            "data": {"manifest": "none"},
+            "model": {"base": base},
+            "bundle": {"licence": ""},
+        }
+        return cls(RunConfig.model_validate(settings))
+
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.settings.base, self.settings.revision)
 
@@ -138,6 +150,11 @@ class WhisperSeq2SeqRecipe(Recipe):
         from transformers import WhisperConfig
 
         return from_hub(WhisperConfig, self.settings.base, self.settings.revision)
+
+    @cached_property
+    def _end(self) -> int:
+        """Asked for every output that is compared, and a tokenizer takes a while to load."""
+        return self.codec().vocabulary.blank_id
 
     def facts(self) -> Facts:
         """40 ms per frame, of which at most every second holds a token."""
@@ -188,7 +205,7 @@ class WhisperSeq2SeqRecipe(Recipe):
 
     def compared(self, log_probs: LogProbs) -> LogProbs:
         """The tokens, wherever they stand."""
-        return spoken(log_probs, self.codec().vocabulary.blank_id)
+        return spoken(log_probs, self._end)
 
     def export(self, network: nn.Module) -> onnx.ModelProto:
         """Front end, encoder and greedy search in one graph."""
