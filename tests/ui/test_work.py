@@ -230,7 +230,8 @@ def test_many_files_of_one_drop_stay_within_the_limit(monkeypatch: pytest.Monkey
 
 def test_cancelled_files_stay_within_the_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "AUDIO_KEPT_BYTES", 3 * len(FILE.data))
-    with working(Script(httpx.Response(200, stream=Stuck()))) as made:
+    # an answer of its own for each request: a stream that two requests share fails for the second
+    with working(lambda request: httpx.Response(200, stream=Stuck())) as made:
         tasks = made.add([FILE] * 12, Options())
         assert all(task.audio is not None for task in tasks), "what has yet to be sent is kept"
         made.cancel_all()
