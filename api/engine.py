@@ -48,6 +48,12 @@ PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
     "openvino": {"device_type": "CPU"},
 }
 
+EXACT_PRODUCTS = ("session.x64quantprecision", "1")
+"""Session option: products of bytes are exact on every CPU.
+
+Without VNNI ONNX Runtime adds two products of unsigned and signed bytes in 16 bits, which two large ones
+overflow: it cuts them off without a word. With this it widens first; elsewhere nothing changes.
+"""
 WIDE_MAX_BYTES = 128 * 2**20  # the wide session holds the weights once more
 BUCKET_RATIOS = (1.05, 1.1, 1.2, 1.5)  # fine buckets waste least, coarse ones warm fastest
 WARM_UP_BUDGET_S = 2.0
@@ -312,14 +318,13 @@ def _open(bundle: Bundle, path: str, wanted: str, threads: int, wide: int, *, ke
 def _sessions(bundle: Bundle, path: str, provider: str, threads: int, wide: int, *, kernels: bool) -> _Opened:
     """``wide``: threads of a second session, 0 for none; it and ``kernels`` are for the CPU only."""
     found: Kernels = "onnxruntime"
-    wanted = [threads, wide] if wide and provider == "cpu" else [threads]
     try:
-        if kernels and provider == "cpu":
-            make_options = [partial(session_options, count) for count in wanted]
-            least = bundle.manifest.input.min_samples
-            sessions, found = open_sessions(path, make_options, least_samples=least)
+        if provider == "cpu":
+            counts = [threads, wide] if wide else [threads]
+            least = bundle.manifest.input.min_samples if kernels else None
+            sessions, found = _cpu_sessions(path, counts, least)
         else:
-            sessions = [_session(path, provider, count) for count in wanted]
+            sessions = [_session(path, provider, session_options(threads, plan_shapes=True), threads)]
     except Exception as error:
         if provider != "cpu":
             raise SettingsError(f"ASR_PROVIDER={provider}: {error}") from error
@@ -329,19 +334,46 @@ def _sessions(bundle: Bundle, path: str, provider: str, threads: int, wide: int,
     return _Opened(provider, found, sessions[0], sessions[1] if len(sessions) > 1 else None)
 
 
-def _session(path: str, provider: str, threads: int) -> ort.InferenceSession:
+def _cpu_sessions(
+    path: str, counts: Sequence[int], least_samples: int | None
+) -> tuple[list[ort.InferenceSession], Kernels]:
+    """A session for each number of threads, with our kernels where ``least_samples`` of the graph are given.
+
+    ONNX Runtime refuses to make products exact whose weights another node reads, too.
+    """
+
+    def opened(*, exact: bool) -> tuple[list[ort.InferenceSession], Kernels]:
+        make_options = [partial(session_options, threads, exact=exact) for threads in counts]
+        if least_samples is not None:
+            return open_sessions(path, make_options, least_samples=least_samples)
+        return [
+            _session(path, "cpu", make(), threads) for make, threads in zip(make_options, counts, strict=True)
+        ], "onnxruntime"
+
+    try:
+        return opened(exact=True)
+    except Exception as refused:
+        try:
+            found = opened(exact=False)
+        except Exception:
+            raise refused from None
+        log.warning("products_inexact", graph=path, problem=str(refused))
+        return found
+
+
+def _session(path: str, provider: str, options: ort.SessionOptions, threads: int) -> ort.InferenceSession:
     return ort.InferenceSession(
         path,
-        session_options(threads, plan_shapes=provider != "cpu"),
+        options,
         providers=[PROVIDERS[provider]],
         provider_options=[_provider_options(provider, threads)],
     )
 
 
-def session_options(threads: int, *, plan_shapes: bool = False) -> ort.SessionOptions:
+def session_options(threads: int, *, plan_shapes: bool = False, exact: bool = True) -> ort.SessionOptions:
     """Fresh options as every session of the service has them; ``threads`` inside one inference.
 
-    ``plan_shapes``: remember where in memory everything goes, for each shape.
+    ``plan_shapes``: remember where in memory everything goes, for each shape. ``exact``: `EXACT_PRODUCTS`.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -352,6 +384,8 @@ def session_options(threads: int, *, plan_shapes: bool = False) -> ort.SessionOp
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if exact:
+        options.add_session_config_entry(*EXACT_PRODUCTS)
     return options
 
 

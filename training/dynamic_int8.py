@@ -31,8 +31,14 @@ def quantize_products(model: onnx.ModelProto, chosen: Collection[str]) -> None:
     """Make the MatMul nodes with these names INT8: weights S8 per channel, inputs U8, sums S32.
 
     An input's scale is found at every call over the whole batch; products that share an input share it.
+    CPUs without VNNI do not add products with S8 exactly; ONNX Runtime makes weights U8 there as it loads,
+    but not those that products share or that are read inside a node's graph (a loop, a branch): they are U8.
     """
-    weights = _Weights(model.graph)
+    outer, *inner = (
+        [node.input[1] for node in g.node if node.name in chosen] for g in graphs_of(model.graph)
+    )
+    shared = {name for name, count in Counter(outer).items() if count > 1}
+    weights = _Weights(model.graph, shared.union(*inner))
     for graph in graphs_of(model.graph):
         product = Int8Products()
         nodes: list[onnx.NodeProto] = []
@@ -97,22 +103,22 @@ def _quantizer(source: str, name: str) -> onnx.NodeProto:
 class _Weights:
     """Constants of the outer graph; inner graphs see them too."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
+    def __init__(self, graph: onnx.GraphProto, unsigned: Collection[str]) -> None:
+        self.graph, self.unsigned = graph, unsigned
         self.places = {tensor.name: index for index, tensor in enumerate(graph.initializer)}
         self.done: dict[str, tuple[str, str, str]] = {}
 
     def quantized(self, name: str) -> tuple[str, str, str]:
-        """Names of a weight in S8, of its scales and of its zero points, one of each per column."""
+        """Names of a weight in bytes, of its scales and of its zero points, one of each per column."""
         if name not in self.done:
             values = numpy_helper.to_array(self.graph.initializer[self.places[name]])
             largest = np.abs(values).max(axis=0)
             scales = np.where(largest > 0, largest / np.float32(SIGNED_LIMIT), 1).astype(np.float32)
-            rounded = np.rint(values / scales).astype(np.int8)
+            zero, kind = (128, np.uint8) if name in self.unsigned else (0, np.int8)
             made: dict[str, npt.NDArray[Any]] = {
-                f"{name}_quantized": rounded,
+                f"{name}_quantized": (np.rint(values / scales) + zero).astype(kind),
                 f"{name}_scale": scales,
-                f"{name}_zero_point": np.zeros(len(scales), np.int8),
+                f"{name}_zero_point": np.full(len(scales), zero, kind),
             }
             self.graph.initializer.extend(numpy_helper.from_array(array, new) for new, array in made.items())
             quantized, scale, zero_point = made

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 from tqdm import tqdm
 
+from api.engine import EXACT_PRODUCTS
 from training.graph import as_file, fits_one_file
 
 Waveform = npt.NDArray[np.float32]
@@ -52,6 +53,7 @@ def cpu_session(graph: onnx.ModelProto | bytes | Path, threads: int = 1) -> onnx
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT_PRODUCTS)
     content = str(graph) if isinstance(graph, Path) else graph
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 

@@ -11,16 +11,22 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from numpy.typing import NDArray
 
 from api.kernels.ends import DOMAIN, POINTWISE, take_frames, take_head_input, take_mel
 from api.kernels.library import Kind, Layout
 
 OPERATORS: dict[Kind, str] = {"depthwise": "DepthwiseQLinearConv", "pointwise": POINTWISE}
+CONVOLUTION, PRODUCT = "QLinearConv", "QLinearMatMul"
 MAX_TAPS = 128  # as in weights.h
 WEIGHTS = 3  # place of QLinearConv's weights, which ours does not have: the library keeps them
+W_ZERO = 5
 BIAS, MASK = 7, 8  # places of our optional inputs
-INT8, INTS = 3, 7  # of onnx.proto: a tensor's and an attribute's type
+UINT8, INT8, INTS = 2, 3, 7  # of onnx.proto: tensors' and an attribute's type
+MIDDLE = 128  # as an unsigned byte what zero is as a signed one
+ONE_BY_ONE = {"kernel_shape": [1, 1], "strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0]}
 
 Keep = Callable[[Layout, bytes, int, int], int]
 
@@ -77,11 +83,14 @@ def _model_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("asr_onnx.Model"))
 
 
-def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
+def hand_over(model: bytes, keep: Keep, *, avx512: bool = True) -> tuple[bytes, int]:
     """An optimised ONNX model -> the model with our operators, and how many nodes they took.
 
     ``keep`` takes int8 weights ``(channels, depth)`` and gives the number by which an operator finds them, 0
-    if it does not want them (as ``library.Weights``); the model is written without them.
+    if it does not want them (as ``library.Weights``); the model is written without them. A product with a
+    scale for each channel is a pointwise convolution. Unsigned weights around 128, as ONNX Runtime makes them
+    where it would not add products with signed ones exactly, are signed ones.
+    Without ``avx512`` nothing is left woven, and what wants registers of sixteen floats stays ONNX Runtime's.
     A mask that only a depthwise convolution reads goes into it: it takes the minimum while it reads x. What
     only a pointwise convolution reads of a depthwise one stays woven in between. Where there are convolutions
     for them, our operators also take what ``ends.py`` finds.
@@ -99,16 +108,26 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
         kind = _kind(node, tensors)
         if kind is None:
             continue
-        weights = tensors[node.input[WEIGHTS]]
         before: Any = made_by.get(node.input[0])
         layout: Layout = kind
-        if kind == "pointwise" and readers[node.input[0]] == 1 and _can_leave_woven(before):
+        if kind == "pointwise" and avx512 and readers[node.input[0]] == 1 and _can_leave_woven(before):
             layout = "woven"
-        number = keep(layout, weights.raw_data, weights.dims[0], len(weights.raw_data) // weights.dims[0])
+        weights = _signed_weights(node, tensors)
+        number = keep(layout, weights.tobytes(), *weights.shape)
         if not number:
             continue
         taken += 1
-        kept.add(weights.name)
+        kept.add(node.input[WEIGHTS])
+        zeros = tensors[node.input[W_ZERO]]
+        if zeros.data_type == UINT8:
+            name = f"{zeros.name}.signed"
+            if name not in tensors:
+                tensors[name] = graph.initializer.add(name=name, data_type=INT8, dims=zeros.dims)
+                tensors[name].raw_data = bytes(len(zeros.raw_data))
+            node.input[W_ZERO] = name
+        if node.op_type == PRODUCT:
+            for name, numbers in ONE_BY_ONE.items():
+                node.attribute.add(name=name, ints=numbers, type=INTS)
         node.op_type, node.domain = OPERATORS[kind], DOMAIN
         node.attribute.add(name="weights", ints=[number], type=INTS)
         del node.input[WEIGHTS]
@@ -128,7 +147,8 @@ def hand_over(model: bytes, keep: Keep) -> tuple[bytes, int]:
         return model, 0
     _keep_only(graph.node, [node for node in graph.node if node.output[0] not in gone])
     taken += take_frames(graph, tensors)
-    taken += take_mel(graph, tensors, readers) + take_head_input(graph, tensors, readers)
+    if avx512:
+        taken += take_mel(graph, tensors, readers) + take_head_input(graph, tensors, readers)
     _drop_unread(graph)
     unread = kept - _readers(graph).keys()
     _keep_only(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
@@ -191,32 +211,64 @@ def _readers(graph: Any) -> Counter[str]:
 
 
 def _kind(node: Any, tensors: dict[str, Any]) -> Kind | None:
-    """Which of our operators can do it: as long as its input, with a scale for each channel."""
-    if (node.domain, node.op_type) != ("com.microsoft", "QLinearConv"):
+    """Which of our operators can do it: a convolution as long as its input or a product, channels scaled."""
+    if (node.domain, node.op_type) not in (("com.microsoft", CONVOLUTION), ("", PRODUCT)):
         return None
+    if len(node.input) < 8 or not all(name in tensors for name in node.input[1:] if name):
+        return None
+    x_zero, weights, w_scale, w_zero = (tensors[name] for name in node.input[WEIGHTS - 1 : WEIGHTS + 3])
+    if x_zero.data_type != UINT8 or not _are_around_zero(weights, w_zero):
+        return None
+    kind, channels = _convolution(node, weights) if node.op_type == CONVOLUTION else _product(weights)
+    return kind if all(list(tensor.dims) == [channels] for tensor in (w_scale, w_zero)) else None
+
+
+def _convolution(node: Any, weights: Any) -> tuple[Kind | None, int]:
+    """Which one a ``QLinearConv`` is, and of how many channels."""
     number: dict[str, int] = {item.name: item.i for item in node.attribute}
     numbers: dict[str, list[int]] = {item.name: list(item.ints) for item in node.attribute}
-    constant = all(name in tensors for name in node.input[1:] if name)
-    if number.get("channels_last") != 1 or len(node.input) < 8 or not constant:
-        return None
-    weights, *others = (tensors[name] for name in node.input[WEIGHTS : WEIGHTS + 3])
+    if number.get("channels_last") != 1:
+        return None, 0
     match numbers.get("kernel_shape"), numbers.get("strides"), numbers.get("dilations"), numbers.get("pads"):
         case [1, taps], [1, 1], [1, dilation], [0, before, 0, after]:
             if before < 0 or after < 0 or before + after != (taps - 1) * dilation:
-                return None
+                return None, 0
         case _:
-            return None
+            return None, 0
     match list(weights.dims):
         case [channels, depth, 1, width] if width == taps and channels > 0 < depth:
-            if any(list(tensor.dims) != [channels] for tensor in others) or weights.data_type != INT8:
-                return None
+            pass
         case _:
-            return None
+            return None, 0
     if len(weights.raw_data) != channels * depth * taps:
-        return None
+        return None, 0
     if depth == 1 and number.get("group", 1) == channels > 1:
-        return "depthwise" if 1 <= taps <= MAX_TAPS and 1 <= dilation < 2**31 else None
-    return "pointwise" if taps == 1 and number.get("group", 1) == 1 else None
+        return ("depthwise" if 1 <= taps <= MAX_TAPS and 1 <= dilation < 2**31 else None), channels
+    return ("pointwise" if taps == 1 and number.get("group", 1) == 1 else None), channels
+
+
+def _product(weights: Any) -> tuple[Kind | None, int]:
+    """Whether these are weights ``(depth, channels)`` of a ``QLinearMatMul``, and how many channels."""
+    match list(weights.dims):
+        case [depth, channels] if depth > 0 < channels and len(weights.raw_data) == depth * channels:
+            return "pointwise", channels
+    return None, 0
+
+
+def _are_around_zero(weights: Any, zeros: Any) -> bool:
+    """Signed weights, whose zero points the operators look at, or unsigned ones that are nothing else."""
+    if weights.data_type == UINT8 == zeros.data_type:
+        return set(zeros.raw_data) == {MIDDLE}
+    return (weights.data_type, zeros.data_type) == (INT8, INT8)
+
+
+def _signed_weights(node: Any, tensors: dict[str, Any]) -> NDArray[np.int8]:
+    """int8 ``(channels, depth)`` of a node that ``_kind`` knows."""
+    weights = tensors[node.input[WEIGHTS]]
+    values = np.frombuffer(weights.raw_data, np.uint8)
+    signed = values ^ np.uint8(MIDDLE if weights.data_type == UINT8 else 0)
+    rows = signed.view(np.int8).reshape(weights.dims[0], -1)
+    return np.ascontiguousarray(rows.T) if node.op_type == PRODUCT else rows
 
 
 def _is_mask(node: Any, tensors: dict[str, Any]) -> bool:

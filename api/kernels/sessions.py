@@ -56,7 +56,9 @@ def _with_kernels(
             options.optimized_model_filepath = optimised
             # Not to be kept: a session that was told to save its graph holds the weights twice.
             expected = _open(path, options).run(None, noise)
-            graph, nodes = hand_over(Path(optimised).read_bytes(), weights.keep)
+            graph, nodes = hand_over(
+                Path(optimised).read_bytes(), weights.keep, avx512=instructions() == "vnni"
+            )
         if not nodes:
             return []
         with _memory_file() as rewritten:  # because a session keeps the bytes that it was given

@@ -28,7 +28,8 @@ int64_t weights_lane(const Weights *weights, int64_t channel) {
 
 static int is_pointwise(Layout layout) { return layout == POINTWISE_VNNI || layout == POINTWISE_WOVEN; }
 
-/* Four weights of 16 channels in 64 bytes; in a panel two blocks take turns. AVX2: two weights as 16 bits. */
+/* Four weights of 16 channels in 64 bytes; in a panel two blocks take turns. AVX2: two weights of each, as 16 bits
+ * where they are few. */
 static void put(const Weights *weights, int64_t channel, int64_t index, int8_t weight) {
   const int64_t at = weights_lane(weights, channel), block = at / LANES, lane = at % LANES;
   int8_t *start = (int8_t *)weights->packed;
@@ -41,6 +42,9 @@ static void put(const Weights *weights, int64_t channel, int64_t index, int8_t w
     start += block / PANEL_BLOCKS * PANEL_BLOCKS * weights->block_bytes;
     start += (index / 4 * PANEL_BLOCKS + block % PANEL_BLOCKS) * LINE_BYTES;
     start[lane * 4 + index % 4] = weight;
+  } else if (weights->layout == POINTWISE_AVX2) {
+    start += block * weights->block_bytes + index / 2 * (2 * LANES);
+    start[lane * 2 + index % 2] = weight;
   } else {
     start += block * weights->block_bytes + index / 2 * LINE_BYTES;
     ((int16_t *)start)[lane * 2 + index % 2] = weight;
@@ -107,6 +111,25 @@ static void drop(Weights *weights) {
   free(weights);
 }
 
+/* Blocks that a kernel does in one go. */
+static int64_t together(Layout layout) {
+  return layout == POINTWISE_AVX2 ? 1 : is_pointwise(layout) ? PANEL_BLOCKS : GROUP;
+}
+
+/* Of `depth` weights for each channel of a block, filled up to what one instruction takes. */
+static int64_t block_bytes(Layout layout, int64_t depth) {
+  switch (layout) {
+    case DEPTHWISE_AVX2:
+      return up_to(depth, 2) * LINE_BYTES / 2;
+    case POINTWISE_AVX2:
+      return up_to(depth, 2) * LANES;
+    case POINTWISE_WOVEN:
+      return up_to(depth, 64) * LANES;
+    default:
+      return up_to(depth, 4) * LANES;
+  }
+}
+
 /* w (channels, depth). NULL when there is no memory. */
 static Weights *pack(Layout layout, const int8_t *w, int64_t channels, int64_t depth) {
   Weights *weights = calloc(1, sizeof *weights);
@@ -114,9 +137,8 @@ static Weights *pack(Layout layout, const int8_t *w, int64_t channels, int64_t d
   weights->layout = layout;
   weights->channels = channels;
   weights->depth = depth;
-  weights->blocks = up_to(channels, LANES * (is_pointwise(layout) ? PANEL_BLOCKS : GROUP)) / LANES;
-  const int64_t together = layout == DEPTHWISE_AVX2 ? 2 : 4; /* weights that one instruction takes */
-  weights->block_bytes = up_to(depth, layout == POINTWISE_WOVEN ? 64 : together) * LINE_BYTES / together;
+  weights->blocks = up_to(channels, LANES * together(layout)) / LANES;
+  weights->block_bytes = block_bytes(layout, depth);
   weights->sums = calloc((size_t)(weights->blocks * LANES), sizeof *weights->sums);
   if (weights->sums == NULL || !settle(weights, weights->blocks * weights->block_bytes)) return drop(weights), NULL;
   for (int64_t channel = 0; channel < channels; channel++) {
@@ -134,11 +156,11 @@ EXPORTED int64_t asr_keep_weights(const char *kind, const int8_t *w, int64_t byt
   const int depthwise = strcmp(kind, "depthwise") == 0, woven = strcmp(kind, "woven") == 0;
   if (channels < 1 || channels > MOST || depth < 1 || depth > (depthwise ? MAX_TAPS : MOST)) return 0;
   if (bytes != channels * depth || (!depthwise && !woven && strcmp(kind, "pointwise") != 0)) return 0;
-  if (!is_avx2() || (!depthwise && !is_vnni())) return 0;
+  if (!is_avx2() || (!is_vnni() && (woven || (!depthwise && depth > MAX_DEPTH_AVX2)))) return 0;
   const Layout layout = woven        ? POINTWISE_WOVEN
-                        : !depthwise ? POINTWISE_VNNI
-                        : is_vnni()  ? DEPTHWISE_VNNI
-                                     : DEPTHWISE_AVX2;
+                        : !is_vnni() ? (depthwise ? DEPTHWISE_AVX2 : POINTWISE_AVX2)
+                        : depthwise  ? DEPTHWISE_VNNI
+                                     : POINTWISE_VNNI;
   int64_t id = 0;
   pthread_mutex_lock(&mutex);
   Weights *weights = pack(layout, w, channels, depth);

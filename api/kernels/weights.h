@@ -13,7 +13,9 @@
 
 enum { GROUP = 4, PANEL_BLOCKS = 2 }; /* that a depthwise and a pointwise kernel do in one go */
 
-typedef enum { DEPTHWISE_VNNI, DEPTHWISE_AVX2, POINTWISE_VNNI, POINTWISE_WOVEN } Layout;
+#define MAX_DEPTH_AVX2 4096 /* of a pointwise convolution without VNNI: a few rows of it are widened at once */
+
+typedef enum { DEPTHWISE_VNNI, DEPTHWISE_AVX2, POINTWISE_VNNI, POINTWISE_WOVEN, POINTWISE_AVX2 } Layout;
 
 typedef struct Weights Weights;
 typedef struct Chunk Chunk;

@@ -16,12 +16,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
+from structlog.testing import capture_logs
 
 from api.bundle import Bundle, list_bundles, load_bundle
 from api.calibration import ALONE, ALONE_WIDE, calibrate, choose
 from api.ctc import greedy
-from api.engine import EncodedBatch, Engine, _open, available_providers, verify_provider
+from api.engine import (
+    EncodedBatch,
+    Engine,
+    _cpu_sessions,
+    _open,
+    available_providers,
+    session_options,
+    verify_provider,
+)
 from api.errors import BundleError, InferenceError, SettingsError
 from tests.tiny_bundle import FRAME, MAX_WINDOW_S, SAMPLE_RATE_HZ, make_bundle, sing
 
@@ -229,6 +238,79 @@ def test_a_session_that_fell_back_to_the_cpu_silently_is_an_error(tiny: Bundle) 
     verify_provider(session, "cpu")
     with pytest.raises(SettingsError, match=r"ASR_PROVIDER=openvino.*fell back to CPUExecutionProvider"):
         verify_provider(session, "openvino")
+
+
+def products_of_bytes() -> onnx.ModelProto:
+    """Large bytes multiplied in each way that a bundle's graph may have."""
+    x_info = helper.make_tensor_value_info("x", TensorProto.UINT8, ["rows", 8])
+    weights = np.full((8, 3), 127, np.int8)
+    weights[:, 1] = -128
+    constants = {
+        "weights": weights,
+        "product_weights": weights,
+        "convolution_weights": np.ascontiguousarray(weights.T)[:, :, None],
+        **{name: np.zeros(3, np.int8) for name in ("zeros", "product_zeros", "convolution_zeros")},
+        "scales": np.ones(3, np.float32),
+        "one": np.float32(1),
+        "thousands": np.float32(4000),
+        "zero": np.uint8(0),
+        "middle": np.uint8(128),
+        "last": np.array([2]),
+    }
+    scaled = ["one", "zero", "", "scales", "", "thousands", "middle"]
+    nodes = [
+        helper.make_node("MatMulInteger", ["x", "weights", "zero", "zeros"], ["sums"]),
+        helper.make_node("QLinearMatMul", ["x", *scaled], ["product"]),
+        helper.make_node("Unsqueeze", ["x", "last"], ["clip"]),
+        helper.make_node("QLinearConv", ["clip", *scaled], ["convolution"]),
+    ]
+    for node, own in zip(nodes[1::2], ("product", "convolution"), strict=True):
+        node.input[3], node.input[5] = f"{own}_weights", f"{own}_zeros"  # what is shared is another test's
+    outputs = [
+        helper.make_tensor_value_info(name, kind, None)
+        for name, kind in (
+            ("sums", TensorProto.INT32),
+            ("product", TensorProto.UINT8),
+            ("convolution", TensorProto.UINT8),
+        )
+    ]
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "products", [x_info], outputs, initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_products_of_bytes_are_exact_on_every_cpu() -> None:
+    """Without VNNI ONNX Runtime adds two of them in 16 bits, unless it is told better."""
+    session = onnxruntime.InferenceSession(products_of_bytes().SerializeToString(), session_options(1))
+    x = np.full((5, 8), 255, np.uint8)
+    sums, product, convolution = session.run(None, {"x": x})
+    expected = np.tile([8 * 255 * 127, -8 * 255 * 128, 8 * 255 * 127], (5, 1))
+    np.testing.assert_array_equal(sums, expected)
+    rounded = np.rint(expected / 4000) + 128
+    assert rounded[0].tolist() == [193, 63, 193]
+    np.testing.assert_array_equal(product, rounded)
+    np.testing.assert_array_equal(convolution[:, :, 0], rounded)
+
+
+def test_products_that_share_weights_are_exact_or_it_is_told(tmp_path: Path) -> None:
+    """ONNX Runtime does not make them exact where it would have to: better heard badly than not at all."""
+    model = products_of_bytes()
+    again = helper.make_node("MatMulInteger", ["x", "weights", "zero", "zeros"], ["again"])
+    model.graph.node.append(again)
+    model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.INT32, None))
+    onnx.save(model, tmp_path / "shared.onnx")
+    with capture_logs() as logs:
+        (session,), _ = _cpu_sessions(str(tmp_path / "shared.onnx"), [1], None)
+    (sums,) = session.run(["again"], {"x": np.full((5, 8), 255, np.uint8)})
+    exact = sums[0].tolist() == [8 * 255 * 127, -8 * 255 * 128, 8 * 255 * 127]
+    assert [line["event"] for line in logs] == ([] if exact else ["products_inexact"])
+
+
+def test_what_cannot_be_opened_either_way_is_refused_once(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with capture_logs() as logs, pytest.raises(Exception, match=r"broken\.onnx"):
+        _cpu_sessions(str(tmp_path / "broken.onnx"), [1], None)
+    assert not logs
 
 
 def test_calibration_chooses_configures_and_says_so(tiny: Bundle) -> None:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from api.kernels import instructions
 from api.kernels.ends import DOMAIN, MAX_BINS, MAX_HOP
 from api.kernels.graph import hand_over
 from api.kernels.library import Weights
@@ -30,7 +31,7 @@ def kinds(model: bytes) -> list[str]:
 def open_ours(model: bytes) -> tuple[bytes, list[ort.InferenceSession]]:
     """The graph as it is handed over, and sessions of one thread and of more."""
     with Weights() as weights:
-        rewritten, _ = hand_over(model, weights.keep)
+        rewritten, _ = hand_over(model, weights.keep, avx512=instructions() == "vnni")
         return rewritten, [open_graph(rewritten, ours=True, threads=threads) for threads in (1, 3)]
 
 
@@ -163,7 +164,7 @@ def test_other_products_stay(model: bytes) -> None:
 
 
 def test_energies_are_left_alone_without_vnni(avx2: None) -> None:
-    assert open_ours(mel())[0] == mel()
+    assert "Mel" not in kinds(open_ours(mel())[0])
 
 
 def head(
@@ -224,7 +225,7 @@ def test_other_inputs_of_a_head_stay(model: bytes) -> None:
 
 
 def test_the_input_of_the_head_is_left_alone_without_vnni(avx2: None) -> None:
-    assert open_ours(head(16))[0] == head(16)
+    assert "HeadInput" not in kinds(open_ours(head(16))[0])
 
 
 def run_alone(

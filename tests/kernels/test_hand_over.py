@@ -10,7 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from api.kernels.graph import DOMAIN, MAX_TAPS, OPERATORS, hand_over
-from tests.kernels.conftest import MASK, Kept, Layer
+from tests.kernels.conftest import MASK, Kept, Layer, unsigned
 
 DEPTHWISE, POINTWISE = (DOMAIN, OPERATORS["depthwise"]), (DOMAIN, OPERATORS["pointwise"])
 
@@ -126,6 +126,70 @@ def test_parameters_that_whoever_runs_it_may_replace_stay(layer: Layer, name: st
     model.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
     content = model.SerializeToString()
     assert hand_over(content, Kept()) == (content, 0)
+
+
+@pytest.mark.parametrize("layer", [Layer(bias=True), Layer(channels=6, depth=10)])
+def test_unsigned_weights_around_the_middle_are_signed_ones(layer: Layer) -> None:
+    """ONNX Runtime makes them where it would not add products with signed ones exactly."""
+    signed, unsigned_ = Kept(), Kept()
+    hand_over(layer.model(), signed)
+    rewritten, taken = hand_over(unsigned(layer.model()), unsigned_)
+    assert taken == 1
+    assert unsigned_.weights == signed.weights
+    found = onnx.load_from_string(rewritten).graph
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in found.initializer}
+    zeros = tensors[found.node[0].input[4]]
+    assert zeros.dtype == np.int8
+    assert zeros.tolist() == [0] * layer.channels
+    assert "w" not in tensors
+
+
+@pytest.mark.parametrize("zero", [0, 127, 129])
+def test_other_unsigned_weights_stay(zero: int) -> None:
+    layer = Layer()
+    zeros = np.full(layer.channels, 128, np.uint8)
+    zeros[-1] = zero
+    content = layer.model_with({"w": np.zeros((32, 1, 1, 5), np.uint8), "w_zero": zeros})
+    assert hand_over(content, Kept()) == (content, 0)
+
+
+def product_model(**tensors: np.ndarray) -> bytes:
+    """A ``QLinearMatMul`` of 10 by 6."""
+    node = Layer(channels=6).node()
+    node.op_type, node.domain = "QLinearMatMul", ""
+    del node.attribute[:]
+    weights = np.arange(60, dtype=np.int8).reshape(10, 6)
+    return Layer(channels=6).model_with({"w": weights} | tensors, node)
+
+
+def test_takes_products_with_their_weights_turned_around() -> None:
+    keep = Kept()
+    rewritten, taken = hand_over(product_model(), keep)
+    assert (taken, kinds(rewritten)) == (1, [POINTWISE])
+    expected = np.arange(60, dtype=np.int8).reshape(10, 6).T
+    assert keep.weights == [("pointwise", expected.tobytes(), 6, 10)]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"w": np.zeros((1, 10, 6), np.int8)},
+        {"w": np.zeros((10, 7), np.int8)},
+        {"w_scale": np.float32(0.1), "w_zero": np.int8(0)},
+        {"x_zero": np.int8(0)},
+    ],
+)
+def test_leaves_alone_other_products(tensors: dict[str, np.ndarray]) -> None:
+    content = product_model(**tensors)
+    assert hand_over(content, Kept()) == (content, 0)
+
+
+def test_nothing_stays_woven_without_registers_for_it() -> None:
+    keep = Kept()
+    rewritten, taken = hand_over(pair_model(pair()), keep, avx512=False)
+    assert taken == 2
+    assert [kind for kind, *_ in keep.weights] == ["depthwise", "pointwise"]
+    assert ours(onnx.load_from_string(rewritten).graph.node[0])["woven"] == [0]
 
 
 @pytest.mark.parametrize(

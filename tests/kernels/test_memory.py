@@ -13,7 +13,16 @@ import pytest
 from api.kernels import build
 
 HERE = Path(build.__file__).parent
-FUZZED = ["depthwise_avx2", "depthwise_vnni", "frames", "head_input", "mel", "pointwise", "weights"]
+FUZZED = [
+    "depthwise_avx2",
+    "depthwise_vnni",
+    "frames",
+    "head_input",
+    "mel",
+    "pointwise_avx2",
+    "pointwise_vnni",
+    "weights",
+]
 
 
 @pytest.mark.parametrize("operator", FUZZED)

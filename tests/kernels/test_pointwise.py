@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
 from api.kernels.graph import hand_over
 from api.kernels.library import Weights
-from tests.kernels.conftest import Layer, feeds, open_graph, open_ours
+from tests.kernels.conftest import Layer, feeds, open_graph, open_ours, unsigned
 
-pytestmark = pytest.mark.usefixtures("vnni")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @st.composite
@@ -109,7 +112,36 @@ def test_no_frames_and_no_items() -> None:
         assert session.run(None, empty)[0].shape == (batch, 1, frames, 20)
 
 
-def test_is_left_alone_without_vnni(avx2: None) -> None:
+@pytest.mark.parametrize("depth", [1, 2, 17, 4095, 4096])
+def test_deep_ones_without_vnni(avx2: None, depth: int) -> None:
+    """All that fits into the room for widened rows."""
+    layer = Layer(channels=18, depth=depth, x_zero=3)
+    given_ = feeds(layer, 1, 20)
+    (expected,) = open_graph(layer.model()).run(None, given_)
+    np.testing.assert_array_equal(open_ours(layer.model()).run(None, given_)[0], expected)
+
+
+def test_deeper_ones_are_left_alone_without_vnni(avx2: None) -> None:
     with Weights() as weights:
-        assert hand_over(Layer(depth=10).model(), weights.keep)[1] == 0
-        assert hand_over(Layer().model(), weights.keep)[1] == 1
+        assert hand_over(Layer(depth=4097).model(), weights.keep)[1] == 0
+
+
+@pytest.mark.parametrize("shape", [(37,), (3, 37), (2, 3, 37)])
+@pytest.mark.parametrize("make", [bytes, unsigned], ids=["signed", "unsigned"])
+def test_products_of_any_rank(shape: tuple[int, ...], make: Callable[[bytes], bytes]) -> None:
+    """As a ``QLinearMatMul``, its weights turned around and with either sign."""
+    layer = Layer(channels=29, depth=50, x_zero=9, y_zero=70)
+    x = np.random.default_rng(0).integers(0, 256, (*shape, 50)).astype(np.uint8)
+    model = onnx.load_from_string(layer.model())
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}["w"]
+    turned = np.ascontiguousarray(numpy_helper.to_array(weights).reshape(29, 50).T)
+    weights.CopyFrom(numpy_helper.from_array(turned, "w"))
+    inputs = list(model.graph.node[0].input)[:8]
+    model.graph.node[0].CopyFrom(helper.make_node("QLinearMatMul", inputs, ["y"]))
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.UINT8, x.shape))
+    product = model.SerializeToString()
+    feeds_ = {"x": x, "mask": np.zeros((1, 1, 1, 1), np.uint8)}
+    (expected,) = open_graph(product).run(None, feeds_)
+    assert expected.shape == (*shape, 29)
+    assert len(np.unique(expected)) > 30
+    np.testing.assert_array_equal(open_ours(make(product)).run(None, feeds_)[0], expected)

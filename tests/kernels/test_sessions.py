@@ -15,7 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from api.bundle import load_bundle
-from api.engine import Engine
+from api.engine import EXACT_PRODUCTS, Engine
 from api.kernels import graph, instructions, library, open_sessions, sessions
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -26,6 +26,7 @@ def make_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
+    options.add_session_config_entry(*EXACT_PRODUCTS)
     return options
 
 
@@ -75,19 +76,19 @@ def test_the_shipped_model_runs_on_them_with_the_same_bits(kernels: str, tmp_pat
         np.testing.assert_array_equal(ours, theirs)
     found_operators = operators(session, tmp_path / "profile.json")
     ours = {operator for operator in found_operators if "QLinearConv" in operator}
-    both = set(graph.OPERATORS.values())
-    assert ours == (both if kernels == "vnni" else {graph.OPERATORS["depthwise"], "QLinearConv"})
+    assert ours == set(graph.OPERATORS.values())
     assert "Frames" in found_operators
     assert ({"Mel", "HeadInput"} <= found_operators) == (kernels == "vnni")
 
 
-def test_weights_lie_in_the_order_in_which_they_are_used(vnni: None, tmp_path: Path) -> None:
+def test_weights_lie_in_the_order_in_which_they_are_used(kernels: str, tmp_path: Path) -> None:
     """Because a kernel asks memory for what lies behind its own."""
     options = make_options()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     ort.InferenceSession(SHIPPED, options)
     with library.Weights() as weights:
-        rewritten, _ = graph.hand_over((tmp_path / "optimised.onnx").read_bytes(), weights.keep)
+        optimised = (tmp_path / "optimised.onnx").read_bytes()
+        rewritten, _ = graph.hand_over(optimised, weights.keep, avx512=kernels == "vnni")
         options = make_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.register_custom_ops_library(str(library.LIBRARY))
@@ -138,9 +139,9 @@ def test_a_broken_library_is_told(
 
 
 @pytest.mark.parametrize("kind", ["depthwise", "pointwise"])
-def test_other_bits_are_not_used(vnni: None, monkeypatch: pytest.MonkeyPatch, kind: library.Kind) -> None:
-    def spoil(model: bytes, keep: graph.Keep) -> tuple[bytes, int]:
-        rewritten, taken = graph.hand_over(model, keep)
+def test_other_bits_are_not_used(kernels: str, monkeypatch: pytest.MonkeyPatch, kind: library.Kind) -> None:
+    def spoil(model: bytes, keep: graph.Keep, avx512: bool) -> tuple[bytes, int]:
+        rewritten, taken = graph.hand_over(model, keep, avx512=avx512)
         parsed = graph._model_class().FromString(rewritten)
         for node in parsed.graph.node:
             if node.op_type == graph.OPERATORS[kind]:
@@ -156,7 +157,7 @@ def test_other_bits_are_not_used(vnni: None, monkeypatch: pytest.MonkeyPatch, ki
 
 
 def test_what_onnx_runtime_refuses_is_told(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "hand_over", lambda model, keep: (b"no model", 1))
+    monkeypatch.setattr(sessions, "hand_over", lambda model, keep, avx512: (b"no model", 1))
     with capture_logs() as logs:
         (session,), found = open_sessions(str(SHIPPED), [make_options], least_samples=400)
     assert found == "onnxruntime"

@@ -1,4 +1,5 @@
-#include "../../api/kernels/pointwise.c"
+/* What both sets of instructions are compared with. */
+#include "pointwise.h"
 
 #include "fuzz.h"
 
@@ -22,10 +23,12 @@ static uint8_t *weave(const uint8_t *x, int64_t batch, int64_t rows, int64_t dep
   return woven;
 }
 
-static int check(void) {
-  Pointwise k = {.channels = pick(rand() % 4 ? 40 : 200), .woven = rand() % 2};
+/* `deepest`: depth that weights may have; `woven`: whether x may be. */
+static int check_pointwise(int64_t (*share_out)(PointwiseCall *, int64_t), void (*run)(void *, size_t), int64_t deepest,
+                           int woven) {
+  Pointwise k = {.channels = pick(rand() % 4 ? 40 : 200), .woven = woven && rand() % 2};
   int64_t depth = pick(rand() % 4 ? 40 : 700);
-  if (rand() % 64 == 0) depth = 65536 - rand() % 8, k.channels = pick(40);
+  if (rand() % 64 == 0) depth = deepest - rand() % 8, k.channels = pick(40);
   const size_t channels = (size_t)k.channels;
   const int64_t batch = pick(3), rows = pick(depth > 1000 ? 5 : rand() % 4 ? 70 : 400), all = batch * rows;
   uint8_t *x = malloc((size_t)(all * depth)), *y = malloc((size_t)all * channels);
@@ -37,13 +40,12 @@ static int check(void) {
   fill((uint8_t *)w, channels * (size_t)depth, extreme, 128);
   if (!set_up(&k.convolution, k.woven ? "woven" : "pointwise", w, k.channels, depth, bias, scale))
     return puts("no weights"), 1;
-  k.panels = (k.channels + PANEL - 1) / PANEL;
   k.depth = k.woven ? whole_lines(depth) : depth;
   uint8_t *given = k.woven ? weave(x, batch, rows, depth) : x;
   PointwiseCall call = {.kernel = &k, .x = given, .y = y, .rows = k.woven ? rows : all};
   call.item_bytes = (rows + WOVEN_MORE) * k.depth;
   const int64_t tasks = share_out(&call, k.woven ? batch : 1);
-  for (int64_t task = 0; task < tasks; task++) run_task(&call, (size_t)task);
+  for (int64_t task = 0; task < tasks; task++) run(&call, (size_t)task);
   int wrong = 0;
   for (int64_t row = 0; row < all; row++)
     for (int64_t c = 0; c < k.channels; c++)
@@ -54,9 +56,4 @@ static int check(void) {
   free(x), free(y), free(w), free(bias), free(scale);
   close_convolution(&k.convolution);
   return wrong != 0;
-}
-
-int main(int count, char **arguments) {
-  if (!is_vnni()) return puts("skipped: this processor has no VNNI"), 1;
-  return fuzz(count, arguments, check);
 }
