@@ -14,7 +14,8 @@ import onnx
 import onnxruntime
 from tqdm import tqdm
 
-from api.engine import EXACT_PRODUCTS
+from api.engine import EXACT_PRODUCTS, session_options
+from api.kernels import open_sessions
 from training.graph import as_file, fits_one_file
 
 Waveform = npt.NDArray[np.float32]
@@ -44,7 +45,7 @@ class Agreement:
 
 
 def cpu_session(graph: onnx.ModelProto | bytes | Path, threads: int = 1) -> onnxruntime.InferenceSession:
-    """A session on the CPU with every optimisation, as the service makes it."""
+    """A session on the CPU with every optimisation, all of it ONNX Runtime's."""
     if isinstance(graph, onnx.ModelProto):
         if not fits_one_file(graph):
             with as_file(graph) as path:
@@ -56,6 +57,15 @@ def cpu_session(graph: onnx.ModelProto | bytes | Path, threads: int = 1) -> onnx
     options.add_session_config_entry(*EXACT_PRODUCTS)
     content = str(graph) if isinstance(graph, Path) else graph
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def served_session(graph: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
+    """A session of one thread with the service's own kernels, where they take something of the graph."""
+    if isinstance(graph, onnx.ModelProto):
+        with as_file(graph) as path:
+            return served_session(path)
+    (session,), _ = open_sessions(str(graph), [partial(session_options, 1)], least_samples=1)
+    return session
 
 
 def run_graph(session: onnxruntime.InferenceSession, waveforms: Sequence[Waveform]) -> list[LogProbs]:

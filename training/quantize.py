@@ -28,7 +28,15 @@ from training.errors import Int8RefusedError, in_one_line
 from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text
 from training.exported import Ways
 from training.graph import weights_bytes
-from training.inference import Agreement, Waveform, compare, cpu_session, quiet_run_s, run_graph
+from training.inference import (
+    Agreement,
+    Waveform,
+    compare,
+    cpu_session,
+    quiet_run_s,
+    run_graph,
+    served_session,
+)
 from training.qdq import Range, quantizable, quantize_graph
 
 SAMPLES_PER_TENSOR = 2000
@@ -232,8 +240,7 @@ class _Reference:
         return error_rates([Utterance(reference, text) for (_, reference), text in pairs])
 
     def measure(self, method: str, graph: onnx.ModelProto) -> Trial:
-        content = graph.SerializeToString()
-        session = cpu_session(content)
+        session = served_session(graph)
         log_probs = [
             run_graph(session, [clip])[0]
             for clip, _ in tqdm(self.validation, desc=method, unit="clip", disable=None)
@@ -245,7 +252,7 @@ class _Reference:
         return Trial(
             method=method,
             graph=graph,
-            size_bytes=len(content),
+            size_bytes=graph.ByteSize(),
             agreement=compare(self.log_probs, log_probs),
             rates=self._rates(log_probs),
             speed=float_s / int8_s,

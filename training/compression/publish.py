@@ -45,7 +45,7 @@ def exported_small(network: WhisperSeq2Seq, cut: CutVocabulary, *, widened: bool
 
     With `widened` the products of the audio are dynamic INT8, see WIDENED.
     """
-    graph = export_graph(network)
+    graph = export_graph(network, company=True)
     coarse = {name.removesuffix(".weight") for name in coarse_weights(network)}
 
     def ways(

@@ -45,6 +45,7 @@ from training.dynamic_int8 import graphs_of
 from training.errors import CheckpointError, ConfigError, DataError
 from training.four_bits import rounded
 from training.inference import compare, cpu_session, run_graph
+from training.recipes.whisper_seq2seq.export import export_graph
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.torch_inference import run_torch
 
@@ -357,6 +358,22 @@ def test_the_graph_of_four_bits_says_what_the_rounded_network_says(run: Path, wi
     assert len(small_graph.SerializeToString()) < 0.5 * len(made.graph.SerializeToString())
     floats = [t for t in small_graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
     assert max(int(np.prod(t.dims)) for t in floats) < 20_000, "nothing large is left in float32"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_company_in_the_search_changes_nothing(run: Path, count: int) -> None:
+    """One clip is searched in two rows, more are among themselves."""
+    network, _ = publish.load_run(run)
+    clips = chirps(3)[:count]
+    alone, beside = (export_graph(network, company=company) for company in (False, True))
+    for one, other in zip(*(run_graph(cpu_session(graph), clips) for graph in (alone, beside)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    beside.graph.output.append(onnx.helper.make_tensor_value_info("search.log_probs", 1, None))
+    beside.graph.output.append(onnx.helper.make_tensor_value_info("search.cache_0", 1, None))
+    waveforms = np.zeros((count, 8000), np.float32)
+    feeds = {"waveform": waveforms, "lengths": np.full(count, 8000)}
+    *_, steps, keys = cpu_session(beside).run(None, feeds)
+    assert (steps.shape[1], len(keys)) == (count, max(2, count))
 
 
 def test_a_run_becomes_a_bundle_that_is_served(run: Path, cache: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ the audio are computed once outside.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -33,8 +35,13 @@ FRAME_STRIDE_S = 0.04
 """Of the frames over which the tokens are spread; at most every second holds one."""
 
 
-def export_graph(model: WhisperSeq2Seq) -> onnx.ModelProto:
-    """The bundle's float32 graph."""
+def export_graph(model: WhisperSeq2Seq, *, company: bool = False) -> onnx.ModelProto:
+    """The bundle's float32 graph.
+
+    With ``company`` a clip that is alone is searched beside an item that hears nothing. ONNX Runtime
+    multiplies one row in another order than several; with weights of four bits, whose inputs are rounded, a
+    clip would be given other words alone than in a batch wherever two tokens are about as likely.
+    """
     graph = GraphBuilder()
     features, counts = add_features(graph, model.encoder.config.bands, fixed=model.fixed)
     hidden, counts, bias = add_encoder(graph, "encoder", model.encoder, features, counts, fixed=model.fixed)
@@ -46,7 +53,7 @@ def export_graph(model: WhisperSeq2Seq) -> onnx.ModelProto:
         add_keys_and_memory(graph, f"decoder.layers.{index}.encoder_attn", _layer(layer).encoder_attn, hidden)
         for index, layer in enumerate(model.decoder.layers)
     ]
-    search = _add_search(graph, model, heard, bias, limit)
+    search = _add_search(graph, model, heard, bias, limit, company=company)
     add_frames(graph, search, add_places(graph, search, counts, frames), frames)
     return graph.build("whisper_seq2seq", model.decoder.config.vocabulary)
 
@@ -57,8 +64,46 @@ def _layer(module: object) -> DecoderLayer:
     return module
 
 
+class _Company(NamedTuple):
+    """At least two rows for the products of a step."""
+
+    batch: str
+    """(1,) int64, the items there are."""
+    rows: str
+    """(1,) int64, at least two."""
+    pads: dict[int, str]
+    """For values of one and of four dimensions: zeros around (batch, ...) to make (rows, ...)."""
+
+    @classmethod
+    def of(cls, graph: GraphBuilder, batch: str) -> _Company:
+        """For a batch of so many items."""
+        rows = graph.add("Max", [batch, graph.ints("two", [2])], "search.rows")
+        missing = graph.add("Sub", [rows, batch], "search.missing")
+        pads = {}
+        for rank in (1, 4):
+            before = graph.ints(f"search.zeros_{rank}", [0] * rank)
+            after = graph.ints(f"search.zeros_{rank - 1}", [0] * (rank - 1))
+            pads[rank] = graph.add("Concat", [before, missing, after], f"search.pads_{rank}", axis=0)
+        return cls(batch, rows, pads)
+
+    def padded(self, graph: GraphBuilder, values: str) -> str:
+        """(batch, ...) of four dimensions -> (rows, ...)."""
+        return graph.add("Pad", [values, self.pads[4]], f"{values}.rows")
+
+    def without(self, graph: GraphBuilder, rows: str, name: str) -> str:
+        """The items there are, (batch, ...), of (rows, ...)."""
+        zero = graph.ints("zero", [0])
+        return graph.add("Slice", [rows, zero, self.batch, zero], name)
+
+
 def _add_search(
-    graph: GraphBuilder, model: WhisperSeq2Seq, heard: list[tuple[str, str]], bias: str | None, limit: str
+    graph: GraphBuilder,
+    model: WhisperSeq2Seq,
+    heard: list[tuple[str, str]],
+    bias: str | None,
+    limit: str,
+    *,
+    company: bool,
 ) -> Search:
     """Greedy search as a loop."""
     config, prompt = model.decoder.config, model.prompt.ids
@@ -71,11 +116,17 @@ def _add_search(
     first = graph.add("Expand", [graph.ints("search.start", [prompt[0]]), batch], "search.first")
     falses = helper.make_tensor("value", TensorProto.BOOL, [1], [False])
     done = graph.add("ConstantOfShape", [batch], "search.none_done", value=falses)
+    beside = _Company.of(graph, batch) if company else None
+    rows = batch
+    if beside:
+        rows = beside.rows
+        heard = [(beside.padded(graph, keys), beside.padded(graph, memory)) for keys, memory in heard]
+        bias = bias and beside.padded(graph, bias)
     size = config.width // config.heads
     heads, none = graph.ints("search.heads", [config.heads]), graph.ints("zero", [0])
     per_head = graph.ints("search.head_size", [size])
-    key_shape = graph.add("Concat", [batch, heads, per_head, none], "search.key_shape", axis=0)
-    value_shape = graph.add("Concat", [batch, heads, none, per_head], "search.value_shape", axis=0)
+    key_shape = graph.add("Concat", [rows, heads, per_head, none], "search.key_shape", axis=0)
+    value_shape = graph.add("Concat", [rows, heads, none, per_head], "search.value_shape", axis=0)
     keys = graph.add("ConstantOfShape", [key_shape], "search.no_keys")
     values = graph.add("ConstantOfShape", [value_shape], "search.no_values")
     none_yet = graph.add("ConstantOfShape", [batch], "search.none_cut", value=_filled(0))
@@ -83,7 +134,7 @@ def _add_search(
     phrases = graph.add("Concat", [batch, phrase], "search.phrase_shape", axis=0)
     recent = graph.add("ConstantOfShape", [phrases], "search.none_recent", value=_filled(-1))
     runs = graph.add("ConstantOfShape", [phrases], "search.no_runs", value=_filled(0))
-    body = _body(graph.inner(), model, heard, bias, limit)
+    body = _body(graph.inner(), model, heard, bias, limit, beside)
     caches = [none_yet, recent, runs, *(name for _ in heard for name in (keys, values))]
     finals = ["search.last", "search.done", "search.cut", "search.recent", "search.runs"]
     finals += [f"search.cache_{index}" for index in range(2 * len(heard))]
@@ -113,6 +164,7 @@ def _body(
     heard: list[tuple[str, str]],
     bias: str | None,
     limit: str,
+    beside: _Company | None,
 ) -> onnx.GraphProto:
     """One step: token (batch,) and caches in, next token and longer caches out."""
     config, prompt = model.decoder.config, model.prompt
@@ -120,7 +172,10 @@ def _body(
     index = graph.add("Reshape", ["step.index", one], "step.index_row")
     output = graph.weights("decoder.output", array(model.decoder.embed_tokens.weight).T)
     places = graph.weights("decoder.embed_positions", array(model.decoder.embed_positions.weight))
-    token = graph.add("Unsqueeze", ["step.token", one], "step.token_column")
+    tokens = "step.token"
+    if beside:
+        tokens = graph.add("Pad", [tokens, beside.pads[1]], "step.token_rows")
+    token = graph.add("Unsqueeze", [tokens, one], "step.token_column")
     embedded = graph.add("Gather", [output, token], "step.embedded_first", axis=1)
     embedded = graph.add("Transpose", [embedded], "step.embedded", perm=[1, 2, 0])
     placed = graph.add("Gather", [places, index], "step.place", axis=0)
@@ -129,10 +184,12 @@ def _body(
     for number, module in enumerate(model.decoder.layers):
         values, grown = _add_layer(graph, number, _layer(module), values, heard[number], bias)
         caches += grown
-    _add_heard(graph, config)
+    _add_heard(graph, config, beside)
     values = add_layer_norm(graph, "decoder.layer_norm", values, model.decoder.layer_norm)
     logits = graph.add("MatMul", [values, output], "step.logits")
     flat = graph.add("Squeeze", [logits, one], "step.flat")
+    if beside:
+        flat = beside.without(graph, flat, "step.flat_items")
     following = graph.add("Add", [index, one], "step.following")
     size = graph.ints("step.prompt_size", [len(prompt.ids)])
     begins = graph.add("Equal", [following, size], "step.begins")
@@ -216,7 +273,7 @@ def _add_repeats(graph: GraphBuilder, best: str, text: str, finished: str) -> st
     return graph.add("Or", [finished, looped], "step.finished")
 
 
-def _add_heard(graph: GraphBuilder, config: DecoderConfig) -> None:
+def _add_heard(graph: GraphBuilder, config: DecoderConfig, beside: _Company | None) -> None:
     """Mean of the attention on the audio over the heads that follow the speech, (batch, audio frames)."""
     sums = []
     for layer in range(config.layers):
@@ -231,6 +288,8 @@ def _add_heard(graph: GraphBuilder, config: DecoderConfig) -> None:
             axes = graph.ints("step.heads_and_token", [1, 2])
             sums.append(graph.add("ReduceSum", [chosen, axes], f"{name}.heard_sum", keepdims=0))
     total = graph.add("Sum", sums, "step.heard_sum")
+    if beside:
+        total = beside.without(graph, total, "step.heard_items")
     graph.add("Div", [total, graph.floats("step.followers", float(config.followers))], "step.heard")
 
 
