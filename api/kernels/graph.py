@@ -22,7 +22,7 @@ OPERATORS: dict[Kind, str] = {"depthwise": "DepthwiseQLinearConv", "pointwise": 
 CONVOLUTION, PRODUCT = "QLinearConv", "QLinearMatMul"
 MAX_TAPS = 128  # as in weights.h
 WEIGHTS = 3  # place of QLinearConv's weights, which ours does not have: the library keeps them
-W_ZERO = 5
+W_ZERO = 5  # of their zero points there
 BIAS, MASK = 7, 8  # places of our optional inputs
 UINT8, INT8, INTS = 2, 3, 7  # of onnx.proto: tensors' and an attribute's type
 MIDDLE = 128  # as an unsigned byte what zero is as a signed one
@@ -235,16 +235,16 @@ def _convolution(node: Any, weights: Any) -> tuple[Kind | None, int]:
                 return None, 0
         case _:
             return None, 0
+    group = number.get("group", 1)
     match list(weights.dims):
         case [channels, depth, 1, width] if width == taps and channels > 0 < depth:
-            pass
-        case _:
-            return None, 0
-    if len(weights.raw_data) != channels * depth * taps:
-        return None, 0
-    if depth == 1 and number.get("group", 1) == channels > 1:
-        return ("depthwise" if 1 <= taps <= MAX_TAPS and 1 <= dilation < 2**31 else None), channels
-    return ("pointwise" if taps == 1 and number.get("group", 1) == 1 else None), channels
+            if len(weights.raw_data) != channels * depth * taps:
+                return None, 0
+            if depth == 1 and group == channels > 1 and 1 <= taps <= MAX_TAPS and 1 <= dilation < 2**31:
+                return "depthwise", channels
+            if taps == 1 == group:
+                return "pointwise", channels
+    return None, 0
 
 
 def _product(weights: Any) -> tuple[Kind | None, int]:
