@@ -106,6 +106,10 @@ class LogMel(nn.Module):
         """Frames per item: one per hop, centred, the first on sample 0."""
         return torch.div(lengths, self.config.hop_samples, rounding_mode="floor") + 1
 
+    def windows(self, padded: Tensor, frames: int) -> Tensor:
+        """(batch, samples) -> (batch, frames, twice the half window), a hop apart."""
+        return padded.unfold(1, 2 * self.config.half_window, self.config.hop_samples)
+
     def log_mel(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Before normalisation: (batch, samples), (batch,) -> (batch, frames, features), (batch,)."""
         hop, half = self.config.hop_samples, self.config.half_window
@@ -115,7 +119,7 @@ class LogMel(nn.Module):
         delayed = functional.pad(waveform[:, :-1], (1, 0))
         emphasised = (waveform - self.config.preemphasis * delayed) * own.to(waveform.dtype)
         padded = functional.pad(emphasised, (half, (frames - 1) * hop + half - samples))
-        windows = padded.unfold(1, 2 * half, hop)
+        windows = self.windows(padded, frames)
         after, before = windows[..., half:], windows[..., :half].flip(-1)
         real = torch.matmul(after + before, self.cosine)
         imaginary = torch.matmul(after - before, self.sine)

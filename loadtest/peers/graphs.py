@@ -17,6 +17,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from api.bundle import load_bundle
+from training.frontend import LogMel
 from training.nemo import NemoModel, read_nemo
 
 EXPORTED = "exported.onnx"
@@ -39,11 +40,17 @@ class _Whole(nn.Module):
         return output.log_probs, output.lengths
 
 
+class _TracedLogMel(LogMel):
+    """Windows in a form that torch.onnx.export knows for any length."""
+
+    def windows(self, padded: Tensor, frames: int) -> Tensor:
+        starts = torch.arange(frames) * self.config.hop_samples
+        return padded[:, starts[:, None] + torch.arange(2 * self.config.half_window)]
+
+
 def export_as_pytorch(found: NemoModel, path: Path) -> None:
     """torch.onnx.export with dynamic axes and no rewriting: every convolution stays a Conv1d."""
-    from training.frontend import LogMel
-
-    whole = _Whole(found, LogMel(found.frontend)).eval()
+    whole = _Whole(found, _TracedLogMel(found.frontend)).eval()
     example = (torch.zeros(1, 5 * 16000), torch.tensor([5 * 16000]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
