@@ -19,6 +19,10 @@ enum {
 
 static_assert(ROOM / (MAX_DEPTH_AVX2 + 1) >= ROWS, "the rows of a group of the deepest");
 
+static int64_t blocks_of(const Pointwise *kernel) { return (kernel->channels + LANES - 1) / LANES; }
+
+static int64_t groups_of(const Pointwise *kernel) { return (blocks_of(kernel) + PANELS - 1) / PANELS; }
+
 static int64_t even(int64_t depth) { return (depth + 1) / PAIR * PAIR; }
 
 /* Bytes as 16 bits, and one more zero where the depth is odd. */
@@ -89,7 +93,7 @@ AVX2 static int64_t run_rows(const Convolution *convolution, int64_t block, cons
 AVX2 void pointwise_avx2(void *data, size_t task) {
   const PointwiseCall *call = data;
   const Pointwise *kernel = call->kernel;
-  const int64_t blocks = (kernel->channels + LANES - 1) / LANES, groups = (blocks + PANELS - 1) / PANELS;
+  const int64_t blocks = blocks_of(kernel), groups = groups_of(kernel);
   const int64_t first = (int64_t)task % groups * PANELS, last = first + PANELS < blocks ? first + PANELS : blocks;
   const int64_t start = (int64_t)task / groups * call->chunk, depth = even(kernel->depth);
   const int64_t rows = call->rows - start < call->chunk ? call->rows - start : call->chunk;
@@ -112,7 +116,6 @@ AVX2 void pointwise_avx2(void *data, size_t task) {
 }
 
 int64_t pointwise_avx2_tasks(PointwiseCall *call, int64_t items) {
-  const int64_t blocks = (call->kernel->channels + LANES - 1) / LANES, groups = (blocks + PANELS - 1) / PANELS;
   share_rows(call, ROOM / even(call->kernel->depth) / ROWS * ROWS, ROWS);
-  return items * call->chunks * groups;
+  return items * call->chunks * groups_of(call->kernel);
 }
