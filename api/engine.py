@@ -111,7 +111,7 @@ class Engine:
         self.graph = bundle.choose_graph(graph)
         self.threads = threads
         path = bundle.graph_path(graph)
-        kernels = kernels and self.graph == "int8"
+        kernels = kernels and self.graph != "float32"
         wide = wide_threads if wide_threads > 1 and path.stat().st_size <= WIDE_MAX_BYTES else 0
         opened = _open(bundle, str(path), provider, threads, wide, kernels=kernels)
         self.provider, self.kernels, self._session = opened.provider, opened.kernels, opened.session

@@ -22,10 +22,19 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 NO_COMPILER = "no C compiler: install gcc, or the Python package ziglang, and run make again"
 CODE = (
-    *("depthwise.c", "depthwise_avx2.c", "depthwise_vnni.c", "frames.c", "head_input.c", "mel.c"),
+    *("depthwise.c", "depthwise_avx2.c", "depthwise_vnni.c", "four_bits.c", "four_bits_avx2.c"),
+    *("four_bits_vnni.c", "frames.c", "head_input.c", "mel.c"),
     *("operator.c", "pointwise.c", "pointwise_avx2.c", "pointwise_vnni.c", "processor.c", "weights.c"),
 )
-HEADERS = ("depthwise.h", "onnxruntime_abi.h", "operator.h", "pointwise.h", "processor.h", "weights.h")
+HEADERS = (
+    "depthwise.h",
+    "four_bits.h",
+    "onnxruntime_abi.h",
+    "operator.h",
+    "pointwise.h",
+    "processor.h",
+    "weights.h",
+)
 SOURCES = (*CODE, *HEADERS)
 LIBRARY = "asr_kernels.so"
 # A product and a sum that become one operation round once: other bits than ONNX Runtime's.

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from api.kernels.model import FLOAT, INTS
+
 DOMAIN = "asr"
 POINTWISE = "PointwiseQLinearConv"
 MAX_HOP = 1024  # as in frames.c
 MAX_BINS, MAX_FEATURES = 256, 256  # as in mel.c
 LANES = 16  # channels in a block of ONNX Runtime's float convolutions where there is AVX-512, as in weights.h
-FLOAT, INTS = 1, 7  # of onnx.proto: a tensor's and an attribute's type
 
 
 def take_frames(graph: Any, tensors: dict[str, Any]) -> int:
@@ -38,7 +39,7 @@ def take_frames(graph: Any, tensors: dict[str, Any]) -> int:
         return 0
     # In the place of the first, before all that read one of them.
     inputs = ["waveform", "lengths", "frontend.preemphasis", "frontend.frames"]
-    _become(graph.node[min(even, odd)], "Frames", inputs, ["frontend.even", "frontend.odd"])
+    become(graph.node[min(even, odd)], "Frames", inputs, ["frontend.even", "frontend.odd"])
     graph.node[min(even, odd)].attribute.add(name="hop", ints=[bases.dims[0]], type=INTS)
     del graph.node[max(even, odd)]
     return 1
@@ -64,7 +65,7 @@ def take_mel(graph: Any, tensors: dict[str, Any], readers: Counter[str]) -> int:
             case _:
                 continue
         parts = [square.input[0] for square in squares if square is not None]
-        _become(product, "Mel", [*parts, product.input[1]], list(product.output))
+        become(product, "Mel", [*parts, product.input[1]], list(product.output))
         return 1
     return 0
 
@@ -100,12 +101,12 @@ def take_head_input(graph: Any, tensors: dict[str, Any], readers: Counter[str]) 
         channels_last = any(item.name == "channels_last" and item.i for item in blocks.attribute)
         if tensors[scales].dims[0] % LANES or not scalars or not to_channels_first or channels_last:
             continue
-        _become(blocks, "HeadInput", [turned.input[0], *floats.input[1:]], list(blocks.output))
+        become(blocks, "HeadInput", [turned.input[0], *floats.input[1:]], list(blocks.output))
         taken += 1
     return taken
 
 
-def _become(node: Any, operator: str, inputs: list[str], outputs: list[str]) -> None:
+def become(node: Any, operator: str, inputs: list[str], outputs: list[str]) -> None:
     """One of our operators, whatever the node was."""
     node.op_type, node.domain = operator, DOMAIN
     node.input[:], node.output[:] = inputs, outputs

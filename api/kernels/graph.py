@@ -1,22 +1,18 @@
 """Hand nodes of an optimised graph over to our operators.
 
-Only the few fields that are looked at are declared; protobuf carries everything else through untouched. That
-takes less than the ``onnx`` package, which the service does not need otherwise.
+Products with weights of four bits are in ``four_bits.py``.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from numpy.typing import NDArray
 
 from api.kernels.ends import DOMAIN, POINTWISE, take_frames, take_head_input, take_mel
-from api.kernels.library import Kind, Layout
+from api.kernels.library import Keep, Kind, Layout
+from api.kernels.model import INT8, INTS, UINT8, keep_only, model_class, readers_of
 
 OPERATORS: dict[Kind, str] = {"depthwise": "DepthwiseQLinearConv", "pointwise": POINTWISE}
 CONVOLUTION, PRODUCT = "QLinearConv", "QLinearMatMul"
@@ -24,63 +20,8 @@ MAX_TAPS = 128  # as in weights.h
 WEIGHTS = 3  # place of QLinearConv's weights, which ours does not have: the library keeps them
 W_ZERO = 5  # of their zero points there
 BIAS, MASK = 7, 8  # places of our optional inputs
-UINT8, INT8, INTS = 2, 3, 7  # of onnx.proto: tensors' and an attribute's type
 MIDDLE = 128  # as an unsigned byte what zero is as a signed one
 ONE_BY_ONE = {"kernel_shape": [1, 1], "strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0]}
-
-Keep = Callable[[Layout, bytes, int, int], int]
-
-# Of onnx.proto (ONNX IR): message -> (field, number, type, repeated).
-_Field = descriptor_pb2.FieldDescriptorProto
-_FIELDS: dict[str, list[tuple[str, int, Any, bool]]] = {
-    "Tensor": [
-        ("dims", 1, _Field.TYPE_INT64, True),
-        ("data_type", 2, _Field.TYPE_INT32, False),
-        ("name", 8, _Field.TYPE_STRING, False),
-        ("raw_data", 9, _Field.TYPE_BYTES, False),
-    ],
-    "Attribute": [
-        ("name", 1, _Field.TYPE_STRING, False),
-        ("i", 3, _Field.TYPE_INT64, False),
-        ("g", 6, "Graph", False),
-        ("ints", 8, _Field.TYPE_INT64, True),
-        ("graphs", 11, "Graph", True),
-        ("type", 20, _Field.TYPE_INT32, False),
-    ],
-    "Node": [
-        ("input", 1, _Field.TYPE_STRING, True),
-        ("output", 2, _Field.TYPE_STRING, True),
-        ("op_type", 4, _Field.TYPE_STRING, False),
-        ("attribute", 5, "Attribute", True),
-        ("domain", 7, _Field.TYPE_STRING, False),
-    ],
-    "Value": [("name", 1, _Field.TYPE_STRING, False)],
-    "Graph": [
-        ("node", 1, "Node", True),
-        ("initializer", 5, "Tensor", True),
-        ("input", 11, "Value", True),
-        ("output", 12, "Value", True),
-    ],
-    "OperatorSet": [("domain", 1, _Field.TYPE_STRING, False), ("version", 2, _Field.TYPE_INT64, False)],
-    "Model": [("graph", 7, "Graph", False), ("opset_import", 8, "OperatorSet", True)],
-}
-
-
-@cache
-def _model_class() -> Any:
-    file = descriptor_pb2.FileDescriptorProto(name="asr_onnx.proto", package="asr_onnx", syntax="proto2")
-    for message, fields in _FIELDS.items():
-        declared = file.message_type.add(name=message)
-        for name, number, kind, repeated in fields:
-            field = declared.field.add(name=name, number=number)
-            field.label = _Field.LABEL_REPEATED if repeated else _Field.LABEL_OPTIONAL
-            if isinstance(kind, str):
-                field.type, field.type_name = _Field.TYPE_MESSAGE, f".asr_onnx.{kind}"
-            else:
-                field.type = kind
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("asr_onnx.Model"))
 
 
 def hand_over(model: bytes, keep: Keep, *, avx512: bool = True) -> tuple[bytes, int]:
@@ -95,12 +36,12 @@ def hand_over(model: bytes, keep: Keep, *, avx512: bool = True) -> tuple[bytes, 
     only a pointwise convolution reads of a depthwise one stays woven in between. Where there are convolutions
     for them, our operators also take what ``ends.py`` finds.
     """
-    parsed = _model_class().FromString(model)
+    parsed = model_class().FromString(model)
     graph = parsed.graph
     made_by = {name: node for node in graph.node for name in node.output}
     replaceable = {value.name for value in graph.input}  # whoever runs the model may give other values
     tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in replaceable}
-    readers = _readers(graph)
+    readers = readers_of(graph)
     gone = set()
     kept: set[str] = set()
     taken = 0
@@ -145,13 +86,13 @@ def hand_over(model: bytes, keep: Keep, *, avx512: bool = True) -> tuple[bytes, 
             gone.add(before.output[0])
     if not taken:
         return model, 0
-    _keep_only(graph.node, [node for node in graph.node if node.output[0] not in gone])
+    keep_only(graph.node, [node for node in graph.node if node.output[0] not in gone])
     taken += take_frames(graph, tensors)
     if avx512:
         taken += take_mel(graph, tensors, readers) + take_head_input(graph, tensors, readers)
     _drop_unread(graph)
-    unread = kept - _readers(graph).keys()
-    _keep_only(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
+    unread = kept - readers_of(graph).keys()
+    keep_only(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
     parsed.opset_import.add(domain=DOMAIN, version=1)
     return parsed.SerializeToString(), taken
 
@@ -184,30 +125,14 @@ def _can_leave_woven(node: Any) -> bool:
     return any(item.name == "dilations" and list(item.ints) == [1, 1] for item in node.attribute)
 
 
-def _keep_only(items: Any, wanted: list[Any]) -> None:
-    del items[:]
-    items.extend(wanted)
-
-
 def _drop_unread(graph: Any) -> None:
     """Take away nodes whose values nobody reads, and then those that only they read."""
     while True:
-        readers = _readers(graph)
+        readers = readers_of(graph)
         read = [node for node in graph.node if any(readers[name] for name in node.output)]
         if len(read) == len(graph.node):
             return
-        _keep_only(graph.node, read)
-
-
-def _readers(graph: Any) -> Counter[str]:
-    """How often each value is read, also by the graphs inside of nodes and as an output."""
-    found = Counter(name for node in graph.node for name in node.input)
-    found.update(value.name for value in graph.output)
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                found.update(_readers(inner))
-    return found
+        keep_only(graph.node, read)
 
 
 def _kind(node: Any, tensors: dict[str, Any]) -> Kind | None:

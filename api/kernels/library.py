@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,8 @@ LIBRARY = Path(__file__).with_name("asr_kernels.so")
 
 Kernels = Literal["vnni", "avx2", "onnxruntime"]
 Kind = Literal["depthwise", "pointwise"]
-Layout = Literal["depthwise", "pointwise", "woven"]
+Layout = Literal["depthwise", "pointwise", "woven", "four_bits"]
+Keep = Callable[[Layout, bytes, int, int], int]
 
 
 @cache

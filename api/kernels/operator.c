@@ -124,6 +124,11 @@ static OrtStatus *open_convolution(Convolution *convolution, const OrtKernelInfo
   return NULL;
 }
 
+int64_t share_rows(int64_t rows, int64_t most, int64_t group) {
+  const int64_t tasks = (rows + most - 1) / most, even = (rows + tasks - 1) / tasks;
+  return (even + group - 1) / group * group;
+}
+
 void look_ahead(const Convolution *convolution) {
   for (int64_t lane = 0; lane < convolution->weights->blocks * LANES; lane += LANES) {
     __builtin_prefetch(convolution->bias + lane);
@@ -185,8 +190,8 @@ EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBa
   if (domain == NULL) {
     OrtCustomOpDomain *fresh;
     TRY(ORT_CALL(api, create_domain)("asr", &fresh));
-    const OrtCustomOp *operators[] = {&depthwise_operator, &pointwise_operator, &frames_operator, &mel_operator,
-                                      &head_input_operator};
+    const OrtCustomOp *operators[] = {&depthwise_operator, &pointwise_operator, &four_bits_operator,
+                                      &frames_operator,    &mel_operator,       &head_input_operator};
     for (size_t i = 0; i < sizeof operators / sizeof *operators; i++)
       TRY(ORT_CALL(api, domain_add)(fresh, operators[i]));
     domain = fresh;

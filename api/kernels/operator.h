@@ -56,6 +56,9 @@ void destroy_kernel(void *kernel);
 
 void close_convolution(Convolution *convolution);
 
+/* Rows per task: about as many for each, at most `most`, and whole groups of `group` but for the last. */
+int64_t share_rows(int64_t rows, int64_t most, int64_t group);
+
 /* Asks for what each task will need first, which has been pushed out of the caches since the last inference. */
 void look_ahead(const Convolution *convolution);
 
@@ -68,7 +71,7 @@ int allocate_lanes(Convolution *convolution);
 /* Bias and scale of a channel. */
 void set_channel(Convolution *convolution, int64_t channel, int32_t bias, float scale);
 
-extern const OrtCustomOp depthwise_operator, pointwise_operator, frames_operator, mel_operator,
+extern const OrtCustomOp depthwise_operator, pointwise_operator, four_bits_operator, frames_operator, mel_operator,
     head_input_operator;
 
 /* What the tables have in common. */

@@ -1,11 +1,5 @@
 #include "pointwise.h"
 
-void share_rows(PointwiseCall *call, int64_t most, int64_t group) {
-  const int64_t chunks = (call->rows + most - 1) / most, even = (call->rows + chunks - 1) / chunks;
-  call->chunk = (even + group - 1) / group * group;
-  call->chunks = (call->rows + call->chunk - 1) / call->chunk;
-}
-
 static OrtStatus *compute(void *data, OrtKernelContext *context) {
   const Pointwise *kernel = data;
   const OrtApi *api = kernel->convolution.api;

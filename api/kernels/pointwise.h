@@ -32,8 +32,6 @@ struct Pointwise {
   void (*run)(void *call, size_t task); /* a chunk of rows by some of the channels */
 };
 
-/* Chunks of rows, at most `most` and whole groups of `group` rows but for the last. */
-void share_rows(PointwiseCall *call, int64_t most, int64_t group);
 
 int64_t pointwise_vnni_tasks(PointwiseCall *call, int64_t items);
 void pointwise_vnni(void *call, size_t task);

@@ -116,6 +116,7 @@ AVX2 void pointwise_avx2(void *data, size_t task) {
 }
 
 int64_t pointwise_avx2_tasks(PointwiseCall *call, int64_t items) {
-  share_rows(call, ROOM / even(call->kernel->depth) / ROWS * ROWS, ROWS);
+  call->chunk = share_rows(call->rows, ROOM / even(call->kernel->depth) / ROWS * ROWS, ROWS);
+  call->chunks = (call->rows + call->chunk - 1) / call->chunk;
   return items * call->chunks * groups_of(call->kernel);
 }

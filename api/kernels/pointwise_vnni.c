@@ -139,6 +139,7 @@ VNNI void pointwise_vnni(void *data, size_t task) {
 }
 
 int64_t pointwise_vnni_tasks(PointwiseCall *call, int64_t items) {
-  share_rows(call, CHUNK, ROWS);
+  call->chunk = share_rows(call->rows, CHUNK, ROWS);
+  call->chunks = (call->rows + call->chunk - 1) / call->chunk;
   return items * call->chunks * panels_of(call->kernel);
 }

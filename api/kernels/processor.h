@@ -17,6 +17,9 @@
  * from register to register. */
 #define ADD_PRODUCTS(sum, a, b) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
 
+/* A sum that stays in its register: GCC would take all products first, for which there are too few. */
+#define KEEP(sum) __asm__("" : "+x"(sum))
+
 /* What the compiler must not know about a pointer: that the same values have just been loaded. */
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 

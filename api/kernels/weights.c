@@ -29,7 +29,7 @@ int64_t weights_lane(const Weights *weights, int64_t channel) {
 static int is_pointwise(Layout layout) { return layout == POINTWISE_VNNI || layout == POINTWISE_WOVEN; }
 
 /* Four weights of 16 channels in 64 bytes; in a panel two blocks take turns. AVX2: two weights of each, as 16 bits
- * where they are few. */
+ * where they are few. Four bits: four weights of 16 channels again, without a sign. */
 static void put(const Weights *weights, int64_t channel, int64_t index, int8_t weight) {
   const int64_t at = weights_lane(weights, channel), block = at / LANES, lane = at % LANES;
   int8_t *start = (int8_t *)weights->packed;
@@ -42,6 +42,9 @@ static void put(const Weights *weights, int64_t channel, int64_t index, int8_t w
     start += block / PANEL_BLOCKS * PANEL_BLOCKS * weights->block_bytes;
     start += (index / 4 * PANEL_BLOCKS + block % PANEL_BLOCKS) * LINE_BYTES;
     start[lane * 4 + index % 4] = weight;
+  } else if (weights->layout == FOUR_BITS) {
+    start += block * weights->block_bytes + index / 4 * LINE_BYTES;
+    start[lane * 4 + index % 4] = (int8_t)(weight + MIDDLE);
   } else if (weights->layout == POINTWISE_AVX2) {
     start += block * weights->block_bytes + index / 2 * (2 * LANES);
     start[lane * 2 + index % 2] = weight;
@@ -113,7 +116,7 @@ static void drop(Weights *weights) {
 
 /* Blocks that a kernel does in one go. */
 static int64_t together(Layout layout) {
-  return layout == POINTWISE_AVX2 ? 1 : is_pointwise(layout) ? PANEL_BLOCKS : GROUP;
+  return layout == POINTWISE_AVX2 || layout == FOUR_BITS ? 1 : is_pointwise(layout) ? PANEL_BLOCKS : GROUP;
 }
 
 /* Of `depth` weights for each channel of a block, filled up to what one instruction takes. */
@@ -123,6 +126,8 @@ static int64_t block_bytes(Layout layout, int64_t depth) {
       return up_to(depth, 2) * LINE_BYTES / 2;
     case POINTWISE_AVX2:
       return up_to(depth, 2) * LANES;
+    case FOUR_BITS:
+      return up_to(depth, SET) * LANES;
     case POINTWISE_WOVEN:
       return up_to(depth, 64) * LANES;
     default:
@@ -151,16 +156,49 @@ static Weights *pack(Layout layout, const int8_t *w, int64_t channels, int64_t d
   return weights;
 }
 
+/* How weights of a kind are packed for this processor; 0 where nothing here can use them. */
+static int choose_layout(const char *kind, Layout *layout) {
+  if (!is_avx2()) return 0;
+  if (strcmp(kind, "depthwise") == 0)
+    *layout = is_vnni() ? DEPTHWISE_VNNI : DEPTHWISE_AVX2;
+  else if (strcmp(kind, "pointwise") == 0)
+    *layout = is_vnni() ? POINTWISE_VNNI : POINTWISE_AVX2;
+  else if (strcmp(kind, "woven") == 0 && is_vnni())
+    *layout = POINTWISE_WOVEN;
+  else if (strcmp(kind, "four_bits") == 0)
+    *layout = FOUR_BITS;
+  else
+    return 0;
+  return 1;
+}
+
+static int64_t deepest(Layout layout) {
+  switch (layout) {
+    case DEPTHWISE_VNNI:
+    case DEPTHWISE_AVX2:
+      return MAX_TAPS;
+    case POINTWISE_AVX2:
+      return MAX_DEPTH_AVX2;
+    case FOUR_BITS:
+      return MAX_DEPTH_FOUR_BITS;
+    default:
+      return MOST;
+  }
+}
+
+/* Larger ones would overflow what the products are added up in. */
+static int are_four_bits(const int8_t *w, int64_t count) {
+  for (int64_t i = 0; i < count; i++)
+    if (w[i] < -MIDDLE || w[i] >= MIDDLE) return 0;
+  return 1;
+}
+
 /* The number of weights int8 (channels, depth); 0 if they are not `bytes`, or nothing here can use them. */
 EXPORTED int64_t asr_keep_weights(const char *kind, const int8_t *w, int64_t bytes, int64_t channels, int64_t depth) {
-  const int depthwise = strcmp(kind, "depthwise") == 0, woven = strcmp(kind, "woven") == 0;
-  if (channels < 1 || channels > MOST || depth < 1 || depth > (depthwise ? MAX_TAPS : MOST)) return 0;
-  if (bytes != channels * depth || (!depthwise && !woven && strcmp(kind, "pointwise") != 0)) return 0;
-  if (!is_avx2() || (!is_vnni() && (woven || (!depthwise && depth > MAX_DEPTH_AVX2)))) return 0;
-  const Layout layout = woven        ? POINTWISE_WOVEN
-                        : !is_vnni() ? (depthwise ? DEPTHWISE_AVX2 : POINTWISE_AVX2)
-                        : depthwise  ? DEPTHWISE_VNNI
-                                     : POINTWISE_VNNI;
+  Layout layout;
+  if (channels < 1 || channels > MOST || depth < 1 || depth > MOST || bytes != channels * depth) return 0;
+  if (!choose_layout(kind, &layout) || depth > deepest(layout)) return 0;
+  if (layout == FOUR_BITS && !are_four_bits(w, bytes)) return 0;
   int64_t id = 0;
   pthread_mutex_lock(&mutex);
   Weights *weights = pack(layout, w, channels, depth);

@@ -14,8 +14,14 @@
 enum { GROUP = 4, PANEL_BLOCKS = 2 }; /* that a depthwise and a pointwise kernel do in one go */
 
 #define MAX_DEPTH_AVX2 4096 /* of a pointwise convolution without VNNI: a few rows of it are widened at once */
+#define MAX_DEPTH_FOUR_BITS 8192
 
-typedef enum { DEPTHWISE_VNNI, DEPTHWISE_AVX2, POINTWISE_VNNI, POINTWISE_WOVEN, POINTWISE_AVX2 } Layout;
+enum {
+  SET = 128,  /* weights of four bits that share a scale */
+  MIDDLE = 8, /* what is added to one of them, so that it has no sign */
+};
+
+typedef enum { DEPTHWISE_VNNI, DEPTHWISE_AVX2, POINTWISE_VNNI, POINTWISE_WOVEN, POINTWISE_AVX2, FOUR_BITS } Layout;
 
 typedef struct Weights Weights;
 typedef struct Chunk Chunk;

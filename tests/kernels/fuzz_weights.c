@@ -14,7 +14,8 @@ static int same(const Weights *weights, const int8_t *w) {
   /* However they are packed: each byte value is there as often, but for zeros. */
   int64_t counts[256] = {0};
   const int64_t wide = weights->layout == DEPTHWISE_AVX2 ? 2 : 1;
-  for (int64_t i = 0; i < weights->channels * weights->depth; i++) counts[(uint8_t)w[i]]++;
+  const int added = weights->layout == FOUR_BITS ? MIDDLE : 0;
+  for (int64_t i = 0; i < weights->channels * weights->depth; i++) counts[(uint8_t)(w[i] + added)]++;
   for (int64_t i = 0; i < weights->blocks * weights->block_bytes; i += wide) counts[weights->packed[i]]--;
   for (int i = 1; i < 256; i++)
     if (counts[i] != 0) return 0;
@@ -29,13 +30,17 @@ static void *keep_some(void *data) {
   for (int step = 0; step < 100; step++) {
     const int at = rand_r(&seed) % KEPT;
     if (ids[at] == 0) {
-      const int depthwise = rand_r(&seed) % 2;
+      const int depthwise = rand_r(&seed) % 3 == 0, four_bits = !depthwise && rand_r(&seed) % 3 == 0;
       const int64_t channels = 1 + rand_r(&seed) % 100;
-      const int most = depthwise ? MAX_TAPS : rand_r(&seed) % 50 ? 300 : is_vnni() ? 60000 : MAX_DEPTH_AVX2;
+      const int most = depthwise ? MAX_TAPS : rand_r(&seed) % 50 ? 300 : is_vnni() && !four_bits ? 60000 : MAX_DEPTH_AVX2;
       const int64_t depth = 1 + rand_r(&seed) % most;
       given[at] = malloc((size_t)(channels * depth));
-      for (int64_t i = 0; i < channels * depth; i++) given[at][i] = (int8_t)rand_r(&seed);
-      const char *kind = depthwise ? "depthwise" : !is_vnni() || rand_r(&seed) % 2 ? "pointwise" : "woven";
+      for (int64_t i = 0; i < channels * depth; i++)
+        given[at][i] = (int8_t)(four_bits ? rand_r(&seed) % 16 - 8 : rand_r(&seed));
+      const char *kind = depthwise                             ? "depthwise"
+                         : four_bits                           ? "four_bits"
+                         : !is_vnni() || rand_r(&seed) % 2 ? "pointwise"
+                                                               : "woven";
       ids[at] = asr_keep_weights(kind, given[at], channels * depth, channels, depth);
       taken[at] = weights_take(ids[at]);
       if (ids[at] == 0 || taken[at] == NULL) return "not kept";
@@ -66,8 +71,10 @@ static int refused(void) {
       {0, INT64_C(1) << 32, INT64_C(1) << 32},
   };
   for (size_t i = 0; i < sizeof lies / sizeof *lies; i++)
-    for (int kind = 0; kind < 3; kind++)
-      if (asr_keep_weights((const char *[]){"depthwise", "pointwise", "woven"}[kind], w, lies[i][0], lies[i][1], lies[i][2]) != 0) return 0;
+    for (int kind = 0; kind < 4; kind++)
+      if (asr_keep_weights((const char *[]){"depthwise", "pointwise", "woven", "four_bits"}[kind], w, lies[i][0],
+                           lies[i][1], lies[i][2]) != 0)
+        return 0;
   asr_let_go_of_weights(0), asr_let_go_of_weights(-1), asr_let_go_of_weights(most);
   return asr_keep_weights("dense", w, 12, 3, 4) == 0 && weights_take(0) == NULL && weights_take(most) == NULL;
 }

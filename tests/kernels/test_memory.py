@@ -16,6 +16,8 @@ HERE = Path(build.__file__).parent
 FUZZED = [
     "depthwise_avx2",
     "depthwise_vnni",
+    "four_bits_avx2",
+    "four_bits_vnni",
     "frames",
     "head_input",
     "mel",

@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from structlog.testing import capture_logs
 
 from api.bundle import load_bundle
 from api.engine import EXACT_PRODUCTS, Engine
-from api.kernels import graph, instructions, library, open_sessions, sessions
+from api.kernels import four_bits, graph, instructions, library, open_sessions, sessions
+from api.kernels.model import model_class
 
 MODELS = Path(__file__).parents[2] / "models"
 SHIPPED = MODELS / "en-quartznet-small" / "model.int8.onnx"
+FOUR_BITS = MODELS / "en-whisper-tiny" / "model.int4.onnx"
 
 
 def make_options() -> ort.SessionOptions:
@@ -140,9 +143,9 @@ def test_a_broken_library_is_told(
 
 @pytest.mark.parametrize("kind", ["depthwise", "pointwise"])
 def test_other_bits_are_not_used(kernels: str, monkeypatch: pytest.MonkeyPatch, kind: library.Kind) -> None:
-    def spoil(model: bytes, keep: graph.Keep, avx512: bool) -> tuple[bytes, int]:
+    def spoil(model: bytes, keep: library.Keep, avx512: bool) -> tuple[bytes, int]:
         rewritten, taken = graph.hand_over(model, keep, avx512=avx512)
-        parsed = graph._model_class().FromString(rewritten)
+        parsed = model_class().FromString(rewritten)
         for node in parsed.graph.node:
             if node.op_type == graph.OPERATORS[kind]:
                 del node.input[graph.BIAS :]  # without its mask, or without its bias
@@ -162,6 +165,55 @@ def test_what_onnx_runtime_refuses_is_told(compiled: None, monkeypatch: pytest.M
         (session,), found = open_sessions(str(SHIPPED), [make_options], least_samples=400)
     assert found == "onnxruntime"
     assert [line["event"] for line in logs] == ["kernels_refused"]
+    assert session.run(None, clips())
+
+
+def test_products_of_four_bits_run_on_them(kernels: str, tmp_path: Path) -> None:
+    def profiled() -> ort.SessionOptions:
+        options = make_options()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(tmp_path / "profile")
+        return options
+
+    (session,), found = open_sessions(str(FOUR_BITS), [profiled], least_samples=400)
+    assert found == kernels
+    (log_probs, lengths), (plain, plain_lengths) = (
+        each.run(None, clips()) for each in (session, ort.InferenceSession(FOUR_BITS, make_options()))
+    )
+    np.testing.assert_array_equal(lengths, plain_lengths)
+    # Frames of noise, nearly all of which hear nothing: what they are sure of is the same.
+    np.testing.assert_array_equal(log_probs.argmax(-1), plain.argmax(-1))
+    found_operators = operators(session, tmp_path / "profile.json")
+    assert {"FourBitsProduct", "MatMulNBits"} <= found_operators, "an encoder's, and a decoder's"
+
+
+@pytest.mark.parametrize("spoiled", ["scales", "bias"])
+def test_another_product_is_not_used(kernels: str, monkeypatch: pytest.MonkeyPatch, spoiled: str) -> None:
+    def spoil(model: bytes, keep: library.Keep) -> tuple[bytes, four_bits.Probe | None]:
+        rewritten, probe = four_bits.hand_over_products(model, keep)
+        assert probe is not None
+        parsed = model_class().FromString(probe.model)
+        node = next(
+            node
+            for node in parsed.graph.node
+            if node.op_type == four_bits.FOUR_BITS and (spoiled == "scales" or len(node.input) == 3)
+        )
+        wrong = parsed.graph.initializer.add(name="wrong")
+        wrong.CopyFrom(next(x for x in parsed.graph.initializer if x.name == node.input[-1]))
+        wrong.name = node.input[-1] = "wrong"
+        values = np.frombuffer(wrong.raw_data, np.float32).copy()
+        values[-1] += 1.0
+        wrong.raw_data = values.tobytes()
+        return rewritten, replace(probe, model=parsed.SerializeToString())
+
+    before = library.weights_bytes()
+    monkeypatch.setattr(sessions, "hand_over_products", spoil)
+    with capture_logs() as logs:
+        (session,), found = open_sessions(str(FOUR_BITS), [make_options], least_samples=400)
+    assert found == "onnxruntime"
+    assert [line["event"] for line in logs] == ["kernels_refused"]
+    assert "is off by" in logs[0]["problem"]
+    assert library.weights_bytes() == before
     assert session.run(None, clips())
 
 

@@ -1,0 +1,54 @@
+/* 12 rows by 16 channels of sums in registers; one instruction adds four products to each. */
+#include <immintrin.h>
+#include <string.h>
+
+#include "four_bits.h"
+#include "processor.h"
+
+enum { ROWS = FOUR_BITS_ROWS };
+
+VNNI INLINE __m512i four(const int8_t *x) {
+  int32_t bytes;
+  memcpy(&bytes, x, QUAD);
+  return _mm512_set1_epi32(bytes);
+}
+
+/* `rows` rows of a block to y (rows, stride). `rows` is a constant wherever this is inlined. */
+VNNI INLINE void run(const FourBits *kernel, int64_t block, const Bytes *x, int rows, float *y, int64_t stride) {
+  const int64_t sets = kernel->sets, depth = sets * SET;
+  const __m512i *w = (const __m512i *)(kernel->weights->packed + block * kernel->weights->block_bytes);
+  const float *scale = kernel->scale + block * sets * LANES;
+  /* Four addresses and three offsets, because there are no registers for an address per row. */
+  const int8_t *from[ROWS / 3] = {x->values, x->values + 3 * depth, x->values + 6 * depth, x->values + 9 * depth};
+  __m512 totals[ROWS];
+  UNROLL for (int row = 0; row < rows; row++) totals[row] = _mm512_setzero_ps();
+  for (int64_t set = 0; set < sets; set++, scale += LANES) {
+    __m512i sums[ROWS];
+    UNROLL for (int row = 0; row < rows; row++) sums[row] = _mm512_set1_epi32(x->middles[row * sets + set]);
+    for (int64_t k = set * SET; k < (set + 1) * SET; k += QUAD, w++) {
+      const __m512i weights = _mm512_load_si512(w);
+      UNROLL for (int row = 0; row < rows; row++) {
+        const __m512i values = four(from[row / 3] + row % 3 * depth + k);
+        ADD_PRODUCTS(sums[row], weights, values);
+      }
+    }
+    UNROLL for (int row = 0; row < rows; row++) {
+      const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(x->levels[row * sets + set]), _mm512_loadu_ps(scale));
+      totals[row] = _mm512_add_ps(totals[row], _mm512_mul_ps(factor, _mm512_cvtepi32_ps(sums[row])));
+    }
+  }
+  const __m512 bias = _mm512_loadu_ps(kernel->bias + block * LANES);
+  UNROLL for (int row = 0; row < rows; row++) _mm512_storeu_ps(y + row * stride, _mm512_add_ps(totals[row], bias));
+}
+
+VNNI int64_t four_bits_vnni(const FourBits *kernel, int64_t block, const Bytes *x, int64_t end, float *y,
+                            int64_t stride) {
+  const int64_t rows = end >= ROWS ? ROWS : end >= 4 ? 4 : 1;
+  if (rows == ROWS)
+    run(kernel, block, x, ROWS, y, stride);
+  else if (rows == 4)
+    run(kernel, block, x, 4, y, stride);
+  else
+    run(kernel, block, x, 1, y, stride);
+  return rows;
+}
