@@ -26,19 +26,21 @@ void four_bits_task(void *data, size_t task) {
   const int64_t start = (int64_t)task / groups_of(kernel) * call->chunk;
   const int64_t rows = call->rows - start < call->chunk ? call->rows - start : call->chunk;
   int8_t values[ROOM] __attribute__((aligned(64)));
+  uint8_t w[MAX_DEPTH_FOUR_BITS * LANES] __attribute__((aligned(64)));
   float levels[ROOM / SET];
   int32_t middles[ROOM / SET];
   four_bits_bytes(call->x + start * weights->depth, rows, weights->depth, (Bytes){values, levels, middles});
   for (int64_t block = first; block < last; block++) {
     const int64_t width = weights->channels - block * LANES;
+    four_bits_unpack(weights->packed + block * weights->block_bytes, weights->block_bytes, w);
     for (int64_t row = 0, done; row < rows; row += done) {
       const Bytes x = {values + row * sets * SET, levels + row * sets, middles + row * sets};
       float *y = call->y + (start + row) * weights->channels + block * LANES;
       if (width >= LANES) {
-        done = kernel->run(kernel, block, &x, rows - row, y, weights->channels);
+        done = kernel->run(kernel, block, w, &x, rows - row, y, weights->channels);
       } else {
         float out[FOUR_BITS_ROWS][LANES];
-        done = kernel->run(kernel, block, &x, rows - row, out[0], LANES);
+        done = kernel->run(kernel, block, w, &x, rows - row, out[0], LANES);
         for (int64_t i = 0; i < done; i++) memcpy(y + i * weights->channels, out[i], (size_t)width * sizeof *y);
       }
     }

@@ -1,4 +1,4 @@
-/* A product with weights of four bits, each SET of a channel's weights with a scale of its own, for many rows.
+/* A product with weights of four bits, each SET of a channel's weights with a scale of its own.
  *
  * x float (..., depth), w whole numbers from -8 to 7 (channels, depth), scale float (channels, sets), bias float
  * (channels), y float (..., channels); SET inputs of a row have a scale, too, and become bytes:
@@ -27,9 +27,10 @@ typedef struct {
 
 typedef struct FourBits FourBits;
 
-/* The first of `end` rows of a block of channels to y (rows, stride): how many, FOUR_BITS_ROWS at most. */
-typedef int64_t FourBitsRows(const FourBits *kernel, int64_t block, const Bytes *x, int64_t end, float *y,
-                             int64_t stride);
+/* The first of `end` rows of a block of channels, whose weights are w, to y (rows, stride): how many, FOUR_BITS_ROWS at
+ * most. */
+typedef int64_t FourBitsRows(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int64_t end,
+                             float *y, int64_t stride);
 
 struct FourBits {
   const OrtApi *api;
@@ -52,6 +53,9 @@ int64_t four_bits_tasks(FourBitsCall *call);
 void four_bits_task(void *call, size_t task);
 
 void four_bits_bytes(const float *x, int64_t rows, int64_t depth, Bytes to);
+
+/* Weights of a block: `bytes` of two each, to one in a byte, QUAD of each channel side by side. */
+void four_bits_unpack(const uint8_t *packed, int64_t bytes, uint8_t *to);
 
 FourBitsRows four_bits_avx2, four_bits_vnni;
 

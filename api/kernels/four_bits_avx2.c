@@ -58,6 +58,17 @@ AVX2 void four_bits_bytes(const float *x, int64_t rows, int64_t depth, Bytes to)
     }
 }
 
+AVX2 void four_bits_unpack(const uint8_t *packed, int64_t bytes, uint8_t *to) {
+  const __m256i lower = _mm256_set1_epi8(15);
+  for (int64_t i = 0; i < bytes; i += QUAD * LANES, to += 2 * QUAD * LANES)
+    for (int half = 0; half < QUAD * LANES; half += QUAD * HALF) {
+      const __m256i both = _mm256_load_si256((const __m256i *)(packed + i + half));
+      const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(both, 4), lower);
+      _mm256_store_si256((__m256i *)(to + half), _mm256_and_si256(both, lower));
+      _mm256_store_si256((__m256i *)(to + QUAD * LANES + half), upper);
+    }
+}
+
 AVX2 INLINE __m256i four(const int8_t *x) {
   int32_t bytes;
   memcpy(&bytes, x, QUAD);
@@ -65,9 +76,9 @@ AVX2 INLINE __m256i four(const int8_t *x) {
 }
 
 /* `rows` rows of a block to y (rows, stride). `rows` is a constant wherever this is inlined. */
-AVX2 INLINE void run(const FourBits *kernel, int64_t block, const Bytes *x, int rows, float *y, int64_t stride) {
+AVX2 INLINE void run(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int rows, float *y,
+                     int64_t stride) {
   const int64_t sets = kernel->sets;
-  const uint8_t *w = kernel->weights->packed + block * kernel->weights->block_bytes;
   const float *scale = kernel->scale + block * sets * LANES;
   const __m256i ones = _mm256_set1_epi16(1);
   float totals[ROWS][LANES] __attribute__((aligned(32))) = {0};
@@ -108,11 +119,11 @@ AVX2 INLINE void run(const FourBits *kernel, int64_t block, const Bytes *x, int 
     }
 }
 
-AVX2 int64_t four_bits_avx2(const FourBits *kernel, int64_t block, const Bytes *x, int64_t end, float *y,
-                            int64_t stride) {
+AVX2 int64_t four_bits_avx2(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int64_t end,
+                            float *y, int64_t stride) {
   if (end >= ROWS)
-    run(kernel, block, x, ROWS, y, stride);
+    run(kernel, block, w, x, ROWS, y, stride);
   else
-    run(kernel, block, x, 1, y, stride);
+    run(kernel, block, w, x, 1, y, stride);
   return end >= ROWS ? ROWS : 1;
 }

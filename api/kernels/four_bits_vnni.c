@@ -14,9 +14,9 @@ VNNI INLINE __m512i four(const int8_t *x) {
 }
 
 /* `rows` rows of a block to y (rows, stride). `rows` is a constant wherever this is inlined. */
-VNNI INLINE void run(const FourBits *kernel, int64_t block, const Bytes *x, int rows, float *y, int64_t stride) {
+VNNI INLINE void run(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int rows, float *y,
+                     int64_t stride) {
   const int64_t sets = kernel->sets, depth = sets * SET;
-  const __m512i *w = (const __m512i *)(kernel->weights->packed + block * kernel->weights->block_bytes);
   const float *scale = kernel->scale + block * sets * LANES;
   /* Four addresses and three offsets, because there are no registers for an address per row. */
   const int8_t *from[ROWS / 3] = {x->values, x->values + 3 * depth, x->values + 6 * depth, x->values + 9 * depth};
@@ -25,7 +25,7 @@ VNNI INLINE void run(const FourBits *kernel, int64_t block, const Bytes *x, int 
   for (int64_t set = 0; set < sets; set++, scale += LANES) {
     __m512i sums[ROWS];
     UNROLL for (int row = 0; row < rows; row++) sums[row] = _mm512_set1_epi32(x->middles[row * sets + set]);
-    for (int64_t k = set * SET; k < (set + 1) * SET; k += QUAD, w++) {
+    for (int64_t k = set * SET; k < (set + 1) * SET; k += QUAD, w += QUAD * LANES) {
       const __m512i weights = _mm512_load_si512(w);
       UNROLL for (int row = 0; row < rows; row++) {
         const __m512i values = four(from[row / 3] + row % 3 * depth + k);
@@ -41,14 +41,14 @@ VNNI INLINE void run(const FourBits *kernel, int64_t block, const Bytes *x, int 
   UNROLL for (int row = 0; row < rows; row++) _mm512_storeu_ps(y + row * stride, _mm512_add_ps(totals[row], bias));
 }
 
-VNNI int64_t four_bits_vnni(const FourBits *kernel, int64_t block, const Bytes *x, int64_t end, float *y,
-                            int64_t stride) {
+VNNI int64_t four_bits_vnni(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int64_t end,
+                            float *y, int64_t stride) {
   const int64_t rows = end >= ROWS ? ROWS : end >= 4 ? 4 : 1;
   if (rows == ROWS)
-    run(kernel, block, x, ROWS, y, stride);
+    run(kernel, block, w, x, ROWS, y, stride);
   else if (rows == 4)
-    run(kernel, block, x, 4, y, stride);
+    run(kernel, block, w, x, 4, y, stride);
   else
-    run(kernel, block, x, 1, y, stride);
+    run(kernel, block, w, x, 1, y, stride);
   return rows;
 }

@@ -29,7 +29,8 @@ int64_t weights_lane(const Weights *weights, int64_t channel) {
 static int is_pointwise(Layout layout) { return layout == POINTWISE_VNNI || layout == POINTWISE_WOVEN; }
 
 /* Four weights of 16 channels in 64 bytes; in a panel two blocks take turns. AVX2: two weights of each, as 16 bits
- * where they are few. Four bits: four weights of 16 channels again, without a sign. */
+ * where they are few. Four bits: eight weights of 16 channels, without a
+ * sign; the first four are the lower halves of bytes. */
 static void put(const Weights *weights, int64_t channel, int64_t index, int8_t weight) {
   const int64_t at = weights_lane(weights, channel), block = at / LANES, lane = at % LANES;
   int8_t *start = (int8_t *)weights->packed;
@@ -43,8 +44,8 @@ static void put(const Weights *weights, int64_t channel, int64_t index, int8_t w
     start += (index / 4 * PANEL_BLOCKS + block % PANEL_BLOCKS) * LINE_BYTES;
     start[lane * 4 + index % 4] = weight;
   } else if (weights->layout == FOUR_BITS) {
-    start += block * weights->block_bytes + index / 4 * LINE_BYTES;
-    start[lane * 4 + index % 4] = (int8_t)(weight + MIDDLE);
+    start += block * weights->block_bytes + index / 8 * LINE_BYTES;
+    start[lane * 4 + index % 4] |= (int8_t)((weight + MIDDLE) << (index / 4 % 2 * 4));
   } else if (weights->layout == POINTWISE_AVX2) {
     start += block * weights->block_bytes + index / 2 * (2 * LANES);
     start[lane * 2 + index % 2] = weight;
@@ -127,7 +128,7 @@ static int64_t block_bytes(Layout layout, int64_t depth) {
     case POINTWISE_AVX2:
       return up_to(depth, 2) * LANES;
     case FOUR_BITS:
-      return up_to(depth, SET) * LANES;
+      return up_to(depth, SET) * LANES / 2;
     case POINTWISE_WOVEN:
       return up_to(depth, 64) * LANES;
     default:

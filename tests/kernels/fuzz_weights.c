@@ -16,7 +16,13 @@ static int same(const Weights *weights, const int8_t *w) {
   const int64_t wide = weights->layout == DEPTHWISE_AVX2 ? 2 : 1;
   const int added = weights->layout == FOUR_BITS ? MIDDLE : 0;
   for (int64_t i = 0; i < weights->channels * weights->depth; i++) counts[(uint8_t)(w[i] + added)]++;
-  for (int64_t i = 0; i < weights->blocks * weights->block_bytes; i += wide) counts[weights->packed[i]]--;
+  for (int64_t i = 0; i < weights->blocks * weights->block_bytes; i += wide) {
+    const uint8_t byte = weights->packed[i];
+    if (weights->layout == FOUR_BITS)
+      counts[byte & 15]--, counts[byte >> 4]--;
+    else
+      counts[byte]--;
+  }
   for (int i = 1; i < 256; i++)
     if (counts[i] != 0) return 0;
   return (uintptr_t)weights->packed % LINE_BYTES == 0;

@@ -279,14 +279,40 @@ def test_keeps_weights_that_somebody_else_reads() -> None:
     assert "packed" in {tensor.name for tensor in onnx.load_from_string(rewritten).graph.initializer}
 
 
-def test_leaves_what_is_inside_of_a_branch() -> None:
+@pytest.mark.parametrize("yes", [True, False])
+def test_takes_what_is_inside_of_branches(kernels: str, yes: bool) -> None:
+    """The same weights in both, twice in one of them."""
     product = Product()
-    branch = helper.make_graph(
-        [product.node()], "branch", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
-    )
-    which = helper.make_node("If", ["yes"], ["chosen"], then_branch=branch, else_branch=branch)
-    model = product.model(which, outputs=("chosen",), yes=np.array(True))
-    assert hand_over_products(model, Kept()) == (model, None)
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    once = helper.make_graph([product.node()], "once", [], [value])
+    twice = [product.node(name="a"), product.node(name="b"), helper.make_node("Add", ["a", "b"], ["y"])]
+    branches = {"then_branch": helper.make_graph(twice, "twice", [], [value]), "else_branch": once}
+    which = helper.make_node("If", ["yes"], ["chosen"], **branches)
+    model = product.model(which, outputs=("chosen",), yes=np.array(yes))
+    x = noise(9, 200)
+    (found,) = open_ours(model).run(None, {"x": x})
+    np.testing.assert_array_equal(found, product.expected(x) * (2 if yes else 1))
+    keep = Kept()
+    rewritten, probe = hand_over_products(model, keep)
+    assert len(keep.weights) == 3
+    assert [tensor.name for tensor in onnx.load_from_string(rewritten).graph.initializer] == ["yes"]
+    assert probe is not None
+    assert len(onnx.load_from_string(probe.model).graph.output) == 6
+
+
+@pytest.mark.parametrize("all_ours", [True, False])
+def test_a_lone_clip_has_no_company_where_all_products_are_ours(all_ours: bool) -> None:
+    product = Product()
+    nodes = [
+        helper.make_node("Shape", ["x"], ["search.batch"], start=0, end=1),
+        helper.make_node("Max", ["search.batch", "two"], ["search.rows"]),
+        product.node(),
+        product.node("x", "z", accuracy_level=4 if all_ours else 1),
+    ]
+    model = product.model(*nodes, outputs=("y", "z", "search.rows"), two=np.array([2]))
+    found = onnx.load_from_string(hand_over_products(model, Kept())[0]).graph.node[1]
+    wanted = ("Identity", ["search.batch"]) if all_ours else ("Max", ["search.batch", "two"])
+    assert (found.op_type, list(found.input), list(found.output)) == (*wanted, ["search.rows"])
 
 
 def ours(change: Any = None, *, kind: str = "four_bits", depth: int = 200) -> ort.InferenceSession:
