@@ -97,7 +97,7 @@ def _transcript(session: Session, task: Task, transcript: Transcript) -> None:
         st.info(
             f"**{strings('result.silence')}** {strings('result.silence_do')}", icon=":material/volume_off:"
         )
-    _player(session, task, transcript)
+    _player(session, task, downloads.final(session, task, transcript))
     if transcript.text.strip():
         downloads.render(session, task, transcript)
         compare.render(session, task, transcript)
