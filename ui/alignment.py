@@ -189,5 +189,8 @@ def _segments(words: Sequence[Word], old: Sequence[Segment]) -> Iterator[Segment
         middle_s = (word.start_s + word.end_s) / 2
         home = max((i for i, part in enumerate(old) if part.start_s <= middle_s), default=0)
         groups.setdefault(home, []).append(word)
-    for group in groups.values():
-        yield Segment(" ".join(word.text for word in group), group[0].start_s, group[-1].end_s)
+    for home, group in groups.items():
+        text = " ".join(word.text for word in group)
+        untouched = bool(old) and text == old[home].text
+        confidence = old[home].confidence if untouched else None
+        yield Segment(text, group[0].start_s, group[-1].end_s, confidence)

@@ -27,6 +27,7 @@ MAX_COLUMNS = 36_000
 TILE_COLUMNS = 4096
 TOP_HZ = 8000.0
 _FLOOR_DB = 70.0
+_SILENCE_DB = -100.0  # of no sound at all, see `_log_mel`
 _BLOCK_S = 10.0
 # As in the service: no playlist, session description or script may make FFmpeg open files, hosts or ports.
 _FFMPEG_OPTIONS = {
@@ -137,7 +138,10 @@ def blocks(data: bytes) -> Iterator[tuple[Floats, int]]:
         UnreadableSoundError: see the class.
     """
     failure: Exception | None = None
-    for read in (_read_with_libsndfile, _read_with_ffmpeg):
+    readers = [_read_with_libsndfile, _read_with_ffmpeg]
+    if media_type(data) == "audio/mpeg":  # libsndfile's decoder complains on stderr of frames that are sound
+        readers.reverse()
+    for read in readers:
         waiting: list[Floats] = []
         held, rate, found = 0, 0, False
         try:
@@ -199,7 +203,8 @@ def _log_mel(block: Floats, hop: int, rate: int) -> Floats:
     frames = np.lib.stride_tricks.sliding_window_view(padded, window)[: len(block) : hop]
     taper = np.hanning(window).astype(np.float32)
     power = np.square(np.abs(np.fft.rfft(frames * taper, size)))
-    decibels: Floats = (10 * np.log10(power @ _filters(size, rate).T + 1e-10)).astype(np.float32)
+    mels = power @ _filters(size, rate).T + 10 ** (_SILENCE_DB / 10)
+    decibels: Floats = (10 * np.log10(mels)).astype(np.float32)
     return decibels
 
 
@@ -225,7 +230,7 @@ def _pooled(values: Floats, pool: int) -> Floats:
 
 
 def _tiles(decibels: Floats) -> tuple[bytes, ...]:
-    top = float(decibels.max())
+    top = max(float(decibels.max()), _SILENCE_DB + _FLOOR_DB)  # where nothing is heard, nothing shines
     shade = np.clip((decibels - top + _FLOOR_DB) / _FLOOR_DB, 0, 1) * 255
     image = np.flipud(shade.astype(np.uint8).T)
     steps = np.linspace(0, 255, len(_ANCHORS))

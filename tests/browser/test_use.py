@@ -59,6 +59,24 @@ def test_segments_can_be_heard_and_the_text_copied(desk: Visit) -> None:
     expect(desk.page.locator(".player .told")).to_have_text(ENGLISH["player.copied"])
 
 
+def test_a_long_text_keeps_to_its_box_and_follows_the_sound(desk: Visit) -> None:
+    drop(desk.page, ("long.wav", wav(recite([" ".join("abcdefgh")] * 25, pause_s=0.3))))
+    heard(desk.page)
+    box = desk.page.locator(".player .text")
+    assert box.evaluate("node => node.clientHeight") <= 480
+    box.evaluate("node => { node.style.maxHeight = '6rem'; }")
+    audio = desk.page.locator(".player audio")
+    audio.evaluate("node => { node.currentTime = node.duration - 4; }")
+    desk.page.locator(".player .play").click()
+    desk.page.wait_for_function(
+        """() => {
+            const box = [...document.querySelectorAll("*")].map((node) => node.shadowRoot ?? node)
+                .map((root) => root.querySelector?.(".player .text")).find(Boolean);
+            return box.scrollTop > box.scrollHeight / 2;
+        }"""
+    )
+
+
 def test_waveform_and_spectrogram_are_drawn(desk: Visit) -> None:
     drop(desk.page, ("song.wav", wav(sing(TEXT))))
     heard(desk.page)
@@ -81,10 +99,13 @@ def test_a_correction_is_in_the_srt_that_is_downloaded(desk: Visit) -> None:
     assert cue is not None
     expand(desk.page, "result.correct")
     box = desk.page.get_by_label(ENGLISH["result.correct"]).last
-    box.fill("head good cafe")
-    box.press("Control+Enter")
-    expect(desk.page.get_by_text(ENGLISH["result.changed"])).to_be_visible()
+    box.fill("head good cafe")  # which the box tells when the click takes the focus from it
     assert download(desk.page, "SRT").decode() == original.replace("bad", "good")
+    expect(desk.page.get_by_text(ENGLISH["result.changed"])).to_be_visible()
+    expect(words(desk.page)).to_have_text(["head", "good", "cafe"])
+    desk.page.get_by_role("button", name=ENGLISH["player.copy"]).click()
+    expect(desk.page.locator(".player .told")).to_have_text(ENGLISH["player.copied"])
+    assert desk.page.evaluate("navigator.clipboard.readText()") == "head good cafe"
     assert b"head good cafe" in download(desk.page, "TXT")
     assert download(desk.page, "VTT").startswith(b"WEBVTT\n\n")
     assert json.loads(download(desk.page, "JSON"))["text"] == "head good cafe"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.ui.service import TRANSCRIPT
 from ui.alignment import TextTooLongError, align, comparable, corrected, error_rate
-from ui.transcript import Transcript
+from ui.transcript import Segment, Transcript
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=9)
 
@@ -77,6 +78,15 @@ def test_a_correction_keeps_times_and_drops_confidence_only_where_changed() -> N
     assert (words["quick,"].start_s, words["quick,"].end_s, words["quick,"].confidence) == (0.4, 0.8, 0.8)
     assert (words["dog"].start_s, words["dog"].end_s, words["dog"].confidence) == (1.4, 1.9, None)
     assert (words["lazy"].start_s, words["lazy"].end_s, words["lazy"].confidence) == (0.8, 0.9, None)
+
+
+def test_a_segment_that_nobody_touched_keeps_its_confidence() -> None:
+    parts = [("the quick", 0.1, 0.8, 0.85), ("brown fox", 0.9, 1.9, 0.7)]
+    segments = tuple(Segment(*part) for part in parts)
+    first = replace(Transcript.from_json(TRANSCRIPT), segments=segments)
+    kept, changed = corrected(first, "the quick brown dog").segments
+    assert kept == segments[0]
+    assert (changed.text, changed.confidence) == ("brown dog", None)
 
 
 @given(st.lists(st.sampled_from(["the", "quick", "brown", "fox", "new", "words"]), max_size=12))

@@ -6,6 +6,7 @@ import asyncio
 import io
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta, timezone
 from typing import Any
 
 import httpx
@@ -16,9 +17,12 @@ from streamlit.testing.v1 import AppTest
 
 from tests.ui.service import TRANSCRIPT, envelope, sse
 from ui.background import Background
+from ui.client import Options
 from ui.settings import UiSettings
-from ui.strings import NAMES, TABLES
-from ui.work import State
+from ui.strings import NAMES, TABLES, Strings
+from ui.views.format import plain
+from ui.views.overview import _recent
+from ui.work import State, Task
 
 ENGLISH = TABLES["en"]
 DONE = sse(
@@ -167,7 +171,7 @@ def test_models_and_languages_are_those_the_service_serves(opened: Opened) -> No
 def test_the_sample_becomes_a_transcript(opened: Opened, service: Service) -> None:
     page = sample(opened())
     assert only_task(page).state is State.DONE
-    assert ENGLISH["result.title"].format(name="sample.flac") in texts(page)
+    assert ENGLISH["result.title"].format(name=plain("sample.flac")) in texts(page)
     assert page.text_area[0].value == "the quick brown fox"
     assert {code.value for code in page.code} >= {"req-9"}
     body = service.sent[0].content
@@ -208,6 +212,25 @@ def test_a_file_that_is_dropped_is_sent_at_once(opened: Opened, service: Service
     assert len(service.sent) == 2
     choice = next(box for box in page.selectbox if box.label == ENGLISH["result.choose"])
     assert len(choice.options) == 2
+
+
+def test_a_name_is_shown_letter_by_letter(opened: Opened, service: Service) -> None:
+    name = "*5* [$] a_b_ :smile: $x$ &amp; <b>.wav"
+    page = opened()
+    page.file_uploader[0].upload(name, b"RIFF....", "audio/wav")
+    settle(page.run())
+    assert page.subheader[0].value == ENGLISH["result.title"].format(name=plain(name))
+    service.transcribe = envelope(400, "undecodable_audio", "Not *sound*.")
+    page.file_uploader[0].upload(name, b"RIFF,,,,", "audio/wav")
+    settle(page.run())
+    assert plain(name) in page.error[0].value
+    assert plain("Not *sound*.") in page.error[0].value
+
+
+def test_the_overview_tells_the_time_of_the_browser() -> None:
+    task = Task("a.wav", None, Options(), created_at=1_767_225_600.0)  # 2026-01-01T00:00:00Z
+    shown = _recent([task], Strings("en"), timezone(timedelta(hours=5, minutes=30)))
+    assert "<td>05:30:00</td>" in shown
 
 
 def test_a_correction_goes_into_the_downloads_and_can_be_undone(opened: Opened) -> None:
@@ -364,7 +387,7 @@ def test_a_warning_about_a_word_does_not_speak_of_the_file(opened: Opened, servi
     event = {"type": "transcript.text.done", **TRANSCRIPT, "warnings": [warning]}
     service.transcribe = httpx.Response(200, content=sse(event))
     page = sample(opened())
-    assert page.warning[0].value == ENGLISH["problem.said"].format(message=warning)
+    assert page.warning[0].value == ENGLISH["problem.said"].format(message=plain(warning))
 
 
 def test_an_empty_file_is_said(opened: Opened, service: Service) -> None:
@@ -382,7 +405,7 @@ def test_every_language_draws_the_whole_page(opened: Opened, language: str) -> N
     assert page.selectbox(key="page_language").label == TABLES[language]["page.language"]
     button(page, TABLES[language]["input.sample"]).click().run()
     settle(page)
-    assert TABLES[language]["result.title"].format(name="sample.flac") in texts(page)
+    assert TABLES[language]["result.title"].format(name=plain("sample.flac")) in texts(page)
 
 
 def test_another_language_is_spoken_at_once_by_the_box_that_chose_it_too(opened: Opened) -> None:

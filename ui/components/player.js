@@ -9,7 +9,10 @@ export default function (component) {
   const { data, parentElement } = component;
   const root = parentElement.querySelector(".player");
   const old = players.get(root);
-  if (old && old.id === data.id && old.language === data.language) return () => old.close(root);
+  if (old && old.id === data.id && old.language === data.language) {
+    old.update(data);
+    return () => old.close(root);
+  }
   if (old) old.close(root, true);
   const player = new Player(root, data);
   players.set(root, player);
@@ -34,6 +37,7 @@ class Player {
     this.audio = this.$("audio");
     this.until = null; // where to stop, when only a part is played
     this.wordAt = -1;
+    this.seen = {}; // of each box, what was marked in it last
     this.listeners = new AbortController();
     this.signal = { signal: this.listeners.signal };
     this.duration = data.duration_s || 0.01;
@@ -43,6 +47,19 @@ class Player {
     this.$(".sound").classList.toggle("none", !data.picture);
     this.picture = data.picture ? new Picture(this) : null;
     this.controls();
+    this.tick();
+  }
+
+  update(data) {
+    if (data.text === this.data.text) return;
+    this.data = data; // as a person corrected it: the sound is the same and plays on
+    if (this.picture) this.picture.data = data;
+    this.wordAt = -1;
+    this.seen = {};
+    this.$(".told").textContent = "";
+    this.words();
+    this.segments();
+    this.picture?.draw();
     this.tick();
   }
 
@@ -68,7 +85,6 @@ class Player {
     this.$(".copy").textContent = s.copy;
     this.$(".all").textContent = clock(this.duration);
     this.$(".hint").textContent = s.hint;
-    this.$(".hint").classList.toggle("none", !this.data.words.length);
     this.$(".told").textContent = "";
     const select = this.$(".speed select");
     select.replaceChildren(
@@ -99,11 +115,7 @@ class Player {
     });
     const parts = this.wordNodes.flatMap((node) => [node, document.createTextNode(" ")]);
     box.replaceChildren(...(parts.length ? parts : [document.createTextNode(this.data.text)]));
-    box.addEventListener("click", (event) => {
-      const index = this.wordNodes.indexOf(event.target);
-      if (index >= 0 && document.getSelection().isCollapsed) this.playWord(index);
-    }, this.signal);
-    box.addEventListener("keydown", (event) => this.wordKey(event), this.signal);
+    this.$(".hint").classList.toggle("none", !this.data.words.length);
     this.legend();
   }
 
@@ -188,6 +200,11 @@ class Player {
     });
     on(this.$(".speed select"), "change", (event) => { this.audio.playbackRate = Number(event.target.value); });
     on(this.$(".copy"), "click", () => this.copy());
+    on(this.$(".text"), "click", (event) => {
+      const index = this.wordNodes.indexOf(event.target);
+      if (index >= 0 && document.getSelection().isCollapsed) this.playWord(index);
+    });
+    on(this.$(".text"), "keydown", (event) => this.wordKey(event));
     for (const name of ["play", "pause", "ended", "seeked", "timeupdate"]) on(this.audio, name, () => this.tick());
     on(this.audio, "error", () => { this.$(".told").textContent = this.data.strings.unplayable; });
     fetch(this.data.audio_url).then((answer) => {
@@ -217,6 +234,7 @@ class Player {
   }
 
   start() {
+    this.seen = {};
     this.audio.play().catch(() => { this.$(".told").textContent = this.data.strings.unplayable; });
   }
 
@@ -251,13 +269,28 @@ class Player {
       this.wordNodes[this.wordAt]?.classList.remove("now");
       this.wordNodes[word]?.classList.add("now");
       this.wordAt = word;
+      this.follow(".text", this.wordNodes[word]);
       const segment = playing ? find(this.data.segments) : -1;
       this.rows.forEach((row, index) => row.classList.toggle("now", index === segment));
+      this.follow(".scroll", this.rows[segment]);
     }
+  }
+
+  follow(selector, node) {
+    // Keeps what is heard in sight, unless the person has scrolled away from it to read something else.
+    if (!node) return;
+    const box = this.$(selector);
+    const frame = box.getBoundingClientRect();
+    const last = this.seen[selector]?.getBoundingClientRect();
+    this.seen[selector] = node;
+    if (last && (last.bottom < frame.top || last.top > frame.bottom)) return;
+    const place = node.getBoundingClientRect();
+    if (place.top < frame.top || place.bottom > frame.bottom) box.scrollTop += place.top - frame.top - frame.height / 4;
   }
 
   seek(to) {
     this.until = null;
+    this.seen = {};
     this.audio.currentTime = Math.min(this.duration, Math.max(0, to));
     this.tick();
   }

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from functools import partial
+
 import streamlit as st
 
 from ui.alignment import TextTooLongError, corrected
@@ -9,6 +13,8 @@ from ui.exports import FORMATS, stem, to_txt, to_zip
 from ui.session import Session
 from ui.transcript import Transcript
 from ui.work import Task
+
+_ON_ITS_WAY_S = 0.5
 
 
 def render(session: Session, task: Task, transcript: Transcript) -> None:
@@ -18,6 +24,10 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
     original = to_txt(transcript).rstrip("\n")
     if key not in st.session_state:  # also after another file was looked at: Streamlit forgets hidden widgets
         st.session_state[key] = session.edits.get(key, original)
+
+    def keep() -> None:
+        session.edits[key] = st.session_state[key]
+
     with st.expander(strings("result.correct"), icon=":material/edit:", key=f"open.{key}"):
         text = st.text_area(
             strings("result.correct"),
@@ -25,16 +35,16 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
             height=180,
             help=strings("result.correct_help"),
             label_visibility="collapsed",
+            on_change=keep,
         )
         session.edits[key] = text
         changed = text.split() != original.split()
 
         def undo() -> None:
-            st.session_state[key] = original
+            session.edits[key] = st.session_state[key] = original
 
         if changed:
             st.button(strings("result.undo"), icon=":material/undo:", on_click=undo, key=f"undo.{key}")
-    final = _final(session, task, transcript)
     st.markdown(f"**{strings('result.download')}**")
     if changed:
         st.caption(strings("result.changed"))
@@ -43,7 +53,7 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
         with column:
             st.download_button(
                 ending.upper(),
-                write(final),
+                _latest(session, partial(_written, write, session, task, transcript)),
                 file_name=f"{stem(task.name)}.{ending}",
                 mime=mime,
                 help=strings("result.download_one", format=ending.upper()),
@@ -59,10 +69,13 @@ def zip_of_all(session: Session, tasks: list[Task]) -> None:
     done = [(task, task.transcript) for task in tasks if task.transcript is not None]
     if len(done) < 2:
         return
-    named = [(task.name, _final(session, task, transcript)) for task, transcript in done]
+
+    def archive() -> bytes:
+        return to_zip((task.name, final(session, task, transcript)) for task, transcript in done)
+
     st.download_button(
         session.strings("result.download_zip"),
-        lambda: to_zip(named),
+        _latest(session, archive),
         file_name="transcripts.zip",
         mime="application/zip",
         icon=":material/folder_zip:",
@@ -71,7 +84,27 @@ def zip_of_all(session: Session, tasks: list[Task]) -> None:
     )
 
 
-def _final(session: Session, task: Task, transcript: Transcript) -> Transcript:
+def _written(write: Callable[[Transcript], str], session: Session, task: Task, transcript: Transcript) -> str:
+    return write(final(session, task, transcript))
+
+
+def _latest(session: Session, make: Callable[[], str | bytes]) -> Callable[[], str | bytes]:
+    """``make``, once a correction that the same click commits has come in.
+
+    A box of text tells its words when the person leaves it, and a click on a download is such a moment. The
+    page has then yet to run again: what it has made before lacks the last words.
+    """
+
+    def content() -> str | bytes:
+        before, waited_until = dict(session.edits), time.monotonic() + _ON_ITS_WAY_S
+        while session.edits == before and time.monotonic() < waited_until:
+            time.sleep(0.02)
+        return make()
+
+    return content
+
+
+def final(session: Session, task: Task, transcript: Transcript) -> Transcript:
     """The transcript to take away: as the person corrected it, else as the service gave it."""
     text = session.edits.get(f"edit.{task.id}.{transcript.id}")
     if text is None or text.split() == transcript.text.split():

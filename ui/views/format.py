@@ -36,3 +36,8 @@ def count(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.3g} {unit}"
     return f"{number:g}"
+
+
+def plain(text: str) -> str:
+    """Any text, a file's name for one, as Markdown that shows it letter by letter."""
+    return "".join(f"\\{letter}" if letter in r"\`*_{}[]()<>#+-.!|~$:&" else letter for letter in text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta, timezone, tzinfo
 from typing import Any
 
 import streamlit as st
@@ -37,7 +37,9 @@ def render(session: Session) -> None:
     st.html(_models(service.models, strings))
     st.subheader(strings("overview.recent"), anchor=False)
     if session.work.tasks:
-        st.html(_recent(list(reversed(session.work.tasks)), strings))
+        offset_min = st.context.timezone_offset  # the browser's own: the page's server may stand elsewhere
+        zone = None if offset_min is None else timezone(timedelta(minutes=-offset_min))
+        st.html(_recent(list(reversed(session.work.tasks)), strings, zone))
     else:
         st.caption(strings("overview.none"))
 
@@ -121,7 +123,7 @@ def _evaluations(value: Any) -> str:
     return "\n".join(texts) or "–"
 
 
-def _recent(tasks: Sequence[Task], strings: Strings) -> str:
+def _recent(tasks: Sequence[Task], strings: Strings, zone: tzinfo | None) -> str:
     rows = []
     for task in tasks:
         transcript = task.transcript
@@ -131,7 +133,7 @@ def _recent(tasks: Sequence[Task], strings: Strings) -> str:
         short = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS].rstrip() + "…"
         rows.append(
             [
-                datetime.fromtimestamp(task.created_at).astimezone().strftime("%H:%M:%S"),
+                datetime.fromtimestamp(task.created_at, zone).strftime("%H:%M:%S"),
                 task.name,
                 strings(f"state.{task.state}") + (f": {short}" if short else ""),
                 "–" if task.duration_s is None else duration(task.duration_s, strings),

@@ -10,7 +10,7 @@ import streamlit as st
 
 from ui.session import Session
 from ui.strings import Strings
-from ui.views.format import clock
+from ui.views.format import clock, plain
 from ui.work import State, Task
 
 REFRESH_S = 0.3
@@ -48,7 +48,7 @@ def _one(session: Session, task: Task) -> None:
     words, button = st.columns([5, 1], vertical_alignment="center")
     with words:
         share = min(1.0, task.heard_s / task.duration_s) if task.heard_s and task.duration_s else 0.0
-        st.progress(share, f"**{_plain(task.name)}**: {_status(task, strings)}")
+        st.progress(share, f"**{plain(task.name)}**: {_status(task, strings)}")
         if task.text:
             st.html(f'<p class="asr-partial" aria-live="polite">{html.escape(task.text)}</p>')
     with button:
@@ -68,8 +68,3 @@ def _status(task: Task, strings: Strings) -> str:
     if task.heard_s is not None and task.duration_s:
         return strings("progress.heard", heard=clock(task.heard_s), total=clock(task.duration_s))
     return strings("progress.listening")
-
-
-def _plain(name: str) -> str:
-    """A file name as Markdown that shows it letter by letter."""
-    return "".join(f"\\{letter}" if letter in r"\`*_{}[]()<>#+-.!|~$:" else letter for letter in name)

@@ -15,7 +15,7 @@ from ui.sound import media_type
 from ui.strings import Strings, language_name
 from ui.transcript import Transcript
 from ui.views import compare, details, downloads
-from ui.views.format import duration
+from ui.views.format import duration, plain
 from ui.work import State, Task
 
 
@@ -81,7 +81,7 @@ def _labels(tasks: Sequence[Task], strings: Strings) -> dict[str, str]:
 
 def _transcript(session: Session, task: Task, transcript: Transcript) -> None:
     strings = session.strings
-    st.subheader(strings("result.title", name=task.name), anchor=False)
+    st.subheader(strings("result.title", name=plain(task.name)), anchor=False)
     st.caption(
         strings(
             "result.summary",
@@ -92,12 +92,12 @@ def _transcript(session: Session, task: Task, transcript: Transcript) -> None:
         )
     )
     for warning in transcript.warnings:
-        st.warning(strings("problem.said", message=warning), icon=":material/warning:")
+        st.warning(strings("problem.said", message=plain(warning)), icon=":material/warning:")
     if not transcript.text.strip():
         st.info(
             f"**{strings('result.silence')}** {strings('result.silence_do')}", icon=":material/volume_off:"
         )
-    _player(session, task, transcript)
+    _player(session, task, downloads.final(session, task, transcript))
     if transcript.text.strip():
         downloads.render(session, task, transcript)
         compare.render(session, task, transcript)
@@ -106,7 +106,7 @@ def _transcript(session: Session, task: Task, transcript: Transcript) -> None:
 
 def _player(session: Session, task: Task, transcript: Transcript) -> None:
     if task.audio is None:
-        st.markdown(f"#### {transcript.text}")
+        st.markdown(f"#### {plain(transcript.text)}")
         st.caption(session.strings("result.sound_gone"))
         return
     sound = PlayableSound(task.audio.data, media_type(task.audio.data) or task.audio.content_type)
@@ -116,9 +116,9 @@ def _player(session: Session, task: Task, transcript: Transcript) -> None:
 def _problem(session: Session, task: Task, error: ApiError, service: Service) -> None:
     strings = session.strings
     problem = explain_file(error, strings, service.max_upload_bytes, empty=task.empty)
-    lines = [f"**{task.name}**", f"**{problem.title}** {problem.advice}"]
+    lines = [f"**{plain(task.name)}**", f"**{problem.title}** {problem.advice}"]
     if problem.said:
-        lines.append(problem.said)
+        lines.append(plain(problem.said))
     st.error("\n\n".join(lines), icon=":material/error:")
     if problem.can_retry:
         _again(session, task)
