@@ -82,6 +82,11 @@ class TestFields:
     def test_language_is_case_blind(self) -> None:
         assert parse_form(TranscribeForm, [("language", "EN")]).options(SETTINGS).language == "en"
 
+    @pytest.mark.parametrize("name", ["en-US", "english", "e", "en\n"])
+    def test_what_is_no_code_of_a_language_is_told_what_one_looks_like(self, name: str) -> None:
+        with pytest.raises(InvalidValueError, match=r"language: Input should be an ISO 639-1 code .* 'en'"):
+            parse_form(OpenAIForm, [("model", "whisper-1"), ("language", name)])
+
     @pytest.mark.parametrize(
         ("fields", "error", "param"),
         [
