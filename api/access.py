@@ -124,7 +124,8 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_socket = scope["type"] == "websocket"
-        if not is_socket and (scope["type"] != "http" or _is_open(scope)):
+        is_request = scope["type"] == "http"
+        if not is_socket and not (is_request and scope["method"] != "OPTIONS" and not is_open(scope["path"])):
             await self.app(scope, receive, send)
             return
         try:
@@ -171,14 +172,9 @@ class Access:
         return key.name
 
 
-def _is_open(scope: Scope) -> bool:
-    path = scope["path"]
-    return (
-        path in _OPEN_PATHS
-        or path == "/health"
-        or path.startswith("/health/")
-        or scope["method"] == "OPTIONS"
-    )
+def is_open(path: str) -> bool:
+    """Whether this address answers without a key."""
+    return path in _OPEN_PATHS or path == "/health" or path.startswith("/health/")
 
 
 def _bearer(scope: Scope) -> str | None:

@@ -11,7 +11,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
 
 from api.errors import InvalidRequestError, InvalidValueError, from_validation
 from api.multipart import refuse_file_without_name, refuse_not_offered
@@ -25,6 +36,7 @@ F = TypeVar("F", bound="_Fields")
 MAX_HOTWORD_CHARACTERS = 200
 Hotword = Annotated[str, Field(min_length=1, max_length=MAX_HOTWORD_CHARACTERS)]
 OutputFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
+_LANGUAGE_CODE = "^[a-zA-Z]{2,3}$"
 
 
 def _boolean(value: object) -> object:
@@ -34,6 +46,17 @@ def _boolean(value: object) -> object:
     return value
 
 
+def _language_code(value: str) -> str:
+    if re.fullmatch(_LANGUAGE_CODE, value) is None:
+        raise PydanticCustomError(
+            "value_error", "Input should be an ISO 639-1 code without a region, such as 'en'"
+        )
+    return value
+
+
+LanguageCode = Annotated[
+    str, AfterValidator(_language_code), WithJsonSchema({"type": "string", "pattern": _LANGUAGE_CODE})
+]
 Flag = Annotated[bool, BeforeValidator(_boolean)]
 
 
@@ -80,7 +103,7 @@ class TranscribeForm(_Fields):
     """Fields of ``POST /transcribe``, beside ``file``."""
 
     model: str = Field("", max_length=100, description="Name of a loaded model; empty: the default model.")
-    language: str | None = Field(None, pattern="^[a-zA-Z]{2,3}$", description="ISO-639-1 code.")
+    language: LanguageCode | None = Field(None, description="ISO-639-1 code.")
     timestamps: Flag = Field(True, description="false leaves words and segments out of the answer.")
     beam: int | None = Field(
         None,
@@ -107,7 +130,7 @@ class OpenAIForm(_Fields):
     model: str = Field(
         max_length=100, description="Name of a loaded model, or whisper-1 for the default one."
     )
-    language: str | None = Field(None, pattern="^[a-zA-Z]{2,3}$", description="ISO-639-1 code.")
+    language: LanguageCode | None = Field(None, description="ISO-639-1 code.")
     keywords: tuple[Hotword, ...] = Field((), description="Hotwords: preferred where the audio allows.")
     prompt: str = Field("", max_length=10000, description="Accepted; a CTC model has no use for it.")
     temperature: float = Field(

@@ -11,11 +11,13 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -70,6 +72,8 @@ def create_app(
         app.include_router(module.router)
     if settings.docs_enabled:
         app.include_router(docs.router)
+    if keys:
+        app.openapi = partial(docs.with_keys, app.openapi)  # type: ignore[method-assign]
     if settings.metrics_enabled:
         _add_metrics(app, telemetry)
     _add_error_handlers(app)
@@ -141,7 +145,7 @@ async def _load(service: Service, on_failed_start: Callable[[], None] | None) ->
 
 
 def _add_metrics(app: FastAPI, telemetry: Telemetry) -> None:
-    @app.get("/metrics", tags=["health"], summary="Prometheus metrics", response_class=Response)
+    @app.get("/metrics", tags=["health"], summary="Prometheus metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         return metrics_response(telemetry, request)
 

@@ -177,7 +177,7 @@ class _Reader:
         except TimeoutError:
             raise UploadTimeoutError("The upload stopped before it was complete.") from None
         self._parser.finalize()
-        if self._preamble is not None:
+        if self._preamble is not None and not self._preamble.endswith(self._delimiter):
             raise InvalidRequestError("The multipart body is malformed: its boundary never comes.")
         if not self._ended:
             raise InvalidRequestError("The multipart body ends before its closing boundary.")
@@ -194,7 +194,11 @@ class _Reader:
         await self._flush()
 
     def _after_preamble(self, data: bytes) -> bytes:
-        """From the first delimiter on; what comes before it is to be ignored (RFC 2046, section 5.1.1)."""
+        """From the first delimiter on, without the blanks that may follow it on its line.
+
+        What comes before it is to be ignored (RFC 2046, section 5.1.1). Blanks behind later delimiters the
+        parser takes itself.
+        """
         at = data.find(self._delimiter)
         if at < 0 and self._received_bytes > _MAX_PREAMBLE_BYTES:
             raise InvalidRequestError(
@@ -205,8 +209,9 @@ class _Reader:
             return b""
         if data[at - 1 : at] != b"\n":  # rather refused than a part taken for preamble
             raise InvalidRequestError("The multipart body is malformed: its boundary begins within a line.")
-        self._preamble = None
-        return data[at:]
+        line_end = data[at + len(self._delimiter) :].lstrip(b" \t")
+        self._preamble = None if line_end else b"\n" + self._delimiter
+        return self._delimiter + line_end if line_end else b""
 
     async def _flush(self) -> None:
         pending, self._to_write = self._to_write, []

@@ -27,6 +27,12 @@ class ErrorBody(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 """What every route may answer, for the OpenAPI document."""
 
+_OTHER_FORMS = ("text/plain", "application/x-subrip", "text/vtt", "text/event-stream")
+TRANSCRIPTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {form: {"schema": {"type": "string"}} for form in _OTHER_FORMS}}
+}
+"""What a transcription answers beside JSON, where the request asks for it; also for the document."""
+
 
 class WordBody(BaseModel):
     """One word; times in seconds from the start of the file."""

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from api.errors import InvalidRequestError, from_validation
-from api.forms import Hotword, Pauses, check_options
+from api.forms import Hotword, LanguageCode, Pauses, check_options
 from api.live.listener import AudioForm
 from api.live.pcm import Encoding
 from api.settings import Settings
 from api.transcriber import Options
 from api.vad import VadOptions
 
+_KINDS = {
+    "none_required": "Input should be null",
+    "model_type": "Input should be an object",
+    "tuple_type": "Input should be a list",
+}
+"""pydantic's types of error -> what a caller is told, who sent JSON and not Python."""
+
 
 class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+_G711_RATE_HZ = 8000
 
 
 class AudioFormat(_Shape):
@@ -25,17 +36,28 @@ class AudioFormat(_Shape):
     type: Encoding = "audio/pcm"
     rate: int | None = Field(default=None, ge=8000, le=48000)
 
+    @field_validator("rate")
+    @classmethod
+    def _has_the_rate(cls, rate: int | None, info: ValidationInfo) -> int | None:
+        """G.711 at another rate would be heard at the wrong speed."""
+        encoding = info.data.get("type", "audio/pcm")
+        if encoding != "audio/pcm" and rate not in (None, _G711_RATE_HZ):
+            raise PydanticCustomError(
+                "value_error", "{encoding} has {rate_hz} Hz", {"encoding": encoding, "rate_hz": _G711_RATE_HZ}
+            )
+        return rate
+
     @property
     def rate_hz(self) -> int:
         """Samples per second of what comes."""
-        return (self.rate or 24000) if self.type == "audio/pcm" else 8000
+        return (self.rate or 24000) if self.type == "audio/pcm" else _G711_RATE_HZ
 
 
 class Transcription(_Shape):
     """``prompt`` and ``delay`` are accepted and have no effect on a CTC model."""
 
     model: str = Field(default="", max_length=100)
-    language: str | None = Field(default=None, pattern="^[a-zA-Z]{2,3}$")
+    language: LanguageCode | None = None
     keywords: tuple[Hotword, ...] = ()
     prompt: str | None = Field(default=None, max_length=10000)
     delay: Literal["minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -137,16 +159,16 @@ def updated(session: Session, changes: object) -> Session:
 
 
 def _in_words_of_json(error: dict[str, Any]) -> dict[str, Any]:
-    """pydantic's `error` with its place in the event, and null by the name it has there."""
-    message = "Input should be null" if error["type"] == "none_required" else error["msg"]
+    """pydantic's `error` with its place in the event, and JSON's kinds of values by their names there."""
+    message = _KINDS.get(error["type"], error["msg"])
     return {**error, "loc": ("session", *error["loc"]), "msg": message}
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`new` over `old`, object by object; null is a value."""
+    """`new` over `old`, object by object; null is a value, and so is a format: a rate is that of its type."""
     merged = dict(old)
     for name, value in new.items():
-        before = merged.get(name)
+        before = merged.get(name) if name != "format" else None
         merged[name] = (
             _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
         )

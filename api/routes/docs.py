@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
+
+from api.access import is_open
 
 router = APIRouter(include_in_schema=False)
 
@@ -33,6 +35,18 @@ _LIVE = {
 }
 
 
+def with_keys(openapi: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The document of a service that has keys: what must be sent, and where it need not be."""
+    document = openapi()
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            if is_open(path):
+                operation["security"] = []
+    return document
+
+
 @router.get("/docs")
 async def docs(request: Request) -> HTMLResponse:
     """Every route with its fields and an example that runs."""
@@ -48,7 +62,7 @@ def _page(document: dict[str, Any], base: str) -> Iterator[str]:
     yield f"<style>{_STYLE}</style><body><h1>{escape(info['title'])} {escape(info['version'])}</h1>"
     yield f"<p>{escape(info.get('description', ''))} The document itself: "
     yield '<a href="/openapi.json"><code>/openapi.json</code></a>.</p>'
-    yield f"<pre>{escape(_curl(base))}</pre>"
+    yield f"<pre>{escape(_curl(base, has_keys='security' in document))}</pre>"
     by_tag: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
     for path, methods in document["paths"].items():
         for verb, operation in methods.items():
@@ -63,11 +77,12 @@ def _page(document: dict[str, Any], base: str) -> Iterator[str]:
     yield "</table></body></html>"
 
 
-def _curl(base: str) -> str:
+def _curl(base: str, *, has_keys: bool) -> str:
+    curl = 'curl -H "Authorization: Bearer $KEY"' if has_keys else "curl"
     return (
-        f"curl -F file=@speech.mp3 {base}/transcribe\n"
-        f"curl -F file=@speech.mp3 -F format=srt {base}/transcribe\n"
-        f"curl -F model=whisper-1 -F response_format=verbose_json -F file=@speech.mp3 \\\n"
+        f"{curl} -F file=@speech.mp3 {base}/transcribe\n"
+        f"{curl} -F file=@speech.mp3 -F format=srt {base}/transcribe\n"
+        f"{curl} -F model=whisper-1 -F response_format=verbose_json -F file=@speech.mp3 \\\n"
         f"    {base}/v1/audio/transcriptions"
     )
 

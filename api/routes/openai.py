@@ -9,7 +9,7 @@ from api.forms import OpenAIForm, form_schema, parse_form
 from api.openai_format import json_body, verbose_body
 from api.routes.intake import Intake, PlainRoute, only_file, unless_disconnected
 from api.routes.sse import stream_response
-from api.schemas import ERRORS
+from api.schemas import ERRORS, TRANSCRIPTS
 from api.service import service_of
 from api.subtitles import to_srt, to_vtt
 from api.transcript import Transcript
@@ -20,6 +20,7 @@ router = APIRouter(tags=["openai"], route_class=PlainRoute, responses=ERRORS)
 @router.post(
     "/v1/audio/transcriptions",
     summary="Transcribe one file, OpenAI's form",
+    responses=TRANSCRIPTS,
     openapi_extra=dict(form_schema(OpenAIForm)),
 )
 async def transcriptions(request: Request) -> Response:

@@ -17,7 +17,7 @@ from api.forms import TranscribeForm, form_schema, parse_form
 from api.multipart import FILE_FIELDS, Upload
 from api.routes.intake import Intake, PlainRoute, only_file, request_id, unless_disconnected
 from api.routes.sse import stream_response
-from api.schemas import ERRORS, BatchBody, TranscriptionBody, transcription_body
+from api.schemas import ERRORS, TRANSCRIPTS, BatchBody, TranscriptionBody, transcription_body
 from api.service import Service, service_of
 from api.subtitles import to_srt, to_vtt
 from api.telemetry import current_record
@@ -31,6 +31,7 @@ router = APIRouter(tags=["transcribe"], route_class=PlainRoute, responses=ERRORS
     "/transcribe",
     summary="Transcribe one file",
     response_model=TranscriptionBody,
+    responses=TRANSCRIPTS,
     openapi_extra=dict(form_schema(TranscribeForm)),
 )
 async def transcribe(request: Request) -> Response:

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from api import transcriber
 from api.commands import serve
+from api.keys import ApiKey
 from api.main import create_app
 from api.redaction import plain_keys
 from api.settings import Settings
@@ -147,3 +148,20 @@ def test_tracing_variables_may_stand_in_the_file(tmp_path: Path, monkeypatch: py
     assert os.environ["OTEL_SERVICE_NAME"] == "from-the-environment"
     assert os.environ["OTEL_TRACES_SAMPLER_ARG"] == "0.5"
     assert os.environ["PATH"] != "/x"
+
+
+async def test_the_documents_tell_that_a_key_is_needed_and_where_none_is(settings: Settings) -> None:
+    guarded = create_app(Settings(models_dir=settings.models_dir, api_keys=(ApiKey.parse(f"someone:{KEY}"),)))
+    async with client(guarded) as http:
+        document = (await http.get("/openapi.json")).json()
+        assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+        assert document["security"] == [{"key": []}]
+        paths = [(path, verb) for path in document["paths"] for verb in document["paths"][path]]
+        told = {path for path, verb in paths if "security" not in document["paths"][path][verb]}
+        asked = {path for path, verb in paths if (await http.request(verb, path)).status_code == 401}
+        assert told == asked
+        assert "/transcribe" in asked
+        assert "curl -H &quot;Authorization: Bearer" in (await http.get("/docs")).text
+    async with client(create_app(settings)) as http:
+        assert "security" not in (await http.get("/openapi.json")).json()
+        assert "Authorization" not in (await http.get("/docs")).text

@@ -82,6 +82,11 @@ class TestFields:
     def test_language_is_case_blind(self) -> None:
         assert parse_form(TranscribeForm, [("language", "EN")]).options(SETTINGS).language == "en"
 
+    @pytest.mark.parametrize("name", ["en-US", "english", "e", "en\n"])
+    def test_what_is_no_code_of_a_language_is_told_what_one_looks_like(self, name: str) -> None:
+        with pytest.raises(InvalidValueError, match=r"language: Input should be an ISO 639-1 code .* 'en'"):
+            parse_form(OpenAIForm, [("model", "whisper-1"), ("language", name)])
+
     @pytest.mark.parametrize(
         ("fields", "error", "param"),
         [
@@ -274,10 +279,34 @@ class TestMultipart:
         assert [upload.file.read() for upload in form.files] == [b"\r\n--X" * 900]
         form.close()
 
+    @given(
+        padding=st.tuples(*[st.text(" \t", max_size=3).map(str.encode)] * 4),
+        cuts=st.lists(st.integers(1, 300), max_size=12),
+    )
+    def test_blanks_behind_a_boundary_change_nothing(
+        self, padding: tuple[bytes, ...], cuts: list[int]
+    ) -> None:
+        """RFC 2046, section 5.1.1: transport padding, from a gateway that fills up lines."""
+        first, second, third, last = padding
+        body = (
+            part("model", b"tiny").replace(b"--XX", b"--XX" + first)
+            + part("language", b"en").replace(b"--XX", b"--XX" + second)
+            + part("file", b"-- XX \r\n--X", "a.wav").replace(b"--XX", b"--XX" + third)
+            + END.replace(b"--\r\n", b"--" + last + b"\r\n")
+        )
+        edges = [0, *sorted({cut for cut in cuts if cut < len(body)}), len(body)]
+        chunks = [body[a:b] for a, b in pairwise(edges)]
+        form = asyncio.run(read(request_of(chunks), limits(Path(tempfile.gettempdir()))))
+        assert form.fields == [("model", "tiny"), ("language", "en")]
+        assert [upload.file.read() for upload in form.files] == [b"-- XX \r\n--X"]
+        form.close()
+
     @pytest.mark.parametrize(
         ("body", "problem"),
         [
             (b"preamble" + BODY, "within a line"),
+            (b"--XX \t", "ends before its closing boundary"),
+            (BODY.replace(b"--XX", b"--XX x", 1), "Did not find CR"),
             (BODY.replace(b"--XX", b"--YY"), "never comes"),
             (b"x" * 70_000 + b"\r\n" + BODY, "no boundary in its first 65536 bytes"),
         ],

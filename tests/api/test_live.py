@@ -286,6 +286,15 @@ def test_an_update_changes_what_it_names() -> None:
     assert (told["type"], told["eagerness"]) == ("semantic_vad", "high")
 
 
+def test_a_rate_is_that_of_its_format() -> None:
+    session = Session()
+    heard = []
+    for chosen in ({"type": "audio/pcm", "rate": 16000}, {"type": "audio/pcmu"}, {"type": "audio/pcm"}):
+        session = updated(session, {"audio": {"input": {"format": chosen}}})
+        heard.append(session.audio_form.rate_hz)
+    assert heard == [16000, 8000, 24000]
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "field"),
     [
@@ -296,6 +305,16 @@ def test_an_update_changes_what_it_names() -> None:
             {"audio": {"input": {"format": {"rate": 4000}}}},
             InvalidValueError,
             "session.audio.input.format.rate",
+        ),
+        (
+            {"audio": {"input": {"format": {"type": "audio/pcmu", "rate": 16000}}}},
+            InvalidValueError,
+            "session.audio.input.format.rate",
+        ),
+        (
+            {"audio": {"input": {"transcription": {"language": "en-US"}}}},
+            InvalidValueError,
+            "session.audio.input.transcription.language",
         ),
         (
             {"audio": {"input": {"turn_detection": {"threshold": 1}}}},
@@ -327,9 +346,18 @@ def test_noise_reduction_is_accepted_and_told_back() -> None:
         assert told == ({"strength": None, **chosen} if chosen is not None else None)
 
 
-def test_a_field_that_must_be_null_is_told_so_in_words_of_json() -> None:
+@pytest.mark.parametrize(
+    ("changes", "field", "told"),
+    [
+        ({"turn_detection": {"idle_timeout_ms": 5000}}, "turn_detection.idle_timeout_ms", "null"),
+        ({"transcription": None}, "transcription", "an object"),
+        ({"transcription": {"keywords": "Nguyen"}}, "transcription.keywords", "a list"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_so_in_words_of_json(
+    changes: dict[str, object], field: str, told: str
+) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        updated(Session(), {"audio": {"input": {"turn_detection": {"idle_timeout_ms": 5000}}}})
-    field = "session.audio.input.turn_detection.idle_timeout_ms"
-    assert caught.value.param == field
-    assert caught.value.message.startswith(f"{field}: Input should be null")
+        updated(Session(), {"audio": {"input": changes}})
+    assert caught.value.param == f"session.audio.input.{field}"
+    assert caught.value.message.partition(" (given")[0] == f"{caught.value.param}: Input should be {told}"

@@ -303,6 +303,17 @@ def test_openapi_describes_the_fields(client: httpx.Client) -> None:
     assert body["properties"]["file"]["format"] == "binary"
 
 
+@pytest.mark.parametrize("path", ["/transcribe", "/v1/audio/transcriptions"])
+def test_openapi_tells_every_form_of_the_answer(client: httpx.Client, path: str) -> None:
+    told = client.get("/openapi.json").json()["paths"][path]["post"]["responses"]["200"]["content"]
+    form = "format" if path == "/transcribe" else "response_format"
+    given = set()
+    for choice in ({form: "json"}, {form: "text"}, {form: "srt"}, {form: "vtt"}, {"stream": "true"}):
+        response = client.post(path, data={"model": "tiny", **choice}, files={"file": ("a.bin", AUDIO)})
+        given.add(response.headers["content-type"].partition(";")[0])
+    assert set(told) == given
+
+
 def test_metrics_count_requests(client: httpx.Client) -> None:
     def ok_count() -> float:
         found = re.search(
