@@ -98,7 +98,7 @@ class Settings(BaseSettings):
     )
     kernels: Literal["auto", "off"] = Field(
         "auto",
-        description="Our own INT8 kernels on CPUs with AVX2 or VNNI; off leaves everything to ONNX Runtime.",
+        description="Our own kernels for INT8 and four bits on CPUs with AVX2 or VNNI; off: all ONNX Runtime's.",
     )
 
     # --- engine; 0 lets calibration at start choose from the cgroup's CPU limit

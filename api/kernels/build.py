@@ -89,7 +89,7 @@ def main() -> int:
         problem = str(error)
     if not problem:
         return 0
-    print(f"No INT8 kernels of our own ({problem}); ONNX Runtime's are used, about a third slower.")
+    print(f"No kernels of our own ({problem}); ONNX Runtime's are used, a third slower or more.")
     return 1 if arguments.required else 0
 
 
