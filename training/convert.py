@@ -202,6 +202,18 @@ def convert(
     return write_bundle(models_dir, name, graphs, made.vocabulary, card, Measurements(notes=notes))
 
 
+def _recordings(given: argparse.Namespace) -> Recordings | None:
+    """None for float32 alone, which nothing is measured on. Raises ConfigError, FileNotFoundError."""
+    if given.calibration is not None:
+        return recordings_of(given)
+    for name in ("validation", "test", "texts", "no_float"):
+        if getattr(given, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} needs --calibration: without it nothing is measured"
+            )
+    return None
+
+
 @in_one_line("convert", ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 with one message for what the user can mend."""
@@ -231,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         licence=given.licence,
         summary=f"Converted from a published checkpoint: {given.url or given.weights.name}.",
     )
-    recordings = None if given.calibration is None else recordings_of(given)
+    recordings = _recordings(given)
     bundle = convert(
         given.family,
         given.weights,

@@ -286,6 +286,31 @@ def test_the_gate_holds_for_it_as_well(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
+    "options", [["--test", "M"], ["--validation", "M"], ["--texts", "M"], ["--no-float"]]
+)
+def test_what_needs_recordings_is_not_ignored_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    archive = archive_of(tmp_path / "model.nemo", random_conformer(FAST))
+    arguments = ["nemo", str(archive), "--name", "en-random", "--models-dir", str(tmp_path / "models")]
+    assert convert.main([*arguments, "--language", "en", *options]) == 2
+    assert f"{options[0]} needs --calibration" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_texts_that_are_not_there_are_named_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = archive_of(tmp_path / "model.nemo", random_conformer(FAST))
+    manifest = str(write_corpus(tmp_path, chirps(1)))
+    given = ["nemo", str(archive), "--name", "en-random", "--models-dir", str(tmp_path), "--language", "en"]
+    assert convert.main([*given, "--calibration", manifest, "--texts", str(tmp_path / "none.txt")]) == 2
+    said = capsys.readouterr()
+    assert "none.txt: no such manifest or text" in said.err
+    assert said.out == "", "nothing was exported"
+
+
+@pytest.mark.parametrize(
     ("tokens", "steps"),
     [
         ((SPACE_MARK, "a", "b"), ("nfc", "lowercase")),
