@@ -13,7 +13,8 @@ GraphChoice = Literal["auto", "int8", "int4", "float32"]
 """`auto`: the manifest's default."""
 FileName = Annotated[str, Field(min_length=1, max_length=100)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Language = Annotated[str, Field(pattern=r"^[a-z]{2}$")]
+Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
+"""ISO 639-1, or the three letters of ISO 639-3 for the many languages that have no other code."""
 
 
 class _Strict(BaseModel):

@@ -91,12 +91,16 @@ class Segment:
     def is_like_noise(self, below_confidence: float) -> bool:
         """Whether this looks like what a CTC model makes of noise: doubtful letters, or words out of nowhere.
 
-        A language model turns letters into words, whose confidence still is the acoustic model's.
+        A word by itself is judged by itself: where nobody speaks, a model that spells its spaces is sure of
+        them, and those around the word would vouch for it. A language model turns letters into words, whose
+        confidence still is the acoustic model's.
         """
         letters = sum(len(word.text) for word in self.words)
-        if self.confidence < (2 if len(self.words) == 1 else 1) * NOWHERE * below_confidence:
+        alone = len(self.words) == 1
+        heard = self.words[0].confidence if alone else self.confidence
+        if heard < (2 if alone else 1) * NOWHERE * below_confidence:
             return True
-        return self.confidence < below_confidence and letters < 2 * len(self.words)
+        return heard < below_confidence and letters < 2 * len(self.words)
 
 
 @dataclass(frozen=True, slots=True)

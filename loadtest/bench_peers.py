@@ -4,7 +4,7 @@
         [--image FILE]
 
 Needs QuartzNet15x5 (`../shared/models`, or any NeMo CTC archive by --archive) and its bundle (`python -m
-training.nemo import`). All servers run at once and take turns under load, so that a noisy machine treats them
+training.convert nemo`). All servers run at once and take turns under load, so a noisy machine treats them
 alike; the figures are medians over the rounds. Load and servers share the cores. Texts are compared with this
 service's. Open-loop rates are shares of this service's own closed-loop capacity. The last line is JSON.
 """
@@ -234,7 +234,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for path, how in (
         (arguments.archive, "--archive"),
-        (arguments.bundle, "python -m training.nemo import"),
+        (arguments.bundle, "python -m training.convert nemo"),
     ):
         if not path.exists():
             parser.exit(1, f"error: {path} is not there; see {how}\n")

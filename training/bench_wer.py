@@ -120,10 +120,12 @@ def score(
 def make_teacher(models_dir: Path) -> None:
     """Import the teacher's archive where it lies beside the project; takes minutes and needs torch."""
     archive = shared_folder() / "models" / "quartznet15x5_en.nemo"
+    heard = shared_folder() / "speech" / "train" / "manifest.jsonl"
     if archive.is_file():
         print(f"making {TEACHER} from {archive.name}", file=sys.stderr)
-        command = [sys.executable, "-m", "training.nemo", "import", str(archive), "--name", TEACHER]
-        subprocess.run([*command, "--models-dir", str(models_dir), "--no-test"], check=False)
+        command = [sys.executable, "-m", "training.convert", "nemo", archive, "--name", TEACHER]
+        command += ["--models-dir", models_dir, "--language", "en", "--calibration", heard]
+        subprocess.run([str(part) for part in command], check=False)
 
 
 def find_systems(models_dir: Path, models: Sequence[str], wanted: Sequence[str]) -> list[System]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from api.manifest import Language
 from training.augment.spectrogram import SpecAugmentConfig
 from training.augment.waveform import WaveformAugmentConfig
 from training.errors import ConfigError
@@ -77,7 +78,7 @@ class RunConfig(Section):
     """Everything a run depends on. `model` and `export` belong to the recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Name of the bundle.")
-    language: str = Field(pattern=r"^[a-z]{2}$")
+    language: Language = Field(description="ISO 639-1; ISO 639-3 for a language that has no such code.")
     letters: str | None = Field(default=None, description="Alphabet; default: that of the language.")
     fold_yo: bool = Field(default=False, description="Russian: ё becomes е.")
     data: DataSettings
@@ -86,6 +87,13 @@ class RunConfig(Section):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     benchmark: BenchmarkSettings = Field(default_factory=BenchmarkSettings)
     bundle: BundleSettings
+
+    @field_validator("language", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        if value is False:
+            raise ValueError('YAML takes a bare no for false; Norwegian is "no", in quotes')
+        return value
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:

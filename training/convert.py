@@ -1,7 +1,7 @@
 """A published CTC checkpoint -> bundle, as it is, without training.
 
     python -m training.convert FAMILY WEIGHTS --name NAME --models-dir DIR --language xx [...]
-        [--calibration MANIFEST [--validation MANIFEST] [--test MANIFEST] [--texts FILE ...]]
+        [--calibration MANIFEST [--validation MANIFEST] [--test MANIFEST] [--texts FILE ...] [--no-float]]
 
 FAMILY is ``nemo`` (an archive with QuartzNet, Citrinet, Conformer or FastConformer and a CTC head),
 ``wav2vec2`` (the XLSR kind) or ``whisper`` (with its decoder as OpenAI publishes it, or an encoder with a CTC
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from api.bundle import Bundle
+from api.bundle import Bundle, sha256_of
 from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.bundle_writer import Card, Measurements, check_card, write_bundle
@@ -172,7 +172,14 @@ def _noise() -> list[Waveform]:
 
 
 def convert(
-    family: str, weights: Path, name: str, models_dir: Path, card: Card, recordings: Recordings | None = None
+    family: str,
+    weights: Path,
+    name: str,
+    models_dir: Path,
+    card: Card,
+    recordings: Recordings | None = None,
+    *,
+    keep_float: bool = True,
 ) -> Bundle:
     """Write the bundle, with INT8 where there are recordings. Raises TrainingError, BundleError, OSError."""
     check_card(name, card)
@@ -180,7 +187,7 @@ def convert(
     card = replace(card, text_normalisation=made.text_normalisation)
     if recordings is not None:
         try:
-            return publish(made, name, models_dir, card, recordings, keep_float=True)
+            return publish(made, name, models_dir, card, recordings, keep_float=keep_float)
         except Int8RefusedError as error:
             if not fits_one_file(made.graph):
                 raise
@@ -195,6 +202,18 @@ def convert(
     return write_bundle(models_dir, name, graphs, made.vocabulary, card, Measurements(notes=notes))
 
 
+def _recordings(given: argparse.Namespace) -> Recordings | None:
+    """None for float32 alone, which nothing is measured on. Raises ConfigError, FileNotFoundError."""
+    if given.calibration is not None:
+        return recordings_of(given)
+    for name in ("validation", "test", "texts", "no_float"):
+        if getattr(given, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} needs --calibration: without it nothing is measured"
+            )
+    return None
+
+
 @in_one_line("convert", ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 2 with one message for what the user can mend."""
@@ -203,23 +222,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("weights", type=Path)
     parser.add_argument("--name", required=True)
     parser.add_argument("--models-dir", type=Path, default=Path("models"))
-    parser.add_argument("--language", nargs="+", required=True, metavar="xx", help="ISO 639-1")
-    parser.add_argument("--title", default="")
-    parser.add_argument("--licence", default="see the source")
-    parser.add_argument("--url", default="")
-    parser.add_argument("--revision", default=None)
+    parser.add_argument("--language", nargs="+", required=True, metavar="xx", help="ISO 639-1 or 639-3")
+    parser.add_argument("--title", default="", help="of the model; default: its name here")
+    parser.add_argument("--licence", default="see the source", help="of the weights")
+    parser.add_argument("--url", default="", help="where the weights were published")
+    parser.add_argument("--revision", default="", help="of the weights; default: their SHA-256")
     add_recordings(parser)
+    parser.add_argument("--no-float", action="store_true", help="leave float32 out where there is INT8")
     given = parser.parse_args(arguments)
-    title = given.title or given.name
+    if not given.weights.is_file():
+        raise FileNotFoundError(f"{given.weights}: no such file of weights")
     card = Card(
-        title=title,
+        title=given.title or given.name,
         languages=tuple(given.language),
-        source=Source(title=title, url=given.url, revision=given.revision),
+        source=Source(
+            title=given.title or given.weights.name,
+            url=given.url,
+            revision=given.revision or sha256_of(given.weights),
+        ),
         licence=given.licence,
         summary=f"Converted from a published checkpoint: {given.url or given.weights.name}.",
     )
-    recordings = None if given.calibration is None else recordings_of(given)
-    bundle = convert(given.family, given.weights, given.name, given.models_dir, card, recordings)
+    recordings = _recordings(given)
+    bundle = convert(
+        given.family,
+        given.weights,
+        given.name,
+        given.models_dir,
+        card,
+        recordings,
+        keep_float=not given.no_float,
+    )
     print(f"{bundle.path}: verified")
     return 0
 

@@ -1,4 +1,4 @@
-"""QuartzNet and Citrinet of a NeMo archive. `python -m training.nemo import` makes a bundle of one."""
+"""QuartzNet and Citrinet of a NeMo archive. `python -m training.convert nemo` makes a bundle of one."""
 
 from __future__ import annotations
 
@@ -145,9 +145,3 @@ def _layer_name(block: int, position: int, rest: str, model: QuartzNet) -> str:
     if repeat >= config.repeat or part >= len(parts):
         raise NemoError(f"model_weights.ckpt: encoder.encoder.{block}.mconv.{position} has no place")
     return f"blocks.{block}.layers.{repeat}.{parts[part]}." + rest.removeprefix("conv.")
-
-
-if __name__ == "__main__":
-    from training.nemo_import import main
-
-    raise SystemExit(main())

@@ -76,7 +76,9 @@ def read_archive(archive: Path) -> NemoArchive:
     except FileNotFoundError:
         raise
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise NemoError(f"{archive.name}: not a NeMo archive (tar): {error}") from error
+        # tarfile gives a line for every way that it tried
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
+        raise NemoError(f"{archive.name}: not a NeMo archive (tar): {reason}") from error
     for name in limits:
         if name not in found:
             raise NemoError(f"{archive.name}: {name} is missing")

@@ -1,28 +1,17 @@
-"""NeMo archive -> bundle.
-
-    python -m training.nemo import ARCHIVE --name en-quartznet15x5 --models-dir models \\
-        --calibration MANIFEST --validation MANIFEST [--test MANIFEST] [--texts FILE ...]
-"""
+"""NeMo archive -> graph and vocabulary, for whoever writes the bundle (`training/convert.py`)."""
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from api.bundle import Bundle, sha256_of
-from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
-from training.bundle_writer import Card
-from training.calibration import shared_folder
 from training.checkpoint import Checkpoint
-from training.errors import in_one_line
 from training.exported import Exported, exported_conformer
 from training.nemo import NemoModel, quartznet_of
 from training.nemo_archive import CONFORMER, NemoError, read_archive
-from training.publish import Recordings, add_recordings, exported_checkpoint, publish
+from training.publish import exported_checkpoint
 
 CONTROL = re.compile(r"<.+>|\[.+\]")
 """Tokens that stand for no text: `<unk>`, `<s>`, `<pad>` of SentencePiece, `[UNK]` of word pieces."""
@@ -82,58 +71,3 @@ def _pieces(tokens: Sequence[str]) -> tuple[str, ...]:
         return token[2:] if token.startswith("##") and len(token) > 2 else SPACE_MARK + token
 
     return tuple(spelled(token) for token in tokens)
-
-
-@in_one_line("nemo import")
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Import a NeMo CTC archive as a bundle, without NeMo.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "import",
-        help="archive -> verified bundle",
-        epilog="Without --calibration the shared training set is heard, without --test the shared test sets.",
-    )
-    command.add_argument("archive", type=Path)
-    command.add_argument("--name", required=True)
-    command.add_argument("--models-dir", type=Path, default=Path("models"))
-    command.add_argument("--language", default="en", help="ISO 639-1 code of what the model hears")
-    command.add_argument("--licence", default="see the source")
-    command.add_argument("--source-url", default="", help="where the archive was published")
-    add_recordings(command)
-    command.add_argument("--no-test", action="store_true", help="do not measure error rates on test sets")
-    command.add_argument("--no-float", action="store_true", help="leave the float32 graph out")
-    given = parser.parse_args(arguments)
-    bundle = _import(given)
-    print(f"{bundle.path}: verified")
-    return 0
-
-
-def _import(given: argparse.Namespace) -> Bundle:
-    shared = shared_folder() / "speech"
-    calibration = given.calibration or shared / "train" / "manifest.jsonl"
-    test = None if given.no_test else given.test or shared / "test" / "manifest.jsonl"
-    if not calibration.is_file():
-        raise FileNotFoundError(f"{calibration}: no such manifest; name recordings with --calibration")
-    recordings = Recordings(
-        calibration,
-        given.validation or calibration,
-        tuple(given.texts),
-        test if test is not None and test.is_file() else None,
-    )
-    card = Card(
-        title=given.name,
-        languages=(given.language,),
-        source=Source(title=given.archive.name, url=given.source_url, revision=sha256_of(given.archive)),
-        licence=given.licence,
-        summary=f"Imported from the NeMo archive `{given.archive.name}`; the weights are its authors'.",
-    )
-    made = exported_nemo(given.archive)
-    return publish(
-        made,
-        given.name,
-        given.models_dir,
-        replace(card, text_normalisation=made.text_normalisation),
-        recordings,
-        keep_float=not given.no_float,
-    )

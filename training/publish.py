@@ -97,9 +97,9 @@ def gate_of(given: argparse.Namespace) -> Gate:
 
 def recordings_of(given: argparse.Namespace) -> Recordings:
     """What the options of `add_recordings` name. Raises FileNotFoundError."""
-    for path in (given.calibration, given.validation, given.test):
+    for path in (given.calibration, given.validation, given.test, *given.texts):
         if path is not None and not path.is_file():
-            raise FileNotFoundError(f"{path}: no such manifest")
+            raise FileNotFoundError(f"{path}: no such manifest{' or text' * (path in given.texts)}")
     return Recordings(
         given.calibration, given.validation or given.calibration, tuple(given.texts), given.test
     )

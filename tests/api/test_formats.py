@@ -141,6 +141,21 @@ class TestSegments:
         words = Segment(0, 1, "no way", tuple(spoken(["no", "way"])), (), math.log(0.44), 0.0, 0.0, 3)
         assert not words.is_like_noise(0.5)
 
+    @pytest.mark.parametrize(("posterior", "noise"), [(0.4, True), (0.6, False)])
+    def test_sure_spaces_do_not_vouch_for_a_letter(self, posterior: float, noise: bool) -> None:
+        ids = [1] * 8 + [2] + [1] * 8
+        log_probs = np.full((len(ids), 5), math.log(0.01), np.float32)
+        log_probs[np.arange(len(ids)), ids] = math.log(0.96)
+        log_probs[8] = math.log((1 - posterior) / 4)
+        log_probs[8, 2] = math.log(posterior)
+        decoded = greedy(log_probs[None], np.array([len(ids)]), 0)[0]
+        (segment,) = segments_of(
+            decoded, log_probs, VOCABULARY, frame_stride_s=0.02, window_start_s=0.0, window_s=0.34
+        )
+        assert segment.text == "a"
+        assert segment.confidence > 0.9
+        assert segment.is_like_noise(0.5) is noise
+
     def test_words_that_were_hardly_heard_are_noise(self) -> None:
         words = tuple(spoken(["no", "way"]))
         for confidence, noise in ((0.16, False), (0.14, True)):
@@ -149,8 +164,8 @@ class TestSegments:
             assert not segment.is_like_noise(0.0)
 
     def test_a_word_by_itself_must_be_heard_twice_as_well(self) -> None:
-        words = tuple(spoken(["the"]))
         for confidence, noise in ((0.31, False), (0.29, True)):
+            words = (Word("the", 0.0, 0.3, confidence),)
             segment = Segment(0, 1, "the", words, (), math.log(confidence), 0.0, 0.0, 3)
             assert segment.is_like_noise(0.5) is noise
             assert not segment.is_like_noise(0.0)

@@ -12,7 +12,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import nn
 from transformers import ParakeetFeatureExtractor
 
-from api.bundle import load_bundle
+from api.bundle import load_bundle, sha256_of
 from api.engine import Engine
 from api.manifest import Source
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
@@ -210,6 +210,8 @@ def test_an_archive_becomes_a_bundle_in_its_own_casing(tmp_path: Path) -> None:
     assert (bundle.vocabulary.kind, bundle.vocabulary.special_ids) == ("wordpiece", {0})
     assert (bundle.manifest.frame_stride_s, bundle.manifest.default_graph) == (0.08, "float32")
     assert bundle.manifest.text_normalisation == ("nfc",), "it writes capitals"
+    assert bundle.manifest.source.title == "model.nemo"
+    assert bundle.manifest.source.revision == sha256_of(archive), "which weights these are"
     session = cpu_session(bundle.graph_path("float32"))
     assert (
         compare(run_torch(model, chirps(2)), run_graph(session, chirps(2))).worst_posterior
@@ -279,6 +281,33 @@ def test_the_gate_holds_for_it_as_well(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "models" / "en-random").exists()
     assert convert.main([*arguments, "--language", "en", "--calibration", str(tmp_path / "none")]) == 2
     assert "no such manifest" in capsys.readouterr().err
+    assert convert.main(["nemo", str(tmp_path), "--name", "en-random", "--language", "en"]) == 2
+    assert f"{tmp_path}: no such file of weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--test", "M"], ["--validation", "M"], ["--texts", "M"], ["--no-float"]]
+)
+def test_what_needs_recordings_is_not_ignored_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    archive = archive_of(tmp_path / "model.nemo", random_conformer(FAST))
+    arguments = ["nemo", str(archive), "--name", "en-random", "--models-dir", str(tmp_path / "models")]
+    assert convert.main([*arguments, "--language", "en", *options]) == 2
+    assert f"{options[0]} needs --calibration" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_texts_that_are_not_there_are_named_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = archive_of(tmp_path / "model.nemo", random_conformer(FAST))
+    manifest = str(write_corpus(tmp_path, chirps(1)))
+    given = ["nemo", str(archive), "--name", "en-random", "--models-dir", str(tmp_path), "--language", "en"]
+    assert convert.main([*given, "--calibration", manifest, "--texts", str(tmp_path / "none.txt")]) == 2
+    said = capsys.readouterr()
+    assert "none.txt: no such manifest or text" in said.err
+    assert said.out == "", "nothing was exported"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,12 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
         ('{"text": "a"}', "audio_filepath is missing"),
         ('{"audio_filepath": "a.wav", "text": 3}', "text is int"),
         ('{"audio_filepath": "a.wav", "text": "a", "duration": "long"}', "could not convert"),
+        ('{"audio_filepath": "a.wav", "text": "a", "duration": NaN}', "duration is nan, expected seconds"),
+        (
+            '{"audio_filepath": "a.wav", "text": "a", "offset": -1}',
+            "offset is -1, expected 0 or more seconds",
+        ),
+        ('{"audio_filepath": "a.wav", "text": "a", "offset": Infinity}', "offset is inf, expected 0 or more"),
     ],
 )
 def test_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
@@ -125,6 +132,11 @@ def test_table_problems(tmp_path: Path) -> None:
     table.write_text("file,text\n,hello\n")
     with pytest.raises(ManifestError, match=r"rows\.csv:2"):
         importers.from_table(table)
+    table.write_text("file,text\nx.wav,hello\nx.wav,hello, world\n")
+    with pytest.raises(ManifestError, match=r"rows\.csv:3: 3 fields, the header has 2; .*needs quotes"):
+        importers.from_table(table)
+    with pytest.raises(ManifestError, match=r"none: no such folder of recordings"):
+        importers.from_table(table, clips=tmp_path / "none")
 
 
 def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path: Path) -> None:
@@ -407,6 +419,28 @@ def test_wrong_alphabet_ends_with_a_message(tmp_path: Path) -> None:
         validate([Utterance(tone(tmp_path / "a.wav"), "hello")], normalise=str.lower, outside=codec.outside)
 
 
+def test_where_nothing_is_left_the_report_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_manifest(tmp_path / "manifest.jsonl", [Utterance(tmp_path / "gone.wav", "hello")])
+    given = ["validate", str(manifest), "--language", "en", "--out", str(tmp_path / "valid.jsonl")]
+    assert command.main(given) == 2
+    assert f"the first is {tmp_path / 'gone.wav'}: the recording does not exist" in capsys.readouterr().err
+    report = json.loads((tmp_path / "valid.report.json").read_text(encoding="utf-8"))
+    assert [entry["reason"] for entry in report["utterances"]] == ["missing_file"]
+
+
+def test_an_alphabet_that_cannot_be_had_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_manifest(tmp_path / "manifest.jsonl", [Utterance(tone(tmp_path / "a.wav"), "")])
+    given = ["validate", str(manifest), "--language", "kk", "--out", str(tmp_path / "valid.jsonl")]
+    assert command.main(given) == 2
+    assert "error: --letters: language 'kk' has no alphabet here" in capsys.readouterr().err
+    assert command.main([*given, "--letters", "abca"]) == 2
+    assert "error: --letters: an alphabet lists each letter once" in capsys.readouterr().err
+
+
 # --- splits ------------------------------------------------------------------------------------------
 
 
@@ -442,6 +476,10 @@ def test_fractions_are_met_where_speakers_allow() -> None:
 def test_one_utterance_cannot_be_split() -> None:
     with pytest.raises(SplitError, match=r"at least 3 speakers, the data has 1 \(1 utterances\)"):
         split_by_speaker(rows_of(1))
+    with pytest.raises(SplitError, match="leave `speaker` out of the manifest"):
+        split_by_speaker(rows_of(9))
+    nameless = [replace(row, speaker="") for row in rows_of(9)]
+    assert all(split_by_speaker(nameless).parts().values()), "as it says"
     with pytest.raises(SplitError, match="add up to 1"):
         split_by_speaker(rows_of(1, 1, 1), (0.5, 0.1, 0.1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,17 +184,30 @@ def test_the_last_state_is_that_of_the_last_epoch_also_where_nothing_gets_better
     assert {epoch for epoch, _ in steps.batches} == {4}, "as after a kill, which leaves no other state"
 
 
-def test_a_training_that_was_ended_does_not_look_finished(rows: list[Utterance], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("reason", "status"), [(SIGTERMException, 143), (KeyboardInterrupt, 130)])
+def test_a_training_that_was_ended_does_not_look_finished(
+    rows: list[Utterance],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    reason: type[BaseException],
+    status: int,
+) -> None:
     class Ended(lightning.Callback):
-        """What Lightning does after a batch once SIGTERM has come."""
+        """What Lightning does after a batch once SIGTERM has come, and Python anywhere once Ctrl-C has."""
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            raise SIGTERMException
+            raise reason
 
-    with pytest.raises(SystemExit) as caught:
-        run(rows, tmp_path, settings(epochs=3), (Ended(),))
-    assert caught.value.code == 143
-    assert RunFolder(tmp_path).resume_from() == tmp_path / "checkpoints" / "interrupted.ckpt"
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run(rows, tmp_path, settings(epochs=3), (Ended(),))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert caught.value.code == status
+    state = RunFolder(tmp_path).resume_from()
+    assert state == tmp_path / "checkpoints" / "interrupted.ckpt"
+    assert f"interrupted after step 1: the same command goes on from {state}" in capsys.readouterr().err
 
 
 def test_more_epochs_go_on_from_the_last(rows: list[Utterance], tmp_path: Path) -> None:

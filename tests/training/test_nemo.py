@@ -224,8 +224,9 @@ def test_a_damaged_download_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.nemo").write_bytes(whole[:-20_000])
     (tmp_path / "packed.nemo").write_bytes(gzip.compress(whole)[:-2_000])
     for path in (tmp_path / "cut.nemo", tmp_path / "packed.nemo", tmp_path):
-        with pytest.raises(NemoError, match="not a NeMo archive"):
+        with pytest.raises(NemoError, match="not a NeMo archive") as caught:
             read_nemo(path)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_transfer_states_the_archives_stride_and_rate(tmp_path: Path) -> None:
@@ -258,8 +259,9 @@ def _transfer(folder: Path) -> Path:
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.nemo"
     path.write_text("not a tar", encoding="utf-8")
-    with pytest.raises(NemoError, match="not a NeMo archive"):
+    with pytest.raises(NemoError, match="not a NeMo archive") as caught:
         read_nemo(path)
+    assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(NemoError, match=r"model_config\.yaml is missing"):
         read_nemo(write_archive(tmp_path / "empty.nemo", {"readme.txt": b"x"}))
 

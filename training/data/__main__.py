@@ -13,7 +13,7 @@ from training.data import importers
 from training.data.manifest import read_manifest, write_manifest
 from training.data.split import split_by_speaker
 from training.data.validate import Limits, validate
-from training.errors import in_one_line
+from training.errors import ConfigError, in_one_line
 from training.text import alphabet, normaliser
 from training.vocabulary import CharacterCodec
 
@@ -49,10 +49,16 @@ def _import(given: argparse.Namespace) -> None:
 def _validate(given: argparse.Namespace) -> None:
     rows = read_manifest(given.manifest)
     normalise = normaliser(given.language, letters=given.letters)
-    codec = CharacterCodec(given.letters or alphabet(given.language, (normalise(row.text) for row in rows)))
+    try:
+        letters = given.letters or alphabet(given.language, (normalise(row.text) for row in rows))
+        codec = CharacterCodec(letters)
+    except ValueError as error:
+        raise ConfigError(f"--letters: {error}") from error
     limits = Limits(max_duration_s=given.max_duration_s)
-    kept, report = validate(rows, normalise=normalise, outside=codec.outside, limits=limits)
-    report.write(given.out.with_suffix(".report.json"))
+    report_to = given.out.with_suffix(".report.json")
+    kept, report = validate(
+        rows, normalise=normalise, outside=codec.outside, limits=limits, report_to=report_to
+    )
     print(report.summary())
     print(write_manifest(given.out, kept))
 
@@ -70,7 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     bring = commands.add_parser("import", help="make a manifest")
     bring.add_argument("kind", choices=["folder", "table", "nemo", "huggingface"])
-    bring.add_argument("source", help="folder, CSV or TSV file, NeMo manifest, or the dataset's name")
+    bring.add_argument(
+        "source",
+        help="folder (with one folder per speaker, or files only), CSV or TSV file, NeMo manifest, or the "
+        "dataset's name",
+    )
     bring.add_argument("--out", type=Path, required=True, help="manifest to write")
     bring.add_argument("--language")
     bring.add_argument("--licence", default="", help="licence of the recordings")
@@ -86,7 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("validate", help="drop what cannot be used, say why")
     check.add_argument("manifest", type=Path)
     check.add_argument("--language", required=True)
-    check.add_argument("--letters", help="alphabet; default: that of the language")
+    check.add_argument(
+        "--letters",
+        help="alphabet; default: that of the language, or where none is known the texts' characters",
+    )
     check.add_argument("--max-duration-s", type=float, default=30.0)
     check.add_argument("--out", type=Path, required=True)
     check.set_defaults(do=_validate)

@@ -55,6 +55,8 @@ def from_table(table: Path, *, clips: Path | None = None, licence: str = "") -> 
     """
     if not table.is_file():
         raise ManifestError(f"{table}: no such table")
+    if clips is not None and not clips.is_dir():
+        raise ManifestError(f"{clips}: no such folder of recordings")
     beside = table.parent / "clips"
     folder = clips or (beside if beside.is_dir() else table.parent)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
@@ -79,6 +81,12 @@ def from_table(table: Path, *, clips: Path | None = None, licence: str = "") -> 
         for number, row in enumerate(entries, start=2):
             if not row.get(audio) or row.get(sentence) is None:
                 raise ManifestError(f"{table}:{number}: {audio} or {sentence} is missing")
+            if None in row:  # a comma in a text without quotes would cost what follows it
+                found = len(columns) + len(row[None])
+                raise ManifestError(
+                    f"{table}:{number}: {found} fields, the header has {len(columns)}; "
+                    "a text that holds the delimiter needs quotes around it"
+                )
             rows.append(
                 Utterance(
                     folder / row[audio],

@@ -8,6 +8,7 @@ Paths are relative to the manifest's folder or absolute. `offset` (seconds into 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,7 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> list[Par
                     raise ValueError("expected an object with audio_filepath")
                 if not isinstance(row.get("audio_filepath"), str) or not row["audio_filepath"]:
                     raise ValueError("audio_filepath is missing")
+                _check_stretch(row)
                 rows.append(parse(row))
             except KeyError as error:
                 raise ManifestError(f"{path}:{number}: not a manifest row: {error} is missing") from error
@@ -98,6 +100,15 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> list[Par
     if not rows:
         raise EmptyManifestError(f"{path}: the manifest is empty; import recordings first")
     return rows
+
+
+def _check_stretch(row: dict[str, Any]) -> None:
+    """Raises ValueError. A duration that is not above zero says nothing (NeMo's rule)."""
+    offset_s, duration_s = (float(row.get(name) or 0.0) for name in ("offset", "duration"))
+    if not 0 <= offset_s < math.inf:
+        raise ValueError(f"offset is {offset_s:g}, expected 0 or more seconds")
+    if not math.isfinite(duration_s):
+        raise ValueError(f"duration is {duration_s:g}, expected seconds")
 
 
 def read_manifest(path: Path) -> list[Utterance]:

@@ -55,8 +55,8 @@ def split_by_speaker(
     if len(total_s) < wanted:
         raise SplitError(
             f"{wanted} parts that share no speaker need at least {wanted} speakers, the data has "
-            f"{len(total_s)} ({len(rows)} utterances); add recordings of other speakers, or give separate "
-            "manifests for validation and test"
+            f"{len(total_s)} ({len(rows)} utterances); add recordings of other speakers, or leave `speaker` "
+            "out of the manifest: each recording then counts as a speaker of its own"
         )
     order = sorted(total_s, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     everything_s = sum(total_s.values())

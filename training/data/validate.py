@@ -92,6 +92,7 @@ def validate(
     frames_of: Callable[[int], int] | None = None,
     limits: Limits | None = None,
     threads: int = 2,
+    report_to: Path | None = None,
 ) -> tuple[list[Utterance], Report]:
     """Rows that can be trained on, with normalised texts and measured durations, and the report.
 
@@ -103,6 +104,7 @@ def validate(
         frames_of: output frames of a number of samples, needed with `frames_needed`.
         limits: durations and silence.
         threads: recordings decoded at once.
+        report_to: where to write the report, also when nothing is left.
 
     Raises EmptyManifestError when nothing is left.
     """
@@ -136,8 +138,14 @@ def validate(
                 kept.append(row)
                 report.kept += 1
                 report.kept_s += row.duration_s or 0.0
+    if report_to is not None:
+        report.write(report_to)
     if not kept:
-        raise EmptyManifestError(f"no utterance is left of {len(rows)}: {report.summary()}")
+        first = report.dropped[0]
+        why = f"{first['audio_filepath']}: {REASONS[first['reason']]} {first['detail']}".rstrip()
+        raise EmptyManifestError(
+            f"no utterance is left of {len(rows)}: {report.summary()}; the first is {why}"
+        )
     return kept, report
 
 

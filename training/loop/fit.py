@@ -149,11 +149,18 @@ class SaveOnInterruption(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """Save, whatever the reason was, where there is room; the reason is what is told."""
-        if trainer.global_step > 0:
-            try:
-                trainer.save_checkpoint(self.path)
-            except DiskFullError as error:
-                print(f"warning: the state of the last step is lost: {error}", file=sys.stderr)
+        if trainer.global_step == 0:
+            return
+        try:
+            trainer.save_checkpoint(self.path)
+        except DiskFullError as error:
+            print(f"warning: the state of the last step is lost: {error}", file=sys.stderr)
+            return
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            print(
+                f"\ninterrupted after step {trainer.global_step}: the same command goes on from {self.path}",
+                file=sys.stderr,
+            )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -231,6 +238,10 @@ def fit(
         except SIGTERMException as error:
             # Lightning's has status 0, and whoever ended the job would take the training for a finished one
             raise SystemExit(128 + signal.SIGTERM) from error
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            raise SystemExit(128 + signal.SIGINT) from error
         except Exception as error:
             if is_full_disk(error) and not isinstance(error, DiskFullError):
                 raise full_disk(folder.path, 0) from error  # TensorBoard names no file

@@ -86,8 +86,8 @@ def _validated(
         frames_needed=lambda text: recipe.room_needed(codec.encode(text)),
         frames_of=recipe.room,
         limits=_limits(settings, facts),
+        report_to=folder.manifests / f"report_{name}.json",
     )
-    report.write(folder.manifests / f"report_{name}.json")
     print(report.summary())
     return kept
 
