@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from api.env_example import env_example
 from api.errors import SettingsError
 from api.keys import ApiKey, find_key
-from api.settings import Settings, load_settings
+from api.settings import Settings, _temporary_folder, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "correct-horse-battery"
@@ -149,3 +150,15 @@ def test_find_key_knows_its_own_and_no_other() -> None:
     assert found.name == "bob"
     assert find_key(keys, SECRET + "x") is None
     assert find_key([], SECRET) is None
+
+
+def test_no_folder_for_temporary_files_is_a_setting_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with a read-only root and without a /tmp."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    assert _temporary_folder() == Path("/tmp")
+    with pytest.raises(SettingsError, match="ASR_SPOOL_DIR=/nowhere: no file can be made there"):
+        load_settings(spool_dir=Path("/nowhere")).check_spool_dir()
