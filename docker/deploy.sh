@@ -95,17 +95,20 @@ drop() { rm -f "$state/$1" "$state/$1-conf" "$state/$1-settings"; }
 other_settings() { # FILE: whether it is known and has others than those of now
   [ -f "$1" ] && ! cmp -s "$1" <(settings_now)
 }
-note_settings() { # FILE: what runs has these
-  ! other_settings "$1" ||
-    echo "note: ${ENV_FILE:-.env} is not what runs now and comes with the next deployment; the settings that run: $1" >&2
+note_settings() { # what runs has those that were kept
+  ! other_settings "$state/settings" ||
+    echo "note: ${ENV_FILE:-.env} is not what runs; the next deployment takes it. What runs has $state/settings" >&2
 }
 go_back() { # KIND: to it, with its settings
   local settings=$state/$1-settings
-  note_settings "$settings"
-  [ ! -f "$settings" ] || local -x ENV_FILE=$settings
-  roll "$(read_state "$1")" "$(read_state "$1-conf")" || return
+  if [ -f "$settings" ]; then
+    ENV_FILE=$settings roll "$(read_state "$1")" "$(read_state "$1-conf")" || return
+    cp -p "$settings" "$state/settings"
+  else
+    roll "$(read_state "$1")" "$(read_state "$1-conf")" || return
+  fi
   read_state "$1" >"$state/current"
-  [ ! -f "$settings" ] || cp -p "$settings" "$state/settings"
+  note_settings
 }
 
 use_version() {
@@ -113,13 +116,17 @@ use_version() {
 }
 
 wait_healthy() { # COUNT: so many healthy API containers
-  local deadline=$((SECONDS + healthy_timeout_s)) healthy=0
+  local deadline=$((SECONDS + healthy_timeout_s)) healthy=0 container
   while [ $SECONDS -lt $deadline ]; do
     healthy=$(containers api --filter health=healthy | wc -l)
     [ "$healthy" -lt "$1" ] || return 0
     sleep 1
   done
-  echo "error: only $healthy of $1 replicas became healthy within $healthy_timeout_s s" >&2
+  echo "error: only $healthy of $1 replicas became healthy within $healthy_timeout_s s; what the others said last:" >&2
+  # Now, because going back removes them.
+  for container in $(comm -23 <(containers api | sort) <(containers api --filter health=healthy | sort)); do
+    docker logs --tail 3 "$container" 2>&1 | sed 's/^/  /' >&2
+  done
   return 1
 }
 
@@ -254,7 +261,7 @@ case ${1:-} in
     echo "rolled back to $version"
     ;;
   scale)
-    note_settings "$state/settings"
+    note_settings
     [ ! -f "$state/settings" ] || export ENV_FILE=$state/settings # a new replica is like those that run
     refuse_to_lose_keys
     ASR_API_IMAGE=$(running api '{{.Config.Image}}')

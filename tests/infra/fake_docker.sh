@@ -102,6 +102,7 @@ case $1 in
     image_id "${*: -1}"
     printf '%s\n' "$id"
     ;;
+  logs) echo 'asr: what was wrong' ;;
   rm) rm "containers/${*: -1}" ;;
   tag) # an id or a name becomes NAME
     image_id "$2"

@@ -301,7 +301,7 @@ def test_a_rollback_brings_the_settings_before_and_says_that_the_file_has_others
     done = machine.rollback(ENV_FILE=str(operator.file))
     assert done.returncode == 0, done.stderr
     assert operator.running() == {"100"}
-    assert f"note: {operator.file} is not what runs now" in done.stderr
+    assert f"note: {operator.file} is not what runs" in done.stderr
     assert f"{LIMIT}=1\n" in operator.file.read_text(), "the operator's own file is not written to"
     assert (machine.state / "settings").stat().st_mode & 0o077 == 0, "it holds keys"
     scaled = machine.run("docker/deploy.sh", "scale", ENV_FILE=str(operator.file), REPLICAS="3")
@@ -317,6 +317,7 @@ def test_settings_that_do_not_start_are_taken_back_with_the_same_version(
     failed = machine.deploy("1", ENV_FILE=operator.write("bad"), FAKE_BROKEN_SETTING="bad")
     assert failed.returncode == 1
     assert "1 failed; going back to 1 with the settings that it had" in failed.stderr
+    assert "  asr: what was wrong" in failed.stderr, "the container is gone, with its log"
     assert operator.running() == {"100"}
     assert "nothing to roll back" in machine.rollback(ENV_FILE=str(operator.file)).stdout
     assert machine.deploy("1", ENV_FILE=operator.write("200")).returncode == 0
