@@ -48,7 +48,8 @@ refuse_to_lose_keys() { # a checkout without the operator's .env must not open t
   [ -z "$(setting ASR_API_KEYS '')$(setting ASR_API_KEYS_FILE '')" ] || return 0
   [ "$(setting ASR_ALLOW_ANONYMOUS '')" != true ] || return 0
   echo "error: the replicas that run ask for keys, and ${ENV_FILE:-.env} and the environment name none: name the file of" \
-    "their settings in ENV_FILE, or set ASR_ALLOW_ANONYMOUS=true to say that this is meant" >&2
+    "their settings in ENV_FILE (an earlier version with the settings of now: docker/deploy.sh deploy VERSION), or set" \
+    "ASR_ALLOW_ANONYMOUS=true to say that this is meant" >&2
   exit 1
 }
 
@@ -252,10 +253,11 @@ case ${1:-} in
       exit
     fi
     [ -n "$version" ] || { echo "error: no earlier version is known in $state" >&2; exit 1; }
-    (
-      [ ! -f "$state/$kind-settings" ] || export ENV_FILE=$state/$kind-settings
+    if [ -f "$state/$kind-settings" ]; then
+      ENV_FILE=$state/$kind-settings refuse_to_lose_keys
+    else
       refuse_to_lose_keys
-    )
+    fi
     go_back "$kind"
     drop "$kind"
     echo "rolled back to $version"
