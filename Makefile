@@ -186,8 +186,9 @@ sign: ## sign what was pushed, by digest, and attach the bill of materials
 up: ## the whole stack on this machine with Compose; REPLICAS=3
 	docker/make_env.sh
 	ASR_API_IMAGE=$(REGISTRY_PREFIX)asr-api:$(VERSION) ASR_UI_IMAGE=$(REGISTRY_PREFIX)asr-ui:$(VERSION) docker/compose.sh up --detach --scale api=$(REPLICAS)
+	docker/deploy.sh keep $(VERSION)
 down: ## stop it; volumes stay
-	GRAFANA_ADMIN_PASSWORD=unused docker/compose.sh down
+	docker/compose.sh down
 
 deploy-compose: ## this version to Compose here, replica by replica, back on failure
 	docker/deploy.sh deploy $(VERSION)

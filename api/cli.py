@@ -149,14 +149,9 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> int:
-    from api.env_example import env_example
+    from api.env_example import env_example, in_force
 
-    if arguments.env_example:
-        print(env_example(), end="")
-        return OK
-    settings = load_settings()
-    for name in Settings.model_fields:
-        print(f"ASR_{name.upper()}={getattr(settings, name)}")
+    print(env_example() if arguments.env_example else in_force(load_settings()), end="")
     return OK
 
 

@@ -1,4 +1,4 @@
-"""``.env.example`` as text, from the fields of Settings."""
+"""Settings as the text of an ``.env``: the example, and those in force."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ def env_example() -> str:
     for name, info in Settings.model_fields.items():
         lines += ["", *_wrap(f"{info.description}{_bounds(info.metadata)}{_choices(info.annotation)}")]
         lines.append(f"#ASR_{name.upper()}={_plain(name, info.default)}")
+    return "\n".join(lines) + "\n"
+
+
+def in_force(settings: Settings) -> str:
+    """The settings as an ``.env`` that gives them again, but for the secrets of keys."""
+    lines = []
+    for name in Settings.model_fields:
+        if name == "api_keys" and settings.api_keys:
+            names = ", ".join(key.name for key in settings.api_keys)
+            lines.append(f"# ASR_API_KEYS is set, and not shown: {names}")
+        else:
+            lines.append(f"ASR_{name.upper()}={_value(getattr(settings, name))}")
     return "\n".join(lines) + "\n"
 
 
@@ -51,10 +63,14 @@ def _choices(annotation: Any) -> str:
 def _plain(name: str, default: Any) -> str:
     if name == "spool_dir":
         return "/tmp"  # noqa: S108  the system's own choice differs by machine; the example shows the usual one
-    if default is None or default == ():
+    return _value(default)
+
+
+def _value(setting: Any) -> str:
+    if setting is None:
         return ""
-    if isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, tuple):
-        return ",".join(str(item) for item in default)
-    return str(default)
+    if isinstance(setting, bool):
+        return str(setting).lower()
+    if isinstance(setting, tuple):
+        return ",".join(str(item) for item in setting)
+    return str(setting)

@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from api.access import Access, SecurityHeaders
 from api.cgroup import usable_cores
-from api.errors import AsrError, BundleError, from_validation, to_response
+from api.errors import AsrError, BundleError, SettingsError, from_validation, to_response
 from api.registry import open_registry
 from api.routes import docs, health, live, models, openai, root, transcribe
 from api.schemas import ERRORS
@@ -128,15 +128,29 @@ def _lifespan(
     return lifespan
 
 
+class _ToldToStop(Exception):  # noqa: N818  it is not an error
+    """A stop came while the models were loading."""
+
+
 async def _load(service: Service, on_failed_start: Callable[[], None] | None) -> None:
+    def go_on() -> None:
+        if service.is_draining:
+            raise _ToldToStop
+
     try:
-        registry = await open_registry(service.settings, service.telemetry)
+        registry = await open_registry(service.settings, service.telemetry, go_on)
+    except _ToldToStop:
+        _log.info("start_broken_off")
+        return
     except Exception as error:
         service.phase, service.failure = "failed", str(error)
         if isinstance(error, BundleError):
             _log.error("model_refused", problem=str(error))
+        elif isinstance(error, SettingsError):
+            _log.error("start_failed", problem=str(error))
         else:
-            _log.error("start_failed", exc_info=error)
+            service.failure = f"{type(error).__name__}: {error}"
+            _log.error("start_failed", problem=service.failure, exc_info=error)
         if on_failed_start is not None:
             on_failed_start()
         return

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -123,16 +123,19 @@ class Registry:
         await asyncio.to_thread(self.pool.close)
 
 
-async def open_registry(settings: Settings, telemetry: Telemetry) -> Registry:
+async def open_registry(
+    settings: Settings, telemetry: Telemetry, go_on: Callable[[], None] = lambda: None
+) -> Registry:
     """Load, calibrate and warm up every model of the settings, then start the workers.
 
-    Runs in a thread, so that probes are answered meanwhile. Raises BundleError or SettingsError; whatever
-    else fails in a warm-up fails the start, too.
+    Runs in a thread, so that probes are answered meanwhile. ``go_on`` is called between the steps and may end
+    them by raising: nothing else can end a thread. Raises BundleError or SettingsError; whatever else fails
+    in a warm-up fails the start, too.
     """
-    return await asyncio.to_thread(_load_all, settings, telemetry)
+    return await asyncio.to_thread(_load_all, settings, telemetry, go_on)
 
 
-def _load_all(settings: Settings, telemetry: Telemetry) -> Registry:
+def _load_all(settings: Settings, telemetry: Telemetry, go_on: Callable[[], None]) -> Registry:
     limit_cores = cpu_limit_cores()
     cores = usable_cores(limit_cores)
     for name in settings.models:
@@ -144,9 +147,10 @@ def _load_all(settings: Settings, telemetry: Telemetry) -> Registry:
     # The default model first: what it calibrates to is the number of workers of all.
     names = sorted(settings.models, key=lambda name: name != settings.default_model_name)
     for name in names:
-        engine, calibration, load_s = _load(settings, name, cores, workers)
+        engine, calibration, load_s = _load(settings, name, cores, workers, go_on)
         workers = workers or calibration.workers
         engines.append((engine, calibration, load_s))
+    go_on()
     slowest = min(calibration.audio_s_per_s for _, calibration, _ in engines)
     pool = WorkerPool(workers, telemetry, rate=slowest)
     admission = Admission(settings.queue_limit_audio_s, pool)
@@ -164,18 +168,24 @@ def _load_all(settings: Settings, telemetry: Telemetry) -> Registry:
     return Registry(loaded, settings.default_model_name, pool, admission)
 
 
-def _load(settings: Settings, name: str, cores: int, workers: int) -> tuple[Engine, Calibration, float]:
+def _load(
+    settings: Settings, name: str, cores: int, workers: int, go_on: Callable[[], None]
+) -> tuple[Engine, Calibration, float]:
     """One model, warm. ``workers``: of the pool, 0 while it is not decided."""
     start_s = time.perf_counter()
+    go_on()
     bundle = load_bundle(settings.models_dir, name)
+    go_on()
     with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as beside:
         decoder = beside.submit(_warm_decoder, bundle)
-        engine, calibration = _warm_engine(settings, bundle, cores, workers)
+        engine, calibration = _warm_engine(settings, bundle, cores, workers, go_on)
         decoder.result()
     return engine, calibration, time.perf_counter() - start_s
 
 
-def _warm_engine(settings: Settings, bundle: Bundle, cores: int, workers: int) -> tuple[Engine, Calibration]:
+def _warm_engine(
+    settings: Settings, bundle: Bundle, cores: int, workers: int, go_on: Callable[[], None]
+) -> tuple[Engine, Calibration]:
     threads = settings.threads_per_worker or 1
     wanted_workers = workers or settings.workers or max(1, cores // threads)
     engine = Engine(
@@ -193,7 +203,9 @@ def _warm_engine(settings: Settings, bundle: Bundle, cores: int, workers: int) -
         engine.allow_padded(settings.max_batch_audio_s)
         if not workers and not settings.workers:
             wanted_workers = GPU_WORKERS
+    go_on()
     engine.warm_up(wanted_workers)
+    go_on()
     if settings.calibrate:
         calibration = calibrate(engine, wanted_workers, max_batch=settings.max_batch)
         if calibration.max_batch > 1:

@@ -5,9 +5,9 @@
   connection gets 503 with Retry-After.
 - What is left of a refused body is discarded for a few seconds, so that the caller can read the refusal.
 - An offer to go on in another protocol than WebSocket is passed over; uvicorn loses the body behind it.
-- SIGTERM and SIGINT: readiness fails at once, the listener goes on for the grace period (after SIGTERM also
-  until Prometheus, where it scrapes, has counted the last request), then HTTP drains. The kernel is told to
-  let no connection in any more before the listener closes, so that none is reset.
+- SIGTERM, SIGHUP and SIGINT: readiness fails at once, the listener goes on for the grace period and until
+  Prometheus, where it scrapes, has counted the last request (neither after SIGINT), then HTTP drains. The
+  kernel is told to let no connection in any more before the listener closes, so that none is reset.
   The process ends with status 0; a second signal ends it at once.
 """
 
@@ -23,8 +23,10 @@ import os
 import signal
 import socket
 import struct
+import threading
 import time
 import uuid
+from collections.abc import Iterator
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -379,13 +381,28 @@ class Server(uvicorn.Server):
         self._waits_for_scrape = False
         self.failed = False
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGHUP too: it would end the process with what it accepted. Not where nohup has it ignored."""
+        main = threading.current_thread() is threading.main_thread()
+        if not main or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            with super().capture_signals():
+                yield
+            return
+        before = signal.signal(signal.SIGHUP, self.handle_exit)
+        try:
+            with super().capture_signals():
+                yield
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: leave at once."""
         if self._exit_at_s is not None:
             self.should_exit = self.force_exit = True
             return
-        self._waits_for_scrape = sig == signal.SIGTERM
-        grace_s = self._service.settings.drain_grace_s if sig == signal.SIGTERM else 0.0
+        self._waits_for_scrape = sig != signal.SIGINT
+        grace_s = 0.0 if sig == signal.SIGINT else self._service.settings.drain_grace_s
         self._exit_at_s = time.monotonic() + grace_s
         self._service.drain()
 

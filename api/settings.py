@@ -29,6 +29,14 @@ def _split(value: object) -> object:
     return value
 
 
+def _temporary_folder() -> Path:
+    """The system's; where none can be written to, the one of which ``check_spool_dir`` then complains."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return Path("/tmp")  # noqa: S108
+
+
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -175,7 +183,7 @@ class Settings(BaseSettings):
         description="Seconds for a whole upload before 408: ends clients that drip bytes.",
     )
     spool_dir: Path = Field(
-        Path(tempfile.gettempdir()),
+        _temporary_folder(),
         description="Folder for uploads over 1 MiB while they are decoded; fast, local.",
     )
     decode_threads: int = Field(
@@ -330,7 +338,9 @@ class Settings(BaseSettings):
             with tempfile.TemporaryFile(dir=self.spool_dir):
                 pass
         except OSError as error:
-            raise SettingsError(f"ASR_SPOOL_DIR={self.spool_dir}: {error.strerror}") from error
+            raise SettingsError(
+                f"ASR_SPOOL_DIR={self.spool_dir}: no file can be made there: {error.strerror}"
+            ) from error
 
     def load_keys(self) -> tuple[ApiKey, ...]:
         """Keys from the variable and the file. Raises SettingsError when the file is unreadable or empty."""

@@ -19,6 +19,12 @@ else
   echo "error: needs Docker Compose (the docker-compose-plugin package)" >&2
   exit 1
 fi
+case ${1:-} in
+  # These make no container, and are wanted where no .env was written, too: compose reads Grafana's part all the same.
+  down | events | exec | images | kill | logs | pause | port | ps | restart | rm | start | stop | top | unpause)
+    export GRAFANA_ADMIN_PASSWORD=${GRAFANA_ADMIN_PASSWORD:-unused}
+    ;;
+esac
 files=()
 if [ "$parts" = base,api,ui,monitoring ] && [ "${compose[0]}" = docker ]; then
   files=(-f docker/compose.yml)

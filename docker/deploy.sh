@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Deploy one version to Docker Compose on this machine, replica by replica, and go back when that fails.
-# usage: docker/deploy.sh deploy VERSION | rollback | scale | status | forget VERSION
+# usage: docker/deploy.sh deploy VERSION | rollback | scale | status | keep VERSION | forget VERSION
 #   REGISTRY   where the images are, for example registry.example.org/asr (empty: local images)
 #   REPLICAS   API replicas (default 3)      PARTS   parts of the stack (default base,api,ui)
 #   ENV_FILE   settings (default .env)   DEPLOY_STATE  what is deployed (default build/deployed)
-# scale starts or stops replicas of the version that runs, until there are REPLICAS. forget removes a version's images,
-# unless it is deployed or would be gone back to. A deployment that succeeds forgets the version two before it.
+# scale starts or stops replicas of the version that runs, until there are REPLICAS. keep notes what `make up` started.
+# forget removes a version's images, unless it is deployed or would be gone back to. A deployment that succeeds forgets the
+# version two before it. Whatever goes back takes the settings of that time along; ENV_FILE is not written to.
 # Each API container is stopped with its full grace period and replaced before the next one is touched, so
 # all but one replica always serve. A replacement that does not get healthy ends the deployment. Nothing starts where
 # the replicas that run ask for keys and new ones would not, unless ASR_ALLOW_ANONYMOUS=true says that this is meant.
@@ -47,7 +48,8 @@ refuse_to_lose_keys() { # a checkout without the operator's .env must not open t
   [ -z "$(setting ASR_API_KEYS '')$(setting ASR_API_KEYS_FILE '')" ] || return 0
   [ "$(setting ASR_ALLOW_ANONYMOUS '')" != true ] || return 0
   echo "error: the replicas that run ask for keys, and ${ENV_FILE:-.env} and the environment name none: name the file of" \
-    "their settings in ENV_FILE, or set ASR_ALLOW_ANONYMOUS=true to say that this is meant" >&2
+    "their settings in ENV_FILE (an earlier version with the settings of now: docker/deploy.sh deploy VERSION), or set" \
+    "ASR_ALLOW_ANONYMOUS=true to say that this is meant" >&2
   exit 1
 }
 
@@ -69,18 +71,63 @@ gateway_conf() { # the copy of the configuration that the gateway runs with, whe
   [[ $path != "$(cd "$state" && pwd)"/* ]] || echo "$path"
 }
 
+# What is replaced lies in "before", "before-conf" and "before-settings" until the deployment is over: one that was broken
+# off can be taken back, too. Then it is what "previous" means, or gone. Settings hold keys: only their owner reads them.
+settings_now() { [ ! -f "${ENV_FILE:-.env}" ] || cat "${ENV_FILE:-.env}"; }
+keep() { # VERSION: it runs, with the settings of now
+  echo "$1" >"$state/current"
+  (umask 077 && settings_now >"$state/settings.new")
+  mv "$state/settings.new" "$state/settings"
+}
+take_aside() { # VERSION CONF
+  drop before
+  [ ! -f "$state/settings" ] || cp -p "$state/settings" "$state/before-settings"
+  echo "$2" >"$state/before-conf"
+  echo "$1" >"$state/before" # last: with it the three are complete
+}
+rename() { # KIND TO
+  drop "$2"
+  local part
+  for part in -settings -conf ''; do
+    [ ! -f "$state/$1$part" ] || mv "$state/$1$part" "$state/$2$part"
+  done
+}
+drop() { rm -f "$state/$1" "$state/$1-conf" "$state/$1-settings"; }
+other_settings() { # FILE: whether it is known and has others than those of now
+  [ -f "$1" ] && ! cmp -s "$1" <(settings_now)
+}
+note_settings() { # what runs has those that were kept
+  ! other_settings "$state/settings" ||
+    echo "note: ${ENV_FILE:-.env} is not what runs; the next deployment takes it. What runs has $state/settings" >&2
+}
+go_back() { # KIND: to it, with its settings
+  local settings=$state/$1-settings
+  if [ -f "$settings" ]; then
+    ENV_FILE=$settings roll "$(read_state "$1")" "$(read_state "$1-conf")" || return
+    cp -p "$settings" "$state/settings"
+  else
+    roll "$(read_state "$1")" "$(read_state "$1-conf")" || return
+  fi
+  read_state "$1" >"$state/current"
+  note_settings
+}
+
 use_version() {
   export ASR_API_IMAGE=${registry:+$registry/}asr-api:$1 ASR_UI_IMAGE=${registry:+$registry/}asr-ui:$1
 }
 
 wait_healthy() { # COUNT: so many healthy API containers
-  local deadline=$((SECONDS + healthy_timeout_s)) healthy=0
+  local deadline=$((SECONDS + healthy_timeout_s)) healthy=0 container
   while [ $SECONDS -lt $deadline ]; do
     healthy=$(containers api --filter health=healthy | wc -l)
     [ "$healthy" -lt "$1" ] || return 0
     sleep 1
   done
-  echo "error: only $healthy of $1 replicas became healthy within $healthy_timeout_s s" >&2
+  echo "error: only $healthy of $1 replicas became healthy within $healthy_timeout_s s; what the others said last:" >&2
+  # Now, because going back removes them.
+  for container in $(comm -23 <(containers api | sort) <(containers api --filter health=healthy | sort)); do
+    docker logs --tail 3 "$container" 2>&1 | sed 's/^/  /' >&2
+  done
   return 1
 }
 
@@ -136,72 +183,105 @@ forget_copies() { # what docker/compose.sh copied: keep the last two of each kin
   done < <(find "$state" -mindepth 1 -maxdepth 1 -regex '.*-[0-9]+' -printf '%T@ %f\n' | sort -rn)
 }
 
-case ${1:-} in deploy | rollback | scale) refuse_to_lose_keys ;; esac
 case ${1:-} in
   deploy)
     version=${2:?deploy needs a version}
-    before=$(read_state current) conf=$(gateway_conf)
-    [ -n "$before" ] || before=$(running_version)
-    # A build may carry the version that runs already: another tag keeps the old images, to go back to.
-    if [ "$before" = "$version" ] && [ -n "$(running api '{{.Image}}')" ] && keep_running_images "$version"; then
-      before=$version-before
+    refuse_to_lose_keys
+    broken_off=1
+    if [ ! -f "$state/before" ]; then
+      broken_off=0
+      before=$(read_state current)
+      [ -n "$before" ] || before=$(running_version)
+      # A build may carry the version that runs already: another tag keeps the old images, to go back to.
+      if [ "$before" = "$version" ] && [ -n "$(running api '{{.Image}}')" ] && keep_running_images "$version"; then
+        before=$version-before
+      fi
+      [ -z "$before" ] || take_aside "$before" "$(gateway_conf)"
     fi
+    before=$(read_state before)
     rm -f "$state/failed"
     use_version "$version"
     # nginx would end at once, again and again, and Compose not notice it.
     if ! compose run --rm -T --no-deps gateway nginx -t -q -c /etc/nginx/nginx.conf; then
       echo "$version" >"$state/failed"
+      [ "$broken_off" = 1 ] || drop before
       echo "error: the gateway does not start with the configuration of $version; nothing was changed" >&2
       exit 1
     fi
+    can_go_back=0
+    if [ -n "$before" ] && { [ "$before" != "$version" ] || other_settings "$state/before-settings"; }; then can_go_back=1; fi
     if roll "$version"; then
       oldest=$(read_state previous)
-      if [ -n "$before" ] && [ "$before" != "$version" ]; then
-        echo "$before" >"$state/previous"
-        echo "$conf" >"$state/previous-conf"
-      fi
-      echo "$version" >"$state/current"
+      if [ "$can_go_back" = 1 ]; then rename before previous; else drop before; fi
+      keep "$version"
       forget "$oldest"
       forget_copies
       echo "deployed $version"
       exit
     fi
     echo "$version" >"$state/failed"
-    if [ -z "$before" ] || [ "$before" = "$version" ]; then
+    if [ "$can_go_back" = 0 ]; then
+      drop before
       echo "error: $version failed and there is no earlier version to go back to" >&2
       exit 1
     fi
-    echo "error: $version failed; going back to $before" >&2
+    with=''
+    [ ! -f "$state/before-settings" ] || with=' with the settings that it had'
+    echo "error: $version failed; going back to $before$with" >&2
     echo "$before" >"$state/current"
-    if ! roll "$before" "$conf"; then
+    if go_back before; then
+      drop before
+    else
       # Then a rollback has something to do after all.
       rm "$state/failed"
-      echo "$before" >"$state/previous"
-      echo "$conf" >"$state/previous-conf"
+      rename before previous
       echo "error: going back to $before failed too; mend what is said above, then: docker/deploy.sh rollback" >&2
     fi
     exit 1
     ;;
   rollback)
-    previous=$(read_state previous)
+    kind=previous
+    if [ -f "$state/before" ]; then
+      kind=before
+      echo "a deployment broke off; going back to what ran before it"
+    fi
+    version=$(read_state "$kind")
     failed=$(read_state failed)
-    if [ -n "$failed" ]; then
+    if [ -n "$failed" ] && [ "$kind" = previous ]; then
       echo "nothing to roll back: $failed failed and was taken away again; $(read_state current) is deployed"
-      [ -z "$previous" ] || echo "further back: docker/deploy.sh deploy $previous"
+      [ -z "$version" ] || echo "further back: docker/deploy.sh deploy $version"
       exit
     fi
-    [ -n "$previous" ] || { echo "error: no earlier version is known in $state" >&2; exit 1; }
-    roll "$previous" "$(read_state previous-conf)"
-    echo "$previous" >"$state/current"
-    rm -f "$state/previous" "$state/previous-conf"
-    echo "rolled back to $previous"
+    [ -n "$version" ] || { echo "error: no earlier version is known in $state" >&2; exit 1; }
+    if [ -f "$state/$kind-settings" ]; then
+      ENV_FILE=$state/$kind-settings refuse_to_lose_keys
+    else
+      refuse_to_lose_keys
+    fi
+    go_back "$kind"
+    drop "$kind"
+    echo "rolled back to $version"
     ;;
   scale)
+    note_settings
+    [ ! -f "$state/settings" ] || export ENV_FILE=$state/settings # a new replica is like those that run
+    refuse_to_lose_keys
     ASR_API_IMAGE=$(running api '{{.Config.Image}}')
     [ -n "$ASR_API_IMAGE" ] || { echo "error: no replica runs; start the stack with make up" >&2; exit 1; }
     export ASR_API_IMAGE
     compose up --detach --no-build --no-recreate --no-deps --scale "api=$replicas" api
     wait_healthy "$replicas"
+    ;;
+  keep)
+    version=${2:?keep needs a version}
+    before=$(read_state current)
+    if [ -n "$before" ] && { [ "$before" != "$version" ] || other_settings "$state/settings"; }; then
+      take_aside "$before" ''
+      rename before previous
+    fi
+    drop before
+    rm -f "$state/failed"
+    keep "$version"
     ;;
   forget) forget "${2:?forget needs a version}" ;;
   status)
@@ -210,7 +290,7 @@ case ${1:-} in
     compose ps
     ;;
   *)
-    sed -n '2,11s/^# //p' "$0" >&2
+    sed -n '2,13s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

@@ -62,7 +62,11 @@ def run(settings: Settings) -> int:
     gc.freeze()  # modules and classes stay: no collection needs to look through them
     gc.set_threshold(*_COLLECT)
     server.run(sockets=[listener])
-    return START_FAILED if server.failed else 0
+    if not server.failed:
+        return 0
+    # Once more, as the last line: that is where people and Kubernetes look for the reason of an exit.
+    print(f"asr: the service did not start: {app.state.service.failure}", file=sys.stderr)
+    return START_FAILED
 
 
 def _listen(settings: Settings) -> socket.socket:

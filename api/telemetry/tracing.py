@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.trace import Link, SpanContext, SpanKind
 
+from api.errors import SettingsError
 from api.telemetry.spans import AttributeValue, FinishedSpan, HashedResource, SharedAttributes
 
 _log = structlog.get_logger("api.telemetry")
@@ -57,7 +58,7 @@ def _protocol(environ: Mapping[str, str]) -> str:
 def build_exporter(environ: Mapping[str, str] = os.environ) -> SpanExporter:
     """The OTLP exporter that the environment asks for.
 
-    Raises ValueError when the protocol is neither ``grpc`` nor ``http/protobuf``.
+    Raises SettingsError when the protocol is neither ``grpc`` nor ``http/protobuf``.
     """
     protocol = _protocol(environ)
     if protocol == "grpc":
@@ -68,7 +69,7 @@ def build_exporter(environ: Mapping[str, str] = os.environ) -> SpanExporter:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http
 
         return Http()
-    raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}; grpc and http/protobuf are supported")
+    raise SettingsError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: grpc and http/protobuf are supported")
 
 
 class ToleratingExporter(SpanExporter):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from api.env_example import env_example
+from api.env_example import env_example, in_force
 from api.errors import SettingsError
 from api.keys import ApiKey, find_key
-from api.settings import Settings, load_settings
+from api.settings import Settings, _temporary_folder, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "correct-horse-battery"
@@ -94,7 +95,7 @@ def test_an_env_file_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 def test_a_spool_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     load_settings(spool_dir=tmp_path).check_spool_dir()
-    with pytest.raises(SettingsError, match=r"ASR_SPOOL_DIR=/no/such: No such file or directory"):
+    with pytest.raises(SettingsError, match=r"ASR_SPOOL_DIR=/no/such: no file can be made there: No such"):
         load_settings(spool_dir="/no/such").check_spool_dir()
 
 
@@ -149,3 +150,24 @@ def test_find_key_knows_its_own_and_no_other() -> None:
     assert found.name == "bob"
     assert find_key(keys, SECRET + "x") is None
     assert find_key([], SECRET) is None
+
+
+def test_settings_in_force_give_themselves_again_and_keep_secrets(tmp_path: Path) -> None:
+    key = ApiKey.parse(f"me:{SECRET}")
+    changed = Settings(models=("one", "two"), calibrate=False, queue_limit_audio_s=12.5, api_keys=(key,))
+    text = in_force(changed)
+    assert SECRET not in text
+    assert "# ASR_API_KEYS is set, and not shown: me\n" in text
+    (tmp_path / ".env").write_text(text)
+    again = load_settings(tmp_path / ".env")
+    assert again.model_dump(exclude={"api_keys"}) == changed.model_dump(exclude={"api_keys"})
+
+
+def test_no_folder_for_temporary_files_is_a_setting_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with a read-only root and without a /tmp."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    assert _temporary_folder() == Path("/tmp")

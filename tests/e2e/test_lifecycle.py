@@ -170,6 +170,35 @@ def test_interrupt_stops_cleanly_without_grace(models_dir: Path, tmp_path: Path,
     assert live.process.wait(10) == 0
 
 
+def test_a_hang_up_loses_nothing(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
+    """A terminal that closes, or someone who thinks that it means to read the settings again."""
+    live = launch(models_dir, tmp_path / "log")
+    form = body(AUDIO)
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(head(len(form)) + form[:1000])
+        time.sleep(0.3)
+        live.process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        connection.sendall(form[1000:])
+        status, _, answer = read_answer(connection, 20)
+    assert (status, json.loads(answer)["text"]) == (200, "head bad cafe")
+    assert live.process.wait(20) == 0
+
+
+def test_a_stop_does_not_wait_for_models_that_nobody_will_ask(tmp_path: Path, launch: Launch) -> None:
+    names = [f"m{index}" for index in range(8)]
+    for name in names:
+        make_bundle(tmp_path, name)
+    live = launch(tmp_path, tmp_path / "log", wait=False, models=",".join(names), calibrate="true")
+    with live.client() as client:
+        assert client.get("/health/startup").status_code == 503
+    live.process.send_signal(signal.SIGTERM)
+    assert live.process.wait(60) == 0
+    assert '"event": "start_broken_off"' in live.log
+    assert '"event": "ready"' not in live.log
+    assert '"event": "stopped"' in live.log
+
+
 def test_drain_goes_on_while_an_upload_is_running(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
     """A request whose body is still arriving when the signal comes is answered."""
     live = launch(models_dir, tmp_path / "log")
@@ -230,7 +259,27 @@ def test_missing_model_ends_the_start_with_its_own_status(models_dir: Path) -> N
     result = run_serve(models_dir, models="nothing")
     assert result.returncode == 3
     assert "model_refused" in result.stderr
-    assert "bundles in the folder: other, tiny" in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("asr: the service did not start: bundle 'nothing': ")
+    assert last.endswith("bundles in the folder: other, tiny")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "status", "problem"),
+    [
+        ("ASR_PROVIDER", "openvino", 3, "the service did not start: ASR_PROVIDER=openvino: this build of"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "udp", 2, "OTEL_EXPORTER_OTLP_PROTOCOL=udp: grpc and http/protobuf"),
+        ("ASR_SPOOL_DIR", "/nowhere", 2, "ASR_SPOOL_DIR=/nowhere: no file can be made there: No such"),
+    ],
+)
+def test_what_only_shows_during_the_start_is_one_line_as_well(
+    models_dir: Path, variable: str, value: str, status: int, problem: str
+) -> None:
+    given = environment(models_dir) | {variable: value, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    result = subprocess.run(SERVE, env=given, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert result.returncode == status
+    assert result.stderr.splitlines()[-1].startswith(f"asr: {problem}")
     assert "Traceback" not in result.stderr
 
 

@@ -1,8 +1,10 @@
 #!/bin/bash
 # A docker that only remembers: containers and every command, in the folder FAKE_DOCKER. It understands what
 # docker/deploy.sh asks, with nothing but the shell's own commands, because a deployment asks often.
-# Containers are files NUMBER-SERVICE with the lines image, image id, the variable of the keys and a mounted path. The images named in
-# FAKE_BROKEN (by id, between spaces) never get healthy; a command that begins with FAKE_REFUSES fails.
+# Containers are files NUMBER-SERVICE with the lines image, image id, the variable of the keys, a mounted path and one setting.
+# The images named in FAKE_BROKEN (by id, between spaces) never get healthy, nor does what has FAKE_BROKEN_SETTING; a command that
+# begins with FAKE_REFUSES fails.
+started_in=$PWD
 cd "$FAKE_DOCKER" || exit
 mkdir -p containers images 2>/dev/null
 printf '%s\n' "$*" >>calls
@@ -13,7 +15,18 @@ image_id() { # NAME or id: into $id
   id=sha256:${1#sha256:}
   [ ! -e "$file" ] || id=$(<"$file")
 }
-read_container() { { read -r image && read -r id && read -r keys && read -r mount; } <"$1"; }
+read_container() { { read -r image && read -r id && read -r keys && read -r mount && { read -r setting || true; }; } <"$1"; }
+read_setting() { # COMPOSE_ARGUMENTS...: from the file that Compose is given, into $setting
+  local word line file=''
+  setting=''
+  for word; do
+    [ "$file" != next ] || file=$word
+    [ "$word" != --env-file ] || file=next
+  done
+  case $file in '' | /*) ;; *) file=$started_in/$file ;; esac
+  [ -f "$file" ] || return 0
+  while read -r line; do [[ $line != ASR_QUEUE_LIMIT_AUDIO_S=* ]] || setting=${line#*=}; done <"$file"
+}
 image_of_service() { # SERVICE: into $wanted, with what it mounts into $mounts
   mounts=''
   [ "$1" != gateway ] || mounts=${ASR_NGINX_CONF:-}
@@ -53,7 +66,8 @@ up() {
       next=$(($(<next) + 1))
       printf '%s' "$next" >next
       image_id "$wanted"
-      printf '%s\n%s\nASR_API_KEYS=%s\n%s\n' "$wanted" "$id" "${ASR_API_KEYS:-}" "$mounts" >"containers/$((1000 + next))-$service"
+      read_setting "$@"
+      printf '%s\n%s\nASR_API_KEYS=%s\n%s\n%s\n' "$wanted" "$id" "${ASR_API_KEYS:-}" "$mounts" "$setting" >"containers/$((1000 + next))-$service"
     done
   done
 }
@@ -69,6 +83,7 @@ case $1 in
     for file in "${found[@]}"; do
       read_container "$file"
       [[ "$*" != *health=healthy* || " ${FAKE_BROKEN:-} " != *" $id "* ]] || continue
+      [[ "$*" != *health=healthy* || -z "${FAKE_BROKEN_SETTING:-}" || "$setting" != "$FAKE_BROKEN_SETTING" ]] || continue
       printf '%s\n' "${file#containers/}"
     done
     ;;
@@ -87,6 +102,7 @@ case $1 in
     image_id "${*: -1}"
     printf '%s\n' "$id"
     ;;
+  logs) echo 'asr: what was wrong' ;;
   rm) rm "containers/${*: -1}" ;;
   tag) # an id or a name becomes NAME
     image_id "$2"

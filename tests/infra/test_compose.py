@@ -246,6 +246,25 @@ def test_another_nginx_conf_is_another_gateway(tmp_path: Path) -> None:
     assert sums[0].strip()
 
 
+@pytest.mark.parametrize(
+    ("command", "password"), [("logs", "unused"), ("ps", "unused"), ("up", ""), ("run", "")]
+)
+def test_looking_at_the_stack_needs_no_password_and_starting_it_does(
+    tmp_path: Path, command: str, password: str
+) -> None:
+    """The runbooks' commands, where Jenkins has deployed and no .env was ever written."""
+    (tmp_path / "docker").write_text('#!/bin/bash\n[ "$2" = version ] || echo "<$GRAFANA_ADMIN_PASSWORD>"\n')
+    (tmp_path / "docker").chmod(0o755)
+    environment = without_settings() | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "ENV_FILE": "/nonexistent",
+    }
+    environment.pop("GRAFANA_ADMIN_PASSWORD", None)
+    called = [ROOT / "docker/compose.sh", command, "api"]
+    done = subprocess.run(called, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"<{password}>\n"
+
+
 def test_what_containers_mount_outlives_the_checkout(tmp_path: Path) -> None:
     """Jenkins empties its workspace; Docker mounts the files again when the machine starts."""
     (tmp_path / "docker").write_text('#!/bin/bash\necho "$ASR_NGINX_CONF $ASR_MONITORING"\n')

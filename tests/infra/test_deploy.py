@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -262,3 +265,129 @@ def test_keys_that_are_asked_for_do_not_get_lost(machine: Machine, tmp_path: Pat
     assert machine.deploy("4", **keys).returncode == 0
     assert machine.deploy("5", ASR_ALLOW_ANONYMOUS="true").returncode == 0, "it was said explicitly"
     assert machine.deploy("6").returncode == 0, "there was nothing to lose"
+
+
+LIMIT = "ASR_QUEUE_LIMIT_AUDIO_S"
+
+
+class Operator:
+    """Someone who deploys with a file of settings, which the containers get from it as Compose would."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.file = machine.folder / "settings.env"
+
+    def write(self, value: str) -> str:
+        self.file.write_text(f"# comment\n{LIMIT}={value}\n")
+        return str(self.file)
+
+    def running(self) -> set[str]:
+        """Value of the setting in each API container."""
+        files = (self.machine.folder / "containers").glob("*-api")
+        return {file.read_text().splitlines()[4] for file in files}
+
+
+@pytest.fixture
+def operator(machine: Machine) -> Operator:
+    return Operator(machine)
+
+
+def test_a_rollback_brings_the_settings_before_and_says_that_the_file_has_others(
+    machine: Machine, operator: Operator
+) -> None:
+    assert machine.deploy("1", ENV_FILE=operator.write("100")).returncode == 0
+    assert machine.deploy("2", ENV_FILE=operator.write("1")).returncode == 0
+    assert operator.running() == {"1"}
+    done = machine.rollback(ENV_FILE=str(operator.file))
+    assert done.returncode == 0, done.stderr
+    assert operator.running() == {"100"}
+    assert f"note: {operator.file} is not what runs" in done.stderr
+    assert f"{LIMIT}=1\n" in operator.file.read_text(), "the operator's own file is not written to"
+    assert (machine.state / "settings").stat().st_mode & 0o077 == 0, "it holds keys"
+    scaled = machine.run("docker/deploy.sh", "scale", ENV_FILE=str(operator.file), REPLICAS="3")
+    assert scaled.returncode == 0, scaled.stderr
+    assert operator.running() == {"100"}, "a new replica is like the others"
+    assert len(machine.images()) == 3
+
+
+def test_settings_that_do_not_start_are_taken_back_with_the_same_version(
+    machine: Machine, operator: Operator
+) -> None:
+    assert machine.deploy("1", ENV_FILE=operator.write("100")).returncode == 0
+    failed = machine.deploy("1", ENV_FILE=operator.write("bad"), FAKE_BROKEN_SETTING="bad")
+    assert failed.returncode == 1
+    assert "1 failed; going back to 1 with the settings that it had" in failed.stderr
+    assert "  asr: what was wrong" in failed.stderr, "the container is gone, with its log"
+    assert operator.running() == {"100"}
+    assert "nothing to roll back" in machine.rollback(ENV_FILE=str(operator.file)).stdout
+    assert machine.deploy("1", ENV_FILE=operator.write("200")).returncode == 0
+    assert operator.running() == {"200"}
+    assert machine.rollback(ENV_FILE=str(operator.file)).returncode == 0
+    assert operator.running() == {"100"}
+    assert machine.images() == ["asr-api:1"] * 2
+
+
+def test_a_new_version_that_fails_for_its_settings_goes_back_to_both(
+    machine: Machine, operator: Operator
+) -> None:
+    assert machine.deploy("1", ENV_FILE=operator.write("100")).returncode == 0
+    failed = machine.deploy("2", ENV_FILE=operator.write("bad"), FAKE_BROKEN_SETTING="bad")
+    assert failed.returncode == 1
+    assert "failed too" not in failed.stderr
+    assert machine.images() == ["asr-api:1"] * 2
+    assert operator.running() == {"100"}
+
+
+def test_make_up_can_be_taken_back_and_is_what_a_deployment_goes_back_to(
+    machine: Machine, operator: Operator
+) -> None:
+    def up(version: str, value: str) -> None:
+        settings = operator.write(value)
+        for file in (machine.folder / "containers").glob("*-api"):
+            file.unlink()  # Compose makes them again where a setting changed
+        images = {"ASR_API_IMAGE": f"asr-api:{version}", "ASR_UI_IMAGE": f"asr-ui:{version}"}
+        command = ("docker/compose.sh", "up", "--detach", "--scale", "api=2")
+        assert machine.run(*command, ENV_FILE=settings, **images).returncode == 0
+        assert machine.run("docker/deploy.sh", "keep", version, ENV_FILE=settings).returncode == 0
+
+    up("1", "100")
+    up("1", "100")
+    assert not (machine.state / "previous").exists(), "nothing changed"
+    up("1", "200")
+    failed = machine.deploy("2", ENV_FILE=operator.write("bad"), FAKE_BROKEN_SETTING="bad")
+    assert failed.returncode == 1
+    assert operator.running() == {"200"}
+    up("1", "3")
+    assert machine.rollback(ENV_FILE=str(operator.file)).returncode == 0
+    assert operator.running() == {"200"}
+    assert machine.images() == ["asr-api:1"] * 2
+
+
+def test_a_deployment_that_was_broken_off_can_be_taken_back(machine: Machine, operator: Operator) -> None:
+    """The version before is the one that was being replaced, not the one before that."""
+    assert machine.deploy("1", ENV_FILE=operator.write("100")).returncode == 0
+    assert machine.deploy("2", ENV_FILE=operator.write("200")).returncode == 0
+    settings = operator.write("300")
+    calls = machine.folder / "calls"
+    seen = len(calls.read_text().splitlines())
+
+    def waits_for_a_replica(since: list[str]) -> bool:
+        after_rm = list(itertools.dropwhile(lambda call: not call.startswith("rm "), since))
+        return any("health=healthy" in call for call in after_rm)
+
+    broken = {"FAKE_BROKEN": "sha256:asr-api:3", "HEALTHY_TIMEOUT_S": "60", "ENV_FILE": settings}
+    with subprocess.Popen(
+        ["docker/deploy.sh", "deploy", "3"], cwd=ROOT, env=machine.environment | broken,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    ) as deploying:  # fmt: skip
+        while not waits_for_a_replica(calls.read_text().splitlines()[seen:]):
+            assert deploying.poll() is None
+            time.sleep(0.05)
+        os.killpg(deploying.pid, signal.SIGTERM)
+        deploying.communicate()
+    assert deploying.returncode != 0
+    done = machine.rollback(ENV_FILE=settings)
+    assert done.returncode == 0, done.stderr
+    assert "broke off" in done.stdout
+    assert machine.images() == ["asr-api:2"] * 2
+    assert operator.running() == {"200"}

@@ -48,6 +48,11 @@ def seconds(value: object) -> float:
     return float(str(value))
 
 
+def test_describe_pod_says_why_the_service_did_not_start(objects: list[dict[str, Any]]) -> None:
+    (api,) = of_kind(objects, "Deployment")["asr-api"]["spec"]["template"]["spec"]["containers"]
+    assert api["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
 def test_every_pod_has_the_least_rights(objects: list[dict[str, Any]]) -> None:
     deployments = of_kind(objects, "Deployment")
     assert set(deployments) == {"asr-api", "asr-ui"}
