@@ -4,8 +4,8 @@ A matrix (outputs, inputs) is cut into groups of `GROUP` inputs. A group has one
 from -8 to 7; its largest magnitude is -8, so rounding what is rounded already changes nothing. In a graph the
 products become ONNX Runtime's ``MatMulNBits``, which also rounds what it is given to 8 bits, each row and
 group by its own scale: an item in a batch gives what it gives alone. It is fast for one row, and for hundreds
-less than half as fast as dynamic INT8, to which weights can be widened as the graph is loaded. The service has
-a kernel of its own that is faster than either (``api/kernels/four_bits.py``).
+less than half as fast as dynamic INT8, to which weights can be widened as the graph is loaded. The service
+has a kernel of its own that is faster than either (``api/kernels/four_bits.py``).
 """
 
 from __future__ import annotations

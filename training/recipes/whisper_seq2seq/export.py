@@ -41,7 +41,7 @@ def export_graph(model: WhisperSeq2Seq, *, company: bool = False) -> onnx.ModelP
     With ``company`` a clip that is alone is searched beside an item that hears nothing. ONNX Runtime
     multiplies one row in another order than several; with weights of four bits, whose inputs are rounded, a
     clip would be given other words alone than in a batch wherever two tokens are about as likely. The
-    service's own kernel multiplies each row by itself: by the name of `search.rows` it takes the company away.
+    service's own kernel multiplies each row by itself, and takes the company away (by `search.rows`).
     """
     graph = GraphBuilder()
     features, counts = add_features(graph, model.encoder.config.bands, fixed=model.fixed)
