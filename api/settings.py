@@ -106,7 +106,7 @@ class Settings(BaseSettings):
     )
     kernels: Literal["auto", "off"] = Field(
         "auto",
-        description="Our own INT8 and 4-bit kernels on CPUs with AVX2 or VNNI; off leaves all to ONNX Runtime.",
+        description="Our own INT8 and 4-bit kernels on CPUs with AVX2 or VNNI; off: ONNX Runtime's alone.",
     )
 
     # --- engine; 0 lets calibration at start choose from the cgroup's CPU limit
