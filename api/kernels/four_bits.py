@@ -7,7 +7,6 @@ same bits: products are compared one by one. Ours gives a row the same bits in a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +15,14 @@ from numpy.typing import NDArray
 
 from api.kernels.ends import DOMAIN
 from api.kernels.library import Keep
-from api.kernels.model import FLOAT, INTS, UINT8, keep_only, model_class, readers_of
+from api.kernels.model import FLOAT, INTS, UINT8, graphs_of, keep_only, model_class, readers_of
 
 PRODUCT, FOUR_BITS = "MatMulNBits", "FourBitsProduct"
 SET, MIDDLE = 128, 8  # as in weights.h
 PACKED, SCALES, ZEROS, ORDER, BIAS = 1, 2, 3, 4, 5  # places of MatMulNBits' inputs
 # Products of bytes (accuracy level 4), of weights as they are in the file.
 WANTED = {"bits": 4, "block_size": SET, "accuracy_level": 4, "weight_prepacked": 0}
-PROBE_ROWS = 7  # of a product that is compared: whole groups of the kernel's rows, and some more
+PROBE_ROWS = 17  # of a product that is compared: whole groups of each kernel's rows, and some more
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ def hand_over_products(model: bytes, keep: Keep) -> tuple[bytes, Probe | None]:
     tensors = {x.name: x for x in parsed.graph.initializer if x.name not in replaceable}
     pairs: list[tuple[Any, Any]] = []
     left = False
-    for graph in _graphs(parsed.graph):
+    for graph in graphs_of(parsed.graph):
         for node in graph.node:
             if (node.domain, node.op_type) != ("com.microsoft", PRODUCT):
                 continue
@@ -74,15 +73,6 @@ def hand_over_products(model: bytes, keep: Keep) -> tuple[bytes, Probe | None]:
     keep_only(parsed.graph.initializer, [x for x in parsed.graph.initializer if x.name not in unread])
     parsed.opset_import.add(domain=DOMAIN, version=1)
     return parsed.SerializeToString(), probe
-
-
-def _graphs(graph: Any) -> Iterator[Any]:
-    """The graph, and those inside of its nodes."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                yield from _graphs(inner)
 
 
 def _bring_in(graph: Any, node: Any, tensors: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ less than the ``onnx`` package, which the service does not need otherwise.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -79,14 +80,21 @@ def model_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("asr_onnx.Model"))
 
 
-def readers_of(graph: Any) -> Counter[str]:
-    """How often each value is read, also by the graphs inside of nodes and as an output."""
-    found = Counter(name for node in graph.node for name in node.input)
-    found.update(value.name for value in graph.output)
+def graphs_of(graph: Any) -> Iterator[Any]:
+    """The graph, and those inside of its nodes."""
+    yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                found.update(readers_of(inner))
+                yield from graphs_of(inner)
+
+
+def readers_of(graph: Any) -> Counter[str]:
+    """How often each value is read, also by the graphs inside of nodes and as an output."""
+    found: Counter[str] = Counter()
+    for each in graphs_of(graph):
+        found.update(name for node in each.node for name in node.input)
+        found.update(value.name for value in each.output)
     return found
 
 

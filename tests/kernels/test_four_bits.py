@@ -221,7 +221,7 @@ def test_takes_the_node_without_its_weights() -> None:
     assert keep.weights == [("four_bits", whole.tobytes(), 24, 200)]
     assert probe is not None
     assert probe.depths == {"rows_of_200": 200}
-    assert probe_inputs(probe)["rows_of_200"].shape == (7, 200)
+    assert probe_inputs(probe)["rows_of_200"].shape == (17, 200)
 
 
 @pytest.mark.parametrize(
