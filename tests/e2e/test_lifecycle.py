@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -170,7 +170,17 @@ def test_interrupt_stops_cleanly_without_grace(models_dir: Path, tmp_path: Path,
     assert live.process.wait(10) == 0
 
 
-def test_a_hang_up_loses_nothing(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
+@pytest.fixture
+def hang_up_heard() -> Iterator[None]:
+    """Under nohup the signal is ignored, here and in whatever is started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_hang_up_loses_nothing(
+    models_dir: Path, tmp_path: Path, launch: Launch, hang_up_heard: None
+) -> None:
     """A terminal that closes, or someone who thinks that it means to read the settings again."""
     live = launch(models_dir, tmp_path / "log")
     form = body(AUDIO)

@@ -213,7 +213,7 @@ def test_optional_fields_of_a_manifest_are_optional(
 
 @pytest.mark.parametrize(
     ("name", "language", "problem"),
-    [("my model", "en", "name 'my model'"), ("fine", "eng", r"languages\.0 'eng'")],
+    [("my model", "en", "name 'my model'"), ("fine", "english", r"languages\.0 'english'")],
 )
 def test_a_name_that_no_bundle_can_have_is_refused_before_the_work(
     name: str, language: str, problem: str
