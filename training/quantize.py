@@ -40,6 +40,7 @@ from training.inference import (
 from training.qdq import Range, quantizable, quantize_graph
 
 SAMPLES_PER_TENSOR = 2000
+FEW_WORDS = 100  # of which one is as much as the gate allows
 CALIBRATION_LIMIT_S = 12.0
 
 
@@ -142,7 +143,7 @@ class Outcome:
     form: GraphName = "int8"
 
     def table(self) -> str:
-        """All trials as Markdown."""
+        """All trials as Markdown, and whether they were measured on something that can tell them apart."""
         lines = [
             "| way | MB | speed | WER | CER | same best token | batched against alone |",
             "|---|---|---|---|---|---|---|",
@@ -156,6 +157,11 @@ class Outcome:
                 f"| {trial.speed:.2f}x | {trial.rates.wer:.2%} | {trial.rates.cer:.2%} "
                 f"| {trial.agreement.same_best:.2%} | {trial.batched_worst:.1e} |"
             )
+        words = self.float_rates.words
+        if words < FEW_WORDS:
+            lines += ["", f"Only {words} words were compared, which tells little."]
+        if self.float_rates.wer >= 1.0:
+            lines += ["", "float32 is wrong about all of it: do these texts belong to the recordings?"]
         return "\n".join(lines)
 
 

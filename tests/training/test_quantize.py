@@ -11,12 +11,12 @@ from onnx import numpy_helper
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from tests.training.networks import CONFIGS, VOCABULARY, chirps, random_network
 from training.errors import QualityGateError
-from training.evaluate import greedy_text
+from training.evaluate import ErrorRates, greedy_text
 from training.export import export_graph
 from training.frontend import FrontendConfig
-from training.inference import compare, cpu_session, run_graph
+from training.inference import Agreement, compare, cpu_session, run_graph
 from training.qdq import Range, quantizable, quantize_graph
-from training.quantize import Gate, calibrate, float_ends, quantize
+from training.quantize import Gate, Outcome, Trial, calibrate, float_ends, quantize
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,26 @@ def test_every_way_is_tried_and_the_best_is_kept(graph: onnx.ModelProto) -> None
     assert {trial.method for trial in outcome.trials} == {"mean of extremes", "extremes", "99.99 percentile"}
     assert outcome.chosen.rates.wer == min(trial.rates.wer for trial in outcome.trials)
     assert outcome.table().count("(kept)") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "wer", "said"),
+    [
+        (99, 0.2, ["Only 99 words"]),
+        (100, 1.0, ["wrong about all"]),
+        (8, 1.5, ["Only", "wrong"]),
+        (100, 0.9, []),
+    ],
+)
+def test_the_table_says_where_nothing_could_be_told_apart(words: int, wer: float, said: list[str]) -> None:
+    rates = ErrorRates(utterances=9, words=words, wer=wer, wer_low=wer, wer_high=wer, cer=wer)
+    agreement = Agreement(0.0, 0.0, 1.0, 1)
+    trial = Trial("one way", onnx.ModelProto(), 1, agreement, rates, 1.0, 0.0)
+    lines = Outcome(rates, 1, (trial,), trial).table().splitlines()
+    doubts = [line for line in lines if line and not line.startswith("|")]
+    assert len(doubts) == len(said)
+    for doubt, part in zip(doubts, said, strict=True):
+        assert part in doubt
 
 
 @pytest.mark.parametrize(
