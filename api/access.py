@@ -124,8 +124,7 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_socket = scope["type"] == "websocket"
-        is_request = scope["type"] == "http"
-        if not is_socket and not (is_request and scope["method"] != "OPTIONS" and not is_open(scope["path"])):
+        if not _needs_key(scope):
             await self.app(scope, receive, send)
             return
         try:
@@ -170,6 +169,12 @@ class Access:
         if key is None:
             raise AuthenticationError("The API key is not known.")
         return key.name
+
+
+def _needs_key(scope: Scope) -> bool:
+    if scope["type"] == "http":
+        return scope["method"] != "OPTIONS" and not is_open(scope["path"])
+    return bool(scope["type"] == "websocket")
 
 
 def is_open(path: str) -> bool:

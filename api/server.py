@@ -385,16 +385,12 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """SIGHUP too: it would end the process with what it accepted. Not where nohup has it ignored."""
         main = threading.current_thread() is threading.main_thread()
-        if not main or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        with contextlib.ExitStack() as stack:
+            if main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                before = signal.signal(signal.SIGHUP, self.handle_exit)
+                stack.callback(signal.signal, signal.SIGHUP, before)
             with super().capture_signals():
                 yield
-            return
-        before = signal.signal(signal.SIGHUP, self.handle_exit)
-        try:
-            with super().capture_signals():
-                yield
-        finally:
-            signal.signal(signal.SIGHUP, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: leave at once."""

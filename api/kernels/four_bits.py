@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 
 from api.kernels.ends import DOMAIN
 from api.kernels.library import Keep
-from api.kernels.model import FLOAT, INTS, UINT8, graphs_of, keep_only, model_class, readers_of
+from api.kernels.model import (
+    FLOAT,
+    INTS,
+    UINT8,
+    constants_of,
+    drop_unread,
+    graphs_of,
+    model_class,
+    readers_of,
+)
 
 PRODUCT, FOUR_BITS = "MatMulNBits", "FourBitsProduct"
 SET, MIDDLE = 128, 8  # as in weights.h
@@ -44,8 +53,7 @@ def hand_over_products(model: bytes, keep: Keep) -> tuple[bytes, Probe | None]:
     no company (``search.rows`` of ``training/recipes/whisper_seq2seq/export.py``).
     """
     parsed = model_class().FromString(model)
-    replaceable = {value.name for value in parsed.graph.input}  # whoever runs the model may give other values
-    tensors = {x.name: x for x in parsed.graph.initializer if x.name not in replaceable}
+    tensors = constants_of(parsed.graph)
     pairs: list[tuple[Any, Any]] = []
     left = False
     for graph in graphs_of(parsed.graph):
@@ -69,8 +77,7 @@ def hand_over_products(model: bytes, keep: Keep) -> tuple[bytes, Probe | None]:
     for node in parsed.graph.node:
         if not left and (list(node.output), node.op_type) == (["search.rows"], "Max"):
             node.op_type, node.input[:] = "Identity", ["search.batch"]
-    unread = {name for before, _ in pairs for name in before.input} - readers_of(parsed.graph).keys()
-    keep_only(parsed.graph.initializer, [x for x in parsed.graph.initializer if x.name not in unread])
+    drop_unread(parsed.graph, {name for before, _ in pairs for name in before.input})
     parsed.opset_import.add(domain=DOMAIN, version=1)
     return parsed.SerializeToString(), probe
 

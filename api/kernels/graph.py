@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from api.kernels.ends import DOMAIN, POINTWISE, take_frames, take_head_input, take_mel
 from api.kernels.library import Keep, Kind, Layout
-from api.kernels.model import INT8, INTS, UINT8, keep_only, model_class, readers_of
+from api.kernels.model import INT8, INTS, UINT8, constants_of, drop_unread, keep_only, model_class, readers_of
 
 OPERATORS: dict[Kind, str] = {"depthwise": "DepthwiseQLinearConv", "pointwise": POINTWISE}
 CONVOLUTION, PRODUCT = "QLinearConv", "QLinearMatMul"
@@ -39,8 +39,7 @@ def hand_over(model: bytes, keep: Keep, *, avx512: bool = True) -> tuple[bytes, 
     parsed = model_class().FromString(model)
     graph = parsed.graph
     made_by = {name: node for node in graph.node for name in node.output}
-    replaceable = {value.name for value in graph.input}  # whoever runs the model may give other values
-    tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in replaceable}
+    tensors = constants_of(graph)
     readers = readers_of(graph)
     gone = set()
     kept: set[str] = set()
@@ -90,9 +89,8 @@ def hand_over(model: bytes, keep: Keep, *, avx512: bool = True) -> tuple[bytes, 
     taken += take_frames(graph, tensors)
     if avx512:
         taken += take_mel(graph, tensors, readers) + take_head_input(graph, tensors, readers)
-    _drop_unread(graph)
-    unread = kept - readers_of(graph).keys()
-    keep_only(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
+    _drop_unread_nodes(graph)
+    drop_unread(graph, kept)
     parsed.opset_import.add(domain=DOMAIN, version=1)
     return parsed.SerializeToString(), taken
 
@@ -125,7 +123,7 @@ def _can_leave_woven(node: Any) -> bool:
     return any(item.name == "dilations" and list(item.ints) == [1, 1] for item in node.attribute)
 
 
-def _drop_unread(graph: Any) -> None:
+def _drop_unread_nodes(graph: Any) -> None:
     """Take away nodes whose values nobody reads, and then those that only they read."""
     while True:
         readers = readers_of(graph)

@@ -98,6 +98,18 @@ def readers_of(graph: Any) -> Counter[str]:
     return found
 
 
+def constants_of(graph: Any) -> dict[str, Any]:
+    """The tensors of a graph that whoever runs it cannot replace, by name."""
+    replaceable = {value.name for value in graph.input}
+    return {tensor.name: tensor for tensor in graph.initializer if tensor.name not in replaceable}
+
+
+def drop_unread(graph: Any, names: set[str]) -> None:
+    """Take away those of the tensors that nobody reads any more."""
+    unread = names - readers_of(graph).keys()
+    keep_only(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in unread])
+
+
 def keep_only(items: Any, wanted: list[Any]) -> None:
     """Of a repeated field."""
     del items[:]

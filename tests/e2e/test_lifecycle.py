@@ -170,6 +170,16 @@ def test_interrupt_stops_cleanly_without_grace(models_dir: Path, tmp_path: Path,
     assert live.process.wait(10) == 0
 
 
+def upload_through(sent: signal.Signals, live: LiveServer, connection: socket.socket) -> None:
+    """The signal comes while the body of a request is still arriving."""
+    form = body(AUDIO)
+    connection.sendall(head(len(form)) + form[:1000])
+    time.sleep(0.3)
+    live.process.send_signal(sent)
+    time.sleep(0.5)
+    connection.sendall(form[1000:])
+
+
 @pytest.fixture
 def hang_up_heard() -> Iterator[None]:
     """Under nohup the signal is ignored, here and in whatever is started."""
@@ -183,13 +193,8 @@ def test_a_hang_up_loses_nothing(
 ) -> None:
     """A terminal that closes, or someone who thinks that it means to read the settings again."""
     live = launch(models_dir, tmp_path / "log")
-    form = body(AUDIO)
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
-        connection.sendall(head(len(form)) + form[:1000])
-        time.sleep(0.3)
-        live.process.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
-        connection.sendall(form[1000:])
+        upload_through(signal.SIGHUP, live, connection)
         status, _, answer = read_answer(connection, 20)
     assert (status, json.loads(answer)["text"]) == (200, "head bad cafe")
     assert live.process.wait(20) == 0
@@ -212,13 +217,8 @@ def test_a_stop_does_not_wait_for_models_that_nobody_will_ask(tmp_path: Path, la
 def test_drain_goes_on_while_an_upload_is_running(models_dir: Path, tmp_path: Path, launch: Launch) -> None:
     """A request whose body is still arriving when the signal comes is answered."""
     live = launch(models_dir, tmp_path / "log")
-    form = body(AUDIO)
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
-        connection.sendall(head(len(form)) + form[:1000])
-        time.sleep(0.3)
-        live.process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        connection.sendall(form[1000:])
+        upload_through(signal.SIGTERM, live, connection)
         connection.settimeout(20)
         answer = b""
         while chunk := connection.recv(65536):

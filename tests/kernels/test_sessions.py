@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,13 @@ def make_options() -> ort.SessionOptions:
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry(*EXACT_PRODUCTS)
+    return options
+
+
+def profiled(folder: Path) -> ort.SessionOptions:
+    options = make_options()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
     return options
 
 
@@ -67,13 +75,7 @@ def clips() -> dict[str, np.ndarray]:
 
 
 def test_the_shipped_model_runs_on_them_with_the_same_bits(kernels: str, tmp_path: Path) -> None:
-    def profiled() -> ort.SessionOptions:
-        options = make_options()
-        options.enable_profiling = True
-        options.profile_file_prefix = str(tmp_path / "profile")
-        return options
-
-    (session,), found = open_sessions(str(SHIPPED), [profiled], least_samples=400)
+    (session,), found = open_sessions(str(SHIPPED), [partial(profiled, tmp_path)], least_samples=400)
     assert found == kernels
     expected = ort.InferenceSession(SHIPPED, make_options()).run(None, clips())
     for ours, theirs in zip(session.run(None, clips()), expected, strict=True):
@@ -170,13 +172,7 @@ def test_what_onnx_runtime_refuses_is_told(compiled: None, monkeypatch: pytest.M
 
 
 def test_products_of_four_bits_run_on_them(kernels: str, tmp_path: Path) -> None:
-    def profiled() -> ort.SessionOptions:
-        options = make_options()
-        options.enable_profiling = True
-        options.profile_file_prefix = str(tmp_path / "profile")
-        return options
-
-    (session,), found = open_sessions(str(FOUR_BITS), [profiled], least_samples=400)
+    (session,), found = open_sessions(str(FOUR_BITS), [partial(profiled, tmp_path)], least_samples=400)
     assert found == kernels
     (log_probs, lengths), (plain, plain_lengths) = (
         each.run(None, clips()) for each in (session, ort.InferenceSession(FOUR_BITS, make_options()))
