@@ -27,9 +27,9 @@ MISSING = -1e9
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer, or a convolution that sees one frame, in bfloat16."""
-    matrix = weight.reshape(weight.shape[:2]).bfloat16()
-    return functional.linear(x, matrix, None if bias is None else bias.bfloat16())
+    """A linear layer, or a convolution that sees one frame, in the precision of `x`."""
+    matrix = weight.reshape(weight.shape[:2]).to(x.dtype)
+    return functional.linear(x, matrix, None if bias is None else bias.to(x.dtype))
 
 
 def normal(x: Tensor, norm: nn.LayerNorm) -> Tensor:

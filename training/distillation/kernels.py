@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 NAME = "asr_training_kernels"
 
 
@@ -24,10 +26,13 @@ def cpu_has_bfloat16() -> bool:
     return "avx512_bf16" in flags and "avx512bw" in flags
 
 
+def working_dtype() -> torch.dtype:
+    """What networks of matrix products train in: bfloat16 where the processor multiplies it, else float32."""
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
 def build_folder() -> Path:
     """Where the extension is compiled, one folder per Python and torch."""
-    import torch
-
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     version = f"py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
     return Path(root) / version / NAME

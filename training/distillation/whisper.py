@@ -1,7 +1,8 @@
-"""Trains a :class:`WhisperCtc` in bfloat16 on a CPU, from features that are computed when they are asked for.
+"""Trains a :class:`WhisperCtc` on a CPU, in bfloat16 where the processor has it.
 
-:class:`FastWhisper` owns no weights: it reads those of the wrapped network. The convolutions are products of
-their taps, and attention is written out: at a few hundred frames that is faster than torch's fused form.
+Features are computed when they are asked for. :class:`FastWhisper` owns no weights: it reads those of the
+wrapped network. The convolutions are products of their taps, and attention is written out: at a few hundred
+frames that is faster than torch's fused form.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from training.distillation.augment import LN_10, AugmentConfig
 from training.distillation.conformer import MISSING, product
 from training.distillation.dataset import BLANK_ID, VALIDATION_FRACTION
 from training.distillation.examples import Corpus
+from training.distillation.kernels import working_dtype
 from training.masks import frame_mask
 from training.recipes.quartznet_ctc.model import CtcOutput
 from training.recipes.whisper_ctc.frontend import FLOOR, WhisperLogMel, own_in_range
@@ -69,32 +71,31 @@ class WhisperCorpus(Corpus):
 
 
 def _convolved(values: Tensor, module: nn.Conv1d) -> Tensor:
-    """A Conv1d of three taps as one product: (B,T,C) bfloat16 -> (B, T / stride, C')."""
+    """A Conv1d of three taps as one product: (B,T,C) -> (B, T / stride, C')."""
     stride = module.stride[0]
     padded = functional.pad(values, (0, 0, 1, 1))
     count = (values.shape[1] - 1) // stride + 1
     taps = [padded[:, tap : tap + stride * (count - 1) + 1 : stride] for tap in range(3)]
-    weight = module.weight.permute(0, 2, 1).flatten(1).bfloat16()
-    bias = None if module.bias is None else module.bias.bfloat16()
+    weight = module.weight.permute(0, 2, 1).flatten(1).to(values.dtype)
+    bias = None if module.bias is None else module.bias.to(values.dtype)
     return functional.gelu(functional.linear(torch.cat(taps, dim=2), weight, bias))
 
 
 def normal(values: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Layer normalisation in bfloat16."""
-    return functional.layer_norm(
-        values, norm.normalized_shape, norm.weight.bfloat16(), norm.bias.bfloat16(), norm.eps
-    )
+    """Layer normalisation in the precision of `values`."""
+    weight, bias = norm.weight.to(values.dtype), norm.bias.to(values.dtype)
+    return functional.layer_norm(values, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def linear(values: Tensor, module: nn.Linear) -> Tensor:
-    """A linear layer in bfloat16."""
+    """A linear layer in the precision of `values`."""
     return product(values, module.weight, module.bias)
 
 
 def fast_encoder(
     encoder: WhisperEncoder, features: Tensor, lengths: Tensor, hidden_layers: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """All of an encoder but its last normalisation, in bfloat16.
+    """All of an encoder but its last normalisation, in :func:`working_dtype`.
 
     Args:
         encoder: whose weights are read.
@@ -104,12 +105,12 @@ def fast_encoder(
     Returns states (batch, frames / 2, width), lengths, what is added to the scores of frames that an item
     does not have, (batch, 1, 1, frames / 2), and the wanted layers' outputs.
     """
-    values = _convolved(features.bfloat16(), encoder.conv1)
+    values = _convolved(features.to(working_dtype()), encoder.conv1)
     values = _convolved(values * frame_mask(lengths, values.shape[1])[:, :, None], encoder.conv2)
     lengths = torch.div(lengths + 1, 2, rounding_mode="floor")
     frames = values.shape[1]
-    values = values + encoder.embed_positions.weight[:frames].bfloat16()
-    missing = torch.zeros(len(values), 1, 1, frames, dtype=torch.bfloat16)
+    values = values + encoder.embed_positions.weight[:frames].to(values.dtype)
+    missing = torch.zeros(len(values), 1, 1, frames, dtype=values.dtype)
     missing = missing.masked_fill(~frame_mask(lengths, frames)[:, None, None], MISSING)
     hidden: list[Tensor] = []
     for index, layer in enumerate(encoder.layers):
