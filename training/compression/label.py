@@ -14,7 +14,7 @@ import argparse
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +49,10 @@ LIKELY = 24
 MOST_DIFFERENT = 0.5
 """Of the words: where a known text differs more, the large network did not understand the utterance."""
 BATCH_SAMPLES = 16 * 15 * SAMPLE_RATE_HZ
+SPELLED = re.compile(r"(?<![\w'])(?:[a-z] )+[a-z](?![\w'])", re.IGNORECASE)
+"""Letters one by one."""
+PART = 2_000
+"""Utterances between which batches are made, so that a stopped labelling has a fair sample."""
 Likely = np.dtype([("token", np.uint16, LIKELY), ("probability", np.float16, LIKELY)])
 
 
@@ -102,7 +106,7 @@ class Large:
         for row, item in zip(given, tokens, strict=True):
             row[len(prompt.ids) : len(prompt.ids) + len(item)] = kept[torch.tensor(item, dtype=torch.int64)]
         states = decode(self.network, given, heard(self.network, audio), missing)[:, len(prompt.ids) - 1 :]
-        output = self.network.decoder.embed_tokens.weight[kept].bfloat16()
+        output = self.network.decoder.embed_tokens.weight[kept].to(states.dtype)
         return functional.linear(states, output).float().log_softmax(dim=-1)
 
 
@@ -113,7 +117,8 @@ def spelled(word: str) -> str:
 
 def in_the_style_of(written: str, words: Sequence[str]) -> str:
     """Known words (lower case, no punctuation) with capitals and punctuation of what a network wrote."""
-    theirs = [word for word in re.sub(r"(\w)-(\w)", r"\1 \2", written).split() if spelled(word)]
+    written = re.sub(r"([.,?!;:])\1+", r"\1", re.sub(r"(\w)-(\w)", r"\1 \2", written))
+    theirs = [word for word in written.split() if spelled(word)]
     found: list[str] = []
     matcher = difflib.SequenceMatcher(None, [spelled(word) for word in theirs], list(words), autojunk=False)
     for change, start, stop, first, last in matcher.get_opcodes():
@@ -124,10 +129,17 @@ def in_the_style_of(written: str, words: Sequence[str]) -> str:
         elif change in ("replace", "insert"):
             found += words[first:last]
     text = re.sub(r"\bi\b(?=$|[ ',.?!])", "I", " ".join(found))
+    text = SPELLED.sub(_spelled_in_capitals, text)
     if not text:
         return ""
     text = text[0].upper() + text[1:]
     return text if text[-1] in ".?!" else text.rstrip(",;:") + "."
+
+
+def _spelled_in_capitals(letters: re.Match[str]) -> str:
+    """But not "am I a", which are two words."""
+    found = letters.group()
+    return found if set(found.lower()) <= set("ai ") else found.upper()
 
 
 def _like(model: str, word: str) -> str:
@@ -149,11 +161,8 @@ def label(large: Large, cut: CutVocabulary, cache: Path, out: Path, workers: int
     pcm = np.memmap(cache / "pcm.i16", np.int16, mode="r")
     tokenizer = cut.tokenizer()
     done = read_labels(out)
-    waiting = sorted(
-        set(range(len(rows))) - {one.index for one in done}, key=lambda i: rows[i]["pcm_samples"]
-    )
-    lengths = [rows[index]["pcm_samples"] + SILENCE_SAMPLES for index in waiting]
-    batches = [[waiting[i] for i in batch] for batch in length_batches(lengths, BATCH_SAMPLES)]
+    waiting = set(range(len(rows))) - {one.index for one in done}
+    batches = list(_batches([row["pcm_samples"] for row in rows], waiting))
 
     def answers(batch: list[int]) -> list[tuple[Label, npt.NDArray[Any]]]:
         clips = [pcm[(start := rows[i]["pcm_start"]) : start + rows[i]["pcm_samples"]] for i in batch]
@@ -197,6 +206,15 @@ def label(large: Large, cut: CutVocabulary, cache: Path, out: Path, workers: int
                     lines.flush()
                     place += len(likely)
                 bar.update(len(several))
+
+
+def _batches(samples: Sequence[int], waiting: set[int]) -> Iterator[list[int]]:
+    """Utterances of similar length, a random part of the cache at a time."""
+    order = [int(index) for index in np.random.default_rng(0).permutation(len(samples)) if index in waiting]
+    for start in range(0, len(order), PART):
+        part = sorted(order[start : start + PART], key=samples.__getitem__)
+        lengths = [samples[index] + SILENCE_SAMPLES for index in part]
+        yield from ([part[place] for place in batch] for batch in length_batches(lengths, BATCH_SAMPLES))
 
 
 def read_labels(folder: Path) -> list[Label]:

@@ -41,6 +41,7 @@ from training.compression.network import (
 )
 from training.compression.train import TrainConfig, Trainer, network_of, new_network
 from training.compression.vocabulary import CutVocabulary, cut_vocabulary, unchanged_share
+from training.distillation.kernels import working_dtype
 from training.dynamic_int8 import graphs_of
 from training.errors import CheckpointError, ConfigError, DataError
 from training.four_bits import rounded
@@ -138,6 +139,9 @@ def test_a_broken_vocabulary_is_named(tmp_path: Path) -> None:
         ("", "i saw it", "I saw it."),
         ("Yes, and i do.", "yes and i do", "Yes, and I do."),
         ("Um, so it goes.", "it goes", "It goes."),
+        ("Jeff, 5.", "j e f f five", "J E F F five."),
+        ("Why am I a fool...", "why am i a fool", "Why am I a fool."),
+        ("Stop!!!!", "stop", "Stop!"),
     ],
 )
 def test_known_words_get_the_large_networks_capitals_and_stops(
@@ -217,7 +221,8 @@ def test_caches_of_tokens_give_what_all_tokens_give(large: Large, corpus: Labell
     network = small(large, corpus)
     tokens = torch.tensor([[3, 5, 9, 4]])
     with evaluating(network):
-        audio, missing = torch.randn(1, 12, 128).bfloat16(), torch.zeros(1, 1, 1, 12).bfloat16()
+        audio, missing = torch.randn(1, 12, 128), torch.zeros(1, 1, 1, 12)
+        audio, missing = audio.to(working_dtype()), missing.to(working_dtype())
         memory = heard(network, audio)
         whole = decode(network, tokens, memory, missing)
         caches: list[tuple[torch.Tensor, torch.Tensor] | None] = [None]
