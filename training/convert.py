@@ -1,13 +1,15 @@
 """A published CTC checkpoint -> bundle, as it is, without training.
 
     python -m training.convert FAMILY WEIGHTS --name NAME --models-dir DIR --language xx [...]
-        [--calibration MANIFEST [--validation MANIFEST] [--test MANIFEST] [--texts FILE ...] [--no-float]]
+        [--calibration MANIFEST [--validation MANIFEST] [--test MANIFEST] [--texts FILE ...] [--four-bits]
+        [--no-float]]
 
 FAMILY is ``nemo`` (an archive with QuartzNet, Citrinet, Conformer or FastConformer and a CTC head),
 ``wav2vec2`` (the XLSR kind) or ``whisper`` (with its decoder as OpenAI publishes it, or an encoder with a CTC
 head in a Lightning checkpoint). Configuration and vocabulary lie in the archive or beside the weights. Only
 tensors are read: safetensors, or a pickle whose code is not run. The float32 graph is checked against
-PyTorch. Recordings (``--calibration``), of which some have texts, give the bundle an INT8 graph as well.
+PyTorch. Recordings (``--calibration``), of which some have texts, give the bundle a graph in INT8, or with
+weights of four bits, as well.
 ``asr models pull`` calls this.
 """
 
@@ -114,6 +116,7 @@ def from_whisper(weights: Path, *, fixed: bool = True) -> Exported:
 
 def from_whisper_with_decoder(weights: Path, languages: Sequence[str]) -> Exported:
     """Whisper as OpenAI publishes it, told to write one language; configuration and tokenizer beside it."""
+    from training.compression.publish import in_four_bits
     from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
 
     if len(languages) != 1:
@@ -136,6 +139,7 @@ def from_whisper_with_decoder(weights: Path, languages: Sequence[str]) -> Export
     return replace(
         made,
         ways=ways_of(recipe.quantized),
+        four_bits=lambda _, calibration: in_four_bits(network, calibration),
         agreement=lambda clips: agreement(network, graph, clips, recipe.compared),
     )
 
@@ -180,10 +184,15 @@ def convert(
     recordings: Recordings | None = None,
     *,
     keep_float: bool = True,
+    four_bits: bool = False,
 ) -> Bundle:
-    """Write the bundle, with INT8 where there are recordings. Raises TrainingError, BundleError, OSError."""
+    """Write the bundle, with INT8 or four bits where there are recordings.
+
+    Raises TrainingError, BundleError, OSError.
+    """
     check_card(name, card)
     made = FAMILIES[family](weights, card.languages)
+    made = made.in_four_bits() if four_bits else made
     card = replace(card, text_normalisation=made.text_normalisation)
     if recordings is not None:
         try:
@@ -206,7 +215,7 @@ def _recordings(given: argparse.Namespace) -> Recordings | None:
     """None for float32 alone, which nothing is measured on. Raises ConfigError, FileNotFoundError."""
     if given.calibration is not None:
         return recordings_of(given)
-    for name in ("validation", "test", "texts", "no_float"):
+    for name in ("validation", "test", "texts", "no_float", "four_bits"):
         if getattr(given, name):
             raise ConfigError(
                 f"--{name.replace('_', '-')} needs --calibration: without it nothing is measured"
@@ -228,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", default="", help="where the weights were published")
     parser.add_argument("--revision", default="", help="of the weights; default: their SHA-256")
     add_recordings(parser)
-    parser.add_argument("--no-float", action="store_true", help="leave float32 out where there is INT8")
+    parser.add_argument("--four-bits", action="store_true", help="weights of four bits in place of INT8")
+    parser.add_argument("--no-float", action="store_true", help="leave float32 out where there is less")
     given = parser.parse_args(arguments)
     if not given.weights.is_file():
         raise FileNotFoundError(f"{given.weights}: no such file of weights")
@@ -252,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         card,
         recordings,
         keep_float=not given.no_float,
+        four_bits=given.four_bits,
     )
     print(f"{bundle.path}: verified")
     return 0

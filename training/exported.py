@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,14 @@ from torch import nn
 from api.manifest import GraphName
 from api.vocabulary import Vocabulary
 from training.bundle_writer import Graphs
-from training.errors import QualityGateError
+from training.errors import ConfigError, QualityGateError
 from training.export import AGREEMENT_TOLERANCE, MIN_SAMPLES
 from training.graph import as_file, fits_one_file
 from training.inference import LogProbs, Waveform, compare, cpu_session, run_graph
 from training.recipes.whisper_ctc.export import export_graph as export_whisper
 from training.recipes.whisper_ctc.model import FRAME_STRIDE_S, MAX_WINDOW_S, WhisperCtc
 from training.recipes.whisper_ctc.model import MIN_SAMPLES as WHISPER_MIN_SAMPLES
+from training.rounding import four_bit_candidates
 from training.torch_inference import Forward, run_torch
 from training.transformer_quantize import candidates, dynamic_candidates, exact_candidates
 from training.vocabulary import casing_steps
@@ -64,6 +65,21 @@ class Exported:
     sample_rate_hz: int = 16_000
     form: GraphName = "int8"
     """What the ways lead to."""
+    four_bits: Ways | None = None
+    """The ways to weights of four bits, where the work is matrix products."""
+
+    def in_four_bits(self) -> Exported:
+        """The same on its way to four bits. Raises ConfigError where there is none."""
+        if self.four_bits is None:
+            raise ConfigError(
+                "--four-bits is for matrix products and graphs of up to 2 GB; this has convolutions, or more"
+            )
+        return replace(
+            self,
+            ways=self.four_bits,
+            ways_described="Matrix products: weights of four bits, inputs rounded to 8 bits row by row.",
+            form="int4",
+        )
 
     def graphs(self, files: Mapping[GraphName, bytes | Path], default: GraphName) -> Graphs:
         """For the bundle."""
@@ -109,6 +125,7 @@ def exported_transformer(
         exact_batches=exact_batches,
         text_normalisation=text_normalisation,
         sample_rate_hz=sample_rate_hz,
+        four_bits=four_bit_candidates if fits_one_file(graph) else None,
     )
 
 

@@ -284,11 +284,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", type=Path, required=True)
     add_recordings(parser, required=True)
     parser.add_argument("--max-window-s", type=float, default=20.0)
+    parser.add_argument("--four-bits", action="store_true", help="weights of four bits in place of INT8")
     parser.add_argument("--keep-float", action="store_true", help="ship the float32 graph as well")
     add_gate(parser, Gate())
     given = parser.parse_args(arguments)
+    made = exported_checkpoint(load_checkpoint(given.checkpoint), given.max_window_s)
     bundle = publish(
-        exported_checkpoint(load_checkpoint(given.checkpoint), given.max_window_s),
+        made.in_four_bits() if given.four_bits else made,
         given.name,
         given.models_dir,
         read_card(given.card),

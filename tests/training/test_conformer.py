@@ -286,7 +286,7 @@ def test_the_gate_holds_for_it_as_well(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    "options", [["--test", "M"], ["--validation", "M"], ["--texts", "M"], ["--no-float"]]
+    "options", [["--test", "M"], ["--validation", "M"], ["--texts", "M"], ["--no-float"], ["--four-bits"]]
 )
 def test_what_needs_recordings_is_not_ignored_without_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]

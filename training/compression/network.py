@@ -1,4 +1,4 @@
-"""The small network, and how it and its teacher run in bfloat16 on a CPU.
+"""The small network, and how it and its teacher run on a CPU, in bfloat16 where the processor has it.
 
 Activations are (batch, frames, width); keys and values of the audio are computed once for all tokens.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.compression.vocabulary import CutVocabulary
+from training.distillation.kernels import working_dtype
 from training.distillation.whisper import attended, fast_encoder, keys_and_values, linear, normal
 from training.four_bits import GROUP, rounded
 from training.recipes.whisper_seq2seq.model import DecoderLayer, Prompt, Repeats, WhisperSeq2Seq
@@ -69,7 +70,7 @@ def round_into(target: WhisperSeq2Seq, source: WhisperSeq2Seq, coarse: set[str])
 
 
 def listen(network: WhisperSeq2Seq, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised features (batch, frames, bands), zero beyond lengths -> audio states in bfloat16.
+    """Normalised features (batch, frames, bands), zero beyond lengths -> audio states in `working_dtype`.
 
     Returns (batch, frames / 2, width), lengths (batch,), and what is added to scores of missing frames.
     """
@@ -101,8 +102,8 @@ def decode(
     """
     decoder, count = network.decoder, tokens.shape[1]
     embedded = functional.embedding(tokens, decoder.embed_tokens.weight)
-    values = (embedded + decoder.embed_positions.weight[start : start + count]).bfloat16()
-    causal = torch.full((count, start + count), -1e9).triu(start + 1).bfloat16()
+    values = (embedded + decoder.embed_positions.weight[start : start + count]).to(working_dtype())
+    causal = torch.full((count, start + count), -1e9).triu(start + 1).to(values.dtype)
     for index, layer in enumerate(decoder_layers(network)):
         normed = normal(values, layer.self_attn_layer_norm)
         keys, memory = keys_and_values(layer.self_attn, normed)
@@ -122,7 +123,7 @@ def decode(
 
 def logits(network: WhisperSeq2Seq, states: Tensor) -> Tensor:
     """(..., width) -> (..., vocabulary) float32."""
-    return functional.linear(states, network.decoder.embed_tokens.weight.bfloat16()).float()
+    return functional.linear(states, network.decoder.embed_tokens.weight.to(states.dtype)).float()
 
 
 def greedy(

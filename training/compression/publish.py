@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from training.compression import rounding
 from training.compression.network import coarse_weights, round_into
 from training.compression.train import network_of
 from training.compression.vocabulary import CutVocabulary
@@ -27,17 +29,46 @@ from training.quantize import Gate
 from training.recipes.whisper_ctc.model import MAX_WINDOW_S, MIN_SAMPLES
 from training.recipes.whisper_seq2seq.export import FRAME_STRIDE_S, export_graph
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
+from training.rounding import MADE_UP_FOR
 from training.transformer_quantize import products
 from training.vocabulary import casing_steps
 
-WAY = "weights of four bits in groups of 128, learned so"
+WAY = "weights of four bits in groups of 128"
 WIDENED = "those of the audio in 8 bits once loaded"
 """Half as fast again, but ranges are found anew for each batch: one clip in ten of a batch of two has another
 text than alone (docs/quantization.md), one in a hundred where every row is rounded by itself."""
 OF_AUDIO = re.compile(r"encoder\.|.*\.encoder_attn\.[kv]_proj$").match
 """Products whose input is every frame of the audio; all others see a token at a time."""
+CLIPS = 24
+"""That are listened to for each layer."""
 HALVED = ("encoder.conv1.weight", "decoder.embed_positions")
 """Weights that are no matrices of whole groups, and large."""
+
+
+def four_bit_graph(
+    graph: onnx.ModelProto, network: WhisperSeq2Seq, *, widened: bool = False
+) -> onnx.ModelProto:
+    """The graph of a network whose weights are rounded, with those weights in four bits."""
+    coarse = {name.removesuffix(".weight") for name in coarse_weights(network)}
+    names = {name.removesuffix(".product"): name for name in products(graph)}
+    names["decoder.embed_tokens"] = names.pop("step.logits")
+    chosen = {name: product for name, product in names.items() if name in coarse}
+    of_audio = {product for name, product in chosen.items() if widened and OF_AUDIO(name)}
+    small = onnx.ModelProto()
+    small.CopyFrom(graph)
+    quantize_to_four_bits(small, set(chosen.values()), of_audio)
+    halve(small, HALVED)
+    return small
+
+
+def in_four_bits(
+    network: WhisperSeq2Seq, calibration: Sequence[Waveform]
+) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """The way to four bits of a network that never heard of them, told what it writes itself."""
+    network = copy.deepcopy(network)
+    heard = [rounding.heard_by(network, clip) for clip in calibration[:CLIPS]]
+    rounding.round_layers(network, heard)
+    yield MADE_UP_FOR, four_bit_graph(export_graph(network, company=True), network)
 
 
 def exported_small(network: WhisperSeq2Seq, cut: CutVocabulary, *, widened: bool = False) -> Exported:
@@ -46,19 +77,11 @@ def exported_small(network: WhisperSeq2Seq, cut: CutVocabulary, *, widened: bool
     With `widened` the products of the audio are dynamic INT8, see WIDENED.
     """
     graph = export_graph(network, company=True)
-    coarse = {name.removesuffix(".weight") for name in coarse_weights(network)}
 
     def ways(
         float_graph: onnx.ModelProto, calibration: Sequence[Waveform]
     ) -> Iterator[tuple[str, onnx.ModelProto]]:
-        names = {name.removesuffix(".product"): name for name in products(float_graph)}
-        names["decoder.embed_tokens"] = names.pop("step.logits")
-        chosen = {name: product for name, product in names.items() if name in coarse}
-        of_audio = {product for name, product in chosen.items() if widened and OF_AUDIO(name)}
-        small = onnx.ModelProto()
-        small.CopyFrom(float_graph)
-        quantize_to_four_bits(small, set(chosen.values()), of_audio)
-        halve(small, HALVED)
+        small = four_bit_graph(float_graph, network, widened=widened)
         yield f"{WAY}, {WIDENED}" if widened else WAY, small
 
     vocabulary = cut.vocabulary()
@@ -71,7 +94,7 @@ def exported_small(network: WhisperSeq2Seq, cut: CutVocabulary, *, widened: bool
         min_samples=MIN_SAMPLES,
         agreement=lambda clips: agreement(network, graph, clips, partial(spoken, blank_id=cut.end)),
         ways=ways,
-        ways_described="The network learned with the rounded weights, so the float32 graph has them as well."
+        ways_described="The network was made with the rounded weights, so the float32 graph has them as well."
         + (DYNAMIC_RANGES if widened else " Inputs are rounded to 8 bits row by row."),
         exact_batches=False,
         text_normalisation=casing_steps(vocabulary),
@@ -80,12 +103,24 @@ def exported_small(network: WhisperSeq2Seq, cut: CutVocabulary, *, widened: bool
 
 
 def load_run(run: Path) -> tuple[WhisperSeq2Seq, CutVocabulary]:
-    """The averaged network of a run, rounded as it is served. Raises CheckpointError."""
+    """The averaged network of a run, rounded as it is served. Raises CheckpointError.
+
+    What `training.compression.rounding` left where it is of the last step, else what the run left, whose
+    weights are rounded one by one: good enough for a network that learned with them.
+    """
     path = run / "last.pt"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     cut = CutVocabulary.load(run / "vocabulary.json")
-    network = network_of(torch.load(path, weights_only=True), cut)
+    state = torch.load(path, weights_only=True)
+    better = run / rounding.NAME
+    rounded = torch.load(better, weights_only=True) if better.is_file() else None
+    if rounded is not None and rounded["counters"] == state["counters"]:
+        state = rounded
+    elif not state["config"].get("rounded", True):
+        command = f"python -m training.compression.rounding --run {run} --cache CACHE --labels LABELS"
+        raise CheckpointError(f"{path}: learned in float32, to be rounded first: {command}")
+    network = network_of(state, cut)
     round_into(network, network, coarse_weights(network))
     return network, cut
 

@@ -55,6 +55,8 @@ class TrainConfig:
 
     layers: tuple[int, ...] = (0, 1, 3)
     """Of the large decoder, those that are kept."""
+    rounded: bool = True
+    """Whether the network hears through the rounding while it learns."""
     workers: int = 2
     batch_s: float = 40.0
     learning_rate: float = 5e-5
@@ -97,7 +99,7 @@ class Trainer:
             layer.dropout.p = config.dropout  # type: ignore[union-attr]
         self.average = copy.deepcopy(network).requires_grad_(False)
         self.rounded = copy.deepcopy(network)
-        self.coarse = coarse_weights(network)
+        self.coarse = coarse_weights(network) if config.rounded else set()
         self.learned = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         self.optimiser = adamw(config, (p for _, p in self.learned))
         self.pool = ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -233,6 +235,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run, created or resumed")
     parser.add_argument("--layers", type=int, nargs="+", default=list(TrainConfig.layers))
+    parser.add_argument("--exact", action="store_true", help="in float32; rounded afterwards, by .round")
     parser.add_argument("--steps", type=positive)
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--batch-s", type=float, default=TrainConfig.batch_s)
@@ -247,6 +250,7 @@ def main(given: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     config = TrainConfig(
         layers=tuple(arguments.layers),
+        rounded=not arguments.exact,
         workers=arguments.workers,
         batch_s=arguments.batch_s,
         learning_rate=arguments.learning_rate,

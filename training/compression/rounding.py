@@ -1,0 +1,165 @@
+"""Stage 3b, after `train --exact`: weights of four bits that change least of what the network answers.
+
+    python -m training.compression.rounding --run RUN --cache CACHE --labels LABELS
+
+One layer after the other hears training batches through the layers that are rounded already, and its
+matrices are rounded for what they are given (:func:`training.rounding.compensated`). Writes ``rounded.pt``
+beside ``last.pt``; `publish` takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from training.arguments import positive
+from training.compression.corpus import BatchMaker, LabelledCorpus
+from training.compression.network import coarse_weights, evaluating
+from training.compression.train import TrainConfig, network_of
+from training.errors import CheckpointError, in_one_line
+from training.inference import Waveform
+from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
+from training.rounding import compensated
+from training.torch_state import save_state
+from training.transformer import key_bias
+
+SEED = 7_919
+"""Batches that no training run has drawn."""
+NAME = "rounded.pt"
+Place = tuple[str, nn.Module]
+Heard = tuple[Tensor, Tensor, Tensor]
+"""Features and their lengths, and tokens: prompt and text."""
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A convolution (outputs, inputs, taps) as the product of its taps side by side; a matrix as it is."""
+    return weight.permute(0, 2, 1).flatten(1) if weight.ndim == 3 else weight
+
+
+def _give(place: nn.Module, matrix: Tensor) -> None:
+    """The reverse of `as_matrix`, into a module's weight."""
+    weight = cast(Tensor, place.weight)
+    with torch.no_grad():
+        if weight.ndim == 3:
+            outputs, inputs, taps = weight.shape
+            weight.copy_(matrix.view(outputs, taps, inputs).permute(0, 2, 1))
+        else:
+            weight.copy_(matrix)
+
+
+def _inputs(module: nn.Module, values: Tensor) -> Tensor:
+    """What a module's matrix is multiplied by: (rows, inputs)."""
+    if isinstance(module, nn.Conv1d):
+        padding, stride, taps = int(module.padding[0]), module.stride[0], module.kernel_size[0]
+        padded = functional.pad(values, (padding, padding))
+        windows = padded.unfold(2, taps, stride)  # (batch, channels, frames, taps)
+        return windows.permute(0, 2, 3, 1).flatten(2).flatten(0, 1)
+    return values.flatten(0, -2)
+
+
+@contextmanager
+def _noting(places: Sequence[Place], network: WhisperSeq2Seq, found: dict[str, Tensor]) -> Iterator[None]:
+    """Sums of x xT of every place while the network runs, added up in `found`."""
+
+    def note(name: str, module: nn.Module, values: Tensor) -> None:
+        rows = _inputs(module, values).float()
+        found[name] = found.get(name, 0.0) + rows.T @ rows
+
+    def before(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, given: note(name, module, given[0])
+
+    def after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, _, said: note(name, module, said)
+
+    with ExitStack() as stack:
+        for name, module in places:
+            if isinstance(module, nn.Embedding):  # the output layer, which multiplies what this one says
+                hook = network.decoder.layer_norm.register_forward_hook(after(name))
+            else:
+                hook = module.register_forward_pre_hook(before(name))
+            stack.callback(hook.remove)
+        yield
+
+
+def stages(network: WhisperSeq2Seq) -> Iterator[list[Place]]:
+    """Places of coarse weights, those of one layer together, in the order in which they are heard through."""
+    coarse = coarse_weights(network)
+    places = [(name, module) for name, module in network.named_modules() if f"{name}.weight" in coarse]
+
+    def within(prefix: str) -> list[Place]:
+        return [place for place in places if place[0].startswith(prefix)]
+
+    yield within("encoder.conv")
+    for side, layers in (("encoder", network.encoder.layers), ("decoder", network.decoder.layers)):
+        for index in range(len(layers)):
+            yield within(f"{side}.layers.{index}.")
+    yield within("decoder.embed_tokens")
+
+
+def heard_by(network: WhisperSeq2Seq, clip: Waveform) -> Heard:
+    """A recording (samples,) with the network's own text."""
+    waveform, lengths = torch.from_numpy(clip)[None], torch.tensor([len(clip)])
+    with evaluating(network):
+        features, counts = network.frontend(waveform, lengths)
+        steps, found, _ = network.generate(waveform, lengths)
+    text = steps[:, : int(found)].argmax(dim=-1)
+    return features, counts, torch.cat([torch.tensor([network.prompt.ids]), text], dim=1)
+
+
+def round_layers(
+    network: WhisperSeq2Seq, batches: Sequence[Heard], told: Callable[[str], object] = lambda _: None
+) -> None:
+    """Give all coarse weights of a network their rounded values; `told` hears of each layer that is done."""
+    for places in stages(network):
+        if not places:
+            continue
+        found: dict[str, Tensor] = {}
+        with evaluating(network), _noting(places, network, found):
+            for features, lengths, tokens in batches:
+                audio, counts = network.encoder(features, lengths, fixed=network.fixed)
+                if places[0][0].startswith("decoder."):
+                    bias = None if network.fixed else key_bias(counts, audio.shape[1])
+                    network.decoder(tokens, audio, bias)
+        for name, module in places:
+            _give(module, compensated(as_matrix(cast(Tensor, module.weight)), found[name]))
+        told(places[-1][0])
+
+
+@in_one_line("rounding")
+def main(given: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="of training.compression.train")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--labels", type=Path, required=True)
+    parser.add_argument("--batches", type=positive, default=40, help="to hear, of 40 s each")
+    arguments = parser.parse_args(given)
+    last = arguments.run / "last.pt"
+    if not last.is_file():
+        raise CheckpointError(f"{last}: no such checkpoint")
+    corpus = LabelledCorpus(arguments.cache, arguments.labels)
+    state = torch.load(last, weights_only=True)
+    network = network_of(state, corpus.cut)
+    most_tokens = network.decoder.config.positions - len(network.prompt.ids)
+    maker = BatchMaker(corpus, TrainConfig.batch_s, SEED, most_tokens)
+    drawn = (maker(step) for step in range(arguments.batches))
+    batches = [(batch.features, batch.lengths, batch.tokens) for batch in drawn]
+    with tqdm(total=len(list(stages(network))), unit="layer", desc="rounding") as bar:
+        round_layers(network, batches, lambda name: bar.update())
+    kept = {"shape": state["shape"], "average": network.state_dict(), "counters": state["counters"]}
+    save_state(kept, arguments.run / NAME)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
