@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MANIFEST",
         help="recordings with texts to accept INT8 on (default: those of --calibration)",
     )
+    pull.add_argument(
+        "--four-bits", action="store_true", help="with --calibration: weights of four bits in place of INT8"
+    )
     pull.set_defaults(run=_models_pull)
 
     bench = commands.add_parser("bench", help="measure the engine on this machine")
@@ -139,7 +142,13 @@ def _models_verify(arguments: argparse.Namespace) -> int:
 def _models_pull(arguments: argparse.Namespace) -> int:
     from api.commands.models import pull_model
 
-    return pull_model(load_settings(), arguments.name, arguments.calibration, arguments.validation)
+    return pull_model(
+        load_settings(),
+        arguments.name,
+        arguments.calibration,
+        arguments.validation,
+        four_bits=arguments.four_bits,
+    )
 
 
 def _bench(arguments: argparse.Namespace) -> int:

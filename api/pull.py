@@ -47,11 +47,13 @@ def pull(
     *,
     calibration: Path | None = None,
     validation: Path | None = None,
+    four_bits: bool = False,
     say: Say = print,
 ) -> Bundle:
     """Download, convert, verify. Raises PullError, BundleError.
 
-    ``calibration``, ``validation``: manifests of recordings, for an INT8 graph (see ``training.convert``).
+    ``calibration``, ``validation``: manifests of recordings, for an INT8 graph or, with ``four_bits``, one
+    with weights of four bits (see ``training.convert``).
 
     The converter's own output goes to standard output and error of this process.
     """
@@ -62,6 +64,8 @@ def pull(
             f"{entry.name} has too many weights for float32: name recordings with texts (--calibration), on "
             "which its INT8 graph is found and accepted"
         )
+    if four_bits and calibration is None:
+        raise PullError("--four-bits needs recordings (--calibration), on which the rounding is found")
     for manifest in (calibration, validation):
         if manifest is not None and not manifest.is_file():
             raise PullError(f"{manifest}: no such manifest")
@@ -81,6 +85,7 @@ def pull(
         raise PullError(f"cannot write to {folder}: {error.strerror or error}") from error
     recordings = {"--calibration": calibration, "--validation": validation}
     options = [text for name, path in recordings.items() if path for text in (name, str(path))]
+    options += ["--four-bits"] * four_bits
     _convert(entry, folder, models_dir, pins, options, say)
     bundle = verify_bundle(models_dir, entry.name)
     shutil.rmtree(folder)

@@ -54,13 +54,24 @@ def verify_models(settings: Settings, names: list[str]) -> int:
 
 
 def pull_model(
-    settings: Settings, name: str, calibration: Path | None = None, validation: Path | None = None
+    settings: Settings,
+    name: str,
+    calibration: Path | None = None,
+    validation: Path | None = None,
+    *,
+    four_bits: bool = False,
 ) -> int:
     """Download, convert and verify a model of the catalogue; 1 with one line where that cannot be."""
     from api.pull import PullError, find_entry, pull
 
     try:
-        bundle = pull(find_entry(name), settings.models_dir, calibration=calibration, validation=validation)
+        bundle = pull(
+            find_entry(name),
+            settings.models_dir,
+            calibration=calibration,
+            validation=validation,
+            four_bits=four_bits,
+        )
     except (PullError, BundleError) as error:
         print(f"asr: {error}", file=sys.stderr)
         return 1

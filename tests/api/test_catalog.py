@@ -240,6 +240,12 @@ def test_a_model_that_is_too_large_for_float32_asks_for_recordings_first(hub: Hu
     assert not hub.requests
 
 
+def test_four_bits_ask_for_recordings_first(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(PullError, match=r"--four-bits needs recordings \(--calibration\)"):
+        pull(CATALOG["ru-fastconformer-large"], tmp_path, four_bits=True)
+    assert not hub.requests
+
+
 def test_phowhisper_records_the_commit_it_found(hub: Hub, tmp_path: Path) -> None:
     import torch
     from transformers import WhisperConfig
