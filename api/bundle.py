@@ -26,6 +26,7 @@ import onnxruntime
 from pydantic import ValidationError
 
 from api.errors import BundleError
+from api.kernels import Kernels
 from api.manifest import GraphChoice, GraphName, Manifest
 from api.ngram import NgramModel, load_table, weigh
 from api.vocabulary import Vocabulary, WordSpan
@@ -73,10 +74,14 @@ class Bundle:
         entry = self.manifest.language_model
         return entry.beam if entry is not None else 0
 
-    def choose_graph(self, wanted: GraphChoice = "auto") -> GraphName:
-        """The graph to load; `auto` is the manifest's default. Raises BundleError where it is not there."""
+    def choose_graph(self, wanted: GraphChoice = "auto", kernels: Kernels = "onnxruntime") -> GraphName:
+        """The graph to load. Raises BundleError where it is not there.
+
+        `auto` is the manifest's default, or what the manifest has for processors whose `kernels` are AVX2's.
+        """
         if wanted == "auto":
-            return self.manifest.default_graph
+            other = self.manifest.graph_without_vnni if kernels == "avx2" else None
+            return other or self.manifest.default_graph
         if wanted not in self.manifest.graphs:
             have = ", ".join(sorted(self.manifest.graphs))
             raise BundleError(
@@ -179,9 +184,10 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
     for field, file in named.items():
         if file not in manifest.files:
             raise BundleError(name, field, file, "expected a name that `files` lists with its sha256")
-    if manifest.default_graph not in manifest.graphs:
-        have = ", ".join(sorted(manifest.graphs))
-        raise BundleError(name, "default_graph", manifest.default_graph, f"expected one of {have}")
+    for field in ("default_graph", "graph_without_vnni"):
+        if (graph := getattr(manifest, field)) is not None and graph not in manifest.graphs:
+            have = ", ".join(sorted(manifest.graphs))
+            raise BundleError(name, field, graph, f"expected one of {have}")
     for entry in sorted(folder.iterdir()):
         unknown = entry.name not in manifest.files and entry.name not in _UNLISTED_FILES
         if unknown and not entry.name.startswith("."):

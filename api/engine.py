@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from api.batching import BatchLimits, bucket_of
 from api.bundle import Bundle, check_outputs, check_session
 from api.errors import BundleError, InferenceError, SettingsError
-from api.kernels import Kernels, open_sessions
+from api.kernels import Kernels, instructions, open_sessions
 from api.manifest import GraphChoice
 
 log = structlog.get_logger("api.engine")
@@ -108,9 +108,10 @@ class Engine:
         asked for but does not work here.
         """
         self.bundle = bundle
-        self.graph = bundle.choose_graph(graph)
+        on_cpu = provider == "cpu" or (provider == "auto" and "cuda" not in available_providers())
+        self.graph = bundle.choose_graph(graph, instructions() if kernels and on_cpu else "onnxruntime")
         self.threads = threads
-        path = bundle.graph_path(graph)
+        path = bundle.graph_path(self.graph)
         kernels = kernels and self.graph != "float32"
         wide = wide_threads if wide_threads > 1 and path.stat().st_size <= WIDE_MAX_BYTES else 0
         opened = _open(bundle, str(path), provider, threads, wide, kernels=kernels)

@@ -111,6 +111,8 @@ class Manifest(_Strict):
     input: InputEntry
     graphs: dict[GraphName, GraphEntry] = Field(min_length=1)
     default_graph: GraphName
+    graph_without_vnni: GraphName | None = None
+    """Taken instead where our kernels run on AVX2 alone, which multiplies four bits faster than eight."""
     language_model: LanguageModelEntry | None = None
     files: dict[FileName, Sha256] = Field(min_length=1)
     source: Source

@@ -48,7 +48,7 @@ def options(profile: str = "") -> ort.SessionOptions:
 
 def open_all(bundle: Bundle, make: Callable[[], ort.SessionOptions]) -> dict[str, ort.InferenceSession]:
     """A session for each way that works here."""
-    path = str(bundle.graph_path("auto"))
+    path = str(bundle.graph_path(bundle.choose_graph("auto", instructions())))
     sessions = {PLAIN: ort.InferenceSession(path, make(), providers=["CPUExecutionProvider"])}
     loaded = library()
     if loaded is None:
@@ -166,9 +166,10 @@ def main() -> None:
     rate_hz = bundle.manifest.sample_rate_hz
     longest = speech(CLIPS_S[-1])[0]
     sessions = open_all(bundle, options)
-    print(f"{given.model} ({bundle.choose_graph('auto')}), one thread, {hardware()}\n")
+    graph = bundle.choose_graph("auto", instructions())
+    print(f"{given.model} ({graph}), one thread, {hardware()}\n")
     ours = list(sessions)[1:]
-    with_floor = bundle.choose_graph("auto") == "int8"
+    with_floor = graph == "int8"
     heads = ["clip", *(["floor, ms"] if with_floor else [])]
     for name in sessions:
         heads += [f"{name}, ms", *(["of the floor"] if with_floor else [])]

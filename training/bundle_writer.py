@@ -149,6 +149,56 @@ def add_measurements(models_dir: Path, name: str, card: Card, measurements: Meas
     return load_bundle(models_dir, name)
 
 
+def append_measurements(models_dir: Path, name: str, measurements: Measurements) -> Bundle:
+    """Give a bundle's manifest these evaluations and speeds, and its card the tables and the notes."""
+    bundle = load_bundle(models_dir, name)
+    values = {"evaluation": measurements.evaluation, "speed": measurements.speed}
+    manifest = bundle.manifest.model_copy(update=values)
+    _write_text(bundle.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+    card = bundle.path / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {name}\n"
+    sections = {
+        "Error rates": _evaluation_table(manifest.evaluation),
+        "Speed": _speed_table(manifest.speed),
+        **measurements.notes,
+    }
+    for title, content in sections.items():
+        text = _with_section(text, title, content)
+    _write_text(card, text)
+    return load_bundle(models_dir, name)
+
+
+def _with_section(text: str, title: str, content: str) -> str:
+    """Markdown with one section of the second level replaced, or put at the end."""
+    before, found, after = text.partition(f"\n## {title}\n")
+    _, more, rest = after.partition("\n## ")
+    tail = f"\n## {rest}" if more else ""
+    return (
+        f"{before.rstrip()}\n\n## {title}\n\n{content}\n{tail}"
+        if found
+        else (f"{text.rstrip()}\n\n## {title}\n\n{content}\n")
+    )
+
+
+def add_graph_without_vnni(models_dir: Path, name: str, graph: GraphName, content: bytes) -> Bundle:
+    """Give a bundle another graph, for processors without VNNI. Raises BundleError, before or after."""
+    bundle = load_bundle(models_dir, name)
+    path = bundle.path / GRAPH_FILES[graph]
+    with written_whole(path) as partial:
+        partial.write_bytes(content)
+    changes = {
+        "graphs": {
+            **bundle.manifest.graphs,
+            graph: GraphEntry(file=path.name, opset=next(iter(bundle.manifest.graphs.values())).opset),
+        },
+        "graph_without_vnni": graph,
+        "files": {**bundle.manifest.files, path.name: sha256_of(path)},
+    }
+    manifest = bundle.manifest.model_copy(update=changes)
+    _write_text(bundle.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+    return load_bundle(models_dir, name)
+
+
 def add_language_model(models_dir: Path, name: str, language_model: LanguageModel, note: str) -> Bundle:
     """Give a bundle a language model, or another one; `note` (Markdown) ends its card.
 

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from api.bundle import Bundle
+from api.bundle import Bundle, load_bundle
 from api.decoding import in_words
 from api.manifest import Evaluation, GraphName, Speed
 from training.bundle_writer import (
     Card,
     Measurements,
+    add_graph_without_vnni,
     add_measurements,
+    append_measurements,
     check_card,
     write_bundle,
 )
@@ -35,7 +37,7 @@ from training.evaluate import bundle_recogniser, error_rates, plainly, recognise
 from training.export import MIN_SAMPLES, check_agreement, export_graph
 from training.exported import Exported, exported_conformer, exported_whisper
 from training.graph import fits_one_file
-from training.inference import quiet_run_s, served_session
+from training.inference import Waveform, quiet_run_s, served_session
 from training.ngram import fit_texts
 from training.provenance import hardware
 from training.quantize import Gate, Outcome, quantize, static_convolutions
@@ -152,26 +154,14 @@ def publish(
 ) -> Bundle:
     """Make the bundle. Raises ConfigError, QualityGateError, BundleError, DataError."""
     check_card(name, card)
-    rate_hz, graph, vocabulary = made.sample_rate_hz, made.graph, made.vocabulary
-    longest_s = made.max_window_s
-    sound = manifest_waveforms(
-        recordings.calibration, rate_hz, recordings.calibration_clips, longest_s=longest_s
-    )
-    calibration = [clip for clip, _ in sound]
+    graph, vocabulary = made.graph, made.vocabulary
+    language, normalisation = card.languages[0], card.text_normalisation
+    calibration = _calibration(made, recordings)
     agreement = made.agreement(calibration[:4])
     print(f"PyTorch against ONNX: {agreement}")
-    validation = manifest_waveforms(
-        recordings.validation, rate_hz, recordings.validation_clips, with_text=True, longest_s=longest_s
-    )
-    validation = with_plain_texts(validation, card.languages[0], card.text_normalisation)
-    gate = gate or Gate()
-    if not made.exact_batches:
-        gate = replace(gate, max_batch_difference=math.inf)
-    plain = plain_normaliser(card.languages[0], card.text_normalisation)
-    outcome = quantize(
-        graph, vocabulary, calibration, validation, gate, ways=made.ways, plain=plain, form=made.form
-    )
-    print(outcome.table())
+    validation = _validation(made, recordings, language, normalisation)
+    plain = plain_normaliser(language, normalisation)
+    outcome = _smaller(made, calibration, validation, plain, gate)
     files: dict[GraphName, bytes | Path] = {made.form: outcome.chosen.graph.SerializeToString()}
     if keep_float and fits_one_file(graph):
         files["float32"] = graph.SerializeToString()
@@ -196,8 +186,82 @@ def publish(
     graphs = made.graphs(files, made.form)
     written = Measurements(notes=notes)
     bundle = write_bundle(models_dir, name, graphs, vocabulary, card, written, language_model)
-    measurements = Measurements(_evaluate(bundle, recordings.test), _speed(bundle), notes)
+    measurements = Measurements(
+        _evaluate(bundle, recordings.test), _speed(bundle, bundle.manifest.graphs), notes
+    )
     return add_measurements(models_dir, name, card, measurements)
+
+
+def _calibration(made: Exported, recordings: Recordings) -> list[Waveform]:
+    sound = manifest_waveforms(
+        recordings.calibration,
+        made.sample_rate_hz,
+        recordings.calibration_clips,
+        longest_s=made.max_window_s,
+    )
+    return [clip for clip, _ in sound]
+
+
+def _validation(
+    made: Exported, recordings: Recordings, language: str, normalisation: Sequence[str]
+) -> list[tuple[Waveform, str]]:
+    clips = manifest_waveforms(
+        recordings.validation,
+        made.sample_rate_hz,
+        recordings.validation_clips,
+        with_text=True,
+        longest_s=made.max_window_s,
+    )
+    return with_plain_texts(clips, language, normalisation)
+
+
+def _smaller(
+    made: Exported,
+    calibration: Sequence[Waveform],
+    validation: Sequence[tuple[Waveform, str]],
+    plain: Callable[[str], str],
+    gate: Gate | None,
+) -> Outcome:
+    """The best of a network's ways, behind the gate."""
+    gate = gate or Gate()
+    if not made.exact_batches:
+        gate = replace(gate, max_batch_difference=math.inf)
+    outcome = quantize(
+        made.graph,
+        made.vocabulary,
+        calibration,
+        validation,
+        gate,
+        ways=made.ways,
+        plain=plain,
+        form=made.form,
+    )
+    print(outcome.table())
+    return outcome
+
+
+def add_four_bits(
+    made: Exported, name: str, models_dir: Path, recordings: Recordings, gate: Gate | None = None
+) -> Bundle:
+    """Give a bundle of this network a graph of four bits as well, which processors without VNNI take.
+
+    Its gate is that of a graph in INT8. Raises ConfigError, QualityGateError, BundleError, DataError.
+    """
+    made, manifest = made.in_four_bits(), load_bundle(models_dir, name).manifest
+    language, normalisation = manifest.languages[0], manifest.text_normalisation
+    calibration = _calibration(made, recordings)
+    validation = _validation(made, recordings, language, normalisation)
+    outcome = _smaller(made, calibration, validation, plain_normaliser(language, normalisation), gate)
+    content = outcome.chosen.graph.SerializeToString()
+    bundle = add_graph_without_vnni(models_dir, name, made.form, content)
+    evaluated = (found for found in manifest.evaluation if not found.decoding.endswith(f", {made.form}"))
+    timed = (found for found in manifest.speed if found.graph != made.form)
+    measured = Measurements(
+        (*evaluated, *_evaluate(bundle, recordings.test, made.form)),
+        (*timed, *_speed(bundle, [made.form])),
+        {"Four bits": _quantization(made, outcome)},
+    )
+    return append_measurements(models_dir, name, measured)
 
 
 def _quantization(made: Exported, outcome: Outcome) -> str:
@@ -211,16 +275,17 @@ def _texts(test: Path | None) -> list[str]:
     return [] if test is None else [row["text"] for row in manifest_rows(test, with_text=True)]
 
 
-def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:
-    """Error rates of the default graph on each test set in its languages: greedy, then the default way."""
+def _evaluate(bundle: Bundle, test: Path | None, graph: GraphName | None = None) -> tuple[Evaluation, ...]:
+    """Error rates of a graph on each test set in its languages: greedy, then the default way."""
     if test is None:
         return ()
     languages = bundle.manifest.languages
     rows = manifest_rows(test, with_text=True)
     named = {(row.get("source"), row.get("language", languages[0])) for row in rows}
-    ways = {"greedy": bundle_recogniser(bundle, beam=0)}
+    graph = graph or bundle.manifest.default_graph
+    ways = {"greedy": bundle_recogniser(bundle, graph, beam=0)}
     if bundle.guide is not None:
-        ways[in_words(bundle, bundle.default_beam)] = bundle_recogniser(bundle)
+        ways[in_words(bundle, bundle.default_beam)] = bundle_recogniser(bundle, graph)
     found = []
     for given, language in sorted((pair for pair in named if pair[1] in languages), key=str):
         rate_hz, source = bundle.manifest.sample_rate_hz, given or test.stem
@@ -237,18 +302,18 @@ def _evaluate(bundle: Bundle, test: Path | None) -> tuple[Evaluation, ...]:
                     utterances=rates.utterances,
                     wer=round(rates.wer, 4),
                     cer=round(rates.cer, 4),
-                    decoding=f"{decoding}, {bundle.manifest.default_graph}",
+                    decoding=f"{decoding}, {graph}",
                 )
             )
     return tuple(found)
 
 
-def _speed(bundle: Bundle) -> tuple[Speed, ...]:
-    """Real-time factor of each graph on one thread."""
+def _speed(bundle: Bundle, graphs: Iterable[GraphName]) -> tuple[Speed, ...]:
+    """Real-time factor of graphs on one thread."""
     samples = round(SPEED_CLIP_S * bundle.manifest.sample_rate_hz)
     clip = np.random.default_rng(0).normal(0.0, 0.05, samples).astype(np.float32)
     speeds = []
-    for graph in bundle.manifest.graphs:
+    for graph in graphs:
         (seconds,) = quiet_run_s([served_session(Path(bundle.graph_path(graph)))], clip)
         speeds.append(
             Speed(
@@ -281,14 +346,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--name", required=True)
     parser.add_argument("--models-dir", type=Path, default=Path("models"))
-    parser.add_argument("--card", type=Path, required=True)
+    parser.add_argument("--card", type=Path, help="needed but for --add-four-bits")
     add_recordings(parser, required=True)
     parser.add_argument("--max-window-s", type=float, default=20.0)
     parser.add_argument("--four-bits", action="store_true", help="weights of four bits in place of INT8")
+    parser.add_argument(
+        "--add-four-bits",
+        action="store_true",
+        help="give the bundle, which is there, such a graph for processors without VNNI",
+    )
     parser.add_argument("--keep-float", action="store_true", help="ship the float32 graph as well")
     add_gate(parser, Gate())
     given = parser.parse_args(arguments)
     made = exported_checkpoint(load_checkpoint(given.checkpoint), given.max_window_s)
+    if given.add_four_bits:
+        bundle = add_four_bits(made, given.name, given.models_dir, recordings_of(given), gate_of(given))
+        print(f"{bundle.path}: verified")
+        return 0
+    if given.card is None:
+        raise ConfigError("--card is needed: title, languages, source, licence of the model")
     bundle = publish(
         made.in_four_bits() if given.four_bits else made,
         given.name,

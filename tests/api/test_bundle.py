@@ -13,8 +13,12 @@ import pytest
 
 from api.bundle import list_bundles, load_bundle, sha256_of, verify_bundle
 from api.decoding import in_words
+from api.engine import Engine
 from api.errors import BundleError
+from api.kernels import Kernels, instructions
+from api.manifest import GraphChoice
 from tests.tiny_bundle import TOKENS, add_language_model, make_bundle
+from training.bundle_writer import add_graph_without_vnni
 from training.ngram import character_ngrams
 
 Change = Callable[[dict[str, Any]], None]
@@ -55,6 +59,30 @@ def test_a_graph_that_is_not_there_is_refused(models: Path) -> None:
     bundle = load_bundle(models, "tiny")
     with pytest.raises(BundleError, match="expected one of float32"):
         bundle.graph_path("int8")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kernels", "expected"),
+    [
+        ("auto", "avx2", "int4"),
+        ("auto", "vnni", "float32"),
+        ("auto", "onnxruntime", "float32"),
+        ("float32", "avx2", "float32"),
+        ("int4", "vnni", "int4"),
+    ],
+)
+def test_a_processor_without_vnni_may_have_a_graph_of_its_own(
+    models: Path, wanted: GraphChoice, kernels: Kernels, expected: str
+) -> None:
+    folder = models / "tiny"
+    assert load_bundle(models, "tiny").choose_graph("auto", kernels) == "float32", "it has no other"
+    content = (folder / "model.onnx").read_bytes()
+    bundle = add_graph_without_vnni(models, "tiny", "int4", content)
+    assert verify_bundle(models, "tiny").manifest == bundle.manifest
+    assert bundle.choose_graph(wanted, kernels) == expected
+    graph = Engine(bundle, graph=wanted).graph
+    assert graph == bundle.choose_graph(wanted, instructions())
+    assert Engine(bundle, graph="auto", kernels=False).graph == "float32"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +173,7 @@ def put(*path: str, value: object) -> Change:
         (put("languages", value=[]), "languages", "at least 1"),
         (put("languages", value=["english"]), "languages.0", "pattern"),
         (put("default_graph", value="int8"), "default_graph", "expected one of float32"),
+        (put("graph_without_vnni", value="int4"), "graph_without_vnni", "expected one of float32"),
         (put("graphs", "float32", "file", value="other.onnx"), "graphs.float32.file", "`files` lists"),
         (put("vocabulary", "file", value="words.txt"), "vocabulary.file", "`files` lists"),
         (put("files", "model.onnx", value="zz"), "files.model.onnx", "pattern"),

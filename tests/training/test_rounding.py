@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -12,13 +13,17 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from api.bundle import load_bundle, verify_bundle
 from api.engine import Engine
 from api.manifest import Source
 from tests.training.conformers import FAST, archive_of, random_conformer
-from tests.training.networks import chirps, random_checkpoint, write_corpus
+from tests.training.networks import VOCABULARY, chirps, random_checkpoint, write_corpus
+from training import publish as publish_command
 from training.bundle_writer import Card
+from training.checkpoint import Checkpoint, save_checkpoint
 from training.errors import ConfigError
 from training.four_bits import GROUP, rounded
+from training.frontend import FrontendConfig
 from training.inference import compare, cpu_session, run_graph
 from training.nemo_import import exported_nemo
 from training.publish import Recordings, exported_checkpoint, publish
@@ -115,3 +120,43 @@ def test_a_published_network_becomes_a_bundle_in_four_bits(tmp_path: Path) -> No
 def test_convolutions_have_no_four_bits() -> None:
     with pytest.raises(ConfigError, match="--four-bits is for matrix products"):
         exported_checkpoint(random_checkpoint()).in_four_bits()
+
+
+def test_a_bundle_is_given_four_bits_beside_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command, and once more: the card has each section once."""
+    torch.manual_seed(0)
+    config = EncoderConfig(bands=80, width=GROUP, layers=1, heads=2, inner=GROUP, positions=1500)
+    network = WhisperCtc(config, len(VOCABULARY))
+    network.encoder.start_from_random()
+    checkpoint = Checkpoint(network, FrontendConfig(), VOCABULARY)
+    save_checkpoint(tmp_path / "model.safetensors", checkpoint)
+    manifest = str(write_corpus(tmp_path, chirps(4)))
+    card = {
+        "title": "A random network",
+        "languages": ["en"],
+        "source": {"title": "tests", "url": "https://example.org"},
+        "licence": "Apache-2.0",
+        "limits": "It knows nothing.",
+    }
+    (tmp_path / "card.json").write_text(json.dumps(card), encoding="utf-8")
+    given = [str(tmp_path / "model.safetensors"), "--name", "en-random"]
+    given += ["--models-dir", str(tmp_path / "models"), "--calibration", manifest, "--validation", manifest]
+    given += ["--test", manifest, "--min-speed", "0", "--max-wer-increase", "9"]
+    assert publish_command.main(given) == 2
+    assert "--card is needed" in capsys.readouterr().err
+    assert publish_command.main([*given, "--card", str(tmp_path / "card.json")]) == 0
+    before = load_bundle(tmp_path / "models", "en-random")
+    for _ in range(2):
+        assert publish_command.main([*given, "--add-four-bits"]) == 0
+    after = verify_bundle(tmp_path / "models", "en-random")
+    assert after.manifest.graph_without_vnni == "int4"
+    assert set(after.manifest.graphs) == {"int8", "int4"}
+    assert after.manifest.files["model.int8.onnx"] == before.manifest.files["model.int8.onnx"]
+    assert {found.decoding for found in after.manifest.evaluation} == {"greedy, int8", "greedy, int4"}
+    assert {found.graph for found in after.manifest.speed} == {"int8", "int4"}
+    said = (after.path / "README.md").read_text(encoding="utf-8")
+    for title in ("Error rates", "Speed", "Four bits", "Quantization", "Limits"):
+        assert said.count(f"\n## {title}\n") == 1, title
+    assert said.count("greedy, int4") == 2
