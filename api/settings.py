@@ -98,7 +98,8 @@ class Settings(BaseSettings):
     )
     graph: GraphChoice = Field(
         "auto",
-        description="Graph of the bundle to load; auto takes the manifest's default, the smallest that won.",
+        description="Graph of the bundle to load; auto takes the manifest's default, or the one that it has "
+        "for processors without VNNI.",
     )
     provider: Literal["auto", "cpu", "cuda", "openvino"] = Field(
         "auto",
