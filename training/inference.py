@@ -59,12 +59,12 @@ def cpu_session(graph: onnx.ModelProto | bytes | Path, threads: int = 1) -> onnx
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def served_session(graph: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
-    """A session of one thread with the service's own kernels, where they take something of the graph."""
+def served_session(graph: onnx.ModelProto | Path, threads: int = 1) -> onnxruntime.InferenceSession:
+    """A session with the service's own kernels, where they take something of the graph."""
     if isinstance(graph, onnx.ModelProto):
         with as_file(graph) as path:
-            return served_session(path)
-    (session,), _ = open_sessions(str(graph), [partial(session_options, 1)], least_samples=1)
+            return served_session(path, threads)
+    (session,), _ = open_sessions(str(graph), [partial(session_options, threads)], least_samples=1)
     return session
 
 

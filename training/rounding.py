@@ -118,7 +118,9 @@ def _compensate(graph: onnx.ModelProto, names: set[str], calibration: Sequence[W
             sums = _products_of(graph, part, calibration)
             for node in nodes:
                 if node.input[0] in sums:
-                    tensor = places[node.input[1]]
+                    tensor = places.pop(node.input[1], None)
+                    if tensor is None:  # two products share it
+                        continue
                     weight = torch.from_numpy(numpy_helper.to_array(tensor).T.copy())
                     found = compensated(weight, sums[node.input[0]])
                     tensor.CopyFrom(numpy_helper.from_array(found.T.contiguous().numpy(), tensor.name))

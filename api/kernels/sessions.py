@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnxruntime as ort
 import structlog
 from numpy.typing import NDArray
 
-from api.kernels.four_bits import Probe, hand_over_products, probe_inputs
+from api.kernels.four_bits import PRODUCT, Probe, hand_over_products, probe_inputs
 from api.kernels.graph import hand_over
 from api.kernels.library import LIBRARY, Kernels, Weights, instructions
 
@@ -21,7 +22,10 @@ Feeds = dict[str, NDArray[np.float32] | NDArray[np.int64]]
 
 log = structlog.get_logger("api.kernels")
 
-MAX_GRAPH_BYTES = 64 * 2**20  # the graph is in memory three times while it is rewritten
+# The graph is in memory three times while it is rewritten. A large one in INT8 gains little by that, its work
+# being products; one in four bits is slow without.
+MAX_GRAPH_BYTES = 64 * 2**20
+MAX_FOUR_BITS_BYTES = 512 * 2**20
 # Of a product's largest value: its additions are in another order, and where an input lies between two steps
 # of its rounding, it may take the other one. A wrong weight is ten times as much.
 MOST_ERROR = 2e-3
@@ -39,7 +43,7 @@ def open_sessions(
     logged, and the sessions do without them. Of weights that our operators use there is one copy for all.
     """
     found = instructions()
-    if found != "onnxruntime" and os.stat(path).st_size <= MAX_GRAPH_BYTES:
+    if found != "onnxruntime" and _small_enough(path):
         try:
             ours = _with_kernels(path, make_options, least_samples)
         except Exception as error:  # ONNX Runtime has no common type for what it raises
@@ -48,6 +52,14 @@ def open_sessions(
             if ours:
                 return ours, found
     return [_open(path, make()) for make in make_options], "onnxruntime"
+
+
+def _small_enough(path: str) -> bool:
+    size = os.stat(path).st_size
+    if not MAX_GRAPH_BYTES < size <= MAX_FOUR_BITS_BYTES:
+        return size <= MAX_GRAPH_BYTES
+    with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(PRODUCT.encode()) >= 0
 
 
 def _with_kernels(

@@ -353,6 +353,14 @@ def test_large_graphs_are_left_alone(compiled: None, monkeypatch: pytest.MonkeyP
     assert open_sessions(str(SHIPPED), [make_options], least_samples=400)[1] == "onnxruntime"
 
 
+def test_large_graphs_of_four_bits_are_not(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = load_bundle(MODELS, "en-whisper-tiny").graph_path()
+    monkeypatch.setattr(sessions, "MAX_GRAPH_BYTES", 1)
+    assert open_sessions(str(path), [make_options], least_samples=400)[1] != "onnxruntime"
+    monkeypatch.setattr(sessions, "MAX_FOUR_BITS_BYTES", path.stat().st_size - 1)
+    assert open_sessions(str(path), [make_options], least_samples=400)[1] == "onnxruntime"
+
+
 def test_no_descriptor_stays_open(compiled: None) -> None:
     def descriptors() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))

@@ -1,4 +1,4 @@
-"""wav2vec2-large-xlsr-53 at full size with random weights: PyTorch, ONNX and INT8 side by side.
+"""wav2vec2-large-xlsr-53 at full size with random weights: PyTorch, ONNX, INT8 and four bits side by side.
 
     python -m training.recipes.wav2vec2_ctc.full_size --clip-s 5 --threads 2
 
@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 
 from training.data.synthetic import SAMPLE_RATE_HZ, tones
-from training.inference import LogProbs, compare, cpu_session, run_graph
+from training.four_bits import quantize_to_four_bits
+from training.inference import LogProbs, compare, cpu_session, run_graph, served_session
 from training.provenance import processor
 from training.recipes.wav2vec2_ctc.export import export_graph
 from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc
@@ -51,6 +52,16 @@ def int8_forms(graph: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     yield "INT8 dynamic, convolutions as MatMul too", dynamic(graph, folder / "everything.onnx")
 
 
+def four_bit_forms(graph: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Each weight rounded by itself: random ones have nothing to make up for."""
+    for how, left_out in (("Transformer only", "features."), ("convolutions as MatMul too", "none")):
+        model = onnx.load(graph)
+        quantize_to_four_bits(model, {name for name in products(model) if not name.startswith(left_out)})
+        path = folder / f"four_bits_{left_out}onnx"
+        onnx.save(model, path)
+        yield f"four bits, {how}", path
+
+
 def measure(
     config: Wav2Vec2Config, clip_s: float, threads: int, repeats: int, folder: Path
 ) -> list[dict[str, Any]]:
@@ -61,12 +72,14 @@ def measure(
     graph = folder / "float32.onnx"
     onnx.save(export_graph(network), graph)
     gc.collect()
-    files = {"PyTorch float32": graph, "ONNX float32": graph, **dict(int8_forms(graph, folder))}
+    smaller = {**dict(int8_forms(graph, folder)), **dict(four_bit_forms(graph, folder))}
+    files = {"PyTorch float32": graph, "ONNX float32": graph, **smaller}
     gc.collect()
     clip = np.resize(tones("bir iki üç dört beş"), round(clip_s * SAMPLE_RATE_HZ))
     runs: dict[str, Callable[[], list[LogProbs]]] = {"PyTorch float32": partial(run_torch, network, [clip])}
     for name, path in list(files.items())[1:]:
-        runs[name] = partial(run_graph, cpu_session(path, threads), [clip])
+        session = served_session(path, threads) if name in smaller else cpu_session(path, threads)
+        runs[name] = partial(run_graph, session, [clip])
     expected = runs["PyTorch float32"]()
     agreements = {name: compare(expected, run()) for name, run in runs.items()}
     if agreements["ONNX float32"].worst_posterior > 1e-4:
