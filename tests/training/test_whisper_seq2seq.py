@@ -18,7 +18,7 @@ from training.data.manifest import read_manifest
 from training.errors import ConfigError
 from training.inference import compare, cpu_session, run_graph
 from training.recipes.rehearsal import tiny_whisper
-from training.recipes.whisper_seq2seq.model import Repeats, WhisperSeq2Seq
+from training.recipes.whisper_seq2seq.model import Repeats, WhisperSeq2Seq, least_repeats
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
 from training.recipes.whisper_seq2seq.scoring import score
 from training.torch_inference import run_torch
@@ -151,7 +151,17 @@ def test_what_is_a_loop(said: list[int], loop: int) -> None:
     repeats = Repeats.none(1, torch.device("cpu"))
     found = 0
     for token in said:
-        repeats, length = repeats.after(torch.tensor([token]))
+        repeats, length = repeats.after(torch.tensor([token]), least_repeats(torch.tensor([100])))
+        found = int(length)
+    assert found == loop
+
+
+@pytest.mark.parametrize(("tokens", "loop"), [(6, 0), (7, 6)], ids=["six", "seven"])
+def test_a_short_clip_has_no_time_for_many_repeats(tokens: int, loop: int) -> None:
+    """A second holds twelve tokens; six of them being said again is a loop."""
+    repeats, found = Repeats.none(1, torch.device("cpu")), 0
+    for _ in range(tokens):
+        repeats, length = repeats.after(torch.tensor([7]), least_repeats(torch.tensor([12])))
         found = int(length)
     assert found == loop
 

@@ -18,7 +18,13 @@ from training.compression.vocabulary import CutVocabulary
 from training.distillation.kernels import working_dtype
 from training.distillation.whisper import attended, fast_encoder, keys_and_values, linear, normal
 from training.four_bits import GROUP, rounded
-from training.recipes.whisper_seq2seq.model import DecoderLayer, Prompt, Repeats, WhisperSeq2Seq
+from training.recipes.whisper_seq2seq.model import (
+    DecoderLayer,
+    Prompt,
+    Repeats,
+    WhisperSeq2Seq,
+    least_repeats,
+)
 
 POSITIONS = 224
 """Of tokens, prompt and all: nobody says more in 30 s."""
@@ -136,12 +142,12 @@ def greedy(
     going = [limit > 0 for limit in limits]
     tokens, position = torch.tensor([prompt.ids] * batch), 0
     room = network.decoder.config.positions - len(prompt.ids)
-    repeats = Repeats.none(batch, audio.device)
+    repeats, least = Repeats.none(batch, audio.device), least_repeats(torch.tensor(limits))
     for step in range(min(room, max(limits))):
         states = decode(network, tokens, memory, missing, caches, position)
         position += tokens.shape[1]
         best = (logits(network, states[:, -1]) + network.suppress[int(step == 0)]).argmax(dim=-1)
-        repeats, repeated = repeats.after(best)
+        repeats, repeated = repeats.after(best, least)
         for item, (token, loop) in enumerate(zip(best.tolist(), repeated.tolist(), strict=True)):
             going[item] = going[item] and token != prompt.end and step < limits[item]
             if going[item] and loop:

@@ -1,6 +1,9 @@
 """Stage 3b, after `train --exact`: weights of four bits that change least of what the network answers.
 
-    python -m training.compression.rounding --run RUN --cache CACHE --labels LABELS
+    python -m training.compression.rounding --run RUN --cache CACHE --labels LABELS [--base BASE --share 0.4]
+
+With ``--base`` the weights are first moved a part of the way back to the published ones: what a few hours
+taught mostly stays, and much of what they made it forget comes back (Wortsman et al. 2022).
 
 One layer after the other hears training batches through the layers that are rounded already, and its
 matrices are rounded for what they are given (:func:`training.rounding.compensated`). Writes ``rounded.pt``
@@ -23,8 +26,8 @@ from tqdm import tqdm
 from training.arguments import positive
 from training.compression.corpus import BatchMaker, LabelledCorpus
 from training.compression.network import coarse_weights, evaluating
-from training.compression.train import TrainConfig, network_of
-from training.errors import CheckpointError, in_one_line
+from training.compression.train import TrainConfig, network_of, new_network
+from training.errors import CheckpointError, ConfigError, in_one_line
 from training.inference import Waveform
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.rounding import compensated
@@ -114,6 +117,15 @@ def heard_by(network: WhisperSeq2Seq, clip: Waveform) -> Heard:
     return features, counts, torch.cat([torch.tensor([network.prompt.ids]), text], dim=1)
 
 
+def go_back(network: nn.Module, base: nn.Module, share: float) -> None:
+    """Move weights towards those of a network of the same shape. Raises ConfigError for no share of one."""
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--share {share}: expected 0 to 1")
+    with torch.no_grad():
+        for ours, theirs in zip(network.parameters(), base.parameters(), strict=True):
+            ours.lerp_(theirs, share)
+
+
 def round_layers(
     network: WhisperSeq2Seq, batches: Sequence[Heard], told: Callable[[str], object] = lambda _: None
 ) -> None:
@@ -143,6 +155,9 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--batches", type=positive, default=40, help="to hear, of 40 s each")
+    parser.add_argument("--base", help="what the run began with")
+    parser.add_argument("--share", type=float, default=0.4, help="of the base in the weights, 0 to 1")
+    parser.add_argument("--language", default="en", metavar="xx")
     arguments = parser.parse_args(given)
     last = arguments.run / "last.pt"
     if not last.is_file():
@@ -150,6 +165,10 @@ def main(given: Sequence[str] | None = None) -> int:
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
     state = torch.load(last, weights_only=True)
     network = network_of(state, corpus.cut)
+    if arguments.base:
+        config = TrainConfig(layers=tuple(state["config"]["layers"]))
+        base = new_network(arguments.base, arguments.language, config, corpus.cut)
+        go_back(network, base, arguments.share)
     most_tokens = network.decoder.config.positions - len(network.prompt.ids)
     maker = BatchMaker(corpus, TrainConfig.batch_s, SEED, most_tokens)
     drawn = (maker(step) for step in range(arguments.batches))

@@ -16,7 +16,7 @@ from training.graph import GraphBuilder
 from training.recipes.whisper_ctc.export import add_encoder, add_features
 from training.recipes.whisper_seq2seq.model import (
     IMPOSSIBLE,
-    LEAST_REPEATS,
+    LEAST_REPEATED,
     LONGEST_PHRASE,
     DecoderConfig,
     DecoderLayer,
@@ -215,7 +215,7 @@ def _body(
     over = graph.add("Or", [ended, full], "step.over")
     over = graph.add("And", [over, text], "step.over_text")
     finished = graph.add("Or", ["step.done", over], "step.finished_or_over")
-    finished = _add_repeats(graph, best, text, finished)
+    finished = _add_repeats(graph, best, text, finished, limit)
     going = graph.add("Not", [finished], "step.going")
     graph.add("And", [going, text], "step.valid")
     count = graph.add("Cast", [going], "step.going_count", to=TensorProto.INT64)
@@ -250,7 +250,7 @@ def _repeats_info(*names: str) -> list[onnx.ValueInfoProto]:
     ]
 
 
-def _add_repeats(graph: GraphBuilder, best: str, text: str, finished: str) -> str:
+def _add_repeats(graph: GraphBuilder, best: str, text: str, finished: str, limit: str) -> str:
     """See model.Repeats; which items are finished, those in a loop among them."""
     zero, one = graph.ints("zero", [0]), graph.ints("one", [1])
     column = graph.add("Unsqueeze", [best, one], "step.best_column")
@@ -262,9 +262,12 @@ def _add_repeats(graph: GraphBuilder, best: str, text: str, finished: str) -> st
     earlier = graph.add("Slice", ["step.recent", zero, last, one], "step.recent_earlier")
     recent = graph.add("Concat", [column, earlier], "step.recent_now", axis=1)
     graph.add("Where", [text, recent, "step.recent"], "step.recent_after")
-    looping = graph.add(
-        "GreaterOrEqual", [runs, graph.ints("step.least_repeats", LEAST_REPEATS)], "step.looping"
-    )
+    half = graph.add("Div", [limit, graph.ints("two", [2])], "step.half")
+    half = graph.add("Min", [half, graph.ints("step.least_repeated", [LEAST_REPEATED])], "step.half_or_ten")
+    half = graph.add("Unsqueeze", [half, one], "step.half_column")
+    twice = graph.ints("step.twice", [2 * length for length in range(1, LONGEST_PHRASE + 1)])
+    least = graph.add("Max", [half, twice], "step.least_repeats")
+    looping = graph.add("GreaterOrEqual", [runs, least], "step.looping")
     lengths = graph.add("Where", [looping, runs, zero], "step.loop_lengths")
     length = graph.add("ReduceMax", [lengths], "step.loop_length", axes=[1], keepdims=0)
     looped = graph.add("And", [graph.add("Greater", [length, zero], "step.in_loop"), text], "step.looped")

@@ -25,8 +25,6 @@ LONGEST_PHRASE = 32
 """Tokens of a phrase that is noticed when it is said again and again."""
 LEAST_REPEATED = 10
 """Tokens: `ha ha ha` and ten equal digits are speech; a phrase is in a loop from its third time on."""
-LEAST_REPEATS = [max(2 * length, LEAST_REPEATED) for length in range(1, LONGEST_PHRASE + 1)]
-"""By the length of what is said again: tokens that repeat before it is a loop."""
 TOKEN_FRAMES = 5
 """A token lasts for 0.2 s at most: what it sounds like, on average (docs/experiments.md)."""
 SMOOTHED = 6
@@ -163,6 +161,17 @@ class WhisperDecoder(nn.Module):
         return values, torch.full((count, count), -1e9, device=tokens.device).triu(1)
 
 
+def least_repeats(limits: Tensor) -> Tensor:
+    """By the length of what is said again, how many tokens have to repeat before it is a loop.
+
+    Two times the phrase, and ten, but in a short clip no more than half of the tokens (batch,) that it may
+    have: a second has time for one word said twice, not six times. Returns (batch, LONGEST_PHRASE) int64.
+    """
+    twice = 2 * torch.arange(1, LONGEST_PHRASE + 1, device=limits.device)
+    half = torch.div(limits, 2, rounding_mode="floor").clamp(max=LEAST_REPEATED)
+    return torch.maximum(twice[None, :], half[:, None])
+
+
 class Repeats(NamedTuple):
     """How long the text of each item has been saying again what it said before."""
 
@@ -180,11 +189,13 @@ class Repeats(NamedTuple):
             torch.zeros(shape, dtype=torch.int64, device=device),
         )
 
-    def after(self, tokens: Tensor) -> tuple[Repeats, Tensor]:
-        """With one more token (batch,), and how many of the last ones are a loop: 0 where there is none."""
+    def after(self, tokens: Tensor, least: Tensor) -> tuple[Repeats, Tensor]:
+        """With one more token (batch,), and how many of the last ones are a loop: 0 where there is none.
+
+        `least`: of :func:`least_repeats`.
+        """
         runs = torch.where(self.recent == tokens[:, None], self.runs + 1, 0)
         recent = torch.cat([tokens[:, None], self.recent[:, :-1]], dim=1)
-        least = torch.tensor(LEAST_REPEATS, device=tokens.device)
         return Repeats(recent, runs), torch.where(runs >= least, runs, 0).amax(dim=1)
 
 
@@ -251,7 +262,7 @@ class WhisperSeq2Seq(nn.Module):
         tokens = torch.tensor([self.prompt.ids] * batch, device=device)
         open_items = torch.ones(batch, dtype=torch.bool, device=device)
         found = torch.zeros(batch, dtype=torch.int64, device=device)
-        repeats = Repeats.none(batch, device)
+        repeats, least = Repeats.none(batch, device), least_repeats(limit)
         steps = []
         for step in range(min(int(limit.max()) + 1, room)):
             logits = self.decoder(tokens, hidden, bias, last=True)[:, 0] + self.suppress[int(step == 0)]
@@ -259,7 +270,7 @@ class WhisperSeq2Seq(nn.Module):
             steps.append(log_probs)
             best = log_probs.argmax(dim=-1)
             open_items = open_items & (best != self.prompt.end) & (step < limit)
-            repeats, repeated = repeats.after(best)
+            repeats, repeated = repeats.after(best, least)
             found -= torch.where(open_items & (repeated > 0), repeated - 1, 0)
             open_items = open_items & (repeated == 0)
             found += open_items
