@@ -142,29 +142,36 @@ def write_bundle(
 def add_measurements(models_dir: Path, name: str, card: Card, measurements: Measurements) -> Bundle:
     """Write what was measured on a bundle into its manifest and card; the graphs stay as they are."""
     bundle = load_bundle(models_dir, name)
-    values = {"evaluation": measurements.evaluation, "speed": measurements.speed}
-    manifest = bundle.manifest.model_copy(update=values)
-    _write_text(bundle.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+    manifest = _changed(bundle, evaluation=measurements.evaluation, speed=measurements.speed)
     _write_text(bundle.path / "README.md", model_card(manifest, card, measurements))
     return load_bundle(models_dir, name)
+
+
+def _changed(bundle: Bundle, **changes: object) -> Manifest:
+    """The bundle's manifest with these fields, as it is on disk from now on."""
+    manifest = bundle.manifest.model_copy(update=changes)
+    _write_text(bundle.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+    return manifest
+
+
+def _change_card(bundle: Bundle, sections: Mapping[str, str]) -> None:
+    """Give the bundle's card these sections, in place of those of the same titles or at its end."""
+    card = bundle.path / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {bundle.name}\n"
+    for title, content in sections.items():
+        text = _with_section(text, title, content)
+    _write_text(card, text)
 
 
 def append_measurements(models_dir: Path, name: str, measurements: Measurements) -> Bundle:
     """Give a bundle's manifest these evaluations and speeds, and its card the tables and the notes."""
     bundle = load_bundle(models_dir, name)
-    values = {"evaluation": measurements.evaluation, "speed": measurements.speed}
-    manifest = bundle.manifest.model_copy(update=values)
-    _write_text(bundle.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
-    card = bundle.path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {name}\n"
-    sections = {
+    manifest = _changed(bundle, evaluation=measurements.evaluation, speed=measurements.speed)
+    tables = {
         "Error rates": _evaluation_table(manifest.evaluation),
         "Speed": _speed_table(manifest.speed),
-        **measurements.notes,
     }
-    for title, content in sections.items():
-        text = _with_section(text, title, content)
-    _write_text(card, text)
+    _change_card(bundle, {**tables, **measurements.notes})
     return load_bundle(models_dir, name)
 
 
@@ -186,21 +193,18 @@ def add_graph_without_vnni(models_dir: Path, name: str, graph: GraphName, conten
     path = bundle.path / GRAPH_FILES[graph]
     with written_whole(path) as partial:
         partial.write_bytes(content)
-    changes = {
-        "graphs": {
-            **bundle.manifest.graphs,
-            graph: GraphEntry(file=path.name, opset=next(iter(bundle.manifest.graphs.values())).opset),
-        },
-        "graph_without_vnni": graph,
-        "files": {**bundle.manifest.files, path.name: sha256_of(path)},
-    }
-    manifest = bundle.manifest.model_copy(update=changes)
-    _write_text(bundle.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+    opset = next(iter(bundle.manifest.graphs.values())).opset
+    _changed(
+        bundle,
+        graphs={**bundle.manifest.graphs, graph: GraphEntry(file=path.name, opset=opset)},
+        graph_without_vnni=graph,
+        files={**bundle.manifest.files, path.name: sha256_of(path)},
+    )
     return load_bundle(models_dir, name)
 
 
 def add_language_model(models_dir: Path, name: str, language_model: LanguageModel, note: str) -> Bundle:
-    """Give a bundle a language model, or another one; `note` (Markdown) ends its card.
+    """Give a bundle a language model, or another one; `note` (Markdown) is a section of its card.
 
     Raises BundleError where the bundle does not hold, before or after.
     """
@@ -209,13 +213,8 @@ def add_language_model(models_dir: Path, name: str, language_model: LanguageMode
     with written_whole(path) as partial:
         language_model.table.save(partial)
     files = {**bundle.manifest.files, LANGUAGE_MODEL_FILE: sha256_of(path)}
-    changes = {"language_model": language_model.entry(), "files": files}
-    manifest = bundle.manifest.model_copy(update=changes)
-    _write_text(bundle.path / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
-    card = bundle.path / "README.md"
-    before = card.read_text(encoding="utf-8") if card.is_file() else f"# {name}\n"
-    kept = before.partition("\n## Language model\n")[0].rstrip()
-    _write_text(card, f"{kept}\n\n## Language model\n\n{note}\n")
+    _changed(bundle, language_model=language_model.entry(), files=files)
+    _change_card(bundle, {"Language model": note})
     return load_bundle(models_dir, name)
 
 

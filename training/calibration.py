@@ -100,6 +100,20 @@ def _contents(
             raise DataError(f"{folder / shard}: has no {min(missing)} ({len(missing)} missing)")
 
 
+def validation_clips(
+    manifest: Path,
+    rate_hz: int,
+    limit: int | None,
+    *,
+    longest_s: float,
+    language: str,
+    taught: Sequence[str],
+) -> list[tuple[Waveform, str]]:
+    """Recordings up to a length with their texts, for `with_plain_texts`' comparison."""
+    clips = manifest_waveforms(manifest, rate_hz, limit, with_text=True, longest_s=longest_s)
+    return with_plain_texts(clips, language, taught)
+
+
 def with_plain_texts(
     clips: Sequence[tuple[Waveform, str]], language: str, taught: Sequence[str]
 ) -> list[tuple[Waveform, str]]:

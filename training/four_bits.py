@@ -52,11 +52,22 @@ def rounded(weight: Tensor) -> Tensor:
     A convolution is served as the product of its taps, which stand side by side.
     """
     with torch.no_grad():
-        if weight.ndim == 3:
-            taps = weight.permute(0, 2, 1)
-            return rounded(taps.reshape(len(taps), -1)).view(taps.shape).permute(0, 2, 1)
-        whole, scales = integers(weight)
-        return (whole * scales).flatten(1)[:, : weight.shape[1]]
+        matrix = as_matrix(weight)
+        whole, scales = integers(matrix)
+        return from_matrix((whole * scales).flatten(1)[:, : matrix.shape[1]], weight.shape)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A convolution (outputs, inputs, taps) as the product of its taps side by side; a matrix as it is."""
+    return weight.permute(0, 2, 1).flatten(1) if weight.ndim == 3 else weight
+
+
+def from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The reverse of `as_matrix`."""
+    if len(shape) == 3:
+        outputs, inputs, taps = shape
+        return matrix.reshape(outputs, taps, inputs).permute(0, 2, 1)
+    return matrix
 
 
 def quantize_to_four_bits(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ Waveform = npt.NDArray[np.float32]
 """(samples,) in [-1, 1]."""
 LogProbs = npt.NDArray[np.float32]
 """(frames, vocabulary)."""
+CALIBRATION_LIMIT_S = 12.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,21 @@ def served_session(graph: onnx.ModelProto | Path, threads: int = 1) -> onnxrunti
             return served_session(path, threads)
     (session,), _ = open_sessions(str(graph), [partial(session_options, threads)], least_samples=1)
     return session
+
+
+def tensors_of(
+    graph: onnx.ModelProto, names: Sequence[str], clips: Iterable[Waveform]
+) -> Iterator[list[npt.NDArray[np.float32]]]:
+    """What inner float32 tensors of a graph hold on each clip's first `CALIBRATION_LIMIT_S`."""
+    open_graph = onnx.ModelProto()
+    open_graph.CopyFrom(graph)
+    open_graph.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
+    )
+    session = cpu_session(open_graph.SerializeToString())
+    for clip in clips:
+        part = clip[: int(CALIBRATION_LIMIT_S * 16_000)]
+        yield session.run(list(names), {"waveform": part[None], "lengths": np.array([len(part)])})
 
 
 def run_graph(session: onnxruntime.InferenceSession, waveforms: Sequence[Waveform]) -> list[LogProbs]:

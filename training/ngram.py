@@ -25,7 +25,7 @@ from api.normalise import APOSTROPHES, lower, normalise, upper
 from api.vocabulary import Vocabulary
 from training.arguments import positive
 from training.bundle_writer import LanguageModel, add_language_model
-from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
+from training.calibration import manifest_rows, validation_clips
 from training.errors import DataError, in_one_line
 from training.evaluate import Utterance, error_rates, greedy_text
 from training.files import in_utf8
@@ -228,14 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     bundle = load_bundle(given.models_dir, given.name)
     manifest = bundle.manifest
-    clips = manifest_waveforms(
+    clips = validation_clips(
         given.validation,
         manifest.sample_rate_hz,
         given.limit,
-        with_text=True,
         longest_s=manifest.max_window_s,
+        language=manifest.languages[0],
+        taught=manifest.text_normalisation,
     )
-    clips = with_plain_texts(clips, manifest.languages[0], manifest.text_normalisation)
     found = fit_texts(
         given.texts,
         bundle.vocabulary,

@@ -30,7 +30,7 @@ from training.bundle_writer import (
     check_card,
     write_bundle,
 )
-from training.calibration import manifest_rows, manifest_waveforms, with_plain_texts
+from training.calibration import manifest_rows, manifest_waveforms, validation_clips
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import ConfigError, in_one_line
 from training.evaluate import bundle_recogniser, error_rates, plainly, recognise_all
@@ -205,14 +205,14 @@ def _calibration(made: Exported, recordings: Recordings) -> list[Waveform]:
 def _validation(
     made: Exported, recordings: Recordings, language: str, normalisation: Sequence[str]
 ) -> list[tuple[Waveform, str]]:
-    clips = manifest_waveforms(
+    return validation_clips(
         recordings.validation,
         made.sample_rate_hz,
         recordings.validation_clips,
-        with_text=True,
         longest_s=made.max_window_s,
+        language=language,
+        taught=normalisation,
     )
-    return with_plain_texts(clips, language, normalisation)
 
 
 def _smaller(

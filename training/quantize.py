@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper
 from tqdm import tqdm
 
 from api.manifest import GraphName
@@ -36,12 +35,12 @@ from training.inference import (
     quiet_run_s,
     run_graph,
     served_session,
+    tensors_of,
 )
 from training.qdq import Range, quantizable, quantize_graph
 
 SAMPLES_PER_TENSOR = 2000
 FEW_WORDS = 100  # of which one is as much as the gate allows
-CALIBRATION_LIMIT_S = 12.0
 
 
 def float_ends(name: str) -> bool:
@@ -83,20 +82,13 @@ def calibrate(graph: onnx.ModelProto, clips: Sequence[Waveform], seed: int = 0) 
     if not clips:
         raise ValueError("calibration needs at least one recording")
     names = quantizable(graph, float_ends)
-    open_graph = onnx.ModelProto()
-    open_graph.CopyFrom(graph)
-    open_graph.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names
-    )
-    session = cpu_session(open_graph.SerializeToString())
     generator = np.random.default_rng(seed)
     lows: dict[str, list[float]] = {name: [] for name in names}
     highs: dict[str, list[float]] = {name: [] for name in names}
     drawn: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
-    for clip in tqdm(clips, desc="calibrate", unit="clip", disable=None):
-        part = clip[: int(CALIBRATION_LIMIT_S * 16_000)]
-        feeds = {"waveform": part[None], "lengths": np.array([len(part)])}
-        for name, values in zip(names, session.run(names, feeds), strict=True):
+    heard = tqdm(clips, desc="calibrate", unit="clip", disable=None)
+    for found in tensors_of(graph, names, heard):
+        for name, values in zip(names, found, strict=True):
             lows[name].append(values.min())
             highs[name].append(values.max())
             drawn[name].append(generator.choice(values.ravel(), SAMPLES_PER_TENSOR))

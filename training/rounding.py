@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 from torch import Tensor
 from tqdm import tqdm
 
 from training.four_bits import GROUP, HIGHEST, LOWEST, quantize_to_four_bits
-from training.inference import Waveform, cpu_session
+from training.inference import Waveform, tensors_of
 from training.transformer_quantize import products
 
 DAMPING = 0.01
@@ -25,8 +24,6 @@ DAMPING = 0.01
 SHRINKINGS = tuple(1.0 - 0.05 * step for step in range(7))
 """Of a group's largest weight, whose loss may be worth what all others gain by a finer scale."""
 MADE_UP_FOR = "weights of four bits in groups of 128, made up for"
-LONGEST_S = 12.0
-"""Of a recording, that is listened to."""
 PARTS = 6
 """Of a graph, which are rounded one after the other."""
 
@@ -91,14 +88,14 @@ def four_bit_candidates(
     compensated_graph = onnx.ModelProto()
     compensated_graph.CopyFrom(graph)
     _compensate(compensated_graph, set(names), calibration)
+    exact = {tensor.name: tensor for tensor in graph.graph.initializer}
+    weights = {node.name: node.input[1] for node in graph.graph.node if node.name in names}
     for how, left_out in ((MADE_UP_FOR, set[str]()), (f"{MADE_UP_FOR}, ends float32", {names[0], names[-1]})):
         model = onnx.ModelProto()
         model.CopyFrom(compensated_graph)
-        exact = {tensor.name: tensor for tensor in graph.graph.initializer}
-        for node in graph.graph.node:
-            if node.name in left_out:
-                (place,) = (t for t in model.graph.initializer if t.name == node.input[1])
-                place.CopyFrom(exact[node.input[1]])
+        for tensor in model.graph.initializer:
+            if tensor.name in {weights[name] for name in left_out}:
+                tensor.CopyFrom(exact[tensor.name])
         quantize_to_four_bits(model, set(names) - left_out)
         yield how, model
 
@@ -131,18 +128,9 @@ def _products_of(
     graph: onnx.ModelProto, names: Sequence[str], calibration: Sequence[Waveform]
 ) -> dict[str, Tensor]:
     """The sums of x xT over the rows x of these tensors of a graph."""
-    open_graph = onnx.ModelProto()
-    open_graph.CopyFrom(graph)
-    del open_graph.graph.output[:]
-    open_graph.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names
-    )
-    session = cpu_session(open_graph)
     sums: dict[str, Tensor] = {}
-    for clip in calibration:
-        part = clip[: int(LONGEST_S * 16_000)]
-        feeds = {"waveform": part[None], "lengths": np.array([len(part)])}
-        for name, values in zip(names, session.run(names, feeds), strict=True):
+    for found in tensors_of(graph, names, calibration):
+        for name, values in zip(names, found, strict=True):
             rows = torch.from_numpy(values).flatten(0, -2)
             sums[name] = sums.get(name, torch.zeros(())) + rows.T @ rows
     return sums

@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import onnx
-import torch
 
 from training.compression import rounding
 from training.compression.network import coarse_weights, round_into
-from training.compression.train import network_of
+from training.compression.train import network_of, read_state
 from training.compression.vocabulary import CutVocabulary
 from training.errors import CheckpointError, in_one_line
 from training.exported import DYNAMIC_RANGES, Exported, agreement
@@ -108,13 +107,10 @@ def load_run(run: Path) -> tuple[WhisperSeq2Seq, CutVocabulary]:
     What `training.compression.rounding` left where it is of the last step, else what the run left, whose
     weights are rounded one by one: good enough for a network that learned with them.
     """
-    path = run / "last.pt"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+    path, better = run / "last.pt", run / rounding.NAME
+    state = read_state(path)
     cut = CutVocabulary.load(run / "vocabulary.json")
-    state = torch.load(path, weights_only=True)
-    better = run / rounding.NAME
-    rounded = torch.load(better, weights_only=True) if better.is_file() else None
+    rounded = read_state(better) if better.is_file() else None
     if rounded is not None and rounded["counters"] == state["counters"]:
         state = rounded
     elif not state["config"].get("rounded", True):

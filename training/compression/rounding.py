@@ -26,8 +26,9 @@ from tqdm import tqdm
 from training.arguments import positive
 from training.compression.corpus import BatchMaker, LabelledCorpus
 from training.compression.network import coarse_weights, evaluating
-from training.compression.train import TrainConfig, network_of, new_network
-from training.errors import CheckpointError, ConfigError, in_one_line
+from training.compression.train import TrainConfig, network_of, new_network, read_state
+from training.errors import ConfigError, in_one_line
+from training.four_bits import as_matrix, from_matrix
 from training.inference import Waveform
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.rounding import compensated
@@ -40,22 +41,6 @@ NAME = "rounded.pt"
 Place = tuple[str, nn.Module]
 Heard = tuple[Tensor, Tensor, Tensor]
 """Features and their lengths, and tokens: prompt and text."""
-
-
-def as_matrix(weight: Tensor) -> Tensor:
-    """A convolution (outputs, inputs, taps) as the product of its taps side by side; a matrix as it is."""
-    return weight.permute(0, 2, 1).flatten(1) if weight.ndim == 3 else weight
-
-
-def _give(place: nn.Module, matrix: Tensor) -> None:
-    """The reverse of `as_matrix`, into a module's weight."""
-    weight = cast(Tensor, place.weight)
-    with torch.no_grad():
-        if weight.ndim == 3:
-            outputs, inputs, taps = weight.shape
-            weight.copy_(matrix.view(outputs, taps, inputs).permute(0, 2, 1))
-        else:
-            weight.copy_(matrix)
 
 
 def _inputs(module: nn.Module, values: Tensor) -> Tensor:
@@ -141,7 +126,9 @@ def round_layers(
                     bias = None if network.fixed else key_bias(counts, audio.shape[1])
                     network.decoder(tokens, audio, bias)
         for name, module in places:
-            _give(module, compensated(as_matrix(cast(Tensor, module.weight)), found[name]))
+            weight = cast(Tensor, module.weight)
+            with torch.no_grad():
+                weight.copy_(from_matrix(compensated(as_matrix(weight), found[name]), weight.shape))
         told(places[-1][0])
 
 
@@ -159,11 +146,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--share", type=float, default=0.4, help="of the base in the weights, 0 to 1")
     parser.add_argument("--language", default="en", metavar="xx")
     arguments = parser.parse_args(given)
-    last = arguments.run / "last.pt"
-    if not last.is_file():
-        raise CheckpointError(f"{last}: no such checkpoint")
+    state = read_state(arguments.run / "last.pt")
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
-    state = torch.load(last, weights_only=True)
     network = network_of(state, corpus.cut)
     if arguments.base:
         config = TrainConfig(layers=tuple(state["config"]["layers"]))

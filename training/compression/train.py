@@ -216,10 +216,12 @@ def new_network(base: str, language: str, config: TrainConfig, cut: CutVocabular
     return small_network(large.network, config.layers, cut)
 
 
-def _averaged(path: Path, cut: CutVocabulary) -> WhisperSeq2Seq:
+def read_state(path: Path) -> dict[str, Any]:
+    """What a run left. Raises CheckpointError where there is nothing."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    return network_of(torch.load(path, weights_only=True), cut)
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    return state
 
 
 @in_one_line("train")
@@ -265,7 +267,7 @@ def main(given: Sequence[str] | None = None) -> int:
         trainer.restore(state)
         print(f"going on at step {trainer.step}")
     elif arguments.init_from:
-        trainer = Trainer(config, _averaged(arguments.init_from, corpus.cut), corpus)
+        trainer = Trainer(config, network_of(read_state(arguments.init_from), corpus.cut), corpus)
     elif arguments.base:
         trainer = Trainer(config, new_network(arguments.base, arguments.language, config, corpus.cut), corpus)
     else:

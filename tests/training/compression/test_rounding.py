@@ -22,10 +22,10 @@ from training.compression import rounding, train
 from training.compression.corpus import BatchMaker, LabelledCorpus
 from training.compression.label import Large
 from training.compression.network import coarse_weights, evaluating, round_into, small_network
-from training.compression.rounding import as_matrix, round_layers
+from training.compression.rounding import round_layers
 from training.compression.train import TrainConfig, Trainer
 from training.errors import CheckpointError
-from training.four_bits import rounded
+from training.four_bits import as_matrix, rounded
 from training.publish import Recordings, publish
 from training.quantize import Gate
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq

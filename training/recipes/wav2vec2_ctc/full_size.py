@@ -54,10 +54,12 @@ def int8_forms(graph: Path, folder: Path) -> Iterator[tuple[str, Path]]:
 
 def four_bit_forms(graph: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     """Each weight rounded by itself: random ones have nothing to make up for."""
-    for how, left_out in (("Transformer only", "features."), ("convolutions as MatMul too", "none")):
+    names = set(products(onnx.load(graph, load_external_data=False)))
+    transformer = {name for name in names if not name.startswith("features.")}
+    for how, chosen in (("Transformer only", transformer), ("convolutions as MatMul too", names)):
         model = onnx.load(graph)
-        quantize_to_four_bits(model, {name for name in products(model) if not name.startswith(left_out)})
-        path = folder / f"four_bits_{left_out}onnx"
+        quantize_to_four_bits(model, chosen)
+        path = folder / f"four_bits_{len(chosen)}.onnx"
         onnx.save(model, path)
         yield f"four bits, {how}", path
 

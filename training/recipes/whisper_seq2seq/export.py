@@ -135,7 +135,8 @@ def _add_search(
     phrases = graph.add("Concat", [batch, phrase], "search.phrase_shape", axis=0)
     recent = graph.add("ConstantOfShape", [phrases], "search.none_recent", value=_filled(-1))
     runs = graph.add("ConstantOfShape", [phrases], "search.no_runs", value=_filled(0))
-    body = _body(graph.inner(), model, heard, bias, limit, beside)
+    least = _add_least_repeats(graph, limit)
+    body = _body(graph.inner(), model, heard, bias, limit, least, beside)
     caches = [none_yet, recent, runs, *(name for _ in heard for name in (keys, values))]
     finals = ["search.last", "search.done", "search.cut", "search.recent", "search.runs"]
     finals += [f"search.cache_{index}" for index in range(2 * len(heard))]
@@ -165,6 +166,7 @@ def _body(
     heard: list[tuple[str, str]],
     bias: str | None,
     limit: str,
+    least: str,
     beside: _Company | None,
 ) -> onnx.GraphProto:
     """One step: token (batch,) and caches in, next token and longer caches out."""
@@ -215,7 +217,7 @@ def _body(
     over = graph.add("Or", [ended, full], "step.over")
     over = graph.add("And", [over, text], "step.over_text")
     finished = graph.add("Or", ["step.done", over], "step.finished_or_over")
-    finished = _add_repeats(graph, best, text, finished, limit)
+    finished = _add_repeats(graph, best, text, finished, least)
     going = graph.add("Not", [finished], "step.going")
     graph.add("And", [going, text], "step.valid")
     count = graph.add("Cast", [going], "step.going_count", to=TensorProto.INT64)
@@ -250,7 +252,17 @@ def _repeats_info(*names: str) -> list[onnx.ValueInfoProto]:
     ]
 
 
-def _add_repeats(graph: GraphBuilder, best: str, text: str, finished: str, limit: str) -> str:
+def _add_least_repeats(graph: GraphBuilder, limit: str) -> str:
+    """See model.least_repeats."""
+    half = graph.add("Div", [limit, graph.ints("two", [2])], "search.half")
+    most = graph.ints("search.least_repeated", [LEAST_REPEATED])
+    half = graph.add("Min", [half, most], "search.half_or_ten")
+    half = graph.add("Unsqueeze", [half, graph.ints("one", [1])], "search.half_column")
+    twice = graph.ints("search.twice", [2 * length for length in range(1, LONGEST_PHRASE + 1)])
+    return graph.add("Max", [half, twice], "search.least_repeats")
+
+
+def _add_repeats(graph: GraphBuilder, best: str, text: str, finished: str, least: str) -> str:
     """See model.Repeats; which items are finished, those in a loop among them."""
     zero, one = graph.ints("zero", [0]), graph.ints("one", [1])
     column = graph.add("Unsqueeze", [best, one], "step.best_column")
@@ -262,11 +274,6 @@ def _add_repeats(graph: GraphBuilder, best: str, text: str, finished: str, limit
     earlier = graph.add("Slice", ["step.recent", zero, last, one], "step.recent_earlier")
     recent = graph.add("Concat", [column, earlier], "step.recent_now", axis=1)
     graph.add("Where", [text, recent, "step.recent"], "step.recent_after")
-    half = graph.add("Div", [limit, graph.ints("two", [2])], "step.half")
-    half = graph.add("Min", [half, graph.ints("step.least_repeated", [LEAST_REPEATED])], "step.half_or_ten")
-    half = graph.add("Unsqueeze", [half, one], "step.half_column")
-    twice = graph.ints("step.twice", [2 * length for length in range(1, LONGEST_PHRASE + 1)])
-    least = graph.add("Max", [half, twice], "step.least_repeats")
     looping = graph.add("GreaterOrEqual", [runs, least], "step.looping")
     lengths = graph.add("Where", [looping, runs, zero], "step.loop_lengths")
     length = graph.add("ReduceMax", [lengths], "step.loop_length", axes=[1], keepdims=0)
