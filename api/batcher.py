@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from api.backpressure import RetrySchedule
 from api.errors import DeadlineExceededError, DrainingError, QueueFullError
+from api.frames import Frames
 from api.telemetry import Telemetry, current_record
 from api.workers import BatchEngine, Entry, SegmentResult, WorkerPool
 
@@ -203,7 +204,7 @@ class Batcher:
     async def submit(
         self,
         waveform: NDArray[np.float32],
-        decode: Callable[[NDArray[np.float32]], T],
+        decode: Callable[[Frames], T],
         *,
         deadline_s: float,
         wait: bool = False,

@@ -26,7 +26,7 @@ import onnxruntime
 from pydantic import ValidationError
 
 from api.errors import BundleError
-from api.kernels import Kernels
+from api.kernels import PLACES, ROWS, Kernels
 from api.manifest import GraphChoice, GraphName, Manifest
 from api.ngram import NgramModel, load_table, weigh
 from api.vocabulary import Vocabulary, WordSpan
@@ -261,18 +261,25 @@ class SessionLike(Protocol):
 
 _INPUTS: Final = {"waveform": ("tensor(float)", 2), "lengths": ("tensor(int64)", 1)}
 _OUTPUTS: Final = {"log_probs": ("tensor(float)", 3), "frame_lengths": ("tensor(int64)", 1)}
+_WITH_ROWS: Final = {
+    ROWS: ("tensor(float)", 3),
+    PLACES: ("tensor(int64)", 3),
+    "frame_lengths": ("tensor(int64)", 1),
+}
+"""Of a session that our kernels have changed."""
 
 
 def check_session(bundle: Bundle, graph: GraphName, session: SessionLike) -> None:
     """The graph's declared inputs and outputs are the contract's. Raises BundleError otherwise."""
     file = bundle.manifest.graphs[graph].file
+    outputs = {node.name: node for node in session.get_outputs()}
     for side, nodes, contract in (
         ("inputs", session.get_inputs(), _INPUTS),
-        ("outputs", session.get_outputs(), _OUTPUTS),
+        ("outputs", outputs.values(), _WITH_ROWS if ROWS in outputs else _OUTPUTS),
     ):
         field = f"graphs.{graph}.{side}"
         _check_nodes(bundle.name, field, nodes, contract, file)
-    declared = next(node for node in session.get_outputs() if node.name == "log_probs").shape[2]
+    declared = outputs[ROWS if ROWS in outputs else "log_probs"].shape[2]
     size = bundle.manifest.vocabulary.size
     if isinstance(declared, int) and declared != size:
         raise BundleError(bundle.name, "vocabulary.size", size, f"expected {declared}, the outputs of {file}")

@@ -16,12 +16,13 @@ What the numbers mean, the same for greedy and beam:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from api.compiled import compiled
+from api.frames import Frames
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
@@ -106,6 +107,19 @@ def greedy(log_probs: FloatArray, frame_lengths: NDArray[np.int64], blank_id: in
         )
         for item, count in enumerate(counts.tolist())
     ]
+
+
+def greedy_of(frames: Frames, blank_id: int) -> Decoded:
+    """Best path of one utterance, as `greedy`."""
+    if frames.of_frame is None:
+        return greedy(frames.rows[None], np.array([len(frames)], np.int64), blank_id)[0]
+    frames = frames.different()
+    # Tokens that are nowhere the best are on no best path.
+    kept = np.unique(np.append(frames.rows.argmax(axis=1), blank_id))
+    blank = int(np.searchsorted(kept, blank_id))
+    best = Frames(frames.rows[:, kept], frames.of_frame).whole()
+    decoded = greedy(best[None], np.array([len(best)], np.int64), blank)[0]
+    return replace(decoded, token_ids=kept[decoded.token_ids].astype(np.int32))
 
 
 def align(log_probs: FloatArray, token_ids: IntArray, blank_id: int, score: float | None = None) -> Decoded:

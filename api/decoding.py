@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from api.beam import beam_search
 from api.bundle import Bundle
-from api.ctc import Decoded, greedy
+from api.ctc import Decoded, greedy_of
+from api.frames import Frames
 from api.hotwords import HotwordAutomaton
 
 GUIDED_BEAM = 3
@@ -29,10 +27,8 @@ def in_words(bundle: Bundle, beam: int) -> str:
     return f"beam {beam}" + (" with language model" if bundle.guide and beam >= GUIDED_BEAM else "")
 
 
-def decode(
-    log_probs: NDArray[np.float32], bundle: Bundle, beam: int, hotwords: HotwordAutomaton | None = None
-) -> Decoded:
-    """float32 ``(frames, vocabulary)`` of one utterance, only valid frames.
+def decode(frames: Frames, bundle: Bundle, beam: int, hotwords: HotwordAutomaton | None = None) -> Decoded:
+    """The tokens of one utterance.
 
     ``beam`` 0 is greedy; otherwise the beam search of that width, from ``GUIDED_BEAM`` on with the bundle's
     language model where it has one.
@@ -40,5 +36,5 @@ def decode(
     blank_id = bundle.vocabulary.blank_id
     if beam:
         guide = bundle.guide if beam >= GUIDED_BEAM else None
-        return beam_search(log_probs, blank_id, beam, hotwords, guide=guide)[0]
-    return greedy(log_probs[None], np.array([len(log_probs)], dtype=np.int64), blank_id)[0]
+        return beam_search(frames.whole(), blank_id, beam, hotwords, guide=guide)[0]
+    return greedy_of(frames, blank_id)

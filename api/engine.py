@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from api.batching import BatchLimits, bucket_of
 from api.bundle import Bundle, check_outputs, check_session
 from api.errors import BundleError, InferenceError, SettingsError
-from api.kernels import Kernels, instructions, open_sessions
+from api.frames import Frames
+from api.kernels import PLACES, ROWS, Kernels, instructions, open_sessions, outputs_of
 from api.manifest import GraphChoice
 
 log = structlog.get_logger("api.engine")
@@ -62,10 +63,24 @@ WARM_UP_CLIP_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """log_probs float32 ``(batch, frames, vocabulary)``; frame_lengths int64 ``(batch,)``."""
+    """log_probs float32 ``(batch, frames, vocabulary)``; frame_lengths int64 ``(batch,)``.
+
+    With ``places``, int64 ``(batch, frames)``, ``log_probs`` is ``(rows, vocabulary)`` and a place one of
+    its rows.
+    """
 
     log_probs: NDArray[np.float32]
     frame_lengths: NDArray[np.int64]
+    places: NDArray[np.int64] | None = None
+
+    def frames(self) -> list[Frames]:
+        """Those of each utterance, without the padding's."""
+        lengths = self.frame_lengths.tolist()
+        if self.places is None:
+            return [Frames(item[:count]) for item, count in zip(self.log_probs, lengths, strict=True)]
+        return [
+            Frames(self.log_probs, item[:count]) for item, count in zip(self.places, lengths, strict=True)
+        ]
 
 
 def make_buckets(least: int, most: int, ratio: float) -> tuple[int, ...]:
@@ -205,10 +220,9 @@ class Engine:
 
     def _checked_first_run(self, clip: NDArray[np.float32]) -> None:
         lengths = np.array([clip.shape[1]], np.int64)
-        log_probs, frame_lengths = self._session.run(
-            ["log_probs", "frame_lengths"], {"waveform": clip, "lengths": lengths}
-        )
-        check_outputs(self.bundle, clip.shape[1], log_probs, frame_lengths)
+        found = _encoded(self._session, clip, lengths)
+        log_probs = found.log_probs if found.places is None else found.log_probs[found.places]
+        check_outputs(self.bundle, clip.shape[1], log_probs, found.frame_lengths)
         if not np.isfinite(log_probs).all():
             raise BundleError(self.name, "graphs", self.graph, "gives values that are not finite on silence")
 
@@ -236,15 +250,14 @@ class Engine:
         Raises InferenceError for outputs that are not finite or not of the right length.
         """
         session = self._wide if wide and self._wide is not None else self._session
-        log_probs, frame_lengths = session.run(
-            ["log_probs", "frame_lengths"], {"waveform": waveform, "lengths": lengths}
-        )
+        found = _encoded(session, waveform, lengths)
         # One output per frame is enough: softmax spreads whatever is not finite over all of them.
-        if not np.isfinite(log_probs[:, :, 0]).all():
+        if not np.isfinite(found.log_probs[..., 0]).all():
             raise InferenceError("The model gave no valid probabilities for this audio.")
-        if len(frame_lengths) and not 0 <= frame_lengths.min() <= frame_lengths.max() <= log_probs.shape[1]:
+        counts, frames = found.frame_lengths, (found.log_probs if found.places is None else found.places)
+        if len(counts) and not 0 <= counts.min() <= counts.max() <= frames.shape[1]:
             raise InferenceError("The model gave no valid frame counts for this audio.")
-        return EncodedBatch(log_probs, frame_lengths)
+        return found
 
     def pad(self, waveforms: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Float32 ``(samples,)`` each -> ``(batch, longest or bucket)``, zeros behind, and lengths int64."""
@@ -259,17 +272,13 @@ class Engine:
             row.data[: len(waveform)] = waveform.data
         return padded, lengths
 
-    def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[NDArray[np.float32]]:
-        """Log-probabilities float32 ``(frames, vocabulary)`` of each waveform, without the padding's frames.
+    def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[Frames]:
+        """Log-probabilities of each waveform's frames, without the padding's.
 
         ``alone``: nothing else is running or waiting, so all cores may be used.
         """
         padded, lengths = self.pad(waveforms)
-        encoded = self.infer(padded, lengths, wide=alone)
-        return [
-            log_probs[:frames]
-            for log_probs, frames in zip(encoded.log_probs, encoded.frame_lengths.tolist(), strict=True)
-        ]
+        return self.infer(padded, lengths, wide=alone).frames()
 
     def describe(self) -> dict[str, Any]:
         """For ``/models`` and the log."""
@@ -283,6 +292,17 @@ class Engine:
             "buckets": len(self._buckets),
             "max_padded_audio_s": round(self._max_padded / self.sample_rate_hz, 1),
         }
+
+
+def _encoded(
+    session: ort.InferenceSession, waveform: NDArray[np.float32], lengths: NDArray[np.int64]
+) -> EncodedBatch:
+    outputs = outputs_of(session, {"waveform": waveform, "lengths": lengths})
+    if ROWS not in outputs:
+        return EncodedBatch(outputs["log_probs"], outputs["frame_lengths"])
+    rows, places = outputs[ROWS], outputs[PLACES]
+    flat = np.ravel_multi_index(tuple(np.moveaxis(places, -1, 0)), rows.shape[:-1])
+    return EncodedBatch(rows.reshape(-1, rows.shape[-1]), outputs["frame_lengths"], flat)
 
 
 def available_providers() -> list[str]:
@@ -346,7 +366,7 @@ def _cpu_sessions(
     def opened(*, exact: bool) -> tuple[list[ort.InferenceSession], Kernels]:
         make_options = [partial(session_options, threads, exact=exact) for threads in counts]
         if least_samples is not None:
-            return open_sessions(path, make_options, least_samples=least_samples)
+            return open_sessions(path, make_options, least_samples=least_samples, rows=True)
         return [
             _session(path, "cpu", make(), threads) for make, threads in zip(make_options, counts, strict=True)
         ], "onnxruntime"

@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, ParamSpec, TypeVar
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from api.audio import is_quick
 from api.decoding import decode
 from api.errors import InvalidValueError
+from api.frames import Frames
 from api.hotwords import HotwordAutomaton, build_hotwords
 from api.normalise import normalise
 from api.registry import LoadedModel
@@ -192,15 +191,15 @@ class Transcriber:
         window: Window,
         options: Options,
         hotwords: HotwordAutomaton | None,
-        log_probs: NDArray[np.float32],
+        frames: Frames,
     ) -> list[Segment]:
-        """log-probabilities, float32 ``(frames, vocabulary)`` -> segments of one window."""
+        """log-probabilities -> segments of one window."""
         bundle = self.model.bundle
-        decoded = decode(log_probs, bundle, self._beam(options, hotwords), hotwords)
+        decoded = decode(frames, bundle, self._beam(options, hotwords), hotwords)
         rate_hz = bundle.manifest.sample_rate_hz
         segments = segments_of(
             decoded,
-            log_probs,
+            frames,
             bundle.vocabulary,
             frame_stride_s=bundle.manifest.frame_stride_s,
             window_start_s=window.start_sample / rate_hz,

@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from api.ctc import Decoded
+from api.frames import Frames
 from api.vocabulary import Vocabulary
 from api.words import Word, words_of
 
@@ -151,7 +151,7 @@ def join_text(segments: Sequence[Segment]) -> str:
 
 def segments_of(
     decoded: Decoded,
-    log_probs: NDArray[np.float32],
+    frames: Frames,
     vocabulary: Vocabulary,
     *,
     frame_stride_s: float,
@@ -160,7 +160,7 @@ def segments_of(
 ) -> list[Segment]:
     """Cut one decoded window into segments at its pauses; no words, no segments.
 
-    ``log_probs`` float32 (frames, vocabulary). Times never leave the window: a model's last frame may reach a
+    Times never leave the window: a model's last frame may reach a
     stride past the audio's end.
     """
     spans = vocabulary.words(decoded.token_ids.tolist())
@@ -168,7 +168,7 @@ def segments_of(
     if not words:
         return []
     widths = decoded.end_frames - decoded.start_frames
-    blank_log_probs = log_probs[: decoded.frames, vocabulary.blank_id]
+    blank_log_probs = frames.of_token(vocabulary.blank_id)
     segments = []
     bounds = [0, *_breaks(words), len(words)]
     for first, after in pairwise(bounds):
@@ -177,7 +177,7 @@ def segments_of(
         frame_from = _boundary(decoded, token_from)
         frame_to = _boundary(decoded, token_to)
         log_prob = float(decoded.token_log_probs[token_from:token_to].sum(dtype=np.float64))
-        frames = int(widths[token_from:token_to].sum())
+        token_frames = int(widths[token_from:token_to].sum())
         part = tuple(words[first:after])
         segments.append(
             Segment(
@@ -186,10 +186,10 @@ def segments_of(
                 text=" ".join(word.text for word in part),
                 words=part,
                 tokens=Tokens(decoded, vocabulary, token_from, token_to),
-                avg_logprob=min(0.0, log_prob / frames),
+                avg_logprob=min(0.0, log_prob / token_frames),
                 no_speech_prob=min(1.0, math.exp(float(blank_log_probs[frame_from:frame_to].sum()))),
                 window_start_s=window_start_s,
-                token_frames=frames,
+                token_frames=token_frames,
             )
         )
     return segments

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from api.backpressure import DrainRate
 from api.batching import BatchLimits, TurnQueue, plan_batch
 from api.errors import AsrError, DrainingError, InferenceError, OutOfResourcesError
+from api.frames import Frames
 from api.telemetry import Origin, Telemetry
 
 log = structlog.get_logger(__name__)
@@ -42,7 +43,7 @@ class BatchEngine(Protocol):
     def sample_rate_hz(self) -> int: ...
     @property
     def limits(self) -> BatchLimits: ...
-    def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[NDArray[np.float32]]: ...
+    def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[Frames]: ...
 
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class Entry:
     float32 ``(frames, vocabulary)``, only valid frames."""
 
     waveform: NDArray[np.float32]
-    decode: Callable[[NDArray[np.float32]], Any]
+    decode: Callable[[Frames], Any]
     audio_s: float
     owner: Hashable
     deadline_s: float

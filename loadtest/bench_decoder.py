@@ -23,6 +23,7 @@ from api.bundle import Bundle, load_bundle
 from api.ctc import Decoded, FloatArray, align, greedy
 from api.decoding import decode
 from api.engine import Engine
+from api.frames import Frames
 from api.hotwords import HotwordAutomaton, build_hotwords
 from api.vocabulary import Vocabulary
 from loadtest.clips import speech
@@ -36,7 +37,7 @@ def log_probs_of(bundle: Bundle) -> FloatArray:
     """float32 (frames, vocabulary) of ten seconds of speech."""
     samples, _ = speech(CLIP_S)
     clip = samples[: int(CLIP_S * bundle.manifest.sample_rate_hz)]
-    return Engine(bundle).run([clip], alone=False)[0]
+    return Engine(bundle).run([clip], alone=False)[0].whole()
 
 
 def random_words(count: int, vocabulary: Vocabulary) -> list[str]:
@@ -78,7 +79,7 @@ def main() -> None:
         rows[f"beam {beam}, {count} hotwords"] = partial(boosted, log_probs, blank, beam, automaton)
     if bundle.guide is not None:
         rows[f"beam {bundle.default_beam}, language model"] = partial(
-            decode, log_probs, bundle, bundle.default_beam
+            decode, Frames(log_probs), bundle, bundle.default_beam
         )
     tokens = rows[f"beam {beam}"]().token_ids
     rows["alignment alone (in beam)"] = lambda: align(log_probs, tokens, blank)

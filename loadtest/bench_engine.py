@@ -83,10 +83,10 @@ def main() -> None:
     cores = usable_cores()
     clip = speech(given.clip_s)[0][: int(given.clip_s * bundle.manifest.sample_rate_hz)]
     rows = setups(bundle, cores)
-    expected = rows[0].engines[0].run([clip], alone=False)[0]
+    expected = rows[0].engines[0].run([clip], alone=False)[0].whole()
     for row in rows:
-        for log_probs in row.engines[0].run([clip] * row.batch, alone=False):
-            if np.abs(log_probs - expected).max() > TOLERANCE:
+        for frames in row.engines[0].run([clip] * row.batch, alone=False):
+            if np.abs(frames.whole() - expected).max() > TOLERANCE:
                 raise SystemExit(f"{row.name}, batch {row.batch}: other log-probabilities than alone")
     for _ in range(given.rounds):
         for row in rows:

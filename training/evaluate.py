@@ -21,6 +21,7 @@ from tqdm import tqdm
 from api.bundle import Bundle, load_bundle
 from api.ctc import greedy
 from api.decoding import decode
+from api.frames import Frames
 from api.manifest import GraphChoice
 from api.vocabulary import Vocabulary
 from training.arguments import positive
@@ -172,7 +173,7 @@ def bundle_recogniser(
     def heard(waveform: Waveform) -> str:
         shortest = bundle.manifest.input.min_samples
         padded = np.pad(waveform, (0, max(0, shortest - len(waveform))))
-        decoded = decode(run_graph(session, [padded])[0], bundle, width)
+        decoded = decode(Frames(run_graph(session, [padded])[0]), bundle, width)
         return bundle.vocabulary.decode(decoded.token_ids.tolist())
 
     return recognise

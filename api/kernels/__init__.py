@@ -9,6 +9,7 @@ four bits, if each product is nearly the same.
 """
 
 from api.kernels.library import Kernels, instructions
-from api.kernels.sessions import open_sessions
+from api.kernels.rows import PLACES, ROWS
+from api.kernels.sessions import open_sessions, outputs_of
 
-__all__ = ["Kernels", "instructions", "open_sessions"]
+__all__ = ["PLACES", "ROWS", "Kernels", "instructions", "open_sessions", "outputs_of"]

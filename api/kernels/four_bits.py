@@ -25,6 +25,7 @@ from api.kernels.model import (
     model_class,
     readers_of,
 )
+from api.kernels.rows import give_rows
 
 PRODUCT, FOUR_BITS = "MatMulNBits", "FourBitsProduct"
 SET, MIDDLE = 128, 8  # as in weights.h
@@ -45,12 +46,13 @@ class Probe:
     depths: dict[str, int]
 
 
-def hand_over_products(model: bytes, keep: Keep) -> tuple[bytes, Probe | None]:
+def hand_over_products(model: bytes, keep: Keep, *, rows: bool = False) -> tuple[bytes, Probe | None]:
     """An optimised ONNX model -> the model with our operators, and what to compare, None if it has nothing.
 
     ``keep`` takes int8 weights ``(channels, depth)`` and gives the number by which an operator finds them, 0
     if it does not want them (as ``library.Weights``). Where all products are ours, a clip that is alone needs
-    no company (``search.rows`` of ``training/recipes/whisper_seq2seq/export.py``).
+    no company (``search.rows`` of ``training/recipes/whisper_seq2seq/export.py``). ``rows``: the graph may
+    give each different frame once (``rows.give_rows``).
     """
     parsed = model_class().FromString(model)
     tensors = constants_of(parsed.graph)
@@ -78,6 +80,8 @@ def hand_over_products(model: bytes, keep: Keep) -> tuple[bytes, Probe | None]:
         if not left and (list(node.output), node.op_type) == (["search.rows"], "Max"):
             node.op_type, node.input[:] = "Identity", ["search.batch"]
     drop_unread(parsed.graph, {name for before, _ in pairs for name in before.input})
+    if rows:
+        give_rows(parsed.graph)
     parsed.opset_import.add(domain=DOMAIN, version=1)
     return parsed.SerializeToString(), probe
 

@@ -13,8 +13,10 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-FLOAT, UINT8, INT8, INTS = 1, 2, 3, 7
-"""Of onnx.proto: types of a tensor, and of an attribute."""
+FLOAT, UINT8, INT8, INT64 = 1, 2, 3, 7
+"""Of onnx.proto: types of a tensor,"""
+INTS = 7
+"""and of an attribute."""
 
 # Of onnx.proto (ONNX IR): message -> (field, number, type, repeated).
 _Field = descriptor_pb2.FieldDescriptorProto

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from api.kernels.four_bits import PRODUCT, Probe, hand_over_products, probe_inputs
 from api.kernels.graph import hand_over
 from api.kernels.library import LIBRARY, Kernels, Weights, instructions
+from api.kernels.rows import PLACES, ROWS
 
 Feeds = dict[str, NDArray[np.float32] | NDArray[np.int64]]
+Outputs = dict[str, NDArray[Any]]
 
 log = structlog.get_logger("api.kernels")
 
@@ -34,18 +36,23 @@ SHORT_SAMPLES = 16_000  # where products were compared one by one, and the graph
 
 
 def open_sessions(
-    path: str, make_options: Sequence[Callable[[], ort.SessionOptions]], *, least_samples: int
+    path: str,
+    make_options: Sequence[Callable[[], ort.SessionOptions]],
+    *,
+    least_samples: int,
+    rows: bool = False,
 ) -> tuple[list[ort.InferenceSession], Kernels]:
     """CPU sessions on a bundle's graph, one for each of ``make_options``, and what runs its convolutions.
 
-    ``make_options`` give fresh options each time; ``least_samples`` is the shortest input of the graph.
+    ``make_options`` give fresh options each time; ``least_samples`` is the shortest input of the graph. With
+    ``rows`` a session may have the outputs of ``rows.py`` instead of ``log_probs``.
     What ONNX Runtime says against the graph itself passes through; what it says against our operators is
     logged, and the sessions do without them. Of weights that our operators use there is one copy for all.
     """
     found = instructions()
     if found != "onnxruntime" and _small_enough(path):
         try:
-            ours = _with_kernels(path, make_options, least_samples)
+            ours = _with_kernels(path, make_options, least_samples, rows=rows)
         except Exception as error:  # ONNX Runtime has no common type for what it raises
             log.warning("kernels_refused", graph=path, problem=str(error))
         else:
@@ -63,7 +70,7 @@ def _small_enough(path: str) -> bool:
 
 
 def _with_kernels(
-    path: str, make_options: Sequence[Callable[[], ort.SessionOptions]], least_samples: int
+    path: str, make_options: Sequence[Callable[[], ort.SessionOptions]], least_samples: int, *, rows: bool
 ) -> list[ort.InferenceSession]:
     """Sessions that were compared; none where there is nothing for our operators to do."""
     with Weights() as weights:
@@ -75,12 +82,12 @@ def _with_kernels(
         graph, nodes = hand_over(content, weights.keep, avx512=instructions() == "vnni")
         probe = None
         if not nodes:
-            graph, probe = hand_over_products(content, weights.keep)
+            graph, probe = hand_over_products(content, weights.keep, rows=rows)
             if probe is None:
                 return []
             _compare_products(probe, make_options[0]())
         noise = _noise(max(NOISE_SAMPLES if probe is None else SHORT_SAMPLES, least_samples))
-        expected = plain.run(None, noise)
+        expected = outputs_of(plain, noise)
         del plain  # a session that was told to save its graph holds the weights twice
         with _memory_file() as rewritten:  # because a session keeps the bytes that it was given
             Path(rewritten).write_bytes(graph)
@@ -123,14 +130,23 @@ def _memory_file() -> Iterator[str]:
         os.close(descriptor)
 
 
-def _same_bits(session: ort.InferenceSession, feeds: Feeds, expected: Sequence[NDArray[Any]]) -> bool:
-    pairs = zip(session.run(None, feeds), expected, strict=True)
-    return all(np.array_equal(found, wanted) for found, wanted in pairs)
+def outputs_of(session: ort.InferenceSession, feeds: Feeds) -> Outputs:
+    """What a session gives, by name."""
+    names = (value.name for value in session.get_outputs())
+    return dict(zip(names, session.run(None, feeds), strict=True))
 
 
-def _same_shapes(session: ort.InferenceSession, feeds: Feeds, expected: Sequence[NDArray[Any]]) -> bool:
-    pairs = zip(session.run(None, feeds), expected, strict=True)
-    return all(found.shape == wanted.shape for found, wanted in pairs)
+def _same_bits(session: ort.InferenceSession, feeds: Feeds, expected: Outputs) -> bool:
+    found = outputs_of(session, feeds)
+    return all(np.array_equal(found[name], wanted) for name, wanted in expected.items())
+
+
+def _same_shapes(session: ort.InferenceSession, feeds: Feeds, expected: Outputs) -> bool:
+    found = outputs_of(session, feeds)
+    shapes = {name: values.shape for name, values in found.items()}
+    if ROWS in shapes:
+        shapes["log_probs"] = (*shapes.pop(PLACES)[:-1], shapes.pop(ROWS)[-1])
+    return shapes == {name: values.shape for name, values in expected.items()}
 
 
 def _noise(samples: int) -> Feeds:

@@ -24,6 +24,7 @@ from api.errors import (
     OutOfResourcesError,
     QueueFullError,
 )
+from api.frames import Frames
 from api.telemetry import Telemetry
 from api.workers import WorkerPool
 
@@ -32,9 +33,9 @@ Run = Callable[[Sequence[NDArray[np.float32]]], None]
 Heard = SegmentResult[float]
 
 
-def first_value(log_probs: NDArray[np.float32]) -> float:
+def first_value(frames: Frames) -> float:
     """What the tests decode with: the value that ``House.submit`` was given."""
-    return float(log_probs[0, 0])
+    return float(frames.rows[0, 0])
 
 
 @dataclass
@@ -49,12 +50,12 @@ class EchoEngine:
     batches: list[list[float]] = field(default_factory=list)
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[NDArray[np.float32]]:
+    def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[Frames]:
         self.batches.append([float(waveform[0]) for waveform in waveforms])
         self.entered.release()
         assert self.gate.wait(20)
         self.before(waveforms)
-        return [waveform[:, None] for waveform in waveforms]
+        return [Frames(waveform[:, None]) for waveform in waveforms]
 
     async def wait_entered(self) -> None:
         """Until a worker is inside a batch."""
@@ -77,7 +78,7 @@ class House:
         timeout_s: float = 20.0,
         wait: bool = False,
         owner: str = "",
-        decode: Callable[[NDArray[np.float32]], float] = first_value,
+        decode: Callable[[Frames], float] = first_value,
     ) -> asyncio.Task[Heard]:
         waveform = np.full(int(seconds * RATE_HZ), value, np.float32)
         deadline_s = time.monotonic() + timeout_s
@@ -357,8 +358,8 @@ async def test_a_caller_that_leaves_during_inference_harms_nobody() -> None:
 async def test_what_a_caller_left_behind_is_not_decoded() -> None:
     decoded: list[float] = []
 
-    def decode(log_probs: NDArray[np.float32]) -> float:
-        decoded.append(first_value(log_probs))
+    def decode(frames: Frames) -> float:
+        decoded.append(first_value(frames))
         return decoded[-1]
 
     async with house(EchoEngine(limits=BatchLimits(8, 10**6))) as h:
@@ -411,8 +412,8 @@ async def test_a_poisoned_item_fails_alone() -> None:
 
 
 async def test_what_cannot_be_decoded_fails_alone() -> None:
-    def refuse(log_probs: NDArray[np.float32]) -> float:
-        raise ValueError(f"value {log_probs[0, 0]:g}")
+    def refuse(frames: Frames) -> float:
+        raise ValueError(f"value {first_value(frames):g}")
 
     async with house(EchoEngine(limits=BatchLimits(8, 10**6))) as h:
         running = await h.blocked()
@@ -431,9 +432,9 @@ async def test_what_cannot_be_decoded_fails_alone() -> None:
 
 
 async def test_decoding_is_timed_apart_from_inference() -> None:
-    def slow(log_probs: NDArray[np.float32]) -> float:
+    def slow(frames: Frames) -> float:
         time.sleep(0.05)
-        return first_value(log_probs)
+        return first_value(frames)
 
     async with house(EchoEngine(limits=BatchLimits(8, 10**6))) as h:
         running = await h.blocked()
@@ -638,7 +639,7 @@ async def test_only_a_lone_clip_gets_all_cores() -> None:
     alone: list[bool] = []
 
     class Watching(EchoEngine):
-        def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[NDArray[np.float32]]:
+        def run(self, waveforms: Sequence[NDArray[np.float32]], *, alone: bool) -> list[Frames]:
             lone.append(alone)
             return super().run(waveforms, alone=alone)
 

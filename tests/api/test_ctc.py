@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api import ctc
-from api.ctc import Decoded, align, greedy
+from api.ctc import Decoded, align, greedy, greedy_of
+from api.frames import Frames
 from api.vocabulary import Vocabulary
 from api.words import words_of
 
@@ -60,6 +61,27 @@ def check_against_oracle(decoded: Decoded, log_probs: np.ndarray, blank: int) ->
         assert decoded.confidence == pytest.approx(math.exp(total / frames), rel=1e-4)
     elif len(log_probs):
         assert decoded.confidence == pytest.approx(math.exp(blank_sum / len(log_probs)), rel=1e-4)
+
+
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 12), frames=st.integers(0, 40))
+def test_frames_that_are_equal_are_decoded_as_if_each_had_its_own_row(
+    seed: int, rows: int, frames: int
+) -> None:
+    random = np.random.default_rng(seed)
+    vocabulary = int(random.integers(2, 40))
+    blank = int(random.integers(vocabulary))
+    # Few values, so that there are ties.
+    values = random.integers(-3, 0, (rows, vocabulary)).astype(np.float32)
+    shared = Frames(values, random.integers(0, rows, frames))
+    found, expected = greedy_of(shared, blank), greedy_of(Frames(shared.whole()), blank)
+    for name in ("token_ids", "start_frames", "end_frames", "token_log_probs"):
+        mine, theirs = getattr(found, name), getattr(expected, name)
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
+    assert (found.frames, found.score) == (expected.frames, expected.score)
+    assert found.empty_log_prob == expected.empty_log_prob
+    np.testing.assert_array_equal(shared.of_token(blank), shared.whole()[:, blank])
+    np.testing.assert_array_equal(shared.different().whole(), shared.whole())
 
 
 @given(batches())

@@ -21,7 +21,7 @@ from structlog.testing import capture_logs
 
 from api.bundle import Bundle, list_bundles, load_bundle
 from api.calibration import ALONE, ALONE_WIDE, calibrate, choose
-from api.ctc import greedy
+from api.ctc import greedy_of
 from api.engine import (
     EncodedBatch,
     Engine,
@@ -32,6 +32,7 @@ from api.engine import (
     verify_provider,
 )
 from api.errors import BundleError, InferenceError, SettingsError
+from api.frames import Frames
 from tests.tiny_bundle import FRAME, MAX_WINDOW_S, SAMPLE_RATE_HZ, make_bundle, sing
 
 SHIPPED = Path(__file__).parents[2] / "models"
@@ -62,9 +63,9 @@ def change_graph(folder: Path, change: object) -> Bundle:
     return load_bundle(folder, "tiny")
 
 
-def text_of(engine: Engine, log_probs: np.ndarray) -> str:
+def text_of(engine: Engine, frames: Frames) -> str:
     vocabulary = engine.bundle.vocabulary
-    decoded = greedy(log_probs[None], np.array([len(log_probs)]), vocabulary.blank_id)[0]
+    decoded = greedy_of(frames, vocabulary.blank_id)
     return vocabulary.decode(decoded.token_ids.tolist())
 
 
@@ -73,11 +74,12 @@ def text_of(engine: Engine, log_probs: np.ndarray) -> str:
 def test_batched_equals_alone_and_both_are_right(engine: Engine, texts: list[str]) -> None:
     waveforms = [sing(text) for text in texts]
     together = engine.run(waveforms, alone=False)
-    for text, waveform, log_probs in zip(texts, waveforms, together, strict=True):
+    for text, waveform, frames in zip(texts, waveforms, together, strict=True):
         (alone,) = engine.run([waveform], alone=True)
-        assert log_probs.shape == alone.shape == (len(waveform) // FRAME, len(engine.bundle.vocabulary))
-        np.testing.assert_allclose(log_probs, alone, atol=1e-4)
-        assert text_of(engine, log_probs) == text
+        found, expected = frames.whole(), alone.whole()
+        assert found.shape == expected.shape == (len(waveform) // FRAME, len(engine.bundle.vocabulary))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert text_of(engine, frames) == text
 
 
 @pytest.mark.parametrize("name", list_bundles(SHIPPED) or [""])
@@ -95,20 +97,22 @@ def test_batched_equals_alone_on_the_bundles_that_ship(name: str) -> None:
             voiced = np.sin(2 * np.pi * 140 * time_s * (1 + 0.1 * np.sin(7 * time_s)))
             waveforms.append((0.2 * voiced + rng.normal(0, 0.02, len(time_s))).astype(np.float32))
         together = engine.run(waveforms, alone=False)
-        for waveform, log_probs in zip(waveforms, together, strict=True):
+        for waveform, frames in zip(waveforms, together, strict=True):
             (alone,) = engine.run([waveform], alone=False)
             if (
                 graph == "int4"
             ):  # rounds what it hears, each row by itself: what falls on an edge may tip over
-                assert text_of(engine, log_probs) == text_of(engine, alone)
+                assert text_of(engine, frames) == text_of(engine, alone)
             else:
-                np.testing.assert_allclose(log_probs, alone, atol=1e-4, err_msg=f"{name} {graph}")
+                np.testing.assert_allclose(
+                    frames.whole(), alone.whole(), atol=1e-4, err_msg=f"{name} {graph}"
+                )
 
 
 def test_what_is_shorter_than_the_least_the_graph_takes_is_padded(engine: Engine) -> None:
     for samples in (0, 1, FRAME - 1):
-        (log_probs,) = engine.run([np.zeros(samples, np.float32)], alone=False)
-        assert log_probs.shape[0] == 1
+        (frames,) = engine.run([np.zeros(samples, np.float32)], alone=False)
+        assert len(frames) == 1
 
 
 def test_a_clip_runs_at_its_own_length_and_a_batch_at_its_longest(engine: Engine) -> None:

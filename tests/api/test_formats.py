@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.ctc import greedy
+from api.frames import Frames
 from api.normalise import lower, normalise, upper
 from api.openai_format import json_body, logprob_list, verbose_body
 from api.subtitles import MAX_CUE_S, MAX_LINE_CHARACTERS, MAX_LINES, cues, to_srt, to_vtt
@@ -91,7 +92,7 @@ class TestSegments:
         decoded = greedy(log_probs[None], np.array([len(ids)]), 0)[0]
         return segments_of(
             decoded,
-            log_probs,
+            Frames(log_probs),
             VOCABULARY,
             frame_stride_s=0.02,
             window_start_s=options.get("start_s", 0.0),
@@ -150,7 +151,7 @@ class TestSegments:
         log_probs[8, 2] = math.log(posterior)
         decoded = greedy(log_probs[None], np.array([len(ids)]), 0)[0]
         (segment,) = segments_of(
-            decoded, log_probs, VOCABULARY, frame_stride_s=0.02, window_start_s=0.0, window_s=0.34
+            decoded, Frames(log_probs), VOCABULARY, frame_stride_s=0.02, window_start_s=0.0, window_s=0.34
         )
         assert segment.text == "a"
         assert segment.confidence > 0.9

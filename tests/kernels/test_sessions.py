@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,6 +23,7 @@ from api.bundle import load_bundle
 from api.engine import EXACT_PRODUCTS, Engine
 from api.kernels import four_bits, graph, instructions, library, open_sessions, sessions
 from api.kernels.model import model_class
+from api.kernels.rows import give_rows
 
 MODELS = Path(__file__).parents[2] / "models"
 SHIPPED = MODELS / "en-quartznet-small" / "model.int8.onnx"
@@ -185,14 +188,67 @@ def test_products_of_four_bits_run_on_them(kernels: str, tmp_path: Path) -> None
     assert "MatMulNBits" not in found_operators
 
 
-def test_words_of_four_bits_do_not_depend_on_company(kernels: str) -> None:
-    """Nor is a clip that is alone searched in two rows for that."""
-    (session,), _ = open_sessions(str(FOUR_BITS), [make_options], least_samples=400)
+def test_each_different_frame_is_given_once(kernels: str) -> None:
+    """And gathered it has the bits of a session that gathers."""
+    ours = Engine(load_bundle(MODELS, FOUR_BITS.parent.name), max_batch=3)
+    (whole,), _ = open_sessions(str(FOUR_BITS), [make_options], least_samples=400)
+    feeds = spoken()
+    found = ours.infer(feeds["waveform"], feeds["lengths"])
+    assert found.places is not None
+    log_probs, frames = whole.run(None, feeds)
+    np.testing.assert_array_equal(found.frame_lengths, frames)
+    assert len(found.log_probs) < 0.4 * log_probs.shape[0] * log_probs.shape[1]
+    for item, expected, count in zip(found.frames(), log_probs, frames, strict=True):
+        np.testing.assert_array_equal(item.whole(), expected[:count])
+
+
+def test_frames_that_are_read_elsewhere_are_not_given_once(kernels: str) -> None:
+    """Nor those of a graph that makes them in another way."""
+    optimised = onnx.load(FOUR_BITS).graph
+    assert give_rows(parsed(optimised))
+    for change in (read_again, with_batches, added):
+        changed = onnx.GraphProto()
+        changed.CopyFrom(optimised)
+        change(changed)
+        before = parsed(changed)
+        after = parsed(changed)
+        assert not give_rows(after)
+        assert after == before
+
+
+def read_again(graph: onnx.GraphProto) -> None:
+    gather = next(node for node in graph.node if "log_probs" in node.output)
+    graph.node.append(onnx.helper.make_node("Identity", [gather.input[0]], ["again"]))
+
+
+def with_batches(graph: onnx.GraphProto) -> None:
+    gather = next(node for node in graph.node if "log_probs" in node.output)
+    gather.attribute.append(onnx.helper.make_attribute("batch_dims", 1))
+
+
+def added(graph: onnx.GraphProto) -> None:
+    gather = next(node for node in graph.node if "log_probs" in node.output)
+    gather.op_type = "Add"
+
+
+def parsed(graph: onnx.GraphProto) -> Any:
+    return model_class().FromString(onnx.helper.make_model(graph).SerializeToString()).graph
+
+
+def spoken() -> dict[str, np.ndarray]:
+    """Speech, half of it, and backwards."""
     speech = soundfile.read(MODELS.parent / "samples" / "hello.flac", dtype="float32")[0]
     half = len(speech) // 2
     waveform = np.stack([speech, np.pad(speech[:half], (0, len(speech) - half)), speech[::-1]])
-    lengths = np.array([len(speech), half, len(speech)])
-    log_probs, frames = session.run(None, {"waveform": waveform, "lengths": lengths})
+    return {"waveform": waveform, "lengths": np.array([len(speech), half, len(speech)])}
+
+
+def test_words_of_four_bits_do_not_depend_on_company(kernels: str) -> None:
+    """Nor is a clip that is alone searched in two rows for that."""
+    (session,), _ = open_sessions(str(FOUR_BITS), [make_options], least_samples=400)
+    feeds = spoken()
+    waveform, lengths = feeds["waveform"], feeds["lengths"]
+    log_probs, frames = session.run(None, feeds)
     for row, length in enumerate(lengths):
         alone, count = session.run(
             None, {"waveform": waveform[row : row + 1, :length], "lengths": lengths[row : row + 1]}
@@ -205,8 +261,8 @@ def test_words_of_four_bits_do_not_depend_on_company(kernels: str) -> None:
 
 @pytest.mark.parametrize("spoiled", ["scales", "bias"])
 def test_another_product_is_not_used(kernels: str, monkeypatch: pytest.MonkeyPatch, spoiled: str) -> None:
-    def spoil(model: bytes, keep: library.Keep) -> tuple[bytes, four_bits.Probe | None]:
-        rewritten, probe = four_bits.hand_over_products(model, keep)
+    def spoil(model: bytes, keep: library.Keep, *, rows: bool) -> tuple[bytes, four_bits.Probe | None]:
+        rewritten, probe = four_bits.hand_over_products(model, keep, rows=rows)
         assert probe is not None
         parsed = model_class().FromString(probe.model)
         node = next(
@@ -313,9 +369,14 @@ def test_engines_come_and_go(kernels: str) -> None:
 class Fake:
     """A session that gives these outputs, and keeps what it was asked."""
 
+    NAMES = ("log_probs", "frame_lengths")
+
     def __init__(self, log_probs: np.ndarray, frames: np.ndarray) -> None:
         self.outputs = [log_probs, frames]
         self.asked: dict[str, np.ndarray] = {}
+
+    def get_outputs(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name) for name in self.NAMES]
 
     def run(self, names: None, asked: dict[str, np.ndarray]) -> list[np.ndarray]:
         self.asked = asked
@@ -331,7 +392,7 @@ def test_every_output_of_both_clips_is_compared() -> None:
     assert lengths[0] == 96_000 > lengths[1] > 0
     assert np.abs(noise["waveform"][0]).max() > 0.1
     assert not noise["waveform"][1, lengths[1] :].any()
-    same, expected = Fake(*outputs()), [*outputs()]
+    same, expected = Fake(*outputs()), dict(zip(Fake.NAMES, outputs(), strict=True))
     assert sessions._same_bits(same, noise, expected)
     assert same.asked is noise
     for output, place in ((0, (0, 299, 4)), (0, (1, 0, 0)), (1, (1,))):
