@@ -113,6 +113,8 @@ class Manifest(_Strict):
     default_graph: GraphName
     graph_without_vnni: GraphName | None = None
     """Taken instead where our kernels run on AVX2 alone, which multiplies four bits faster than eight."""
+    decoder: bool = False
+    """A decoder network has searched already, inside of the graph: hotwords choose among what it found."""
     language_model: LanguageModelEntry | None = None
     files: dict[FileName, Sha256] = Field(min_length=1)
     source: Source

@@ -97,7 +97,8 @@ class Transcriber:
             model=self.model.name,
             language=self.language_of(options.language),
             warnings=progress.warnings
-            + tuple(f"The model cannot spell the hotword {word!r}." for word in progress.unspellable),
+            + tuple(f"The model cannot spell the hotword {word!r}." for word in progress.unspellable)
+            + self._warnings_of(options),
         )
         self._telemetry.transcribed(
             model=transcript.model,
@@ -109,6 +110,11 @@ class Transcriber:
         if self._settings.log_text:
             _log.info("transcript", text=transcript.text)
         return transcript
+
+    def _warnings_of(self, options: Options) -> tuple[str, ...]:
+        if options.hotwords and self.model.bundle.manifest.decoder:
+            return (f"Model {self.model.name!r} writes with a decoder, which hotwords change little.",)
+        return ()
 
     async def stream(
         self, file: BinaryIO, options: Options, progress: Progress, *, wait: bool = False

@@ -66,6 +66,7 @@ class Graphs:
     max_window_s: float
     min_samples: int
     sample_rate_hz: int = 16_000
+    decoder: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,7 @@ def _write_files(
         input=InputEntry(min_samples=graphs.min_samples),
         graphs={graph: GraphEntry(file=GRAPH_FILES[graph], opset=graphs.opset) for graph in graphs.files},
         default_graph=graphs.default,
+        decoder=graphs.decoder,
         language_model=language_model.entry() if language_model is not None else None,
         files={file: sha256_of(folder / file) for file in listed},
         source=card.source,

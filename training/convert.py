@@ -139,6 +139,7 @@ def from_whisper_with_decoder(weights: Path, languages: Sequence[str]) -> Export
     return replace(
         made,
         ways=ways_of(recipe.quantized),
+        decoder=facts.decoder,
         four_bits=lambda _, calibration: in_four_bits(network, calibration),
         agreement=lambda clips: agreement(network, graph, clips, recipe.compared),
     )

@@ -65,6 +65,8 @@ class Exported:
     sample_rate_hz: int = 16_000
     form: GraphName = "int8"
     """What the ways lead to."""
+    decoder: bool = False
+    """Whether the graph searches with a decoder network."""
     four_bits: Ways | None = None
     """The ways to weights of four bits, where the work is matrix products."""
 
@@ -92,6 +94,7 @@ class Exported:
             max_window_s=self.max_window_s,
             min_samples=self.min_samples,
             sample_rate_hz=self.sample_rate_hz,
+            decoder=self.decoder,
         )
 
 

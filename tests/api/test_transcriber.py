@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -274,6 +275,19 @@ async def test_hotwords_that_cannot_be_spelled_are_named(service: Service) -> No
     )
     assert result.text == "bad"
     assert result.warnings == ("The model cannot spell the hotword 'xyz'.",)
+
+
+async def test_hotwords_for_a_decoder_are_warned_of(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"decoder": True}))
+    async with open_service(make_settings(tmp_path)) as service:
+        transcriber = service.transcriber("")
+        file = io.BytesIO(wav(sing("bad")))
+        result = await transcriber.transcribe(file, Options(hotwords=("bad",)))
+        assert result.warnings == ("Model 'tiny' writes with a decoder, which hotwords change little.",)
+        file = io.BytesIO(wav(sing("bad")))
+        assert (await transcriber.transcribe(file, Options())).warnings == ()
 
 
 async def test_the_event_loop_does_not_wait_for_long_lists_of_hotwords(service: Service) -> None:

@@ -96,6 +96,7 @@ def exported_small(network: WhisperSeq2Seq, cut: CutVocabulary, *, widened: bool
         ways_described="The network was made with the rounded weights, so the float32 graph has them as well."
         + (DYNAMIC_RANGES if widened else " Inputs are rounded to 8 bits row by row."),
         exact_batches=False,
+        decoder=True,
         text_normalisation=casing_steps(vocabulary),
         form="int4",
     )

@@ -43,6 +43,7 @@ def publish(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder)
         max_window_s=facts.max_window_s,
         min_samples=facts.min_samples,
         sample_rate_hz=facts.sample_rate_hz,
+        decoder=facts.decoder,
     )
     measured = folder.read_json("benchmark.json") or {"rows": []}
     learned = folder.read_json("train.json") is not None  # `convert` leaves none

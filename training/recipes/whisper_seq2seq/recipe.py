@@ -163,6 +163,7 @@ class WhisperSeq2SeqRecipe(Recipe):
             max_window_s=MAX_WINDOW_S,
             min_samples=MIN_SAMPLES,
             longest_s=MAX_WINDOW_S,
+            decoder=True,
         )
 
     def room_needed(self, ids: Sequence[int]) -> int:
