@@ -8,7 +8,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL ?= en-whisper-tiny-ctc
+MODEL ?= en-whisper-tiny
 RETRY ?= 0
 TORCH := torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -100,6 +100,7 @@ bench-telemetry: $(VENV)/.bench ## what traces, metrics and logs cost, in pairs;
 	$(BIN)/python -m loadtest.bench_telemetry --model "$(MODEL)" $(ARGS)
 
 .PHONY: bench-decoder bench-engine bench-kernels bench-live bench-overload
+bench-decoder: MODEL = en-whisper-tiny-ctc
 bench-decoder: $(VENV)/.bench ## greedy and beam search with 0 to 1,000 hotwords; MODEL=name
 	$(BIN)/python -m loadtest.bench_decoder --model "$(MODEL)" $(ARGS)
 

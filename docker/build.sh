@@ -3,7 +3,7 @@
 # usage: docker/build.sh api|ui|training|lambda [IMAGE_NAME]
 #   BASE_IMAGE   base of the image          (default: docker/base.env, pinned by digest)
 #   VERSION      tag and label              (default: version in pyproject.toml)
-#   MODEL        bundle inside api, lambda   (default: en-whisper-tiny-ctc)
+#   MODEL        bundle inside api, lambda   (default: en-whisper-tiny)
 #   PIP_CONF     pip.conf for a mirror or a proxy; a build secret, so no layer keeps it
 #   CACHE=gha    use the runner's build cache (needs buildx)
 #   PUSH=1       push; with buildx also attach an SBOM and the provenance
@@ -42,7 +42,7 @@ read -ra command <<<"$builder"
 arguments=(--file "$file" --tag "$name:$VERSION" --tag "$name:${REVISION}"
   --build-arg "BASE_IMAGE=$BASE_IMAGE" --build-arg "VERSION=$VERSION"
   --build-arg "REVISION=$REVISION" --build-arg "CREATED=$CREATED")
-case $kind in api | lambda) arguments+=(--build-arg "MODEL=${MODEL:-en-whisper-tiny-ctc}") ;; esac
+case $kind in api | lambda) arguments+=(--build-arg "MODEL=${MODEL:-en-whisper-tiny}") ;; esac
 [ -z "${PIP_CONF:-}" ] || arguments+=(--secret "id=pip-conf,src=$PIP_CONF")
 case $builder in
   *buildx*)

@@ -61,7 +61,7 @@ def check(log_probs: FloatArray, blank: int, beam: int) -> None:
 
 def main() -> None:
     """The command."""
-    parser = bundle_parser(__doc__)
+    parser = bundle_parser(__doc__, "en-whisper-tiny-ctc")
     parser.add_argument("--beam", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=200)
     given = parser.parse_args()
