@@ -6,9 +6,11 @@ Traces follow OpenTelemetry's own ``OTEL_*`` variables and are not repeated here
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -374,6 +376,22 @@ def load_settings(env_file: Path | str | None = ENV_FILE, **overrides: Any) -> S
         raise SettingsError("\n".join(_problem_line(problem) for problem in error.errors())) from None
     except UnicodeDecodeError as error:
         raise SettingsError(f"{env_file}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def misspelt(names: Iterable[str]) -> dict[str, str]:
+    """Variables that are no setting but nearly the name of one -> that name.
+
+    Not every other ``ASR_*``: Compose, the page and clients have some of their own.
+    """
+    settings = [f"ASR_{name.upper()}" for name in Settings.model_fields]
+    found = {}
+    for name in names:
+        if not name.startswith("ASR_") or name.startswith("ASR_UI_") or name in (*settings, "ASR_API_KEY"):
+            continue
+        longer = [setting for setting in settings if setting.startswith(f"{name}_")]
+        if likely := longer or difflib.get_close_matches(name, settings, 1, 0.85):
+            found[name] = likely[0]
+    return found
 
 
 def _problem_line(problem: Any) -> str:

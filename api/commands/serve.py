@@ -15,7 +15,7 @@ from api.errors import SettingsError
 from api.main import create_app
 from api.redaction import plain_keys
 from api.server import START_FAILED, Server, make_server
-from api.settings import ENV_FILE, Settings, is_loopback
+from api.settings import ENV_FILE, Settings, is_loopback, misspelt
 from api.telemetry import configure_logging
 
 _SWITCH_S = 1e-4
@@ -58,6 +58,8 @@ def run(settings: Settings) -> int:
         structlog.get_logger("api.serve").warning(
             "anonymous", problem="anyone who reaches the port may use it"
         )
+    for name, likely in misspelt([*os.environ, *dotenv_values(ENV_FILE)]).items():
+        structlog.get_logger("api.serve").warning("unknown_setting", name=name, likely=likely)
     gc.collect()
     gc.freeze()  # modules and classes stay: no collection needs to look through them
     gc.set_threshold(*_COLLECT)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from api.env_example import env_example, in_force
 from api.errors import SettingsError
 from api.keys import ApiKey, find_key
-from api.settings import Settings, _temporary_folder, load_settings
+from api.settings import Settings, _temporary_folder, load_settings, misspelt
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "correct-horse-battery"
@@ -171,3 +171,20 @@ def test_no_folder_for_temporary_files_is_a_setting_to_mend(monkeypatch: pytest.
 
     monkeypatch.setattr(tempfile, "gettempdir", none)
     assert _temporary_folder() == Path("/tmp")
+
+
+def test_names_that_are_nearly_settings_are_found() -> None:
+    given = [
+        "ASR_WORKRES",
+        "ASR_MODEL",
+        "ASR_QUEUE_LIMIT",
+        "ASR_WORKERS",
+        "ASR_API_KEY",
+        "ASR_API_CPUS",
+        "PATH",
+    ]
+    assert misspelt([*given, "ASR_UI_TIMEOUT_S", "ASR_API_PORT_8000_TCP_ADDR", "ASR_SHARED_DIR"]) == {
+        "ASR_WORKRES": "ASR_WORKERS",
+        "ASR_MODEL": "ASR_MODELS",
+        "ASR_QUEUE_LIMIT": "ASR_QUEUE_LIMIT_AUDIO_S",
+    }
