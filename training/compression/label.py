@@ -5,7 +5,9 @@
 BASE is a Whisper as `transformers` stores it (a folder, or its name on the hub). Writes ``vocabulary.json``
 (the tokens that are kept), ``labels.jsonl`` (text and tokens per utterance) and ``likely.raw`` (the likeliest
 tokens at each place, and their probabilities). Where somebody wrote down what was said, those are the words,
-in the large network's capitals and punctuation. Interrupted, it goes on where it stopped.
+in the large network's capitals and punctuation. Where nobody did, another model may say the words
+(``--words-by``): two networks that were taught apart and hear the same are seldom both wrong. Interrupted, it
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from api.bundle import load_bundle
 from training.arguments import positive
 from training.compression.network import decode, evaluating, greedy, heard, listen
 from training.compression.vocabulary import (
@@ -37,6 +40,7 @@ from training.compression.vocabulary import (
 )
 from training.distillation.label import length_batches
 from training.errors import ConfigError, DataError, in_one_line
+from training.evaluate import Recogniser, bundle_recogniser
 from training.recipes.whisper_ctc.frontend import SAMPLE_RATE_HZ, WINDOW_SAMPLES, WhisperLogMel, own_in_range
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
@@ -48,6 +52,10 @@ LIKELY = 24
 """Tokens whose probabilities are kept per place."""
 MOST_DIFFERENT = 0.5
 """Of the words: where a known text differs more, the large network did not understand the utterance."""
+MOST_APART = 0.27
+"""Of another model's words: where the large network wrote more of them differently, neither is believed."""
+DOUBTED = -1e4
+"""Certainty of what is not to be learned."""
 BATCH_SAMPLES = 16 * 15 * SAMPLE_RATE_HZ
 SPELLED = re.compile(r"(?<![\w'])(?:[a-z] )+[a-z](?![\w'])", re.IGNORECASE)
 """Letters one by one."""
@@ -155,8 +163,13 @@ def difference(written: str, words: Sequence[str]) -> float:
     return 1.0 - same / max(1, len(words))
 
 
-def label(large: Large, cut: CutVocabulary, cache: Path, out: Path, workers: int) -> None:
-    """Write what is still missing of ``labels.jsonl`` and ``likely.raw``."""
+def label(
+    large: Large, cut: CutVocabulary, cache: Path, out: Path, workers: int, other: Recogniser | None = None
+) -> None:
+    """Write what is still missing of ``labels.jsonl`` and ``likely.raw``.
+
+    `other` says the words of utterances that nobody wrote down.
+    """
     rows = json.loads((cache / "index.json").read_text(encoding="utf-8"))
     pcm = np.memmap(cache / "pcm.i16", np.int16, mode="r")
     tokenizer = cut.tokenizer()
@@ -164,11 +177,18 @@ def label(large: Large, cut: CutVocabulary, cache: Path, out: Path, workers: int
     waiting = set(range(len(rows))) - {one.index for one in done}
     batches = list(_batches([row["pcm_samples"] for row in rows], waiting))
 
+    def words_of(index: int, clip: npt.NDArray[np.int16]) -> list[str]:
+        text: str = rows[index]["text"]
+        if text or other is None:
+            return text.split()
+        said = other(clip.astype(np.float32) / 32768.0)
+        return [word for word in map(spelled, said.replace("-", " ").split()) if word]
+
     def answers(batch: list[int]) -> list[tuple[Label, npt.NDArray[Any]]]:
         clips = [pcm[(start := rows[i]["pcm_start"]) : start + rows[i]["pcm_samples"]] for i in batch]
         with evaluating(large.network):
             written, audio, missing = large.hear(clips)
-            known = [rows[index]["text"].split() for index in batch]
+            known = [words_of(index, clip) for index, clip in zip(batch, clips, strict=True)]
             texts = [in_the_style_of(w, k) if k else w for w, k in zip(written, known, strict=True)]
             tokens = [tokenizer.encode(f" {text}").ids if text else [] for text in texts]
             judged = large.judge(cut, tokens, audio, missing)
@@ -184,7 +204,10 @@ def label(large: Large, cut: CutVocabulary, cache: Path, out: Path, workers: int
             whole = whole[-len(wanted) :]
             likely["probability"][~whole.numpy()] = 0.0
             certainty = float(mine.gather(1, wanted[:, None])[whole].mean())
-            understood = not known[item] or difference(written[item], known[item]) <= MOST_DIFFERENT
+            apart = difference(written[item], known[item]) if known[item] else 0.0
+            understood = apart <= MOST_DIFFERENT
+            if other is not None and not rows[index]["text"]:
+                certainty = 0.0 if known[item] and apart <= MOST_APART else DOUBTED
             one = Label(index, texts[item], tuple(tokens[item]), 0, round(certainty, 4), understood)
             found.append((one, likely))
         return found
@@ -266,6 +289,7 @@ def main(given: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tokens", type=positive, default=24_575, help="of text to keep")
     parser.add_argument("--workers", type=positive, default=2)
+    parser.add_argument("--words-by", metavar="BUNDLE", help="folder of a model that hears what has no text")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(given)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -282,7 +306,11 @@ def main(given: Sequence[str] | None = None) -> int:
         cut.save(path)
         share = unchanged_share(large.tokenizer, cut, (text for text, _ in texts))
         print(f"{path}: {cut.texts} tokens of text; {share:.0%} of the words there are written as before")
-    label(large, cut, arguments.cache, arguments.out, arguments.workers)
+    other = None
+    if arguments.words_by:
+        folder = Path(arguments.words_by)
+        other = bundle_recogniser(load_bundle(folder.parent, folder.name), beam=0)
+    label(large, cut, arguments.cache, arguments.out, arguments.workers, other)
     return 0
 
 

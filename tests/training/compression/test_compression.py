@@ -172,6 +172,33 @@ def test_labels_hold_the_known_words_and_how_likely_each_token_was(labels: Path,
     assert max(one.likely + len(one.tokens) + 1 for one in found) == len(likely)
 
 
+def test_another_model_says_the_words_where_both_agree(
+    large: Large, labels: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = json.loads((cache / "index.json").read_text())
+    first, second = (index for index, row in enumerate(rows) if not row["text"])
+    assert rows[first]["pcm_samples"] != rows[second]["pcm_samples"]
+    hear = large.hear
+
+    def written(clips: list[np.ndarray]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        _, audio, missing = hear(clips)
+        return ["Please, call me bak."] * len(clips), audio, missing
+
+    def other(waveform: np.ndarray) -> str:
+        assert np.abs(waveform).max() <= 1
+        return "PLEASE CALL ME BACK" if len(waveform) == rows[first]["pcm_samples"] else "police column"
+
+    monkeypatch.setattr(large, "hear", written)
+    (tmp_path / "vocabulary.json").write_bytes((labels / "vocabulary.json").read_bytes())
+    label.label(large, CutVocabulary.load(tmp_path / "vocabulary.json"), cache, tmp_path, 1, other)
+    found = {one.index: one.text for one in read_labels(tmp_path)}
+    assert found[first] == "Please, call me back."
+    assert difference(found[second], ["police", "column"]) == 0.0
+    learned = LabelledCorpus(cache, tmp_path, validation_fraction=0.0).train
+    assert first in learned
+    assert second not in learned
+
+
 def test_labelling_goes_on_where_it_stopped(base: Path, cache: Path, labels: Path, tmp_path: Path) -> None:
     for name in ("vocabulary.json", "labels.jsonl", "likely.raw"):
         (tmp_path / name).write_bytes((labels / name).read_bytes())
