@@ -131,7 +131,7 @@ class Engine:
         wide = wide_threads if wide_threads > 1 and path.stat().st_size <= WIDE_MAX_BYTES else 0
         opened = _open(bundle, str(path), provider, threads, wide, kernels=kernels)
         self.provider, self.kernels, self._session = opened.provider, opened.kernels, opened.session
-        self._wide = opened.wide
+        self._wide, self._wide_threads = opened.wide, wide
         check_session(bundle, self.graph, self._session)
         manifest = bundle.manifest
         self._least = manifest.input.min_samples
@@ -191,6 +191,7 @@ class Engine:
         """Every batch on all cores, for one worker."""
         if self._wide is not None:
             self._session, self._wide = self._wide, None
+            self.threads = self._wide_threads
 
     def warm_up(self, workers: int) -> float:
         """Run the shortest and the longest window, or every bucket, on ``workers`` threads, then the largest
@@ -215,7 +216,7 @@ class Engine:
             for samples in ends:
                 self._infer_zeros(1, samples, wide=True)
         if self._max_batch > 1:
-            self._infer_zeros(self._max_batch, self._max_padded // self._max_batch)
+            self._infer_zeros(self._max_batch, min(self._most, self._max_padded // self._max_batch))
         return time.perf_counter() - start_s
 
     def _checked_first_run(self, clip: NDArray[np.float32]) -> None:

@@ -11,7 +11,7 @@
     │   ├── MethodNotAllowedError    405     method_not_allowed
     │   ├── UploadTimeoutError       408     upload_timeout          the body stopped arriving
     │   ├── StreamTimeoutError       408     stream_timeout          a live session is silent, or too long
-    │   ├── UploadTooLargeError      413     upload_too_large        more bytes than ASR_MAX_UPLOAD_BYTES
+    │   ├── UploadTooLargeError      413     upload_too_large        ASR_MAX_UPLOAD_BYTES, ASR_MAX_BODY_BYTES
     │   ├── InvalidValueError        422     invalid_value           well formed, but out of range
     │   └── AudioTooLongError        422     audio_too_long          more seconds than ASR_MAX_AUDIO_S
     ├── RetryLaterError              (always carries Retry-After)
@@ -178,10 +178,14 @@ class UploadTooLargeError(ClientError):
     status = 413
     default_code = "upload_too_large"
 
-    def __init__(self, limit_bytes: int, *, param: str | None = "file") -> None:
+    def __init__(self, limit_bytes: int, *, param: str | None = "file", together: bool = False) -> None:
+        """``together``: the limit of all files of a request."""
+        what, cut = ("upload is", "cut the recording")
+        if together:
+            what, cut = ("files are together", "send fewer at a time")
         super().__init__(
-            f"The upload is larger than the limit of {limit_bytes} bytes ({limit_bytes / 2**20:.1f} MiB). "
-            "Send a compressed format (opus, mp3, flac), or cut the recording.",
+            f"The {what} larger than the limit of {limit_bytes} bytes ({limit_bytes / 2**20:.1f} MiB). "
+            f"Send a compressed format (opus, mp3, flac), or {cut}.",
             param=param,
         )
         self.limit_bytes = limit_bytes

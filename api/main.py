@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from api.access import Access, SecurityHeaders
 from api.cgroup import usable_cores
-from api.errors import AsrError, BundleError, SettingsError, from_validation, to_response
+from api.errors import AsrError, BundleError, SettingsError, from_validation, public, to_response
 from api.registry import open_registry
 from api.routes import docs, health, live, models, openai, root, transcribe
 from api.schemas import ERRORS
@@ -91,7 +91,13 @@ def create_app(
             allow_methods=["GET", "POST"],
             # The origins are listed, so any header may come: the official clients send a dozen of their own.
             allow_headers=["*"],
-            expose_headers=["x-request-id", "server-timing", "retry-after", "retry-after-ms"],
+            expose_headers=[
+                "x-request-id",
+                "x-should-retry",
+                "server-timing",
+                "retry-after",
+                "retry-after-ms",
+            ],
         )
     app.add_middleware(SecurityHeaders, is_draining=lambda: service.is_draining)
     instrument(app, telemetry, to_response)
@@ -169,8 +175,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         if isinstance(error, RequestValidationError):
             error = from_validation(error.errors())
         record = current_record()
-        if record is not None and isinstance(error, AsrError):
-            record.failed(error.code, error.status)
+        if record is not None and isinstance(error, AsrError | MemoryError):
+            shown = public(error)
+            record.failed(shown.code, shown.status)
         return to_response(error)
 
     for kind in (AsrError, RequestValidationError, HTTPException, MemoryError):

@@ -60,6 +60,11 @@ class Limits:
     total_s: float
     spool_dir: Path
 
+    def too_large(self) -> UploadTooLargeError:
+        """What a body above ``body_bytes`` is answered with."""
+        several = self.body_bytes > self.file_bytes
+        return UploadTooLargeError(self.body_bytes, param="files" if several else "file", together=several)
+
 
 @dataclass(slots=True)
 class Upload:
@@ -98,7 +103,7 @@ async def read_form(request: Request, limits: Limits) -> Form:
         )
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limits.body_bytes + _EXTRA_BODY_BYTES:
-        raise UploadTooLargeError(min(limits.file_bytes, limits.body_bytes))
+        raise limits.too_large()
     form = Form()
     try:
         await _Reader(form, limits, boundary).read(request)
@@ -187,7 +192,7 @@ class _Reader:
     async def _take(self, chunk: bytes) -> None:
         self._received_bytes += len(chunk)
         if self._received_bytes > self._limits.body_bytes + _EXTRA_BODY_BYTES:
-            raise UploadTooLargeError(min(self._limits.file_bytes, self._limits.body_bytes))
+            raise self._limits.too_large()
         if self._preamble is not None:
             chunk = self._after_preamble(self._preamble + chunk)
         self._parser.write(chunk)

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from api.transcript import Segment, Token, Transcript
-from api.vocabulary import SPACE_MARK
 from api.words import Word
 
 _LANGUAGES = """
@@ -67,12 +66,16 @@ def usage(duration_s: float) -> dict[str, Any]:
 
 
 def logprob_list(tokens: Sequence[Token]) -> list[dict[str, Any]]:
-    """One entry per token; the space mark is written as the space it stands for."""
+    """One entry per token; the bytes of all of them, one after the other, are the text."""
     entries = []
     for token in tokens:
-        text = token.text.replace(SPACE_MARK, " ")
+        content = token.unit if isinstance(token.unit, bytes) else token.unit.encode()
         entries.append(
-            {"token": text, "logprob": round(min(0.0, token.logprob), 6), "bytes": list(text.encode())}
+            {
+                "token": content.decode(errors="replace"),
+                "logprob": round(min(0.0, token.logprob), 6),
+                "bytes": list(content),
+            }
         )
     return entries
 

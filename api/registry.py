@@ -188,13 +188,14 @@ def _warm_engine(
 ) -> tuple[Engine, Calibration]:
     threads = settings.threads_per_worker or 1
     wanted_workers = workers or settings.workers or max(1, cores // threads)
+    wide = min(cores, settings.workers or cores)
     engine = Engine(
         bundle,
         graph=settings.graph,
         provider=settings.provider,
         kernels=settings.kernels == "auto",
         threads=threads,
-        wide_threads=cores if settings.calibrate and not settings.threads_per_worker else 0,
+        wide_threads=wide if settings.calibrate and not settings.threads_per_worker else 0,
         max_batch=settings.max_batch or 1,
         # On a CPU batches that are not asked for stay within one window: larger ones win nothing there.
         max_batch_audio_s=settings.max_batch_audio_s if settings.max_batch else 0.0,

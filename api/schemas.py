@@ -69,7 +69,9 @@ class TranscriptionBody(BaseModel):
     )
     words: list[WordBody] | None = None
     segments: list[SegmentBody] | None = None
-    warnings: list[str] | None = Field(None, description="Set where a file was only partly readable.")
+    warnings: list[str] | None = Field(
+        None, description="Of files that are only partly readable, and of hotwords."
+    )
 
 
 class BatchItem(BaseModel):

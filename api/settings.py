@@ -203,7 +203,7 @@ class Settings(BaseSettings):
         "(0.4 to 0.5 on QuartzNet15x5, spelled letters 0.8 and more). Below 0.3 of it words give none, "
         "either, a word by itself below 0.6 of it; 0 keeps all.",
     )
-    max_hotwords: int = Field(1000, ge=0, le=10000, description="Hotwords one request may send.")
+    max_hotwords: int = Field(1000, ge=0, le=4000, description="Hotwords one request may send.")
 
     # --- live sessions (WebSockets)
     max_streams: int = Field(

@@ -36,7 +36,7 @@ from api.normalise import normalise
 from api.registry import LoadedModel
 from api.segmenter import Segmenter, Window
 from api.settings import Settings
-from api.telemetry import Telemetry
+from api.telemetry import Telemetry, current_record
 from api.transcript import Segment, Transcript, join_text, segments_of
 from api.vad import VadOptions
 from api.windows import Progress, WindowReader
@@ -123,6 +123,8 @@ class Transcriber:
 
         Close the generator (``aclosing``) when leaving early: windows in the queue are dropped then.
         """
+        if (record := current_record()) is not None:
+            record.model = self.model.name
         self.language_of(options.language)
         hotwords = await self.hotwords(options)
         progress.unspellable = hotwords.unknown if hotwords is not None else ()

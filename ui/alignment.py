@@ -16,6 +16,7 @@ import numpy as np
 from ui.transcript import Segment, Transcript, Word
 
 MAX_CELLS = 400_000_000
+_TURKIC_CAPITALS = str.maketrans({"I": "ı", "\u0130": "i"})
 
 Kind = Literal["equal", "changed", "missing", "extra"]
 
@@ -51,9 +52,15 @@ class ErrorRate:
         return errors / self.reference_words
 
 
-def comparable(text: str) -> list[str]:
-    """Words as they are compared: NFC, folded case, without punctuation; apostrophes inside words stay."""
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+def comparable(text: str, language: str = "") -> list[str]:
+    """Words as they are compared: NFC, folded case, without punctuation; apostrophes inside words stay.
+
+    ``language``: ISO 639-1; Turkish and Azerbaijani have two letters i, which folding would mix up.
+    """
+    composed = unicodedata.normalize("NFC", text)
+    if language in ("tr", "az"):
+        composed = composed.translate(_TURKIC_CAPITALS)
+    folded = unicodedata.normalize("NFC", composed.casefold())
     kept = "".join(
         letter if letter in "'’" or unicodedata.category(letter)[0] not in "PS" else " " for letter in folded
     ).replace("’", "'")
@@ -139,7 +146,9 @@ def corrected(transcript: Transcript, text: str) -> Transcript:
     words share the gap they stand in. Words are what stands between spaces, punctuation included.
     """
     typed = text.split()
-    steps = align([_key(word.text) for word in transcript.words], [_key(word) for word in typed])
+    language = transcript.language
+    before = [_key(word.text, language) for word in transcript.words]
+    steps = align(before, [_key(word, language) for word in typed])
     words: list[Word | None] = [None] * len(typed)
     for step in steps:
         if step.hypothesis is not None and step.reference is not None:
@@ -157,8 +166,8 @@ def corrected(transcript: Transcript, text: str) -> Transcript:
     )
 
 
-def _key(word: str) -> str:
-    return " ".join(comparable(word)) or word
+def _key(word: str, language: str) -> str:
+    return " ".join(comparable(word, language)) or word
 
 
 def _fill_gaps(words: Sequence[Word | None], typed: Sequence[str], duration_s: float) -> list[Word]:

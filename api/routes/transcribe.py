@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import structlog
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic_core import to_json
 
-from api.errors import AsrError, ClientDisconnected, InvalidRequestError, RetryLaterError
+from api.errors import AsrError, ClientDisconnected, InvalidRequestError, RetryLaterError, public
 from api.forms import TranscribeForm, form_schema, parse_form
 from api.multipart import FILE_FIELDS, Upload
 from api.routes.intake import Intake, PlainRoute, only_file, request_id, unless_disconnected
@@ -23,6 +24,8 @@ from api.subtitles import to_srt, to_vtt
 from api.telemetry import current_record
 from api.transcriber import Options, Transcriber
 from api.transcript import Segment, Transcript
+
+_log = structlog.get_logger("api.routes.transcribe")
 
 router = APIRouter(tags=["transcribe"], route_class=PlainRoute, responses=ERRORS)
 
@@ -140,10 +143,12 @@ async def _all(
                 transcript = await transcriber.transcribe(upload.file, options, wait=index > 0)
             except ClientDisconnected:
                 raise
-            except AsrError as error:
-                if isinstance(error, RetryLaterError):
+            except Exception as error:
+                if not isinstance(error, AsrError):
+                    _log.error("file_failed", index=index, exc_info=error)
+                elif isinstance(error, RetryLaterError):
                     refusals.append(error)
-                return {**item, **error.to_body()}
+                return {**item, **public(error, request_id()).to_body()}
         return {**item, "transcription": _body(transcript, timestamps=timestamps)}
 
     results = await asyncio.gather(*(one(index, upload) for index, upload in enumerate(uploads)))

@@ -165,3 +165,44 @@ async def test_the_documents_tell_that_a_key_is_needed_and_where_none_is(setting
     async with client(create_app(settings)) as http:
         assert "security" not in (await http.get("/openapi.json")).json()
         assert "Authorization" not in (await http.get("/docs")).text
+
+
+async def batch(app: FastAPI, *files: bytes) -> httpx.Response:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        parts = [("files", (f"{index}.wav", content)) for index, content in enumerate(files)]
+        return await client.post("/transcribe/batch", files=parts)
+
+
+async def test_files_that_are_too_large_together_are_told_of_that_limit(settings: Settings) -> None:
+    small = settings.model_copy(update={"max_upload_bytes": 2**20, "max_body_bytes": 2 * 2**20})
+    created = create_app(small)
+    async with created.router.lifespan_context(created):
+        while not created.state.service.is_ready:  # noqa: ASYNC110  it has no event to wait for
+            await asyncio.sleep(0.01)
+        answer = await batch(created, *[bytes(900_000)] * 4)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (413, "files")
+    assert "2097152 bytes (2.0 MiB)" in error["message"]
+    assert "fewer at a time" in error["message"]
+
+
+async def test_what_breaks_on_one_file_of_a_batch_stays_there(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = transcriber.decode
+    answers = iter([None, MemoryError(), RuntimeError("secret"), None])
+
+    def breaking(*given: Any, **more: Any) -> Any:
+        if error := next(answers):
+            raise error
+        return decode(*given, **more)
+
+    monkeypatch.setattr(transcriber, "decode", breaking)
+    answer = await batch(app, *[wav(recite("abc"))] * 4)
+    assert answer.status_code == 200
+    results = answer.json()["results"]
+    codes = sorted(item["error"]["code"] for item in results if "error" in item)
+    assert codes == ["internal_error", "out_of_resources"]
+    assert answer.json()["succeeded"] == 2
+    assert "secret" not in answer.text

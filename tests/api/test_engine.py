@@ -179,6 +179,21 @@ def test_warm_up_runs_the_shortest_the_longest_and_the_largest_batch(tiny: Bundl
     assert max(rows for rows, _ in engine.seen) == 4
 
 
+def test_no_window_of_a_warm_up_is_longer_than_the_model_takes(tiny: Bundle) -> None:
+    engine = WatchedEngine(tiny, max_batch=2, max_batch_audio_s=4 * MAX_WINDOW_S)
+    engine.warm_up(1)
+    longest = int(MAX_WINDOW_S * SAMPLE_RATE_HZ)
+    assert max(samples for _, samples in engine.seen) == longest
+    assert (2, longest) in engine.seen
+
+
+def test_a_session_on_all_cores_says_so(tiny: Bundle) -> None:
+    engine = Engine(tiny, wide_threads=2)
+    assert engine.describe()["threads_per_worker"] == 1
+    engine.use_wide_only()
+    assert engine.describe()["threads_per_worker"] == 2
+
+
 def test_a_graph_that_gives_no_numbers_is_refused_at_warm_up(tmp_path: Path) -> None:
     def break_it(model: onnx.ModelProto) -> None:
         for tensor in model.graph.initializer:

@@ -106,18 +106,18 @@ class TestSegments:
         assert segment.end_s == pytest.approx(10.22)
         assert segment.avg_logprob == pytest.approx(math.log(0.9), abs=1e-5)
         assert segment.confidence == pytest.approx(0.9, abs=1e-5)
-        assert [token.text for token in segment.tokens] == ["a", "b", "▁", "c"]
+        assert [token.unit for token in segment.tokens] == ["a", "b", " ", "c"]
         assert [token.logprob for token in segment.tokens] == pytest.approx([math.log(0.9)] * 4, abs=1e-5)
         assert segment.window_start_s == 10.0
         assert len(segment.tokens) == 4
         assert [token.id for token in segment.tokens[1:3]] == [3, 1]
-        assert segment.tokens[-1].text == "c"
+        assert segment.tokens[-1].unit == "c"
 
     def test_pauses_separate_segments_and_lose_nothing(self) -> None:
         segments = self.decode("ab." + "_" * 50 + "c.a" + "_" * 50 + ".b")
         assert [segment.text for segment in segments] == ["ab", "c a", "b"]
         assert sum(segment.token_frames for segment in segments) == 8
-        assert "".join(token.text for segment in segments for token in segment.tokens) == "ab▁c▁a▁b"
+        assert "".join(token.unit for segment in segments for token in segment.tokens) == "ab c a b"
 
     def test_from_ten_seconds_on_a_shorter_pause_ends_a_segment(self) -> None:
         pauses_of_420_ms = self.decode("a" + ("." + "_" * 20 + "a") * 25)
@@ -194,11 +194,23 @@ class TestOpenAIBodies:
         assert body == {"text": "hi", "usage": {"type": "duration", "seconds": 1.25}}
 
     def test_logprobs_write_the_space(self) -> None:
-        entries = logprob_list([Token("▁", 1, -0.5), Token("ü", 2, 0.0)])
+        entries = logprob_list([Token(" ", 1, -0.5), Token("ü", 2, 0.0)])
         assert entries == [
             {"token": " ", "logprob": -0.5, "bytes": [32]},
             {"token": "ü", "logprob": 0.0, "bytes": [195, 188]},
         ]
+
+    def test_logprobs_of_byte_level_tokens_join_to_the_text(self) -> None:
+        vocabulary = Vocabulary(("<blank>", "▁caf", "Ã", "©"), 0, kind="bpe")
+        log_probs = np.full((6, 4), -9.0, np.float32)
+        log_probs[np.arange(6), [1, 0, 2, 0, 3, 0]] = -0.1
+        decoded = greedy(log_probs[None], np.array([6]), 0)[0]
+        (segment,) = segments_of(
+            decoded, Frames(log_probs), vocabulary, frame_stride_s=0.02, window_start_s=0.0, window_s=0.12
+        )
+        entries = logprob_list(segment.tokens)
+        assert [entry["token"] for entry in entries] == [" caf", "�", "�"]
+        assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == " café"
 
     def test_verbose_values_come_from_the_transcript(self) -> None:
         segment = make_segment(*spoken(["one", "two"], start_s=5.0))

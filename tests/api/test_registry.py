@@ -8,12 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from api.ctc import greedy
+from api.ctc import greedy_of
 from api.errors import BundleError, DrainingError, ModelNotFoundError, QueueFullError
+from api.frames import Frames
 from api.registry import LoadedModel, Registry, open_registry
 from api.settings import Settings, load_settings
 from api.telemetry import Telemetry
@@ -38,9 +37,8 @@ async def opened(settings: Settings, telemetry: Telemetry | None = None) -> Asyn
 async def hear(model: LoadedModel, text: str) -> str:
     vocabulary = model.bundle.vocabulary
 
-    def decode(log_probs: NDArray[np.float32]) -> str:
-        lengths = np.array([len(log_probs)])
-        return vocabulary.decode(greedy(log_probs[None], lengths, vocabulary.blank_id)[0].token_ids.tolist())
+    def decode(frames: Frames) -> str:
+        return vocabulary.decode(greedy_of(frames, vocabulary.blank_id).token_ids.tolist())
 
     result = await model.batcher.submit(sing(text), decode, deadline_s=time.monotonic() + 20)
     return result.value

@@ -161,3 +161,14 @@ def test_open_address_without_keys_refuses_to_start(models_dir: Path) -> None:
     assert result.stderr.startswith("asr: ASR_HOST=0.0.0.0")
     assert "ASR_ALLOW_ANONYMOUS=true" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_browser_may_read_what_says_whether_to_try_again(http: httpx.Client) -> None:
+    response = http.post(
+        "/transcribe",
+        headers={"origin": "https://app.example", **bearer(ALICE)},
+        files={"file": ("a.wav", b"no sound")},
+    )
+    assert response.status_code == 400
+    readable = response.headers["access-control-expose-headers"].lower().replace(" ", "").split(",")
+    assert {"x-should-retry", "retry-after", "x-request-id"} <= set(readable)

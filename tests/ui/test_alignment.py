@@ -62,6 +62,20 @@ def test_comparison_ignores_case_punctuation_and_composition() -> None:
     assert comparable("'quoted' rock-n-roll – 50%") == ["quoted", "rock", "n", "roll", "50"]
 
 
+def test_comparison_ignores_the_case_of_both_turkish_letters() -> None:
+    for language in ("tr", "az"):
+        said = comparable("İstanbul'da IŞIK yandı. İyi!", language)
+        assert said == comparable("istanbul'da ışık yandı iyi", language)
+    assert comparable("IT IS", "en") == ["it", "is"]
+
+
+def test_a_turkish_capital_that_is_put_right_keeps_its_confidence() -> None:
+    word = {"word": "istanbul", "start": 0.0, "end": 0.5, "confidence": 0.9}
+    answer = TRANSCRIPT | {"language": "tr", "text": "istanbul", "words": [word]}
+    right = corrected(Transcript.from_json(answer), "İstanbul")
+    assert [(each.text, each.confidence) for each in right.words] == [("İstanbul", 0.9)]
+
+
 def test_texts_that_would_take_too_much_memory_are_refused() -> None:
     with pytest.raises(TextTooLongError):
         align([f"a{i}" for i in range(30_000)], [f"b{i}" for i in range(30_000)])

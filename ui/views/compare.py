@@ -21,7 +21,7 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
         st.session_state[key] = session.references.get(key, "")
     with st.expander(strings("compare.title"), icon=":material/rule:", key=f"compare.{task.id}"):
         reference = session.references[key] = st.text_area(strings("compare.reference"), key=key, height=120)
-        wanted, heard = comparable(reference), comparable(transcript.text)
+        wanted, heard = (comparable(text, transcript.language) for text in (reference, transcript.text))
         if not wanted:
             return
         try:
