@@ -107,7 +107,8 @@ bench-decoder: $(VENV)/.bench ## greedy and beam search with 0 to 1,000 hotwords
 bench-engine: $(VENV)/.bench ## engine in process: workers, threads, batch; MODEL=name
 	$(BIN)/python -m loadtest.bench_engine --model "$(MODEL)" $(ARGS)
 
-bench-kernels: $(VENV)/.bench ## our INT8 kernels against ONNX Runtime's own, and time by operator; MODEL=name
+bench-kernels: MODEL = en-quartznet-small
+bench-kernels: $(VENV)/.bench ## our kernels against ONNX Runtime's own, and time by operator; MODEL=name
 	$(BIN)/python -m loadtest.bench_kernels --model "$(MODEL)" $(ARGS)
 
 bench-live: $(VENV)/.bench ## how soon live sessions have their text, and how many a machine carries; MODEL=name, ARGS="--sessions 1,16"
@@ -175,7 +176,7 @@ scan: $(INFRA)/.done ## known vulnerabilities in the images and what is locked f
 registry-login: ## with REGISTRY_USER and REGISTRY_PASSWORD
 	@docker login --username "$$REGISTRY_USER" --password-stdin $(firstword $(subst /, ,$(REGISTRY))) <<<"$$REGISTRY_PASSWORD"
 registry-logout:
-	@docker logout $(firstword $(subst /, ,$(REGISTRY)))
+	@$(if $(REGISTRY),docker logout $(firstword $(subst /, ,$(REGISTRY))),true)
 
 push: ## push the images under REGISTRY, tagged with the version and the commit
 	@test -n "$(REGISTRY)" || { echo "error: name a REGISTRY" >&2; exit 1; }

@@ -6,7 +6,7 @@
 #   MODEL        bundle inside api, lambda   (default: en-whisper-tiny)
 #   PIP_CONF     pip.conf for a mirror or a proxy; a build secret, so no layer keeps it
 #   CACHE=gha    use the runner's build cache (needs buildx)
-#   PUSH=1       push; with buildx also attach an SBOM and the provenance
+#   PUSH=1       push; with buildx also attach an SBOM and the provenance, where the builder can
 #   BUILD_ARGS   more words for the builder, for example --network=host
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,6 +36,13 @@ docker_with_buildkit() {
   done < <(type -ap docker | sort -u)
   return 1
 }
+# An SBOM and the provenance go beside an image; Docker's own builder has a place for them only in containerd's store.
+can_attest() {
+  case $("$1" buildx inspect 2>/dev/null | sed -n 's/^Driver: *//p') in
+    docker) [[ $("$1" info --format '{{.DriverStatus}}' 2>/dev/null) == *io.containerd.snapshotter* ]] ;;
+    *) true ;;
+  esac
+}
 builder=$(docker_with_buildkit) || { echo "error: needs docker with the buildx plugin" >&2; exit 1; }
 read -ra command <<<"$builder"
 
@@ -50,7 +57,15 @@ case $builder in
     if [ "${PUSH:-0}" = 1 ]; then
       command=("${command[@]/--load/--push}")
       mkdir -p build
-      arguments+=(--sbom=true --provenance=mode=max --metadata-file "build/$kind.metadata.json")
+      arguments+=(--metadata-file "build/$kind.metadata.json")
+      if can_attest "${command[0]}"; then
+        arguments+=(--sbom=true --provenance=mode=max)
+      else
+        echo "note: $name is pushed without SBOM and provenance, which this builder cannot attach" \
+          "(\`docker buildx create --use\` makes one that can)" >&2
+      fi
+    elif [ "$kind" = lambda ]; then
+      arguments+=(--sbom=false --provenance=false) # Lambda takes a plain image only
     fi
     ;;
 esac

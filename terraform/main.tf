@@ -72,7 +72,7 @@ resource "digitalocean_container_registry" "this" {
 
   name                   = var.registry_name
   subscription_tier_slug = var.registry_tier
-  region                 = var.region
+  region                 = var.registry_region
 }
 
 resource "local_sensitive_file" "kubeconfig" {

@@ -135,6 +135,17 @@ variable "registry_name" {
   }
 }
 
+variable "registry_region" {
+  description = "Region slug of the registry; null: DigitalOcean chooses. Not every region that has clusters has registries."
+  type        = string
+  default     = null
+
+  validation {
+    condition     = var.registry_region == null ? true : can(regex("^[a-z]{3}[0-9]$", var.registry_region))
+    error_message = "registry_region must be a slug such as sgp1, fra1 or nyc3."
+  }
+}
+
 variable "registry_tier" {
   description = "Subscription of the registry: starter (one repository), basic or professional. The API, the page and the training image need three repositories."
   type        = string

@@ -237,7 +237,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run, created or resumed")
     parser.add_argument("--layers", type=int, nargs="+", default=list(TrainConfig.layers))
-    parser.add_argument("--exact", action="store_true", help="in float32; rounded afterwards, by .round")
+    parser.add_argument("--exact", action="store_true", help="in float32; rounded afterwards, by .rounding")
     parser.add_argument("--steps", type=positive)
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--batch-s", type=float, default=TrainConfig.batch_s)
