@@ -6,9 +6,10 @@ import io
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
-from api.bundle import list_bundles, verify_bundle
+from api.bundle import list_bundles, load_bundle, verify_bundle
 from api.commands.runtime import open_service
 from api.settings import Settings
 from api.transcriber import Options
@@ -43,6 +44,16 @@ def test_batched_equals_alone(name: str) -> None:
         session = cpu_session(bundle.graph_path(graph))
         alone = [run_graph(session, [clip])[0] for clip in clips]
         assert compare(alone, run_graph(session, clips)).worst_log_prob < 1e-4, f"{name}, {graph}"
+
+
+@pytest.mark.parametrize("name", BOX)
+def test_whoever_writes_with_a_decoder_says_so(name: str) -> None:
+    """The service warns of hotwords by that."""
+    if name not in list_bundles(MODELS):
+        pytest.skip(f"{name} is not in {MODELS}")
+    manifest = load_bundle(MODELS, name).manifest
+    graph = onnx.load(MODELS / name / manifest.graphs[manifest.default_graph].file, load_external_data=False)
+    assert manifest.decoder == any(node.op_type == "Loop" for node in graph.graph.node)
 
 
 @pytest.mark.parametrize("name", BOX)
