@@ -104,6 +104,7 @@ class ModelBody(BaseModel):
     graph: str
     provider: str
     parameters: int
+    decoder: bool = Field(description="Whether it writes with a decoder, which hotwords change little.")
     licence: str
     source: dict[str, Any]
     evaluation: list[dict[str, Any]]

@@ -32,6 +32,7 @@ async def models(request: Request) -> ModelsBody:
                 graph=model.graph,
                 provider=model.provider,
                 parameters=manifest.parameters,
+                decoder=manifest.decoder,
                 licence=manifest.licence,
                 source=manifest.source.model_dump(),
                 evaluation=[entry.model_dump() for entry in manifest.evaluation],

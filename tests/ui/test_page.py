@@ -191,6 +191,17 @@ def test_options_are_sent(opened: Opened, service: Service) -> None:
         assert part in body
 
 
+def test_words_to_listen_for_are_not_offered_where_a_decoder_writes(opened: Opened, service: Service) -> None:
+    service.models[1]["decoder"] = True
+    page = opened()
+    page.text_input[0].set_value("fox").run()
+    page.selectbox[1].select("vi-tiny").run()
+    assert page.text_input[0].disabled
+    assert page.text_input[0].help == ENGLISH["options.hotwords_decoder"]
+    sample(page)
+    assert b"hotwords" not in service.sent[0].content
+
+
 def test_other_options_offer_to_transcribe_again(opened: Opened, service: Service) -> None:
     page = sample(opened())
     assert ENGLISH["options.again"] not in [item.label for item in page.button]

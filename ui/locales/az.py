@@ -20,6 +20,7 @@ STRINGS: dict[str, str] = {
     "options.any": "Model özü qərar versin",
     "options.hotwords": "Diqqət ediləcək sözlər",
     "options.hotwords_help": "Vergüllə ayrılmış adlar və terminlər. Səs aydın olmayan yerdə onlara üstünlük verilir.",
+    "options.hotwords_decoder": "Bu model dekoderlə yazır, belə sözlər ona az təsir edir.",
     "options.again": "Bu seçimlərlə yenidən mətnə çevir",
     "progress.done_of": "{total} fayldan {done} hazırdır",
     "progress.waiting": "növbəsini gözləyir",

@@ -22,6 +22,7 @@ STRINGS: dict[str, str] = {
     "options.any": "As the model decides",
     "options.hotwords": "Words to listen for",
     "options.hotwords_help": "Names and terms, separated by commas. They win where the sound leaves a doubt.",
+    "options.hotwords_decoder": "This model writes with a decoder, which such words change little.",
     "options.again": "Transcribe again with these options",
     # progress
     "progress.done_of": "{done} of {total} done",

@@ -20,6 +20,7 @@ STRINGS: dict[str, str] = {
     "options.any": "На усмотрение модели",
     "options.hotwords": "Слова, которые нужно ожидать",
     "options.hotwords_help": "Имена и термины через запятую. Они побеждают там, где звук оставляет сомнение.",
+    "options.hotwords_decoder": "Эта модель пишет с декодером, на который такие слова почти не влияют.",
     "options.again": "Расшифровать заново с этими настройками",
     "progress.done_of": "готово {done} из {total}",
     "progress.waiting": "ждёт своей очереди",

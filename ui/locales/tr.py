@@ -20,6 +20,7 @@ STRINGS: dict[str, str] = {
     "options.any": "Modelin kararına bırak",
     "options.hotwords": "Dikkat edilecek sözcükler",
     "options.hotwords_help": "Virgülle ayrılmış adlar ve terimler. Sesin kuşku bıraktığı yerde öne geçerler.",
+    "options.hotwords_decoder": "Bu model bir kod çözücüyle yazar; böyle sözcükler onu pek etkilemez.",
     "options.again": "Bu seçeneklerle yeniden yazıya dök",
     "progress.done_of": "{total} dosyadan {done} tanesi bitti",
     "progress.waiting": "sırasını bekliyor",

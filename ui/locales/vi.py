@@ -20,6 +20,7 @@ STRINGS: dict[str, str] = {
     "options.any": "Để mô hình quyết định",
     "options.hotwords": "Từ cần chú ý",
     "options.hotwords_help": "Tên riêng và thuật ngữ, cách nhau bằng dấu phẩy. Chúng được ưu tiên khi âm thanh chưa rõ.",
+    "options.hotwords_decoder": "Mô hình này viết bằng bộ giải mã, những từ như vậy ít ảnh hưởng đến nó.",
     "options.again": "Chép lại với các tùy chọn này",
     "progress.done_of": "xong {done} trên {total}",
     "progress.waiting": "đang chờ đến lượt",

@@ -33,10 +33,14 @@ def render(session: Session, service: Service) -> Options:
                 format_func=lambda code: language_name(code) if code else strings("options.any"),
                 key=key,
             )
+        decoder = offered is not None and bool(offered.details.get("decoder"))
         hotwords = st.text_input(
-            strings("options.hotwords"), help=strings("options.hotwords_help"), key="option_hotwords"
+            strings("options.hotwords"),
+            help=strings("options.hotwords_decoder" if decoder else "options.hotwords_help"),
+            key="option_hotwords",
+            disabled=decoder,
         )
-        options = Options(model or None, language, parse_hotwords(hotwords))
+        options = Options(model or None, language, () if decoder else parse_hotwords(hotwords))
         task = session.work.find(session.shown)
         other = task is not None and task.over and task.audio is not None and task.options != options
         if task is not None and other and st.button(strings("options.again"), icon=":material/replay:"):
