@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= en-whisper-tiny
+# Where nobody named a model, a program takes its own.
+NAMED_MODEL = $(if $(filter file,$(origin MODEL)),,--model "$(MODEL)")
 RETRY ?= 0
 TORCH := torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -55,7 +57,7 @@ lock: ## resolve the locks again (needs uv)
 # --- run and test ------------------------------------------------------------------------------------
 .PHONY: run test lint format
 run: $(VENV)/.run ## set up, start API and page, transcribe a sample; MODEL=name serves another bundle
-	@exec $(BIN)/python scripts/run.py $(if $(filter file,$(origin MODEL)),,--model "$(MODEL)") $(ARGS)
+	@exec $(BIN)/python scripts/run.py $(NAMED_MODEL) $(ARGS)
 
 # Only after a whole run: one that broke off has its failures too, and says nothing of the tests that never ran.
 test: $(VENV)/.dev ## set up and run every test, in two processes; ARGS=..., RETRY=1 runs what failed once more
@@ -100,16 +102,14 @@ bench-telemetry: $(VENV)/.bench ## what traces, metrics and logs cost, in pairs;
 	$(BIN)/python -m loadtest.bench_telemetry --model "$(MODEL)" $(ARGS)
 
 .PHONY: bench-decoder bench-engine bench-kernels bench-live bench-overload
-bench-decoder: MODEL = en-whisper-tiny-ctc
 bench-decoder: $(VENV)/.bench ## greedy and beam search with 0 to 1,000 hotwords; MODEL=name
-	$(BIN)/python -m loadtest.bench_decoder --model "$(MODEL)" $(ARGS)
+	$(BIN)/python -m loadtest.bench_decoder $(NAMED_MODEL) $(ARGS)
 
 bench-engine: $(VENV)/.bench ## engine in process: workers, threads, batch; MODEL=name
 	$(BIN)/python -m loadtest.bench_engine --model "$(MODEL)" $(ARGS)
 
-bench-kernels: MODEL = en-quartznet-small
 bench-kernels: $(VENV)/.bench ## our kernels against ONNX Runtime's own, and time by operator; MODEL=name
-	$(BIN)/python -m loadtest.bench_kernels --model "$(MODEL)" $(ARGS)
+	$(BIN)/python -m loadtest.bench_kernels $(NAMED_MODEL) $(ARGS)
 
 bench-live: $(VENV)/.bench ## how soon live sessions have their text, and how many a machine carries; MODEL=name, ARGS="--sessions 1,16"
 	$(BIN)/python -m loadtest.bench_live --model "$(MODEL)" $(ARGS)

@@ -61,7 +61,8 @@ def check(log_probs: FloatArray, blank: int, beam: int) -> None:
 
 def main() -> None:
     """The command."""
-    parser = bundle_parser(__doc__, "en-whisper-tiny-ctc")
+    parser = bundle_parser(__doc__)
+    parser.set_defaults(model="en-whisper-tiny-ctc")  # a decoder network leaves a beam nothing to search
     parser.add_argument("--beam", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=200)
     given = parser.parse_args()

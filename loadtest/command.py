@@ -12,11 +12,11 @@ from loadtest.processes import ROOT
 """What the service serves unless told otherwise."""
 
 
-def bundle_parser(description: str | None, model: str = DEFAULT_MODEL) -> argparse.ArgumentParser:
+def bundle_parser(description: str | None) -> argparse.ArgumentParser:
     """``--model`` and ``--models-dir``, under the program's own text."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=model, help="name of a bundle")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="name of a bundle")
     parser.add_argument("--models-dir", type=Path, default=ROOT / "models")
     return parser

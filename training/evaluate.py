@@ -19,7 +19,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from tqdm import tqdm
 
 from api.bundle import Bundle, load_bundle
-from api.ctc import greedy
+from api.ctc import greedy_of
 from api.decoding import decode
 from api.frames import Frames
 from api.manifest import GraphChoice
@@ -133,7 +133,7 @@ def wer_difference(first: Sequence[Utterance], second: Sequence[Utterance], seed
 
 def greedy_text(log_probs: LogProbs, vocabulary: Vocabulary) -> str:
     """Text of (frames, vocabulary) by the service's own greedy decoder."""
-    decoded = greedy(log_probs[None], np.array([len(log_probs)], np.int64), vocabulary.blank_id)[0]
+    decoded = greedy_of(Frames(log_probs), vocabulary.blank_id)
     return vocabulary.decode(int(token) for token in decoded.token_ids)
 
 

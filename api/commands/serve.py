@@ -7,6 +7,7 @@ import gc
 import os
 import socket
 import sys
+from collections.abc import Mapping
 
 import structlog
 from dotenv import dotenv_values
@@ -36,7 +37,8 @@ counting references.
 def run(settings: Settings) -> int:
     """Serve until told to stop; 3 where the service could not start."""
     sys.setswitchinterval(_SWITCH_S)
-    _read_tracing_variables()
+    in_file = dotenv_values(ENV_FILE)
+    _read_tracing_variables(in_file)
     configure_logging(
         log_format=settings.log_format,
         level=settings.log_level,
@@ -58,7 +60,7 @@ def run(settings: Settings) -> int:
         structlog.get_logger("api.serve").warning(
             "anonymous", problem="anyone who reaches the port may use it"
         )
-    for name, likely in misspelt([*os.environ, *dotenv_values(ENV_FILE)]).items():
+    for name, likely in misspelt([*os.environ, *in_file]).items():
         structlog.get_logger("api.serve").warning("unknown_setting", name=name, likely=likely)
     gc.collect()
     gc.freeze()  # modules and classes stay: no collection needs to look through them
@@ -89,9 +91,9 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def _read_tracing_variables() -> None:
+def _read_tracing_variables(in_file: Mapping[str, str | None]) -> None:
     """OpenTelemetry reads its variables from the environment only; they may stand in the file, too."""
-    for name, value in dotenv_values(ENV_FILE).items():
+    for name, value in in_file.items():
         if name.startswith("OTEL_") and value:
             os.environ.setdefault(name, value)
 

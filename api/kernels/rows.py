@@ -36,8 +36,8 @@ def give_rows(graph: Any) -> bool:
         declared.elem_type = kind
         for _ in range(DIMENSIONS):
             declared.shape.dim.add()
-    if vocabulary:
-        graph.output[-2].type.tensor_type.shape.dim[-1].dim_value = vocabulary
+        if new == ROWS and vocabulary:
+            declared.shape.dim[-1].dim_value = vocabulary
     graph.output.remove(output)
     graph.node.remove(last)
     return True

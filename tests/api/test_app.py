@@ -6,12 +6,14 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
+from dotenv import dotenv_values
 from fastapi import FastAPI
 
 from api import transcriber
@@ -32,13 +34,19 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return Settings(models_dir=folder, models=("tiny",), calibrate=False, workers=1, drain_grace_s=0)
 
 
-@pytest_asyncio.fixture
-async def app(settings: Settings) -> AsyncIterator[FastAPI]:
+@asynccontextmanager
+async def started(settings: Settings) -> AsyncIterator[FastAPI]:
     created = create_app(settings)
     async with created.router.lifespan_context(created):
         async with asyncio.timeout(60):
             while not created.state.service.is_ready:  # noqa: ASYNC110  it has no event to wait for
                 await asyncio.sleep(0.01)
+        yield created
+
+
+@pytest_asyncio.fixture
+async def app(settings: Settings) -> AsyncIterator[FastAPI]:
+    async with started(settings) as created:
         yield created
 
 
@@ -144,7 +152,7 @@ def test_tracing_variables_may_stand_in_the_file(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "gone after this test")
     del os.environ["OTEL_TRACES_SAMPLER_ARG"]
     (tmp_path / ".env").write_text("OTEL_SERVICE_NAME=from-the-file\nOTEL_TRACES_SAMPLER_ARG=0.5\nPATH=/x\n")
-    serve._read_tracing_variables()
+    serve._read_tracing_variables(dotenv_values(serve.ENV_FILE))
     assert os.environ["OTEL_SERVICE_NAME"] == "from-the-environment"
     assert os.environ["OTEL_TRACES_SAMPLER_ARG"] == "0.5"
     assert os.environ["PATH"] != "/x"
@@ -168,18 +176,14 @@ async def test_the_documents_tell_that_a_key_is_needed_and_where_none_is(setting
 
 
 async def batch(app: FastAPI, *files: bytes) -> httpx.Response:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        parts = [("files", (f"{index}.wav", content)) for index, content in enumerate(files)]
-        return await client.post("/transcribe/batch", files=parts)
+    parts = [("files", (f"{index}.wav", content)) for index, content in enumerate(files)]
+    async with client(app) as http:
+        return await http.post("/transcribe/batch", files=parts)
 
 
 async def test_files_that_are_too_large_together_are_told_of_that_limit(settings: Settings) -> None:
     small = settings.model_copy(update={"max_upload_bytes": 2**20, "max_body_bytes": 2 * 2**20})
-    created = create_app(small)
-    async with created.router.lifespan_context(created):
-        while not created.state.service.is_ready:  # noqa: ASYNC110  it has no event to wait for
-            await asyncio.sleep(0.01)
+    async with started(small) as created:
         answer = await batch(created, *[bytes(900_000)] * 4)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (413, "files")
