@@ -7,6 +7,7 @@ utterances in a row, for the service's windows are up to 30 s long and recording
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +48,24 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one worker hears and is to write."""
+class Sound:
+    """What one worker hears."""
 
     features: Tensor
     """(batch, frames, bands), normalised."""
     lengths: Tensor
     """(batch,) feature frames."""
+
+    @property
+    def audio_s(self) -> float:
+        """Of all items, without what pads them."""
+        return float(self.lengths.sum()) / FEATURE_FRAMES_PER_S
+
+
+@dataclass(frozen=True)
+class Batch(Sound):
+    """What one worker hears and is to write."""
+
     tokens: Tensor
     """(batch, prompt + n): prompt and text."""
     wanted: Tensor
@@ -62,12 +74,10 @@ class Batch:
     """(batch, n + 1, LIKELY) tokens of the large network, and"""
     probabilities: Tensor
     """theirs; all zero where it has no say."""
-    audio_s: float
 
 
 @dataclass(frozen=True)
-class _Item:
-    log_mel: Tensor
+class _Written:
     tokens: tuple[int, ...]
     likely: np.ndarray
     probabilities: np.ndarray
@@ -87,11 +97,12 @@ class LabelledCorpus:
         self.likely = likely_tokens(labels)
         self.frontend = WhisperLogMel()
         train, self.validation = split_rows(self.rows, validation_fraction)
-        self.train = [index for index in train if self._learned(index)]
+        self.sounds = [index for index in train if self.frames(index) <= MAX_FRAMES]
+        self.train = [index for index in self.sounds if self._learned(index)]
 
     def _learned(self, index: int) -> bool:
         label = self.labels.get(index)
-        if label is None or not label.tokens or self.frames(index) > MAX_FRAMES:
+        if label is None or not label.tokens:
             return False
         return bool(self.rows[index].text) or label.certainty >= LEAST_CERTAINTY
 
@@ -122,14 +133,13 @@ def padded(items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return WhisperCorpus.normalise(features, lengths), lengths
 
 
-class BatchMaker:
-    """Batch number ``step`` of a run, as a pure function of the seed and the step."""
+class SoundMaker:
+    """Sound number ``step`` of a run, as a pure function of the seed and the step, and no word of it."""
 
-    def __init__(self, corpus: LabelledCorpus, batch_s: float, seed: int, most_tokens: int) -> None:
-        """`most_tokens`: of text and end in a row; what is longer is not heard."""
-        self.corpus, self.seed, self.most_tokens = corpus, seed, most_tokens
-        labels = corpus.labels
-        self.heard = [index for index in corpus.train if len(labels[index].tokens) < most_tokens]
+    def __init__(self, corpus: LabelledCorpus, batch_s: float, seed: int) -> None:
+        self.corpus, self.seed = corpus, seed
+        self.most_tokens = sys.maxsize
+        self.heard = corpus.sounds
         self.budget_frames = int(batch_s * FEATURE_FRAMES_PER_S)
         self.locate = Epochs(self._planned, seed)
 
@@ -145,7 +155,7 @@ class BatchMaker:
         rows: list[list[int]] = []
         room = frames = tokens = 0
         for index in generator.permutation(self.heard).tolist():
-            count = len(self.corpus.labels[index].tokens)
+            count = self._tokens(index)
             needed = int(self.corpus.frames(index) * (1 + AUGMENTATION.max_speed_change)) + 2 * QUIET_FRAMES
             if room > 0 and frames + needed <= MAX_FRAMES and tokens + count < self.most_tokens:
                 rows[-1].append(index)
@@ -157,46 +167,75 @@ class BatchMaker:
                 room = int(generator.integers(1, MOST_JOINED)) if several else 0
         return rows
 
-    def _item(self, indices: list[int], generator: np.random.Generator) -> _Item:
+    def _tokens(self, index: int) -> int:
+        """How many an utterance takes of `most_tokens`."""
+        return 0
+
+    def _log_mel(self, indices: list[int], generator: np.random.Generator) -> Tensor:
+        """Utterances in a row with pauses, now and then warped and noisy: (frames, bands), not normalised."""
         corpus, config = self.corpus, AUGMENTATION
         parts: list[Tensor] = []
-        targets = []
-        tokens: list[int] = []
         for place, index in enumerate(indices):
-            last = place == len(indices) - 1
             mel, _ = augment.warped(corpus.features(index), config, generator)
             if place == 0 and generator.random() < 0.4:
                 parts.append(_quiet(mel, generator))
             parts.append(mel)
-            if not last or generator.random() < 0.5:
+            if place < len(indices) - 1 or generator.random() < 0.5:
                 parts.append(_quiet(mel, generator))
-            label = corpus.labels[index]
-            tokens += label.tokens
-            targets.append(corpus.targets(label, last=last))
 
         def other() -> Tensor:
-            return corpus.features(corpus.train[int(generator.integers(len(corpus.train)))])
+            return corpus.features(self.heard[int(generator.integers(len(self.heard)))])
 
         mel = augment.with_noise(torch.cat(parts)[:MAX_FRAMES], config, other, generator)
-        mel = augment.with_gain(mel, config, generator)
-        likely, probabilities = (np.concatenate(both) for both in zip(*targets, strict=True))
-        return _Item(mel, tuple(tokens), likely, probabilities)
+        return augment.with_gain(mel, config, generator)
 
-    def _lone_noise(self, generator: np.random.Generator) -> _Item:
-        """Noise, which says nothing."""
-        noise = augment.lone_noise(int(generator.integers(60, 400)), self.corpus.frontend.bands, generator)
-        none = np.zeros((1, LIKELY))
-        return _Item(noise, (), none.astype(np.int64), none.astype(np.float32))
+    def _drawn(self, step: int) -> tuple[list[list[int]], list[Tensor], np.random.Generator]:
+        """Utterances of each item, and how it sounds; the last may be noise of no utterance."""
+        rows = self.locate(step)
+        generator = np.random.default_rng([self.seed, 2, step])
+        items = [self._log_mel(row, generator) for row in rows]
+        if generator.random() < AUGMENTATION.lone_noise:
+            frames = int(generator.integers(60, 400))
+            items.append(augment.lone_noise(frames, self.corpus.frontend.bands, generator))
+            rows = [*rows, []]
+        return rows, items, generator
+
+    def sound(self, step: int) -> Sound:
+        """Sound number ``step``; call with rising numbers."""
+        _, items, _ = self._drawn(step)
+        return Sound(*padded(items))
+
+
+class BatchMaker(SoundMaker):
+    """The same with what is to be written, and with masks: what is missing is to be written all the same."""
+
+    def __init__(
+        self, corpus: LabelledCorpus, batch_s: float, seed: int, most_tokens: int, *, masked: bool = True
+    ) -> None:
+        """`most_tokens`: of text and end in a row; what is longer is not heard."""
+        super().__init__(corpus, batch_s, seed)
+        self.most_tokens, self.masked = most_tokens, masked
+        self.heard = [index for index in corpus.train if self._tokens(index) < most_tokens]
+
+    def _tokens(self, index: int) -> int:
+        return len(self.corpus.labels[index].tokens)
+
+    def _written(self, indices: list[int]) -> _Written:
+        """What is to be written for utterances in a row; nothing for none."""
+        labels = [self.corpus.labels[index] for index in indices]
+        targets = [self.corpus.targets(label, last=label is labels[-1]) for label in labels]
+        if not targets:
+            targets = [(np.zeros((1, LIKELY), np.int64), np.zeros((1, LIKELY), np.float32))]
+        likely, probabilities = (np.concatenate(both) for both in zip(*targets, strict=True))
+        return _Written(tuple(token for label in labels for token in label.tokens), likely, probabilities)
 
     def __call__(self, step: int) -> Batch:
         """Batch number ``step``; call with rising numbers."""
-        rows = self.locate(step)
-        generator = np.random.default_rng([self.seed, 2, step])
-        items = [self._item(row, generator) for row in rows]
-        if generator.random() < AUGMENTATION.lone_noise:
-            items.append(self._lone_noise(generator))
-        features, lengths = padded([item.log_mel for item in items])
-        _mask(features, lengths, AUGMENTATION, generator)
+        rows, log_mels, generator = self._drawn(step)
+        features, lengths = padded(log_mels)
+        if self.masked:
+            _mask(features, lengths, AUGMENTATION, generator)
+        items = [self._written(row) for row in rows]
         cut = self.corpus.cut
         start = cut.prompt().ids
         longest = max(len(item.tokens) for item in items)
@@ -211,8 +250,7 @@ class BatchMaker:
             wanted[row, : count + 1] = torch.tensor([*item.tokens, cut.end])
             likely[row, : len(item.likely)] = torch.from_numpy(item.likely)
             probabilities[row, : len(item.likely)] = torch.from_numpy(item.probabilities)
-        audio_s = float(lengths.sum()) / FEATURE_FRAMES_PER_S
-        return Batch(features, lengths, tokens, wanted, likely, probabilities, audio_s)
+        return Batch(features, lengths, tokens, wanted, likely, probabilities)
 
 
 def _quiet(like: Tensor, generator: np.random.Generator) -> Tensor:

@@ -3,16 +3,18 @@
     python -m training.compression.rounding --run RUN --cache CACHE --labels LABELS [--base BASE --share 0.4]
 
 With ``--base`` the weights are first moved a part of the way back to the published ones: what a few hours
-taught mostly stays, and much of what they made it forget comes back (Wortsman et al. 2022).
+taught mostly stays, and much of what they made it forget comes back (Wortsman et al. 2022). What `unpad` left
+is a better place to go back to: it knows what the published ones know, and hears clips alone.
 
 One layer after the other hears training batches through the layers that are rounded already, and its
 matrices are rounded for what they are given (:func:`training.rounding.compensated`). Writes ``rounded.pt``
-beside ``last.pt``; `publish` takes it.
+beside ``last.pt``, with what was rounded; `tune` and `publish` take it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -142,7 +144,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--batches", type=positive, default=40, help="to hear, of 40 s each")
-    parser.add_argument("--base", help="what the run began with")
+    parser.add_argument("--base", help="what the run began with, or last.pt of another that did")
     parser.add_argument("--share", type=float, default=0.4, help="of the base in the weights, 0 to 1")
     parser.add_argument("--language", default="en", metavar="xx")
     arguments = parser.parse_args(given)
@@ -150,17 +152,21 @@ def main(given: Sequence[str] | None = None) -> int:
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
     network = network_of(state, corpus.cut)
     if arguments.base:
-        config = TrainConfig(layers=tuple(state["config"]["layers"]))
-        base = new_network(arguments.base, arguments.language, config, corpus.cut)
+        if arguments.base.endswith(".pt"):
+            base = network_of(read_state(Path(arguments.base)), corpus.cut)
+        else:
+            config = TrainConfig(layers=tuple(state["config"]["layers"]))
+            base = new_network(arguments.base, arguments.language, config, corpus.cut)
         go_back(network, base, arguments.share)
     most_tokens = network.decoder.config.positions - len(network.prompt.ids)
     maker = BatchMaker(corpus, TrainConfig.batch_s, SEED, most_tokens)
     drawn = (maker(step) for step in range(arguments.batches))
     batches = [(batch.features, batch.lengths, batch.tokens) for batch in drawn]
+    exact = copy.deepcopy(network.state_dict())
     with tqdm(total=len(list(stages(network))), unit="layer", desc="rounding") as bar:
         round_layers(network, batches, lambda name: bar.update())
-    kept = {"shape": state["shape"], "average": network.state_dict(), "counters": state["counters"]}
-    save_state(kept, arguments.run / NAME)
+    kept = {"average": network.state_dict(), "exact": exact}
+    save_state({**kept, "shape": state["shape"], "counters": state["counters"]}, arguments.run / NAME)
     return 0
 
 

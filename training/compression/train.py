@@ -155,15 +155,9 @@ class Trainer:
 
     def validation(self) -> dict[str, float]:
         """Word error rate of the averaged, rounded weights per source, on the held-out speakers."""
-        corpus = self.corpus
         served = copy.deepcopy(self.average)
         round_into(served, self.average, self.coarse)
-        indices = corpus.validation
-        with evaluating(served):
-            texts = transcribe(served, corpus, indices, self.pool)
-        rows = [corpus.rows[index] for index in indices]
-        heard_texts = [normalise_text(text.replace("-", " ")) for text in texts]
-        return word_error_rates([row.text for row in rows], heard_texts, [row.source for row in rows])
+        return validated(served, self.corpus, self.pool)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
@@ -203,6 +197,16 @@ def transcribe(
     batches = length_batches([corpus.frames(index) for index in indices], VALIDATION_FRAMES)
     list(pool.map(several, [[indices[place] for place in batch] for batch in batches]))
     return [texts[index] for index in indices]
+
+
+def validated(network: WhisperSeq2Seq, corpus: LabelledCorpus, pool: ThreadPoolExecutor) -> dict[str, float]:
+    """Word error rates of greedy texts on the held-out speakers, per source and in all."""
+    indices = corpus.validation
+    with evaluating(network):
+        texts = transcribe(network, corpus, indices, pool)
+    rows = [corpus.rows[index] for index in indices]
+    heard_texts = [normalise_text(text.replace("-", " ")) for text in texts]
+    return word_error_rates([row.text for row in rows], heard_texts, [row.source for row in rows])
 
 
 def new_network(base: str, language: str, config: TrainConfig, cut: CutVocabulary) -> WhisperSeq2Seq:
