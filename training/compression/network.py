@@ -107,8 +107,9 @@ def decode(
     `caches` hold keys and values of the tokens before and grow by those of these.
     """
     decoder, count = network.decoder, tokens.shape[1]
-    embedded = functional.embedding(tokens, decoder.embed_tokens.weight)
-    values = (embedded + decoder.embed_positions.weight[start : start + count]).to(working_dtype())
+    values = (decoder.rows_of(tokens) + decoder.embed_positions.weight[start : start + count]).to(
+        working_dtype()
+    )
     causal = torch.full((count, start + count), -1e9).triu(start + 1).to(values.dtype)
     for index, layer in enumerate(decoder_layers(network)):
         normed = normal(values, layer.self_attn_layer_norm)

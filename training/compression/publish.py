@@ -19,6 +19,7 @@ from training.compression import rounding
 from training.compression.network import coarse_weights, round_into
 from training.compression.train import network_of, read_state
 from training.compression.vocabulary import CutVocabulary
+from training.equalise import equalise
 from training.errors import CheckpointError, in_one_line
 from training.exported import DYNAMIC_RANGES, Exported, agreement
 from training.four_bits import halve, quantize_to_four_bits
@@ -66,6 +67,7 @@ def in_four_bits(
     """The way to four bits of a network that never heard of them, told what it writes itself."""
     network = copy.deepcopy(network)
     heard = [rounding.heard_by(network, clip) for clip in calibration[:CLIPS]]
+    equalise(network)
     rounding.round_layers(network, heard)
     yield MADE_UP_FOR, four_bit_graph(export_graph(network, company=True), network)
 

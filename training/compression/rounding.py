@@ -1,12 +1,13 @@
 """Stage 3b, after `train --exact`: weights of four bits that change least of what the network answers.
 
-    python -m training.compression.rounding --run RUN --cache CACHE --labels LABELS [--base BASE --share 0.4]
+    python -m training.compression.rounding --run RUN --cache CACHE --labels LABELS [--mean-with OTHER SHARE]
 
-With ``--base`` the weights are first moved a part of the way back to the published ones: what a few hours
-taught mostly stays, and much of what they made it forget comes back (Wortsman et al. 2022). What `unpad` left
-is a better place to go back to: it knows what the published ones know, and hears clips alone.
+With ``--mean-with`` a part of the weights is that of others which began in the same place: of the published
+ones (what a few hours taught mostly stays, and much of what they made it forget comes back, Wortsman et al.
+2022), better of what `unpad` left, which knows what those know and hears clips alone, or of another run.
 
-One layer after the other hears training batches through the layers that are rounded already, and its
+Columns of matrices are made alike first, where that changes no answer (:mod:`training.equalise`). Then one
+layer after the other hears training batches through the layers that are rounded already, and its
 matrices are rounded for what they are given (:func:`training.rounding.compensated`). Writes ``rounded.pt``
 beside ``last.pt``, with what was rounded; `tune` and `publish` take it.
 """
@@ -29,6 +30,7 @@ from training.arguments import positive
 from training.compression.corpus import BatchMaker, LabelledCorpus
 from training.compression.network import coarse_weights, evaluating
 from training.compression.train import TrainConfig, network_of, new_network, read_state
+from training.equalise import equalise
 from training.errors import ConfigError, in_one_line
 from training.four_bits import as_matrix, from_matrix
 from training.inference import Waveform
@@ -104,13 +106,19 @@ def heard_by(network: WhisperSeq2Seq, clip: Waveform) -> Heard:
     return features, counts, torch.cat([torch.tensor([network.prompt.ids]), text], dim=1)
 
 
-def go_back(network: nn.Module, base: nn.Module, share: float) -> None:
-    """Move weights towards those of a network of the same shape. Raises ConfigError for no share of one."""
-    if not 0 <= share <= 1:
-        raise ConfigError(f"--share {share}: expected 0 to 1")
+def mean_with(network: nn.Module, others: Sequence[tuple[nn.Module, float]]) -> None:
+    """Give a network the mean of its own weights and of others' of its shape, which have these shares.
+
+    Raises ConfigError for shares that are no part of one.
+    """
+    own = 1.0 - sum(share for _, share in others)
+    if own < -1e-9 or any(share < 0 for _, share in others):
+        raise ConfigError(f"--mean-with: shares {[share for _, share in others]}, expected 1 in all at most")
     with torch.no_grad():
-        for ours, theirs in zip(network.parameters(), base.parameters(), strict=True):
-            ours.lerp_(theirs, share)
+        for values in zip(network.parameters(), *(other.parameters() for other, _ in others), strict=True):
+            values[0].mul_(own)
+            for value, (_, share) in zip(values[1:], others, strict=True):
+                values[0].add_(value, alpha=share)
 
 
 def round_layers(
@@ -134,6 +142,14 @@ def round_layers(
         told(places[-1][0])
 
 
+def share_of(text: str) -> float:
+    """Raises ConfigError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"--mean-with: share {text!r} is no number") from None
+
+
 @in_one_line("rounding")
 def main(given: Sequence[str] | None = None) -> int:
     """Command line."""
@@ -144,24 +160,32 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--batches", type=positive, default=40, help="to hear, of 40 s each")
-    parser.add_argument("--base", help="what the run began with, or last.pt of another that did")
-    parser.add_argument("--share", type=float, default=0.4, help="of the base in the weights, 0 to 1")
+    parser.add_argument(
+        "--mean-with",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("OTHER", "SHARE"),
+        help="last.pt of another run or what the run began with, and its share of the mean",
+    )
     parser.add_argument("--language", default="en", metavar="xx")
     arguments = parser.parse_args(given)
     state = read_state(arguments.run / "last.pt")
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
     network = network_of(state, corpus.cut)
-    if arguments.base:
-        if arguments.base.endswith(".pt"):
-            base = network_of(read_state(Path(arguments.base)), corpus.cut)
-        else:
-            config = TrainConfig(layers=tuple(state["config"]["layers"]))
-            base = new_network(arguments.base, arguments.language, config, corpus.cut)
-        go_back(network, base, arguments.share)
+    config = TrainConfig(layers=tuple(state["config"]["layers"]))
+
+    def other(name: str) -> WhisperSeq2Seq:
+        if name.endswith(".pt"):
+            return network_of(read_state(Path(name)), corpus.cut)
+        return new_network(name, arguments.language, config, corpus.cut)
+
+    mean_with(network, [(other(name), share_of(share)) for name, share in arguments.mean_with])
     most_tokens = network.decoder.config.positions - len(network.prompt.ids)
-    maker = BatchMaker(corpus, TrainConfig.batch_s, SEED, most_tokens)
+    maker = BatchMaker(corpus, TrainConfig.batch_s, SEED, most_tokens, masked=False)
     drawn = (maker(step) for step in range(arguments.batches))
     batches = [(batch.features, batch.lengths, batch.tokens) for batch in drawn]
+    equalise(network)
     exact = copy.deepcopy(network.state_dict())
     with tqdm(total=len(list(stages(network))), unit="layer", desc="rounding") as bar:
         round_layers(network, batches, lambda name: bar.update())

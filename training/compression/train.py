@@ -85,6 +85,7 @@ def network_of(state: dict[str, Any], cut: CutVocabulary) -> WhisperSeq2Seq:
     network = WhisperSeq2Seq(
         EncoderConfig(**shape["encoder"]), DecoderConfig(**shape["decoder"]), cut.prompt()
     )
+    network.decoder.embed_scale = state["average"].get("decoder.embed_scale")
     network.load_state_dict(state["average"])
     return network.eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from training.compression.corpus import BatchMaker, LabelledCorpus
 from training.compression.label import Large
 from training.compression.network import coarse_weights, evaluating, round_into, small_network
 from training.compression.rounding import round_layers
-from training.compression.train import TrainConfig, Trainer
+from training.compression.train import TrainConfig, Trainer, new_network
+from training.equalise import equalise
 from training.errors import CheckpointError
 from training.four_bits import as_matrix, rounded
 from training.publish import Recordings, publish
@@ -116,6 +118,66 @@ def test_an_exact_run_is_rounded_before_it_is_published(
     assert train.main([*given, *more, "--steps", "2"]) == 0
     with pytest.raises(CheckpointError, match="learned in float32"):
         publish_small.load_run(run)
+
+
+def test_a_mean_of_several_runs_is_rounded(base: Path, cache: Path, labels: Path, tmp_path: Path) -> None:
+    """Of one that learned, of another, and of what both began with."""
+    given = ["--cache", str(cache), "--labels", str(labels)]
+    more = ["--layers", "1", "--batch-s", "8", "--workers", "1", "--exact", "--base", str(base)]
+    for number in range(2):
+        run = ["--run", str(tmp_path / str(number)), "--seed", str(number)]
+        assert train.main([*given, *run, *more, "--steps", "2", "--learning-rate", "0.1"]) == 0
+    others = ["--mean-with", str(tmp_path / "1" / "last.pt"), "0.3", "--mean-with", str(base), "0.2"]
+    ours = [*given, "--run", str(tmp_path / "0"), "--batches", "1"]
+    assert rounding.main([*ours, *others]) == 0
+    exact = torch.load(tmp_path / "0" / "rounded.pt", weights_only=True)["exact"]
+    averages = [torch.load(tmp_path / n / "last.pt", weights_only=True)["average"] for n in "01"]
+    config = TrainConfig(layers=(1,))
+    wanted = new_network(str(base), LANGUAGE, config, LabelledCorpus(cache, labels).cut)
+    begun = wanted.state_dict()
+    means = {n: 0.5 * averages[0][n] + 0.3 * averages[1][n] + 0.2 * begun[n] for n in begun}
+    wanted.load_state_dict(means)
+    equalise(wanted)
+    assert wanted.state_dict().keys() == exact.keys()
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(exact[name], value, msg=name, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        (("0.7", "0.4"), r"shares \[0.7, 0.4\], expected 1 in all at most"),
+        (("-0.1",), r"-0.1"),
+        (("half",), "'half'"),
+    ],
+)
+def test_shares_that_are_no_part_of_one_are_refused(
+    base: Path,
+    cache: Path,
+    labels: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    shares: tuple[str, ...],
+    said: str,
+) -> None:
+    given = ["--cache", str(cache), "--labels", str(labels), "--run", str(tmp_path)]
+    more = [
+        "--layers",
+        "1",
+        "--batch-s",
+        "8",
+        "--workers",
+        "1",
+        "--exact",
+        "--base",
+        str(base),
+        "--steps",
+        "1",
+    ]
+    assert train.main([*given, *more]) == 0
+    others = [word for share in shares for word in ("--mean-with", str(tmp_path / "last.pt"), share)]
+    assert rounding.main([*given, *others]) == 2
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_nothing_to_round_is_said(

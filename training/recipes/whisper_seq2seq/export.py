@@ -181,6 +181,9 @@ def _body(
     token = graph.add("Unsqueeze", [tokens, one], "step.token_column")
     embedded = graph.add("Gather", [output, token], "step.embedded_first", axis=1)
     embedded = graph.add("Transpose", [embedded], "step.embedded", perm=[1, 2, 0])
+    if model.decoder.embed_scale is not None:
+        scale = graph.weights("decoder.embed_scale", array(model.decoder.embed_scale))
+        embedded = graph.add("Mul", [embedded, scale], "step.embedded_scaled")
     placed = graph.add("Gather", [places, index], "step.place", axis=0)
     values = graph.add("Add", [embedded, placed], "step.values")
     caches = []

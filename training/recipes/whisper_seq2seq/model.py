@@ -119,6 +119,12 @@ class DecoderLayer(nn.Module):
 class WhisperDecoder(nn.Module):
     """Tokens so far and audio -> what comes next; the output layer is the embedding's transpose."""
 
+    embed_scale: Tensor | None
+    """(width,): what a token's row is multiplied by as an input; None of published rows, by nothing.
+
+    So columns can be made alike for rounding (`training.equalise`): the output takes the inverse in its norm.
+    """
+
     def __init__(self, config: DecoderConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
@@ -126,6 +132,7 @@ class WhisperDecoder(nn.Module):
         self.embed_positions = nn.Embedding(config.positions, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config, dropout) for _ in range(config.layers))
         self.layer_norm = nn.LayerNorm(config.width)
+        self.register_buffer("embed_scale", None)
 
     def forward(
         self, tokens: Tensor, audio: Tensor, audio_bias: Tensor | None, *, last: bool = False
@@ -154,10 +161,15 @@ class WhisperDecoder(nn.Module):
             values = layer(values, causal, audio, audio_bias)
         return found / self.config.followers
 
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """(...) int64 -> what tokens are as inputs, (..., width), without their places."""
+        rows = functional.embedding(tokens, self.embed_tokens.weight)
+        return rows if self.embed_scale is None else rows * self.embed_scale
+
     def _embedded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer is given, and what is added to scores of later tokens."""
         count = tokens.shape[1]
-        values = self.embed_tokens(tokens) + self.embed_positions.weight[:count]
+        values = self.rows_of(tokens) + self.embed_positions.weight[:count]
         return values, torch.full((count, count), -1e9, device=tokens.device).triu(1)
 
 
