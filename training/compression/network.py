@@ -28,6 +28,9 @@ from training.recipes.whisper_seq2seq.model import (
 
 POSITIONS = 224
 """Of tokens, prompt and all: nobody says more in 30 s."""
+PRECISE = frozenset(f"encoder.layers.0.self_attn.{name}_proj" for name in ("v", "out"))
+"""What the first layer carries from frame to frame: 1 % of the weights, and nearly half of what the encoder
+loses by rounding (docs/experiments.md)."""
 Heard = list[tuple[Tensor, Tensor]]
 """Keys and values of the audio per layer, (batch, heads, frames, width / heads)."""
 
@@ -57,9 +60,11 @@ def small_network(large: WhisperSeq2Seq, layers: Sequence[int], cut: CutVocabula
 
 
 def coarse_weights(network: WhisperSeq2Seq) -> set[str]:
-    """Names of the weights that are served in four bits: the matrices whose inputs fill whole groups."""
+    """Names of the weights that are served in four bits: matrices of whole groups of inputs, but PRECISE."""
     found = set()
     for name, module in network.named_modules():
+        if name in PRECISE:
+            continue
         if isinstance(module, nn.Linear | nn.Conv1d) or name.endswith("embed_tokens"):
             weight = cast(Tensor, module.weight)
             if weight[0].numel() % GROUP == 0:

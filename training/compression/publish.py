@@ -16,7 +16,7 @@ from pathlib import Path
 import onnx
 
 from training.compression import rounding
-from training.compression.network import coarse_weights, round_into
+from training.compression.network import PRECISE, coarse_weights, round_into
 from training.compression.train import network_of, read_state
 from training.compression.vocabulary import CutVocabulary
 from training.equalise import equalise
@@ -41,8 +41,8 @@ OF_AUDIO = re.compile(r"encoder\.|.*\.encoder_attn\.[kv]_proj$").match
 """Products whose input is every frame of the audio; all others see a token at a time."""
 CLIPS = 24
 """That are listened to for each layer."""
-HALVED = ("encoder.conv1.weight", "decoder.embed_positions")
-"""Weights that are no matrices of whole groups, and large."""
+HALVED = ("encoder.conv1.weight", "decoder.embed_positions", *(f"{name}.weight" for name in PRECISE))
+"""Large weights that have no four bits."""
 
 
 def four_bit_graph(

@@ -44,11 +44,11 @@ class TuneConfig(TrainConfig):
     """What a run needs to know; stored with its checkpoints."""
 
     batch_s: float = 25.0
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     """Of biases, normalisations and positions."""
-    scale_rate: float = 2e-4
+    scale_rate: float = 5e-5
     """Of scales, relative to what they were."""
-    level_rate: float = 2e-3
+    level_rate: float = 5e-4
     """Of weights, in levels."""
     warmup_steps: int = 30
     ema_steps: int = 100
