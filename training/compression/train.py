@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from training.arguments import positive
 from training.compression.corpus import IGNORED, Batch, BatchMaker, LabelledCorpus, padded
@@ -116,11 +117,8 @@ class Trainer:
     def _backward(self, batch: Batch) -> dict[str, float]:
         """Adds the gradients of one batch to those of the rounded weights; runs in a worker thread."""
         network, config = self.rounded, self.config
-        audio, _, missing = listen(network, batch.features, batch.lengths)
-        states = decode(network, batch.tokens, heard(network, audio), missing)
-        states = states[:, len(network.prompt.ids) - 1 :]
+        found = answers(network, batch).log_softmax(dim=-1)
         counts = batch.wanted != IGNORED
-        found = logits(network, states[counts]).log_softmax(dim=-1)
         wanted = batch.wanted[counts]
         label = -found.gather(1, wanted[:, None])[:, 0]
         probabilities = batch.probabilities[counts]
@@ -177,6 +175,14 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.elapsed_s, self.audio_s, self.best_wer = state["counters"]
+
+
+def answers(network: WhisperSeq2Seq, batch: Batch) -> Tensor:
+    """Logits (tokens, vocabulary) float32 of what follows each token of the texts and the prompt."""
+    audio, _, missing = listen(network, batch.features, batch.lengths)
+    states = decode(network, batch.tokens, heard(network, audio), missing)
+    states = states[:, len(network.prompt.ids) - 1 :]
+    return logits(network, states[batch.wanted != IGNORED])
 
 
 def transcribe(
