@@ -113,7 +113,7 @@ def mean_with(network: nn.Module, others: Sequence[tuple[nn.Module, float]]) -> 
     Raises ConfigError for shares that are no part of one.
     """
     own = 1.0 - sum(share for _, share in others)
-    if own < -1e-9 or any(share < 0 for _, share in others):
+    if own < -1e-9 or not all(share >= 0 for _, share in others):
         raise ConfigError(f"--mean-with: shares {[share for _, share in others]}, expected 1 in all at most")
     with torch.no_grad():
         for values in zip(network.parameters(), *(other.parameters() for other, _ in others), strict=True):

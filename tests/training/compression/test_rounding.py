@@ -159,6 +159,7 @@ def test_a_mean_of_several_runs_is_rounded(
     [
         (("0.7", "0.4"), r"shares \[0.7, 0.4\], expected 1 in all at most"),
         (("-0.1",), r"-0.1"),
+        (("nan",), "nan"),
         (("half",), "'half'"),
     ],
 )
