@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from training.compression.vocabulary import CutVocabulary
 from training.distillation.dataset import normalise_text
 from training.distillation.evaluate import word_error_rates
 from training.distillation.label import length_batches
-from training.distillation.runner import deadline, run_until
+from training.distillation.runner import Learner, deadline, run_until
 from training.distillation.trainer import AVERAGE_EVERY, adamw, learning_rate, move_average
 from training.errors import CheckpointError, ConfigError, in_one_line
 from training.recipes.whisper_ctc.model import EncoderConfig
@@ -73,6 +73,9 @@ class TrainConfig:
     dropout: float = 0.1
     """In the decoder."""
     seed: int = 0
+
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 
 def described(network: WhisperSeq2Seq) -> dict[str, Any]:
@@ -235,6 +238,61 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def add_run_options(parser: argparse.ArgumentParser, config: type[TrainConfig]) -> None:
+    """What a run hears, where it stands, and how long and how fast it learns: `config` has the defaults."""
+    parser.add_argument("--language", default="en", metavar="xx")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--labels", type=Path, required=True, help="kept tokens and texts")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run, created or resumed")
+    parser.add_argument("--layers", type=int, nargs="+", default=list(config.layers))
+    parser.add_argument("--steps", type=positive)
+    parser.add_argument("--max-minutes", type=float)
+    parser.add_argument("--batch-s", type=float, default=config.batch_s)
+    parser.add_argument("--learning-rate", type=float, default=config.learning_rate)
+    parser.add_argument("--workers", type=positive, default=config.workers)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate-every-minutes", type=float, default=8.0)
+
+
+def until_when(arguments: argparse.Namespace) -> float | None:
+    """The ``time.time()`` value at which a run ends, if it does not end by its steps."""
+    deadline_s = deadline(None, arguments.max_minutes)
+    if arguments.steps is None and deadline_s is None:
+        raise SystemExit("say how long: --steps or --max-minutes")
+    return deadline_s
+
+
+def config_of(config: type[Config], arguments: argparse.Namespace, **more: Any) -> Config:
+    """What `add_run_options` was told, and more."""
+    return config(
+        layers=tuple(arguments.layers),
+        workers=arguments.workers,
+        batch_s=arguments.batch_s,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+        **more,
+    )
+
+
+class CorpusLearner(Learner[Any], Protocol):
+    """What learns from a labelled corpus by a configuration."""
+
+    corpus: LabelledCorpus
+
+    @property
+    def config(self) -> TrainConfig:
+        """Stored beside its checkpoints."""
+        ...
+
+
+def run_as_told(trainer: CorpusLearner, arguments: argparse.Namespace, deadline_s: float | None) -> None:
+    """Run, with vocabulary and configuration beside the checkpoints."""
+    trainer.corpus.cut.save(arguments.run / "vocabulary.json")
+    described_config = json.dumps(asdict(trainer.config), indent=1)
+    (arguments.run / "config.json").write_text(described_config, encoding="utf-8")
+    run_until(trainer, arguments.run, arguments.steps, deadline_s, 60.0 * arguments.validate_every_minutes)
+
+
 @in_one_line("train")
 def main(given: Sequence[str] | None = None) -> int:
     """Command line."""
@@ -243,32 +301,12 @@ def main(given: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--base", help="what training.compression.label was given")
     parser.add_argument("--init-from", type=Path, help="or another run's last.pt or best.pt, its average")
-    parser.add_argument("--language", default="en", metavar="xx")
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--labels", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run, created or resumed")
-    parser.add_argument("--layers", type=int, nargs="+", default=list(TrainConfig.layers))
     parser.add_argument("--exact", action="store_true", help="in float32; rounded afterwards, by .rounding")
-    parser.add_argument("--steps", type=positive)
-    parser.add_argument("--max-minutes", type=float)
-    parser.add_argument("--batch-s", type=float, default=TrainConfig.batch_s)
-    parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
-    parser.add_argument("--workers", type=positive, default=TrainConfig.workers)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate-every-minutes", type=float, default=8.0)
+    add_run_options(parser, TrainConfig)
     arguments = parser.parse_args(given)
-    deadline_s = deadline(None, arguments.max_minutes)
-    if arguments.steps is None and deadline_s is None:
-        raise SystemExit("say how long: --steps or --max-minutes")
+    deadline_s = until_when(arguments)
     torch.set_num_threads(1)
-    config = TrainConfig(
-        layers=tuple(arguments.layers),
-        rounded=not arguments.exact,
-        workers=arguments.workers,
-        batch_s=arguments.batch_s,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
-    )
+    config = config_of(TrainConfig, arguments, rounded=not arguments.exact)
     arguments.run.mkdir(parents=True, exist_ok=True)
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
     last = arguments.run / "last.pt"
@@ -283,9 +321,7 @@ def main(given: Sequence[str] | None = None) -> int:
         trainer = Trainer(config, new_network(arguments.base, arguments.language, config, corpus.cut), corpus)
     else:
         raise CheckpointError(f"{last}: no run to go on with; --base or --init-from says what to begin with")
-    corpus.cut.save(arguments.run / "vocabulary.json")
-    (arguments.run / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
-    run_until(trainer, arguments.run, arguments.steps, deadline_s, 60.0 * arguments.validate_every_minutes)
+    run_as_told(trainer, arguments, deadline_s)
     return 0
 
 

@@ -13,23 +13,29 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.arguments import positive
 from training.compression.corpus import LabelledCorpus, Sound, SoundMaker
 from training.compression.network import decoder_layers, listen
-from training.compression.train import TrainConfig, described, new_network, read_state, validated
-from training.distillation.runner import deadline, run_until
+from training.compression.train import (
+    TrainConfig,
+    add_run_options,
+    config_of,
+    described,
+    new_network,
+    read_state,
+    run_as_told,
+    until_when,
+    validated,
+)
 from training.distillation.trainer import AVERAGE_EVERY, adamw, learning_rate, move_average
 from training.errors import in_one_line
 from training.masks import frame_mask
@@ -45,6 +51,7 @@ MEASURED_BATCHES = 4
 class UnpadConfig(TrainConfig):
     """What a run needs to know; stored with its checkpoints, where `train` looks for the layers."""
 
+    layers: tuple[int, ...] = (0, 1, 2, 3)
     rounded: bool = False
     batch_s: float = 25.0
     learning_rate: float = 2e-4
@@ -180,30 +187,11 @@ def main(given: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", required=True, help="what training.compression.label was given")
-    parser.add_argument("--language", default="en", metavar="xx")
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--labels", type=Path, required=True, help="for the tokens that are kept")
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run, created or resumed")
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--steps", type=positive)
-    parser.add_argument("--max-minutes", type=float)
-    parser.add_argument("--batch-s", type=float, default=UnpadConfig.batch_s)
-    parser.add_argument("--learning-rate", type=float, default=UnpadConfig.learning_rate)
-    parser.add_argument("--workers", type=positive, default=UnpadConfig.workers)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate-every-minutes", type=float, default=8.0)
+    add_run_options(parser, UnpadConfig)
     arguments = parser.parse_args(given)
-    deadline_s = deadline(None, arguments.max_minutes)
-    if arguments.steps is None and deadline_s is None:
-        raise SystemExit("say how long: --steps or --max-minutes")
+    deadline_s = until_when(arguments)
     torch.set_num_threads(1)
-    config = UnpadConfig(
-        layers=tuple(arguments.layers),
-        workers=arguments.workers,
-        batch_s=arguments.batch_s,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
-    )
+    config = config_of(UnpadConfig, arguments)
     arguments.run.mkdir(parents=True, exist_ok=True)
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
     trainer = Unpadder(config, new_network(arguments.base, arguments.language, config, corpus.cut), corpus)
@@ -211,9 +199,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if last.exists():
         trainer.restore(read_state(last))
         print(f"going on at step {trainer.step}")
-    corpus.cut.save(arguments.run / "vocabulary.json")
-    (arguments.run / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
-    run_until(trainer, arguments.run, arguments.steps, deadline_s, 60.0 * arguments.validate_every_minutes)
+    run_as_told(trainer, arguments, deadline_s)
     return 0
 
 

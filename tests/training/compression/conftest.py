@@ -8,6 +8,7 @@ import pytest
 
 from tests.training.noise_cache import noise_cache
 from training.compression import label
+from training.compression.corpus import LabelledCorpus
 from training.recipes.rehearsal import tiny_whisper
 
 TEXTS = "good morning the weather is fine today\nplease call me back this evening\n"
@@ -36,3 +37,9 @@ def labels(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) ->
     given = ["--base", str(base), "--cache", str(cache), "--texts", str(out / "texts.txt")]
     assert label.main([*given, "--tokens", str(TOKENS), "--workers", "1", "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def corpus(cache: Path, labels: Path) -> LabelledCorpus:
+    """Cache and labels, two of six speakers held out."""
+    return LabelledCorpus(cache, labels, validation_fraction=0.4)

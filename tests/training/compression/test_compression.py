@@ -58,11 +58,6 @@ def large(base: Path) -> Large:
     return Large(str(base), LANGUAGE)
 
 
-@pytest.fixture(scope="module")
-def corpus(cache: Path, labels: Path) -> LabelledCorpus:
-    return LabelledCorpus(cache, labels, validation_fraction=0.4)
-
-
 def small(large: Large, corpus: LabelledCorpus) -> WhisperSeq2Seq:
     return small_network(large.network, [1], corpus.cut)
 

@@ -34,11 +34,6 @@ from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.transformer import key_bias
 
 
-@pytest.fixture(scope="module")
-def corpus(cache: Path, labels: Path) -> LabelledCorpus:
-    return LabelledCorpus(cache, labels, validation_fraction=0.4)
-
-
 @pytest.fixture
 def network(base: Path, corpus: LabelledCorpus) -> WhisperSeq2Seq:
     return small_network(Large(str(base), LANGUAGE).network, [0, 1], corpus.cut)

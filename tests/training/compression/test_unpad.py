@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from tests.training.compression.conftest import LANGUAGE
@@ -16,11 +15,6 @@ from training.compression.label import Large
 from training.compression.network import decoder_layers, listen, small_network
 from training.compression.unpad import UnpadConfig, Unpadder, metric, silence_after
 from training.recipes.whisper_ctc.frontend import WhisperLogMel, own_in_range
-
-
-@pytest.fixture(scope="module")
-def corpus(cache: Path, labels: Path) -> LabelledCorpus:
-    return LabelledCorpus(cache, labels, validation_fraction=0.4)
 
 
 def unpadder(base: Path, corpus: LabelledCorpus) -> Unpadder:
