@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="asr", description="Speech to text with CTC models.")
+    parser = argparse.ArgumentParser(prog="asr", description="Speech to text on your own machine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     transcribe = commands.add_parser("transcribe", help="transcribe files in this process, without a server")

@@ -132,9 +132,9 @@ class OpenAIForm(_Fields):
     )
     language: LanguageCode | None = Field(None, description="ISO-639-1 code.")
     keywords: tuple[Hotword, ...] = Field((), description="Hotwords: preferred where the audio allows.")
-    prompt: str = Field("", max_length=10000, description="Accepted; a CTC model has no use for it.")
+    prompt: str = Field("", max_length=10000, description="Accepted, without effect.")
     temperature: float = Field(
-        0.0, ge=0, le=1, allow_inf_nan=False, description="Accepted; CTC decoding does not sample."
+        0.0, ge=0, le=1, allow_inf_nan=False, description="Accepted, without effect: nothing is sampled."
     )
     response_format: OutputFormat = Field("json", description="Form of the answer.")
     timestamp_granularities: tuple[Literal["word", "segment"], ...] = Field(

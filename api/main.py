@@ -55,7 +55,7 @@ def create_app(
     app = FastAPI(
         title="ASR platform",
         version=app_version(),
-        description="Speech to text with CTC models. Errors have one form on every route.",
+        description="Speech to text. Errors have one form on every route.",
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs_enabled else None,

@@ -211,7 +211,7 @@ class Settings(BaseSettings):
         ge=0,
         le=65536,
         description="Live sessions (WebSockets) at once; above it 429. `make bench-live` says how many a "
-        "machine carries: about 12 per core with the model in the box, 7 on processors without VNNI.",
+        "machine carries: about 12 per core with the default model, 7 on processors without VNNI.",
     )
     stream_idle_timeout_s: float = Field(
         300.0, gt=0, le=86400, description="Seconds without a message before a live session ends."

@@ -1,16 +1,42 @@
 #!/usr/bin/env bash
 # Run Compose over the whole stack, or over a part of it, with whatever Compose is installed.
-# usage: docker/compose.sh [--part base,api,ui,monitoring] COMPOSE_ARGUMENTS...
-#   ENV_FILE       settings (default .env)
-#   DEPLOY_STATE   a folder that stays: containers get copies of their configuration from there, not the checkout's
 # Compose 2.20 or later reads docker/compose.yml; an older one gets the same files one by one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'EOF'
+usage: docker/compose.sh [--part PART,...] COMMAND [ARGUMENT...]
+
+Runs a command of Docker Compose (up, ps, logs, down, ...) with the files and settings of this stack.
+
+  --part PART,...    of base, api, ui, monitoring (default: all)
+  --help             this text; COMMAND --help is Compose's own
+
+Environment:
+  ENV_FILE        settings (default: .env)
+  DEPLOY_STATE    a folder that stays: containers mount copies of their configuration from there, not the checkout's
+EOF
+}
+refuse_call() { usage >&2; echo "error: $*" >&2; exit 2; }
+
 parts=base,api,ui,monitoring
-if [ "${1:-}" = --part ]; then
-  parts=${2:?--part needs a comma list}
-  shift 2
-fi
+while [ $# -gt 0 ]; do
+  case $1 in
+    --part)
+      parts=${2:?--part needs a comma list}
+      shift 2
+      ;;
+    --help | -h) usage; exit 0 ;;
+    -*) refuse_call "unknown option $1" ;;
+    *) break ;;
+  esac
+done
+[ $# -gt 0 ] || refuse_call "no command"
+IFS=, read -ra names <<<"$parts"
+for name in "${names[@]}"; do
+  case $name in base | api | ui | monitoring) ;; *) refuse_call "there is no part $name" ;; esac
+done
 if docker compose version >/dev/null 2>&1; then
   compose=(docker compose)
 elif command -v docker-compose >/dev/null; then
@@ -29,7 +55,6 @@ files=()
 if [ "$parts" = base,api,ui,monitoring ] && [ "${compose[0]}" = docker ]; then
   files=(-f docker/compose.yml)
 else
-  IFS=, read -ra names <<<"$parts"
   for name in "${names[@]}"; do files+=(-f "docker/compose.$name.yml"); done
 fi
 [ ! -f "${ENV_FILE:-.env}" ] || files+=(--env-file "${ENV_FILE:-.env}")

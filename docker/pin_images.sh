@@ -1,11 +1,31 @@
 #!/usr/bin/env bash
 # Renew the digests of every pinned third-party image: the base in docker/base.env and those of the Compose
 # files. The version stays; only what the registry says its digest is today is written.
-# usage: docker/pin_images.sh [--check]     --check only tells which digests differ (exit status 1 when any)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'EOF'
+usage: docker/pin_images.sh [--check]
+
+Renews the digests of the pinned third-party images, in docker/base.env, the Compose files and the Makefile.
+
+  --check    only report which digests differ (exit status 1 if any does)
+  --help     this text
+
+Exit status 2: wrong arguments, or a registry could not be asked.
+EOF
+}
+
 check=0
-[ "${1:-}" != --check ] || check=1
+while [ $# -gt 0 ]; do
+  case $1 in
+    --check) check=1 ;;
+    --help | -h) usage; exit 0 ;;
+    *) usage >&2; echo "error: unknown argument $1" >&2; exit 2 ;;
+  esac
+  shift
+done
 files=(docker/base.env docker/compose.api.yml docker/compose.monitoring.yml Makefile)
 changed=0 unreachable=0
 while read -r pinned; do

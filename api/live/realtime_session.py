@@ -54,7 +54,7 @@ class AudioFormat(_Shape):
 
 
 class Transcription(_Shape):
-    """``prompt`` and ``delay`` are accepted and have no effect on a CTC model."""
+    """``prompt`` and ``delay`` are accepted and have no effect."""
 
     model: str = Field(default="", max_length=100)
     language: LanguageCode | None = None

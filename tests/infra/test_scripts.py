@@ -1,4 +1,4 @@
-"""The cluster scripts without a cluster: help, dry runs, refusals. The real runs are in make e2e-k8s."""
+"""The scripts without a cluster or Docker: help, dry runs, refusals. The real runs: make e2e and e2e-k8s."""
 
 from __future__ import annotations
 
@@ -48,6 +48,43 @@ def test_an_unknown_option_is_refused(script: str) -> None:
     done = run(script, "--frobnicate")
     assert done.returncode == 1
     assert "unknown option --frobnicate" in done.stderr
+
+
+def run_docker_script(tmp_path: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """With a docker that fails the test when it is asked anything."""
+    (tmp_path / "docker").write_text("#!/bin/sh\necho docker was asked >&2\nexit 99\n")
+    (tmp_path / "docker").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(
+        [ROOT / "docker" / script, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "docker was asked" not in done.stderr
+    return done
+
+
+@pytest.mark.parametrize(("script", "option"), [("compose.sh", "--part"), ("pin_images.sh", "--check")])
+def test_help_of_a_docker_script_asks_docker_nothing(tmp_path: Path, script: str, option: str) -> None:
+    done = run_docker_script(tmp_path, script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: docker/{script}")
+    assert option in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (("compose.sh",), "no command"),
+        (("compose.sh", "--frobnicate", "ps"), "unknown option --frobnicate"),
+        (("compose.sh", "--part", "base,pages", "ps"), "there is no part pages"),
+        (("pin_images.sh", "--chekc"), "unknown argument --chekc"),
+    ],
+)
+def test_a_docker_script_refuses_what_it_does_not_know(
+    tmp_path: Path, call: tuple[str, ...], told: str
+) -> None:
+    done = run_docker_script(tmp_path, *call)
+    assert done.returncode == 2
+    assert told in done.stderr
 
 
 @needs_kubectl

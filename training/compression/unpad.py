@@ -1,4 +1,4 @@
-"""Stage 2b: the encoder learns to hear a clip's own length as the large one hears it before silence.
+"""Stage 3a: the encoder learns to hear a clip's own length as the large one hears it before silence.
 
     python -m training.compression.unpad --base BASE --cache CACHE --labels LABELS --run RUN --max-minutes 30
 
