@@ -7,20 +7,19 @@ ones (what a few hours taught mostly stays, and much of what they made it forget
 2022), better of what `unpad` left, which knows what those know and hears clips alone, or of another run.
 
 Columns of matrices are made alike first, where that changes no answer (:mod:`training.equalise`). Then one
-matrix after the other hears training batches through all that are rounded already, and is rounded so that it
-answers as it did before any was (:func:`training.rounding.compensated`). Writes ``rounded.pt`` beside
-``last.pt``; `publish` takes it.
+layer after the other hears training batches through the layers that are rounded already, and its
+matrices are rounded for what they are given (:func:`training.rounding.compensated`). Writes ``rounded.pt``
+beside ``last.pt``; `publish` takes it.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,158 +34,67 @@ from training.equalise import equalise
 from training.errors import ConfigError, in_one_line
 from training.four_bits import as_matrix, from_matrix
 from training.inference import Waveform
-from training.masks import frame_mask
-from training.recipes.whisper_seq2seq.model import DecoderLayer, WhisperSeq2Seq
+from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.rounding import compensated
 from training.torch_state import save_state
+from training.transformer import key_bias
 
 SEED = 7_919
 """Batches that no training run has drawn."""
 NAME = "rounded.pt"
 JUDGED_BATCHES = 12
-OF_AUDIO = ("encoder_attn.k_proj", "encoder_attn.v_proj")
-"""Of a layer of the decoder, what is given the audio's frames and not the tokens."""
+Place = tuple[str, nn.Module]
 Heard = tuple[Tensor, Tensor, Tensor]
 """Features and their lengths, and tokens: prompt and text."""
 
 
-class _Sums:
-    """Means of what a matrix is given, x (rows, inputs), and is to give, t (rows, outputs), and products.
-
-    All float64, of differences from the first rows' means: what hardly varies would be lost beside its mean.
-    """
-
-    def __init__(self, inputs: Tensor, outputs: Tensor) -> None:
-        self.rows = 0
-        self.origins = inputs.mean(dim=0), outputs.mean(dim=0)
-        self.sums = [torch.zeros(values.shape[1], dtype=torch.float64) for values in (inputs, outputs)]
-        self.products, self.crossed = (
-            torch.zeros(values.shape[1], inputs.shape[1], dtype=torch.float64) for values in (inputs, outputs)
-        )
-        self.add(inputs, outputs)
-
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Some rows more."""
-        given, wanted = inputs - self.origins[0], outputs - self.origins[1]
-        self.rows += len(given)
-        for total, values in zip(self.sums, (given, wanted), strict=True):
-            total += values.sum(dim=0)
-        self.products += given.T @ given
-        self.crossed += wanted.T @ given
-
-    def means(self) -> list[Tensor]:
-        """Of x (inputs,), and of t (outputs,)."""
-        return [origin + total / self.rows for origin, total in zip(self.origins, self.sums, strict=True)]
-
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """Sums of x xT (inputs, inputs) and of t xT (outputs, inputs), less their means'."""
-        given, wanted = self.sums
-        return (
-            self.products - torch.outer(given, given) / self.rows,
-            self.crossed - torch.outer(wanted, given) / self.rows,
-        )
-
-
-def _add(found: dict[str, _Sums], name: str, inputs: Tensor, outputs: Tensor) -> None:
-    """Rows more to what there is under a name, or the first ones."""
-    if name in found:
-        found[name].add(inputs, outputs)
-    else:
-        found[name] = _Sums(inputs, outputs)
-
-
-def _round(module: nn.Linear | nn.Conv1d, sums: _Sums) -> None:
-    """Give a module the weights of four bits, and the bias, that answer best to what it is given.
-
-    First the exact ones that do, by ridge regression from those it has: the fewer rows, the nearer it stays.
-    Without a bias it makes keys, and what is added to all keys changes nothing.
-    """
-    weight = as_matrix(module.weight).double()
-    products, crossed = sums.centred()
-    ridge = len(products) / sums.rows * products.diagonal().mean()
-    steadied = products + ridge * torch.eye(len(products), dtype=torch.float64)
-    missing = torch.linalg.solve(steadied, (crossed - weight @ products).T).T
-    found = compensated(weight + missing, products)
-    module.weight.copy_(from_matrix(found, module.weight.shape))
-    if module.bias is not None:
-        given, wanted = sums.means()
-        module.bias.copy_(wanted - found.double() @ given)
+def _inputs(module: nn.Module, values: Tensor) -> Tensor:
+    """What a module's matrix is multiplied by: (rows, inputs)."""
+    if isinstance(module, nn.Conv1d):
+        padding, stride, taps = int(module.padding[0]), module.stride[0], module.kernel_size[0]
+        padded = functional.pad(values, (padding, padding))
+        windows = padded.unfold(2, taps, stride)  # (batch, channels, frames, taps)
+        return windows.permute(0, 2, 3, 1).flatten(2).flatten(0, 1)
+    return values.flatten(0, -2)
 
 
 @contextmanager
-def _noting(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """What modules were given last and what they gave, while the network runs."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+def _noting(places: Sequence[Place], network: WhisperSeq2Seq, found: dict[str, Tensor]) -> Iterator[None]:
+    """Sums of x xT of every place while the network runs, added up in `found`."""
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda module, given, gave: found.update({name: (given[0], gave)})
+    def note(name: str, module: nn.Module, values: Tensor) -> None:
+        rows = _inputs(module, values).float()
+        found[name] = found.get(name, 0.0) + rows.T @ rows
+
+    def before(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, given: note(name, module, given[0])
+
+    def after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, _, said: note(name, module, said)
 
     with ExitStack() as stack:
-        for name in names:
-            hook = network.get_submodule(name).register_forward_hook(note(name))
+        for name, module in places:
+            if isinstance(module, nn.Embedding):  # the output layer, which multiplies what this one says
+                hook = network.decoder.layer_norm.register_forward_hook(after(name))
+            else:
+                hook = module.register_forward_pre_hook(before(name))
             stack.callback(hook.remove)
-        yield found
+        yield
 
 
-def _windows(module: nn.Conv1d, values: Tensor) -> Tensor:
-    """What a convolution's matrix is multiplied by: (batch, frames, inputs) of (batch, channels, frames)."""
-    padding, stride, taps = int(module.padding[0]), module.stride[0], module.kernel_size[0]
-    padded = functional.pad(values, (padding, padding))
-    return padded.unfold(2, taps, stride).permute(0, 2, 3, 1).flatten(2)
+def stages(network: WhisperSeq2Seq) -> Iterator[list[Place]]:
+    """Places of coarse weights, those of one layer together, in the order in which they are heard through."""
+    coarse = coarse_weights(network)
+    places = [(name, module) for name, module in network.named_modules() if f"{name}.weight" in coarse]
 
+    def within(prefix: str) -> list[Place]:
+        return [place for place in places if place[0].startswith(prefix)]
 
-@dataclass
-class _Call:
-    """A layer's arguments for one batch, in the exact network and in the one that is being rounded."""
-
-    exact: tuple[Any, ...]
-    rounded: tuple[Any, ...]
-    own: Tensor
-    """(batch, frames or tokens) bool: which of them count, and"""
-    audio: Tensor
-    """of the audio that is listened to."""
-
-
-def _steps(layer: nn.Module) -> Iterator[tuple[tuple[str, ...], str | None]]:
-    """Matrices that are rounded together, in the order in which they are heard through.
-
-    With the normalisation before them where their output is added to what that is given.
-    """
-    yield ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), None
-    yield ("self_attn.out_proj",), "self_attn_layer_norm"
-    if isinstance(layer, DecoderLayer):
-        yield ("encoder_attn.q_proj", *OF_AUDIO), None
-        yield ("encoder_attn.out_proj",), "encoder_attn_layer_norm"
-    yield ("fc1",), None
-    yield ("fc2",), "final_layer_norm"
-
-
-def _round_layer(exact: nn.Module, layer: nn.Module, coarse: Collection[str], calls: Sequence[_Call]) -> None:
-    """Round what of a layer is `coarse`, for what it is given; then let every call go on behind the layer.
-
-    What is added to a stream is to lead it where it is in the exact network, wherever it is before.
-    """
-    for names, norm in _steps(layer):
-        chosen = [name for name in names if f"{name}.weight" in coarse]
-        if not chosen:
-            continue
-        found: dict[str, _Sums] = {}
-        watched = [*chosen, *([norm] if norm else [])]
-        with _noting(exact, watched) as wanted, _noting(layer, watched) as given:
-            for call in calls:
-                exact(*call.exact)
-                layer(*call.rounded)
-                for name in chosen:
-                    aim = wanted[name][1]
-                    if norm:
-                        aim = aim + wanted[norm][0] - given[norm][0]
-                    own = call.audio if name in OF_AUDIO else call.own
-                    _add(found, name, given[name][0][own], aim[own])
-        for name, sums in found.items():
-            _round(cast(nn.Linear, layer.get_submodule(name)), sums)
-    for call in calls:
-        call.exact = (exact(*call.exact), *call.exact[1:])
-        call.rounded = (layer(*call.rounded), *call.rounded[1:])
+    yield within("encoder.conv")
+    for side, layers in (("encoder", network.encoder.layers), ("decoder", network.decoder.layers)):
+        for index in range(len(layers)):
+            yield within(f"{side}.layers.{index}.")
+    yield within("decoder.embed_tokens")
 
 
 def heard_by(network: WhisperSeq2Seq, clip: Waveform) -> Heard:
@@ -217,76 +125,22 @@ def mean_with(network: nn.Module, others: Sequence[tuple[nn.Module, float]]) -> 
 def round_layers(
     network: WhisperSeq2Seq, batches: Sequence[Heard], told: Callable[[str], object] = lambda _: None
 ) -> None:
-    """Give all coarse weights of a network their rounded values; `told` hears of each layer that is done.
-
-    A copy that stays exact hears the same, and every matrix is to answer as there in spite of what it is
-    given (Li et al. 2025 call that asymmetric calibration).
-    """
-    exact, coarse = copy.deepcopy(network), coarse_weights(network)
-
-    def within(prefix: str) -> set[str]:
-        return {name.removeprefix(prefix) for name in coarse if name.startswith(prefix)}
-
-    with evaluating(exact), evaluating(network):
-        if within("encoder.conv2."):
-            _round_convolution(network, batches)
-        told("encoder.conv2")
-        calls = []
-        for features, lengths, _ in batches:
-            before, counts, bias = exact.encoder.convolved(features, lengths, fixed=network.fixed)
-            values, _, _ = network.encoder.convolved(features, lengths, fixed=network.fixed)
-            own = _all_own(values) if network.fixed else frame_mask(counts, values.shape[1])
-            calls.append(_Call((before, bias), (values, bias), own, own))
-        for index, layers in enumerate(zip(exact.encoder.layers, network.encoder.layers, strict=True)):
-            _round_layer(*layers, within(f"encoder.layers.{index}."), calls)
-            told(f"encoder.layers.{index}")
-        for call, (_, _, tokens) in zip(calls, batches, strict=True):
-            values, causal = exact.decoder.embedded(tokens)
-            bias = call.exact[1]
-            call.exact = values, causal, exact.encoder.layer_norm(call.exact[0]), bias
-            call.rounded = values, causal, network.encoder.layer_norm(call.rounded[0]), bias
-            call.own = tokens != network.prompt.end
-        if within("decoder.embed_tokens."):
-            _round_tokens(exact, network, calls)
-            for call, (_, _, tokens) in zip(calls, batches, strict=True):
-                call.rounded = network.decoder.embedded(tokens)[0], *call.rounded[1:]
-        told("decoder.embed_tokens")
-        for index, layers in enumerate(zip(exact.decoder.layers, network.decoder.layers, strict=True)):
-            _round_layer(*layers, within(f"decoder.layers.{index}."), calls)
-            told(f"decoder.layers.{index}")
-
-
-def _all_own(values: Tensor) -> Tensor:
-    """(batch, frames) true of (batch, frames, width)."""
-    return torch.ones(values.shape[:2], dtype=torch.bool)
-
-
-def _round_convolution(network: WhisperSeq2Seq, batches: Sequence[Heard]) -> None:
-    """The second one, for what the first one gives."""
-    convolution, sums = network.encoder.conv2, dict[str, _Sums]()
-    with _noting(network.encoder, ["conv2"]) as found:
-        for features, lengths, _ in batches:
-            values, counts, _ = network.encoder.convolved(features, lengths, fixed=network.fixed)
-            own = _all_own(values) if network.fixed else frame_mask(counts, values.shape[1])
-            given, gave = found["conv2"]
-            _add(sums, "conv2", _windows(convolution, given)[own], gave.transpose(1, 2)[own])
-    _round(convolution, sums["conv2"])
-
-
-def _round_tokens(exact: WhisperSeq2Seq, network: WhisperSeq2Seq, calls: Sequence[_Call]) -> None:
-    """The rows of the tokens, for what they are multiplied by as the output.
-
-    Before the layers, which make up for what the rows are as inputs.
-    """
-    products = torch.zeros(network.decoder.config.width, network.decoder.config.width)
-    for call in calls:
-        values, *others = call.exact
-        for layer in exact.decoder.layers:
-            values = layer(values, *others)
-        states = exact.decoder.layer_norm(values)[call.own]
-        products += states.T @ states
-    weight = network.decoder.embed_tokens.weight
-    weight.copy_(compensated(weight, products))
+    """Give all coarse weights of a network their rounded values; `told` hears of each layer that is done."""
+    for places in stages(network):
+        if not places:
+            continue
+        found: dict[str, Tensor] = {}
+        with evaluating(network), _noting(places, network, found):
+            for features, lengths, tokens in batches:
+                audio, counts = network.encoder(features, lengths, fixed=network.fixed)
+                if places[0][0].startswith("decoder."):
+                    bias = None if network.fixed else key_bias(counts, audio.shape[1])
+                    network.decoder(tokens, audio, bias)
+        for name, module in places:
+            weight = cast(Tensor, module.weight)
+            with torch.no_grad():
+                weight.copy_(from_matrix(compensated(as_matrix(weight), found[name]), weight.shape))
+        told(places[-1][0])
 
 
 def divergence(exact: WhisperSeq2Seq, network: WhisperSeq2Seq, batches: Sequence[Batch]) -> float:
@@ -348,8 +202,7 @@ def main(given: Sequence[str] | None = None) -> int:
     batches = [(batch.features, batch.lengths, batch.tokens) for batch in drawn]
     equalise(network)
     exact = copy.deepcopy(network)
-    layers = 2 + len(network.encoder.layers) + len(network.decoder.layers)
-    with tqdm(total=layers, unit="layer", desc="rounding") as bar:
+    with tqdm(total=len(list(stages(network))), unit="layer", desc="rounding") as bar:
         round_layers(network, batches, lambda name: bar.update())
     unheard = [maker(arguments.batches + step) for step in range(JUDGED_BATCHES)]
     print(f"{divergence(exact, network, unheard):.4f} nats per token from what it answered before")

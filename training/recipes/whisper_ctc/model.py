@@ -149,15 +149,6 @@ class WhisperEncoder(nn.Module):
 
         With `fixed` nothing is masked: all 30 seconds count, as Whisper was trained.
         """
-        values, lengths, bias = self.convolved(features, lengths, fixed=fixed)
-        for layer in self.layers:
-            values = layer(values, bias)
-        return self.layer_norm(values), lengths
-
-    def convolved(
-        self, features: Tensor, lengths: Tensor, *, fixed: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the first layer is given, lengths, and what is added to scores: arguments as `forward`."""
         values = functional.gelu(self.conv1(features.transpose(1, 2)))
         if not fixed:
             values = values * frame_mask(lengths, values.shape[-1])[:, None, :]
@@ -168,7 +159,9 @@ class WhisperEncoder(nn.Module):
             raise ValueError(f"{frames} frames, the encoder has positions for {self.config.positions} (30 s)")
         values = values + self.embed_positions.weight[:frames]
         bias = None if fixed else key_bias(lengths, frames)
-        return values, lengths, bias
+        for layer in self.layers:
+            values = layer(values, bias)
+        return self.layer_norm(values), lengths
 
 
 class WhisperCtc(nn.Module):

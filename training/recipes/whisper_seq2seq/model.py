@@ -141,7 +141,7 @@ class WhisperDecoder(nn.Module):
 
         With `last` those after the last token only, (batch, 1, vocabulary).
         """
-        values, causal = self.embedded(tokens)
+        values, causal = self._embedded(tokens)
         for layer in self.layers:
             values = layer(values, causal, audio, audio_bias)
         values = values[:, -1:] if last else values
@@ -152,7 +152,7 @@ class WhisperDecoder(nn.Module):
 
         The mean over the heads that follow the speech.
         """
-        values, causal = self.embedded(tokens)
+        values, causal = self._embedded(tokens)
         found = torch.zeros(*tokens.shape, audio.shape[1], device=tokens.device)
         for index, module in enumerate(self.layers):
             layer = cast(DecoderLayer, module)
@@ -166,7 +166,7 @@ class WhisperDecoder(nn.Module):
         rows = functional.embedding(tokens, self.embed_tokens.weight)
         return rows if self.embed_scale is None else rows * self.embed_scale
 
-    def embedded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _embedded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer is given, and what is added to scores of later tokens."""
         count = tokens.shape[1]
         values = self.rows_of(tokens) + self.embed_positions.weight[:count]
