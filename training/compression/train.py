@@ -13,18 +13,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from training.arguments import positive
-from training.compression.corpus import IGNORED, Batch, BatchMaker, LabelledCorpus, padded
+from training.compression.corpus import IGNORED, Batch, BatchMaker, LabelledCorpus, Sound, padded
 from training.compression.label import TOKENS_PER_S, Large
 from training.compression.network import (
     coarse_weights,
@@ -41,8 +40,8 @@ from training.compression.vocabulary import CutVocabulary
 from training.distillation.dataset import normalise_text
 from training.distillation.evaluate import word_error_rates
 from training.distillation.label import length_batches
-from training.distillation.runner import Learner, deadline, run_until
-from training.distillation.trainer import AVERAGE_EVERY, adamw, learning_rate, move_average
+from training.distillation.learner import Learner, LearnerConfig, adamw
+from training.distillation.runner import deadline, run_until
 from training.errors import CheckpointError, ConfigError, in_one_line
 from training.recipes.whisper_ctc.model import EncoderConfig
 from training.recipes.whisper_seq2seq.model import DecoderConfig, WhisperSeq2Seq
@@ -51,17 +50,14 @@ VALIDATION_FRAMES = 10_000
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LearnerConfig):
     """What a run needs to know; stored with its checkpoints."""
 
     layers: tuple[int, ...] = (0, 1, 3)
     """Of the large decoder, those that are kept."""
     rounded: bool = True
     """Whether the network hears through the rounding while it learns."""
-    workers: int = 2
-    batch_s: float = 40.0
     learning_rate: float = 5e-5
-    weight_decay: float = 0.01
     warmup_steps: int = 200
     decay_share: float = 1.0
     ema_steps: int = 400
@@ -72,15 +68,10 @@ class TrainConfig:
     """Of the labels elsewhere (Szegedy et al. 2016)."""
     dropout: float = 0.1
     """In the decoder."""
-    seed: int = 0
 
 
 Config = TypeVar("Config", bound=TrainConfig)
-
-
-def described(network: WhisperSeq2Seq) -> dict[str, Any]:
-    """The shape of a network, for its checkpoint."""
-    return {"encoder": asdict(network.encoder.config), "decoder": asdict(network.decoder.config)}
+AnySound = TypeVar("AnySound", bound=Sound)
 
 
 def network_of(state: dict[str, Any], cut: CutVocabulary) -> WhisperSeq2Seq:
@@ -94,90 +85,75 @@ def network_of(state: dict[str, Any], cut: CutVocabulary) -> WhisperSeq2Seq:
     return network.eval()
 
 
-class Trainer:
+class CorpusLearner(Learner[AnySound]):
+    """What learns from a labelled corpus; `network_of` reads what it leaves."""
+
+    config: TrainConfig
+    corpus: LabelledCorpus
+    network: WhisperSeq2Seq
+    average: WhisperSeq2Seq
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, and another to go on from the average."""
+        network = self.network
+        return super().state() | {
+            "shape": {"encoder": asdict(network.encoder.config), "decoder": asdict(network.decoder.config)},
+            "network": self.learned.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimisers[0].state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The reverse of :meth:`state`."""
+        super().restore(state)
+        self.learned.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.optimisers[0].load_state_dict(state["optimiser"])
+
+
+class Trainer(CorpusLearner[Batch]):
     """Weights in float32, their rounded copy that hears and writes, and their running average."""
 
     def __init__(self, config: TrainConfig, network: WhisperSeq2Seq, corpus: LabelledCorpus) -> None:
-        torch.manual_seed(config.seed)
-        self.config, self.corpus, self.network = config, corpus, network.train()
+        super().__init__(config)
+        self.corpus, self.network = corpus, network.train()
         for layer in network.decoder.layers:
             layer.dropout.p = config.dropout  # type: ignore[union-attr]
         self.average = copy.deepcopy(network).requires_grad_(False)
+        self.learned, self.averaged = self.network, self.average
         self.rounded = copy.deepcopy(network)
         self.coarse = coarse_weights(network) if config.rounded else set()
-        self.learned = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-        self.optimiser = adamw(config, (p for _, p in self.learned))
-        self.pool = ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,))
+        self.optimisers = [adamw(config, (p for p in network.parameters() if p.requires_grad))]
         most_tokens = network.decoder.config.positions - len(network.prompt.ids)
         self.maker = BatchMaker(corpus, config.batch_s, config.seed, most_tokens)
-        self.step, self.elapsed_s, self.audio_s, self.best_wer = 0, 0.0, 0.0, math.inf
 
-    def batches(self, step: int) -> list[Batch]:
-        """One per worker."""
-        workers = self.config.workers
-        return [self.maker(step * workers + worker) for worker in range(workers)]
-
-    def _backward(self, batch: Batch) -> dict[str, float]:
-        """Adds the gradients of one batch to those of the rounded weights; runs in a worker thread."""
-        network, config = self.rounded, self.config
-        found = answers(network, batch).log_softmax(dim=-1)
+    def _loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
+        found = answers(self.rounded, batch).log_softmax(dim=-1)
         counts = batch.wanted != IGNORED
         wanted = batch.wanted[counts]
         label = -found.gather(1, wanted[:, None])[:, 0]
         probabilities = batch.probabilities[counts]
         teacher = -(probabilities * found.gather(1, batch.likely[counts])).sum(dim=-1)
         taught = probabilities.sum(dim=-1) > 0
-        share, smooth = config.teacher_share, config.smoothing
+        share, smooth = self.config.teacher_share, self.config.smoothing
         alone = (1 - smooth) * label - smooth * found.mean(dim=-1)
         loss = torch.where(taught, (1 - share) * label + share * teacher, alone).mean()
-        (loss / config.workers).backward()  # type: ignore[no-untyped-call]
         right = (found.argmax(dim=-1) == wanted).float().mean()
-        return {"label": float(label.detach().mean()), "right": float(right)}
+        return loss, {"label": float(label.detach().mean()), "right": float(right)}
 
-    def train_step(self, batches: list[Batch], progress: float) -> dict[str, float]:
-        """One update on one batch per worker; returns the parts of the loss."""
-        rate = learning_rate(self.config, self.step, progress)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+    def _gradients(self, batches: list[Batch], progress: float) -> list[dict[str, float]]:
+        """Those of the rounded weights are taken for those of the exact ones."""
         round_into(self.rounded, self.network, self.coarse)
-        parts = list(self.pool.map(self._backward, batches))
-        norm = torch.nn.utils.clip_grad_norm_(self.rounded.parameters(), self.config.gradient_clip)
-        if torch.isfinite(norm):
-            gradients = dict(self.rounded.named_parameters())
-            for name, parameter in self.learned:
-                parameter.grad = gradients[name].grad
-            self.optimiser.step()
-            if self.step % AVERAGE_EVERY == 0:
-                move_average(self.config, self.step, self.average.parameters(), self.network.parameters())
-        self.rounded.zero_grad(set_to_none=True)
-        self.step += 1
-        self.audio_s += sum(batch.audio_s for batch in batches)
-        values = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-        return {**values, "norm": float(norm), "rate": rate}
+        parts = super()._gradients(batches, progress)
+        for exact, rounded in zip(self.network.parameters(), self.rounded.parameters(), strict=True):
+            exact.grad, rounded.grad = rounded.grad, None
+        return parts
 
     def validation(self) -> dict[str, float]:
         """Word error rate of the averaged, rounded weights per source, on the held-out speakers."""
         served = copy.deepcopy(self.average)
         round_into(served, self.average, self.coarse)
         return validated(served, self.corpus, self.pool)
-
-    def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
-        return {
-            "config": asdict(self.config),
-            "shape": described(self.network),
-            "network": self.network.state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "counters": [self.step, self.elapsed_s, self.audio_s, self.best_wer],
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """The reverse of :meth:`state`."""
-        self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.elapsed_s, self.audio_s, self.best_wer = state["counters"]
 
 
 def answers(network: WhisperSeq2Seq, batch: Batch) -> Tensor:
@@ -274,18 +250,7 @@ def config_of(config: type[Config], arguments: argparse.Namespace, **more: Any) 
     )
 
 
-class CorpusLearner(Learner[Any], Protocol):
-    """What learns from a labelled corpus by a configuration."""
-
-    corpus: LabelledCorpus
-
-    @property
-    def config(self) -> TrainConfig:
-        """Stored beside its checkpoints."""
-        ...
-
-
-def run_as_told(trainer: CorpusLearner, arguments: argparse.Namespace, deadline_s: float | None) -> None:
+def run_as_told(trainer: CorpusLearner[Any], arguments: argparse.Namespace, deadline_s: float | None) -> None:
     """Run, with vocabulary and configuration beside the checkpoints."""
     trainer.corpus.cut.save(arguments.run / "vocabulary.json")
     described_config = json.dumps(asdict(trainer.config), indent=1)

@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,17 +24,17 @@ from torch.nn import functional
 from training.compression.corpus import LabelledCorpus, Sound, SoundMaker
 from training.compression.network import decoder_layers, listen
 from training.compression.train import (
+    CorpusLearner,
     TrainConfig,
     add_run_options,
     config_of,
-    described,
     new_network,
     read_state,
     run_as_told,
     until_when,
     validated,
 )
-from training.distillation.trainer import AVERAGE_EVERY, adamw, learning_rate, move_average
+from training.distillation.learner import adamw
 from training.errors import in_one_line
 from training.masks import frame_mask
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
@@ -94,27 +92,22 @@ def metric(network: WhisperSeq2Seq, states: Tensor) -> Tensor:
     return factor
 
 
-class Unpadder:
+class Unpadder(CorpusLearner[Sound]):
     """The encoder that is given clips alone, the published one, and the learning one's running average."""
 
     def __init__(self, config: UnpadConfig, network: WhisperSeq2Seq, corpus: LabelledCorpus) -> None:
-        torch.manual_seed(config.seed)
-        self.config, self.corpus = config, corpus
+        super().__init__(config)
+        self.corpus = corpus
         self.published = copy.deepcopy(network).requires_grad_(False).eval()
         self.network = copy.deepcopy(self.published)
-        self.network.encoder.requires_grad_()
         self.average = copy.deepcopy(self.published)
-        self.optimiser = adamw(config, self._learned())
-        self.pool = ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,))
-        self.maker = SoundMaker(corpus, config.batch_s, config.seed)
-        self.step, self.elapsed_s, self.audio_s, self.best_wer = 0, 0.0, 0.0, math.inf
+        self.learned, self.averaged = self.network.encoder.requires_grad_(), self.average.encoder
+        self.optimisers = [adamw(config, (p for p in self.learned.parameters() if p.requires_grad))]
+        self.maker = SoundMaker(corpus, config.batch_s, config.seed).sound
         measured = SoundMaker(corpus, config.batch_s, config.seed)
         with torch.inference_mode():
             states = [self._published_states(measured.sound(step)) for step in range(MEASURED_BATCHES)]
         self.metric = metric(network, torch.cat([found[own] for found, own in states]).clone())
-
-    def _learned(self) -> Iterator[Tensor]:
-        return (p for p in self.network.encoder.parameters() if p.requires_grad)
 
     def _published_states(self, sound: Sound) -> tuple[Tensor, Tensor]:
         """(batch, frames, width) of what is heard before silence, and which of them the items have."""
@@ -125,59 +118,17 @@ class Unpadder:
         counts = torch.div(sound.lengths + 1, 2, rounding_mode="floor")
         return states[:, :frames].float(), frame_mask(counts, frames)
 
-    def batches(self, step: int) -> list[Sound]:
-        """One per worker."""
-        workers = self.config.workers
-        return [self.maker.sound(step * workers + worker) for worker in range(workers)]
-
-    def _backward(self, sound: Sound) -> float:
-        """Adds the gradients of one batch; runs in a worker thread."""
+    def _loss(self, sound: Sound, progress: float) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             wanted, own = self._published_states(sound)
         found, _, _ = listen(self.network, sound.features, sound.lengths)
         difference = (found.float() - wanted)[own] @ self.metric
         loss = difference.square().sum(dim=-1).mean()
-        (loss / self.config.workers).backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
-
-    def train_step(self, batches: list[Sound], progress: float) -> dict[str, float]:
-        """One update on one batch per worker; returns the error and what it was learned with."""
-        rate = learning_rate(self.config, self.step, progress)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        errors = list(self.pool.map(self._backward, batches))
-        norm = torch.nn.utils.clip_grad_norm_(self._learned(), self.config.gradient_clip)
-        if torch.isfinite(norm):
-            self.optimiser.step()
-            if self.step % AVERAGE_EVERY == 0:
-                ours = self.average.encoder.parameters()
-                move_average(self.config, self.step, ours, self.network.encoder.parameters())
-        self.optimiser.zero_grad(set_to_none=True)
-        self.step += 1
-        self.audio_s += sum(sound.audio_s for sound in batches)
-        return {"error": sum(errors) / len(errors), "norm": float(norm), "rate": rate}
+        return loss, {"error": float(loss.detach())}
 
     def validation(self) -> dict[str, float]:
         """Word error rates of the averaged encoder with the published decoder, per source."""
         return validated(self.average, self.corpus, self.pool)
-
-    def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, and `train` and `rounding` to go on."""
-        return {
-            "config": asdict(self.config),
-            "shape": described(self.network),
-            "network": self.network.encoder.state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "counters": [self.step, self.elapsed_s, self.audio_s, self.best_wer],
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """The reverse of :meth:`state`."""
-        self.network.encoder.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.elapsed_s, self.audio_s, self.best_wer = state["counters"]
 
 
 @in_one_line("unpad")

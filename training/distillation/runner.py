@@ -12,38 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
+from training.distillation.learner import Batch, Learner
 from training.torch_state import save_state
-
-Batch = TypeVar("Batch")
-
-
-class Learner(Protocol, Generic[Batch]):
-    """What is run."""
-
-    step: int
-    elapsed_s: float
-    audio_s: float
-    best_wer: float
-
-    def batches(self, step: int) -> list[Batch]:
-        """What step number ``step`` learns from; called with rising numbers, in a thread of its own."""
-        ...
-
-    def train_step(self, batches: list[Batch], progress: float) -> dict[str, float]:
-        """One update, at 0 to 1 of the run; returns the parts of the loss."""
-        ...
-
-    def validation(self) -> dict[str, float]:
-        """Word error rates by source and under ``all``; empty where nobody is held out."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
-        ...
 
 
 class Records:

@@ -1,14 +1,11 @@
-"""What moves a student: losses, optimisers, the running average of its weights, and the stored state."""
+"""What moves a student: losses, optimisers, and the stored state."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +14,7 @@ from training.checkpoint import load_checkpoint
 from training.distillation.evaluate import settle, validate
 from training.distillation.examples import Batch, BatchMaker, Corpus
 from training.distillation.label import COMPONENTS
+from training.distillation.learner import Learner, LearnerConfig, adamw
 from training.distillation.muon import Muon
 from training.distillation.student import Distiller, LossWeights, mix, student_of_size, total_loss
 from training.errors import CheckpointError, ConfigError
@@ -25,29 +23,21 @@ from training.recipes.whisper_ctc.model import WhisperCtc, is_openai, read_opena
 
 START_WEIGHTS = LossWeights(hidden=1.0, dense=0.3, posterior=0.7, ctc=0.3)
 END_WEIGHTS = LossWeights(hidden=0.3, dense=0.1, posterior=0.8, ctc=0.8)
-AVERAGE_EVERY = 4
-"""Steps between two moves of the running average; each touches every weight."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LearnerConfig):
     """What a run needs to know; stored with its checkpoints."""
 
     size: str = "m"
-    workers: int = 2
-    batch_s: float = 40.0
-    """Padded audio-seconds per worker."""
     learning_rate: float = 2e-3
-    weight_decay: float = 0.01
     muon: bool = True
     warmup_steps: int = 300
     decay_share: float = 0.55
-    """Share of the run, at its end, over which the learning rate falls."""
     ema_steps: int = 300
     gradient_clip: float = 2.0
     min_confidence: float = -0.05
     ctc_every: int = 2
-    seed: int = 0
     augment: bool = True
     output_only: bool = False
     """Posteriors and text count, activations do not: for a student that already follows the teacher."""
@@ -55,72 +45,20 @@ class TrainConfig:
     """Batch normalisations keep the statistics that the run began with: for its last part."""
 
 
-class Schedule(Protocol):
-    """What the optimiser needs to know of a run."""
+class Trainer(Learner[Batch]):
+    """A student, its losses and optimisers, and where it starts from."""
 
-    @property
-    def learning_rate(self) -> float:
-        """The peak."""
-        ...
-
-    @property
-    def weight_decay(self) -> float:
-        """Of matrices."""
-        ...
-
-    @property
-    def warmup_steps(self) -> int:
-        """Until the peak."""
-        ...
-
-    @property
-    def decay_share(self) -> float:
-        """Share of the run, at its end, over which the rate falls."""
-        ...
-
-    @property
-    def ema_steps(self) -> int:
-        """Over which the running average looks back."""
-        ...
-
-
-def adamw(config: Schedule, parameters: Iterable[Tensor]) -> torch.optim.AdamW:
-    """Decay for matrices only."""
-    several = list(parameters)
-    groups = [
-        {"params": [p for p in several if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in several if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
-def move_average(config: Schedule, step: int, ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
-    """Exponentially, faster in the first steps: `ours` towards `theirs`. For every `AVERAGE_EVERY`th step."""
-    share = max(AVERAGE_EVERY / config.ema_steps, 9.0 / (10.0 + step // AVERAGE_EVERY))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ours), list(theirs), share)
-
-
-def learning_rate(config: Schedule, step: int, progress: float) -> float:
-    """Linear warm-up, a plateau, then half a cosine to 2 % of the peak over the last ``decay_share``."""
-    warm = min(1.0, (step + 1) / config.warmup_steps)
-    late = max(0.0, (progress - (1.0 - config.decay_share)) / config.decay_share)
-    return config.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, late))))
-
-
-class Trainer:
-    """Model, optimiser, running average of the weights, and the step that moves them."""
+    config: TrainConfig
 
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
-        torch.manual_seed(config.seed)
-        self.config, self.corpus = config, corpus
+        super().__init__(config)
+        self.corpus = corpus
         self.distiller = Distiller(student_of_size(config.size), COMPONENTS)
         self.average = copy.deepcopy(self.distiller).requires_grad_(False)
-        self.pool = ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,))
+        self.learned, self.averaged = self.distiller, self.average
         self.optimisers = self._optimisers()
         augmentation = corpus.augmentation if config.augment else None
         self.maker = BatchMaker(corpus, config.batch_s, config.seed, augmentation)
-        self.step, self.elapsed_s, self.audio_s, self.best_wer = 0, 0.0, 0.0, math.inf
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
         """Muon for the student's matrices where it is asked for, AdamW for everything else."""
@@ -134,11 +72,6 @@ class Trainer:
             wide = [named[name] for name in sorted(matrices)]
             found.append(Muon(wide, config.learning_rate, 0.95, config.weight_decay, self.pool))
         return found
-
-    def batches(self, step: int) -> list[Batch]:
-        """One per worker."""
-        workers = self.config.workers
-        return [self.maker(step * workers + worker) for worker in range(workers)]
 
     def validation(self) -> dict[str, float]:
         """Word error rate of the averaged weights per source, on the held-out speakers."""
@@ -156,61 +89,27 @@ class Trainer:
         """One number to follow downhill."""
         return total_loss(losses, weights)
 
-    def _backward(self, batch: Batch, weights: LossWeights, with_ctc: bool) -> dict[str, float]:
-        """Adds the gradients of one batch of the step; runs in a worker thread."""
-        losses = self._losses(batch, with_ctc)
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        if "ctc" in losses:
-            losses["ctc"] = losses["ctc"] * self.config.ctc_every
-        loss = self._total(losses, weights) / self.config.workers
-        loss.backward()  # type: ignore[no-untyped-call]
-        return values
-
-    def train_step(self, batches: list[Batch], progress: float) -> dict[str, float]:
-        """One update on one batch per worker; returns the parts of the loss.
-
-        A worker is a thread whose kernels are single-threaded: the threads meet once per step instead of
-        once per operation, which is what counts on cores that are shared with other work.
-        """
-        rate = learning_rate(self.config, self.step, progress)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-        with_ctc = self.step % self.config.ctc_every == 0
+    def _loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
         weights = mix(START_WEIGHTS, END_WEIGHTS, progress)
         if self.config.output_only:
             weights = replace(weights, hidden=0.0, dense=0.0)
-        parts = list(self.pool.map(lambda batch: self._backward(batch, weights, with_ctc), batches))
-        norm = torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), self.config.gradient_clip)
-        if torch.isfinite(norm):
-            for optimiser in self.optimisers:
-                optimiser.step()
-            if self.step % AVERAGE_EVERY == 0:
-                self._move_average()
-        self.distiller.zero_grad(set_to_none=True)
-        self.step += 1
-        self.audio_s += sum(batch.audio_s for batch in batches)
-        values = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-        return {**values, "norm": float(norm), "rate": rate}
-
-    def _move_average(self) -> None:
-        """Of weights and batch statistics."""
-        ours = [p for p in self.average.state_dict().values() if p.is_floating_point()]
-        theirs = [p for p in self.distiller.state_dict().values() if p.is_floating_point()]
-        move_average(self.config, self.step, ours, theirs)
+        losses = self._losses(batch, self.step % self.config.ctc_every == 0)
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        if "ctc" in losses:
+            losses["ctc"] = losses["ctc"] * self.config.ctc_every
+        return self._total(losses, weights), values
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        return {
-            "config": asdict(self.config),
+        return super().state() | {
             "distiller": self.distiller.state_dict(),
             "average": self.average.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "counters": [self.step, self.elapsed_s, self.audio_s, self.best_wer],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """The reverse of :meth:`state`."""
+        super().restore(state)
         self.distiller.load_state_dict(state["distiller"])
         self.average.load_state_dict(state["average"])
         stored = state["optimisers"]
@@ -219,7 +118,6 @@ class Trainer:
                 optimiser.load_state_dict(entry)
         else:
             print("another optimiser than the checkpoint's: its averages start afresh")
-        self.step, self.elapsed_s, self.audio_s, self.best_wer = state["counters"]
 
     def freeze_norms(self, *, anew: bool) -> None:
         """Keep the normalisations' statistics, taken `anew` from clean speech or as they are.

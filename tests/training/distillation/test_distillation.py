@@ -34,8 +34,9 @@ from training.distillation.dataset import (
 )
 from training.distillation.evaluate import settle, validate
 from training.distillation.examples import BatchMaker, Corpus
+from training.distillation.learner import learning_rate
 from training.distillation.student import LossWeights, corpus_type
-from training.distillation.trainer import TrainConfig, Trainer, learning_rate
+from training.distillation.trainer import TrainConfig, Trainer
 from training.distillation.weights import halved, student_of
 from training.errors import CheckpointError, ConfigError, DiskFullError
 from training.frontend import FrontendConfig, LogMel
