@@ -133,9 +133,10 @@ def test_the_load_balancer_waits_longer_than_a_request_may_take(production: list
 
 
 # DigitalOcean's annotations that are used here, as its cloud controller spells them; it ignores others.
-# Path, port and protocol of the health check are not among them: without an override they do nothing.
+# Path, port and protocol of the health check are not among them: without an override they do nothing. Nor is
+# the name: it is looked for in the whole account, so a second cluster would take over the first one's.
 LOAD_BALANCER = {
-    "name", "protocol", "http-idle-timeout-seconds", "size-unit",
+    "protocol", "http-idle-timeout-seconds", "size-unit",
     "healthcheck-check-interval-seconds", "healthcheck-response-timeout-seconds",
     "healthcheck-unhealthy-threshold", "healthcheck-healthy-threshold",
     "sticky-sessions-type", "sticky-sessions-cookie-name", "sticky-sessions-cookie-ttl",
