@@ -33,7 +33,7 @@ variable "kubernetes_version" {
 }
 
 variable "region" {
-  description = "Region slug that hosts the cluster and its load balancers; take the one nearest to those who speak."
+  description = "Region slug that hosts the cluster and its load balancers; take the one nearest to those who speak. Another one replaces the cluster, with all that is in it."
   type        = string
   default     = "sgp1"
 
@@ -84,7 +84,7 @@ variable "surge_upgrade" {
 }
 
 variable "node_size" {
-  description = "Droplet size of the default node pool."
+  description = "Droplet size of the default node pool. Another one replaces the cluster, with all that is in it; for other nodes add inference_pool."
   type        = string
   default     = "s-2vcpu-4gb"
 

@@ -81,13 +81,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan(folder: Path, *values: str, init: bool = False) -> subprocess.CompletedProcess[str]:
+def terraform(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TF_CLI_CONFIG_FILE": os.devnull, "TF_IN_AUTOMATION": "1"}
-    words = ["init", "-backend=false"] if init else ["plan", *(f"-var={value}" for value in values)]
     return subprocess.run(
-        ["terraform", f"-chdir={folder}", *words, "-input=false", "-no-color"],
+        ["terraform", f"-chdir={folder}", *words],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
+
+
+def plan(folder: Path, *values: str, init: bool = False) -> subprocess.CompletedProcess[str]:
+    words = ["init", "-backend=false"] if init else ["plan", *(f"-var={value}" for value in values)]
+    return terraform(folder, *words, "-input=false", "-no-color")
 
 
 def test_the_defaults_are_accepted(workspace: Path) -> None:
@@ -121,3 +125,40 @@ def test_a_wrong_value_is_refused_by_name(workspace: Path, value: str) -> None:
 def test_a_right_value_is_accepted(workspace: Path, value: str) -> None:
     done = plan(workspace, value)
     assert done.returncode == 0, done.stderr
+
+
+REPLACED = """
+variable "size" { default = "small" }
+variable "registries" { default = 1 }
+resource "terraform_data" "cluster" {
+  input            = "a}b\\"c"
+  triggers_replace = [var.size]
+}
+resource "terraform_data" "registry" {
+  count = var.registries
+  input = var.size
+}
+"""
+
+
+def test_what_a_plan_destroys_is_read_as_terraform_writes_it(tmp_path: Path) -> None:
+    """k8s/setup.sh refuses by this; the resource is the one that Terraform brings along."""
+    if shutil.which("terraform") is None:
+        pytest.skip("terraform is not here")
+    (tmp_path / "main.tf").write_text(REPLACED)
+    for words in (["init", "-input=false"], ["apply", "-input=false", "-auto-approve"]):
+        done = terraform(tmp_path, *words)
+        assert done.returncode == 0, done.stderr
+    for values, expected in (
+        (["registries=1"], []),
+        (["size=large", "registries=0"], ["terraform_data.cluster", "terraform_data.registry[0]"]),
+    ):
+        given = [f"-var={value}" for value in values]
+        assert terraform(tmp_path, "plan", "-input=false", f"-out={tmp_path}/saved", *given).returncode == 0
+        shown = terraform(tmp_path, "show", "-json", f"{tmp_path}/saved").stdout
+        for types, found in ((["other", "terraform_data"], expected), (["data", "other"], [])):
+            done = subprocess.run(
+                ["bash", "-c", '. "$0"; destroyed "$@"', ROOT / "k8s/lib.sh", *types],
+                input=shown, capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            assert sorted(done.stdout.split()) == found
