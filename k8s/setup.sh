@@ -127,6 +127,12 @@ mkdir -p "$render"
     printf '  - name: %s\n    newName: %s%s\n' "$image" "${registry:+${registry%/}/}" "$image"
     [ -z "$tag" ] || printf '    newTag: "%s"\n' "$tag"
   done
+  # DigitalOcean puts its registry's pull secret, which has the registry's name, into every namespace, but names it in the
+  # service account `default` only, and no pod here runs as that.
+  if [[ $registry =~ ^registry\.digitalocean\.com/([^/]+) ]]; then
+    printf 'patches:\n  - target: {kind: ServiceAccount}\n    patch: |-\n      %s\n      %s\n      %s\n      %s\n' \
+      'apiVersion: v1' 'kind: ServiceAccount' 'metadata: {name: each}' "imagePullSecrets: [{name: ${BASH_REMATCH[1]}}]"
+  fi
 } >"$render/kustomization.yaml"
 manifests=$(kubectl kustomize "$render")
 if [ "$DRY_RUN" = 1 ]; then

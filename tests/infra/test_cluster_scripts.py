@@ -9,8 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.infra.render import ROOT
+from tests.infra.render import ROOT, kustomize
 
 # Every tool notes its call. What it knows of the world are files in $WORLD.
 HEAD = """#!/bin/bash
@@ -229,6 +230,39 @@ def test_images_that_no_node_can_pull_are_refused_before_anything_costs_money(wo
     (world.folder / "images").write_text("        image: asr-api:0.1.0\n")
     done = world.run("setup.sh", "--kubeconfig", str(world.kubeconfig))
     assert done.returncode == 0, "another cluster may have the images already"
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the manifests; it is not here")
+@pytest.mark.parametrize(
+    ("registry", "secret"),
+    [
+        ("registry.digitalocean.com/my-asr", "my-asr"), ("registry.digitalocean.com/my-asr/", "my-asr"),
+        ("registry.digitalocean.com/my-asr/team", "my-asr"), ("ghcr.io/my/asr", None), ("", None),
+        ("registry.digitalocean.com.example.org/my-asr", None),
+    ],
+)  # fmt: skip
+def test_pods_pull_from_digitaloceans_registry_with_the_secret_that_it_puts_there(
+    world: World, registry: str, secret: str | None
+) -> None:
+    """DigitalOcean names it in the service account `default` only."""
+    world.has_cluster()
+    named = ("--registry", registry) if registry else ()
+    done = world.run("setup.sh", "--kubeconfig", str(world.kubeconfig), "--tag", "1.2.3", *named)
+    assert done.returncode == 0, done.stderr
+    objects = list(yaml.safe_load_all(kustomize(world.folder / "build/k8s-render")))
+    accounts = {
+        item["metadata"]["name"]: item.get("imagePullSecrets")
+        for item in objects
+        if item["kind"] == "ServiceAccount"
+    }
+    pods = [item["spec"]["template"]["spec"] for item in objects if item["kind"] == "Deployment"]
+    assert set(accounts) == {pod["serviceAccountName"] for pod in pods}
+    assert all(secrets == ([{"name": secret}] if secret else None) for secrets in accounts.values())
+    prefix = f"{registry.rstrip('/')}/" if registry else ""
+    assert {pod["containers"][0]["image"] for pod in pods} == {
+        f"{prefix}asr-api:1.2.3",
+        f"{prefix}asr-ui:1.2.3",
+    }
 
 
 @pytest.mark.parametrize("deployed_before", [True, False])
