@@ -124,6 +124,14 @@ def test_stopping_fits_into_the_grace_period(objects: list[dict[str, Any]]) -> N
     assert seconds(values["ASR_DRAIN_GRACE_S"]) > probe["periodSeconds"] * probe["failureThreshold"]
 
 
+def test_kubernetes_gives_a_rollout_up_no_sooner_than_setup_does(objects: list[dict[str, Any]]) -> None:
+    """`kubectl rollout status` fails at the deadline, whatever its own timeout says."""
+    promised = re.search(r"timeout_s=(\d+)", (ROOT / "k8s/setup.sh").read_text())
+    assert promised is not None
+    for deployment in of_kind(objects, "Deployment").values():
+        assert deployment["spec"]["progressDeadlineSeconds"] >= int(promised[1])
+
+
 def test_the_load_balancer_waits_longer_than_a_request_may_take(production: list[dict[str, Any]]) -> None:
     annotations = of_kind(production, "Service")["asr-api"]["metadata"]["annotations"]
     prefix = "service.beta.kubernetes.io/do-loadbalancer"
