@@ -204,6 +204,14 @@ def test_the_autoscaler_adds_a_pod_while_waits_are_short(production: list[dict[s
     assert cpu / 0.99 > 0.5, "half of every pod would idle"
 
 
+def test_no_alert_of_the_chart_fires_for_ever_on_two_nodes() -> None:
+    """KubeCPUOvercommit and KubeMemoryOvercommit ask whether one node less would do."""
+    values = yaml.safe_load((ROOT / "k8s/monitoring/kube-prometheus-stack-values.yaml").read_text())
+    assert values["defaultRules"]["disabled"] == {"KubeCPUOvercommit": True, "KubeMemoryOvercommit": True}
+    for component in ("kubeControllerManager", "kubeScheduler", "kubeEtcd", "kubeProxy"):
+        assert values[component]["enabled"] is False
+
+
 def test_network_policies_start_from_nothing(objects: list[dict[str, Any]]) -> None:
     policies = of_kind(objects, "NetworkPolicy")
     assert policies["deny-all"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
