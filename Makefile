@@ -178,7 +178,7 @@ registry-login: ## with REGISTRY_USER and REGISTRY_PASSWORD
 registry-logout:
 	@$(if $(REGISTRY),docker logout $(firstword $(subst /, ,$(REGISTRY))),true)
 
-push: ## push the images under REGISTRY, tagged with the version and the commit
+push: ## push the images under REGISTRY, tagged with VERSION
 	@test -n "$(REGISTRY)" || { echo "error: name a REGISTRY" >&2; exit 1; }
 	PUSH=1 $(MAKE) images
 sign: ## sign what was pushed, by digest, and attach the bill of materials

@@ -2,7 +2,7 @@
 # Build one image of this project with BuildKit.
 # usage: docker/build.sh api|ui|training|lambda [IMAGE_NAME]
 #   BASE_IMAGE   base of the image          (default: docker/base.env, pinned by digest)
-#   VERSION      tag and label              (default: version in pyproject.toml)
+#   VERSION      tag and label              (default: version in pyproject.toml); a whole commit is a tag of 12 digits too
 #   MODEL        bundle inside api, lambda   (default: en-whisper-tiny)
 #   PIP_CONF     pip.conf for a mirror or a proxy; a build secret, so no layer keeps it
 #   CACHE=gha    use the runner's build cache (needs buildx)
@@ -46,7 +46,10 @@ can_attest() {
 builder=$(docker_with_buildkit) || { echo "error: needs docker with the buildx plugin" >&2; exit 1; }
 read -ra command <<<"$builder"
 
-arguments=(--file "$file" --tag "$name:$VERSION" --tag "$name:${REVISION}"
+tags=("$name:$VERSION")
+# Only where the build is named by the commit: a release of that commit is another image, and a tag never names two.
+[[ $VERSION != "$REVISION"?* ]] || tags+=("$name:$REVISION")
+arguments=(--file "$file" "${tags[@]/#/--tag=}"
   --build-arg "BASE_IMAGE=$BASE_IMAGE" --build-arg "VERSION=$VERSION"
   --build-arg "REVISION=$REVISION" --build-arg "CREATED=$CREATED")
 case $kind in api | lambda) arguments+=(--build-arg "MODEL=${MODEL:-en-whisper-tiny}") ;; esac
@@ -78,6 +81,5 @@ DOCKER_BUILDKIT=1 "${command[@]}" "${arguments[@]}" "${extra[@]}" . || {
   exit "$status"
 }
 if [ "${PUSH:-0}" = 1 ] && [[ $builder != *buildx* ]]; then
-  "${command[0]}" push "$name:$VERSION"
-  "${command[0]}" push "$name:$REVISION"
+  for tag in "${tags[@]}"; do "${command[0]}" push "$tag"; done
 fi

@@ -117,6 +117,19 @@ terraform_kubeconfig() {
   chmod 600 "$KUBECONFIG_FILE"
 }
 
+# destroyed TYPE...: which resources of these types a plan destroys, to make them again or not; one address a line.
+# Standard input: what `terraform show -json` prints, one line whose order is fixed. What somebody else has deleted
+# (resource_drift) stands before resource_changes and is none of the plan's doing.
+destroyed() {
+  local plan types
+  plan=$(cat)
+  [[ $plan == '{"format_version":"1.'* ]] || return
+  [[ $plan == *'"resource_changes":['* ]] || return 0
+  types=$(IFS='|' && printf %s "$*")
+  { grep -oE "\"address\":\"[^{}]*\"type\":\"($types)\"[^{}]*\"change\":\{\"actions\":\[[^]]*\"delete\"" || true; } \
+    <<<"${plan#*'"resource_changes":['}" | sed 's/"address":"\([^"]*\)".*/\1/'
+}
+
 authenticate() {
   say "DigitalOcean"
   if [ -z "${DIGITALOCEAN_TOKEN:-}" ]; then

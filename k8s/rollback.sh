@@ -54,6 +54,10 @@ while read -r name uid revision; do
     undone+=("$name")
   fi
 done <"$REVISIONS_FILE"
+# A rollout starts one pod before it takes one away: where no node has room for one more, it stands still.
+if [ "${#undone[@]}" -gt 0 ] && [ -n "$(kube --namespace asr-system get pods --output=jsonpath='{.items[*].status.conditions[?(@.reason=="Unschedulable")].reason}')" ]; then
+  note "some pods find no node; if this stands still: docs/runbooks/AsrReplicaMissing.md says how to make room"
+fi
 for name in "${undone[@]}"; do
   kube --namespace asr-system rollout status "deployment/$name" --timeout="${timeout_s}s"
 done

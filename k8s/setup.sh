@@ -86,6 +86,13 @@ if [ "$terraform" = 1 ]; then
   plan=$(mktemp -d)/setup.tfplan
   trap 'rm -rf "$(dirname "$plan")"' EXIT
   run terraform -chdir=terraform plan -input=false -out="$plan"
+  if [ "$DRY_RUN" = 0 ]; then
+    gone=$(terraform -chdir=terraform show -json "$plan" | destroyed digitalocean_kubernetes_cluster digitalocean_container_registry) ||
+      fail "cannot read what the plan would destroy"
+    [ -z "$gone" ] || fail "nothing was changed: the plan destroys ${gone//$'\n'/ and }, and with a cluster its volumes and its load" \
+      "balancer's address, with a registry its images. Put region, node_size, registry_name and registry_region back." \
+      "Other nodes: a second pool (inference_pool). Another region or registry: k8s/teardown.sh first."
+  fi
   if [ "$yes" = 0 ] && [ "$DRY_RUN" = 0 ]; then
     read -r -p "   Apply this plan? It costs money. [y/N] " answer
     [[ $answer == [yY] ]] || fail "nothing was changed"
@@ -120,6 +127,12 @@ mkdir -p "$render"
     printf '  - name: %s\n    newName: %s%s\n' "$image" "${registry:+${registry%/}/}" "$image"
     [ -z "$tag" ] || printf '    newTag: "%s"\n' "$tag"
   done
+  # DigitalOcean puts its registry's pull secret, which has the registry's name, into every namespace, but names it in the
+  # service account `default` only, and no pod here runs as that.
+  if [[ $registry =~ ^registry\.digitalocean\.com/([^/]+) ]]; then
+    printf 'patches:\n  - target: {kind: ServiceAccount}\n    patch: |-\n      %s\n      %s\n      %s\n      %s\n' \
+      'apiVersion: v1' 'kind: ServiceAccount' 'metadata: {name: each}' "imagePullSecrets: [{name: ${BASH_REMATCH[1]}}]"
+  fi
 } >"$render/kustomization.yaml"
 manifests=$(kubectl kustomize "$render")
 if [ "$DRY_RUN" = 1 ]; then

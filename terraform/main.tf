@@ -30,7 +30,7 @@ resource "digitalocean_kubernetes_cluster" "this" {
     node_count = var.node_count
     auto_scale = true
     min_nodes  = 1
-    max_nodes  = var.node_count + 1
+    max_nodes  = var.max_nodes
     tags       = local.tags
     labels     = { "asr.dev/pool" = "default" }
   }

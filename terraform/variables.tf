@@ -33,7 +33,7 @@ variable "kubernetes_version" {
 }
 
 variable "region" {
-  description = "Region slug that hosts the cluster and its load balancers; take the one nearest to those who speak."
+  description = "Region slug that hosts the cluster and its load balancers; take the one nearest to those who speak. Another one replaces the cluster, with all that is in it."
   type        = string
   default     = "sgp1"
 
@@ -84,7 +84,7 @@ variable "surge_upgrade" {
 }
 
 variable "node_size" {
-  description = "Droplet size of the default node pool."
+  description = "Droplet size of the default node pool. Another one replaces the cluster, with all that is in it; for other nodes add inference_pool."
   type        = string
   default     = "s-2vcpu-4gb"
 
@@ -95,13 +95,24 @@ variable "node_size" {
 }
 
 variable "node_count" {
-  description = "Nodes of the default pool at creation; the autoscaler then moves between 1 and node_count + 1."
+  description = "Nodes of the default pool at creation; the autoscaler then moves between 1 and max_nodes."
   type        = number
   default     = 2
 
   validation {
     condition     = var.node_count >= 1 && var.node_count <= 50 && floor(var.node_count) == var.node_count
     error_message = "node_count must be a whole number from 1 to 50."
+  }
+}
+
+variable "max_nodes" {
+  description = "Nodes of the default pool at most. The default has room for the 12 API pods that the HorizontalPodAutoscaler may ask for, one more during a rollout, the page and monitoring, on nodes of the default size. A node costs only while it runs."
+  type        = number
+  default     = 7
+
+  validation {
+    condition     = var.max_nodes >= var.node_count && var.max_nodes <= 50 && floor(var.max_nodes) == var.max_nodes
+    error_message = "max_nodes must be a whole number from node_count to 50."
   }
 }
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.infra.render import ROOT
+from tests.infra.render import ROOT, kustomize
 
 # Every tool notes its call. What it knows of the world are files in $WORLD.
 HEAD = """#!/bin/bash
@@ -20,6 +22,7 @@ TERRAFORM = """case $line in
   *'output -raw kubeconfig_path'*) [ -e "$WORLD/outputs" ] || exit 1; printf %s "$WORLD/kubeconfig" ;;
   *'output -raw cluster_id'*) [ -e "$WORLD/outputs" ] || exit 1; printf the-cluster ;;
   *'state pull'*) cat "$WORLD/state" 2>/dev/null || true ;;
+  *'show -json'*) cat "$WORLD/plan" 2>/dev/null || echo '{"format_version":"1.2"}' ;;
 esac
 """
 DOCTL = """case $line in
@@ -159,6 +162,61 @@ def test_a_withdrawn_version_is_no_matter_for_a_cluster_that_exists(world: World
     assert f"does not offer {DEFAULT} any more; export TF_VAR_kubernetes_version" in done.stderr
 
 
+def changes(**actions: list[str]) -> str:
+    """Resource changes as `terraform show -json` prints them."""
+    listed = [
+        {
+            "address": f"digitalocean_{kind}.this", "mode": "managed", "type": f"digitalocean_{kind}",
+            "change": {"actions": action, "before": {"node_pool": [{"size": "a{}b"}]}},
+        }
+        for kind, action in actions.items()
+    ]  # fmt: skip
+    return json.dumps(listed, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    ("actions", "named"),
+    [
+        (
+            {"kubernetes_cluster": ["delete", "create"], "kubernetes_node_pool": ["delete"]},
+            ["kubernetes_cluster"],
+        ),
+        ({"kubernetes_cluster": ["create", "delete"]}, ["kubernetes_cluster"]),
+        ({"kubernetes_cluster": ["update"], "container_registry": ["delete"]}, ["container_registry"]),
+        (
+            {"kubernetes_cluster": ["delete"], "container_registry": ["delete", "create"]},
+            ["kubernetes_cluster", "container_registry"],
+        ),
+        ({"kubernetes_cluster": ["update"], "kubernetes_node_pool": ["delete", "create"]}, []),
+        ({"kubernetes_cluster": ["create"], "container_registry": ["no-op"]}, []),
+    ],
+)  # fmt: skip
+def test_no_plan_that_destroys_the_cluster_or_the_registry_is_applied(
+    world: World, actions: dict[str, list[str]], named: list[str]
+) -> None:
+    """Another node_size or region replaces the cluster, its volumes and address; --yes does not mean that."""
+    world.has_cluster()
+    by_hand = changes(kubernetes_cluster=["delete"])  # no doing of the plan, which makes it again
+    plan = f'{{"format_version":"1.2","resource_drift":{by_hand},"resource_changes":{changes(**actions)}}}'
+    (world.folder / "plan").write_text(plan)
+    done = world.run("setup.sh", "--yes")
+    assert done.returncode == (1 if named else 0), done.stderr
+    assert bool(world.calls("terraform -chdir=terraform apply")) != bool(named)
+    if named:
+        assert f"destroys {' and '.join(f'digitalocean_{kind}.this' for kind in named)}, " in done.stderr
+        assert "inference_pool" in done.stderr
+        assert "k8s/teardown.sh first" in done.stderr
+
+
+def test_a_plan_that_cannot_be_read_is_not_applied(world: World) -> None:
+    world.has_cluster()
+    (world.folder / "plan").write_text("Terraform will perform the following actions")
+    done = world.run("setup.sh", "--yes")
+    assert done.returncode == 1
+    assert "cannot read what the plan would destroy" in done.stderr
+    assert not world.calls("terraform -chdir=terraform apply")
+
+
 def test_images_that_no_node_can_pull_are_refused_before_anything_costs_money(world: World) -> None:
     (world.folder / "images").write_text("        image: asr-api:0.1.0\n        image: asr-ui:0.1.0\n")
     done = world.run("setup.sh", "--yes")
@@ -172,6 +230,39 @@ def test_images_that_no_node_can_pull_are_refused_before_anything_costs_money(wo
     (world.folder / "images").write_text("        image: asr-api:0.1.0\n")
     done = world.run("setup.sh", "--kubeconfig", str(world.kubeconfig))
     assert done.returncode == 0, "another cluster may have the images already"
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the manifests; it is not here")
+@pytest.mark.parametrize(
+    ("registry", "secret"),
+    [
+        ("registry.digitalocean.com/my-asr", "my-asr"), ("registry.digitalocean.com/my-asr/", "my-asr"),
+        ("registry.digitalocean.com/my-asr/team", "my-asr"), ("ghcr.io/my/asr", None), ("", None),
+        ("registry.digitalocean.com.example.org/my-asr", None),
+    ],
+)  # fmt: skip
+def test_pods_pull_from_digitaloceans_registry_with_the_secret_that_it_puts_there(
+    world: World, registry: str, secret: str | None
+) -> None:
+    """DigitalOcean names it in the service account `default` only."""
+    world.has_cluster()
+    named = ("--registry", registry) if registry else ()
+    done = world.run("setup.sh", "--kubeconfig", str(world.kubeconfig), "--tag", "1.2.3", *named)
+    assert done.returncode == 0, done.stderr
+    objects = list(yaml.safe_load_all(kustomize(world.folder / "build/k8s-render")))
+    accounts = {
+        item["metadata"]["name"]: item.get("imagePullSecrets")
+        for item in objects
+        if item["kind"] == "ServiceAccount"
+    }
+    pods = [item["spec"]["template"]["spec"] for item in objects if item["kind"] == "Deployment"]
+    assert set(accounts) == {pod["serviceAccountName"] for pod in pods}
+    assert all(secrets == ([{"name": secret}] if secret else None) for secrets in accounts.values())
+    prefix = f"{registry.rstrip('/')}/" if registry else ""
+    assert {pod["containers"][0]["image"] for pod in pods} == {
+        f"{prefix}asr-api:1.2.3",
+        f"{prefix}asr-ui:1.2.3",
+    }
 
 
 @pytest.mark.parametrize("deployed_before", [True, False])

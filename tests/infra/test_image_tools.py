@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,9 +139,46 @@ def test_every_image_is_built_on_the_pinned_base(tmp_path: Path, kind: str, dock
     subprocess.run([str(ROOT / "docker/build.sh"), kind], env=environment, check=True)
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked[asked.index("--file") + 1] == dockerfile
-    assert f"asr-{kind}:1.2.3" in asked
+    assert [word for word in asked if word.startswith("--tag")] == [f"--tag=asr-{kind}:1.2.3"]
     assert any(re.fullmatch(r"BASE_IMAGE=\S+@sha256:[0-9a-f]{64}", word) for word in asked)
     assert ("MODEL=some-model" in asked) == (kind != "ui")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("version", "tags"),
+    [("1.2.3", ["1.2.3"]), (COMMIT, [COMMIT, COMMIT[:12]]), (COMMIT[:12], [COMMIT[:12]]), ("e2e", ["e2e"])],
+)
+@pytest.mark.parametrize("buildx", [True, False])
+def test_only_a_build_that_is_named_by_its_commit_takes_the_commits_tag(
+    tmp_path: Path, version: str, tags: list[str], buildx: bool
+) -> None:
+    """A release would push it once more, for another image than the one that was proved under it."""
+    docker = tmp_path / "docker"
+    docker.write_text(
+        f"""#!/bin/sh
+case "$1 $2" in
+  'buildx version') exit {0 if buildx else 1} ;;
+  'version --format') echo 20.10.24 ;;
+  'buildx build' | 'build --file') printf "%s\\n" "$@" >{tmp_path}/asked ;;
+  push*) echo "$2" >>{tmp_path}/pushed ;;
+esac
+"""
+    )
+    docker.chmod(0o755)
+    for tool in ("bash", "dirname", "sed", "sort", "cut", "date", "mkdir"):  # and no docker of this machine
+        (tmp_path / tool).symlink_to(shutil.which(tool) or "")
+    environment = {"PATH": str(tmp_path), "VERSION": version, "REVISION": COMMIT[:12], "PUSH": "1"}
+    subprocess.run([ROOT / "docker/build.sh", "api", "r.example/asr-api"], env=environment, check=True)
+    expected = [f"r.example/asr-api:{tag}" for tag in tags]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert [word.removeprefix("--tag=") for word in asked if word.startswith("--tag")] == expected
+    if buildx:
+        assert "--push" in asked
+    else:
+        assert (tmp_path / "pushed").read_text().split() == expected
 
 
 def test_a_build_that_fails_says_how_to_take_another_base_or_a_mirror(tmp_path: Path) -> None:

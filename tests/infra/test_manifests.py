@@ -124,6 +124,14 @@ def test_stopping_fits_into_the_grace_period(objects: list[dict[str, Any]]) -> N
     assert seconds(values["ASR_DRAIN_GRACE_S"]) > probe["periodSeconds"] * probe["failureThreshold"]
 
 
+def test_kubernetes_gives_a_rollout_up_no_sooner_than_setup_does(objects: list[dict[str, Any]]) -> None:
+    """`kubectl rollout status` fails at the deadline, whatever its own timeout says."""
+    promised = re.search(r"timeout_s=(\d+)", (ROOT / "k8s/setup.sh").read_text())
+    assert promised is not None
+    for deployment in of_kind(objects, "Deployment").values():
+        assert deployment["spec"]["progressDeadlineSeconds"] >= int(promised[1])
+
+
 def test_the_load_balancer_waits_longer_than_a_request_may_take(production: list[dict[str, Any]]) -> None:
     annotations = of_kind(production, "Service")["asr-api"]["metadata"]["annotations"]
     prefix = "service.beta.kubernetes.io/do-loadbalancer"
@@ -133,9 +141,10 @@ def test_the_load_balancer_waits_longer_than_a_request_may_take(production: list
 
 
 # DigitalOcean's annotations that are used here, as its cloud controller spells them; it ignores others.
-# Path, port and protocol of the health check are not among them: without an override they do nothing.
+# Path, port and protocol of the health check are not among them: without an override they do nothing. Nor is
+# the name: it is looked for in the whole account, so a second cluster would take over the first one's.
 LOAD_BALANCER = {
-    "name", "protocol", "http-idle-timeout-seconds", "size-unit",
+    "protocol", "http-idle-timeout-seconds", "size-unit",
     "healthcheck-check-interval-seconds", "healthcheck-response-timeout-seconds",
     "healthcheck-unhealthy-threshold", "healthcheck-healthy-threshold",
     "sticky-sessions-type", "sticky-sessions-cookie-name", "sticky-sessions-cookie-ttl",
@@ -193,6 +202,14 @@ def test_the_autoscaler_adds_a_pod_while_waits_are_short(production: list[dict[s
     cpu = 1.1 * int(target.removesuffix("m")) / 1000 / workers
     assert p95_wait(workers, cpu / 0.91, 0.40) < 10
     assert cpu / 0.99 > 0.5, "half of every pod would idle"
+
+
+def test_no_alert_of_the_chart_fires_for_ever_on_two_nodes() -> None:
+    """KubeCPUOvercommit and KubeMemoryOvercommit ask whether one node less would do."""
+    values = yaml.safe_load((ROOT / "k8s/monitoring/kube-prometheus-stack-values.yaml").read_text())
+    assert values["defaultRules"]["disabled"] == {"KubeCPUOvercommit": True, "KubeMemoryOvercommit": True}
+    for component in ("kubeControllerManager", "kubeScheduler", "kubeEtcd", "kubeProxy"):
+        assert values[component]["enabled"] is False
 
 
 def test_network_policies_start_from_nothing(objects: list[dict[str, Any]]) -> None:

@@ -161,6 +161,16 @@ def test_jenkins_gives_a_deployment_and_its_rollback_the_time_that_the_scripts_w
     assert limit_s(JENKINSFILE) > sum(limit_s(stage) for stage in stages.values()), "it would end a rollback"
 
 
+def test_jenkins_builds_nothing_for_a_cluster_that_it_will_not_push_for() -> None:
+    """Without a registry nothing is pushed, and the pods would wait for their images until the timeout."""
+    assert "when { expression { params.REGISTRY != '' } }" in jenkins_stages()["Push"]
+    before = jenkins_stages()["Checkout"].partition("checkout(scm)")[0]
+    refusal = (
+        r"if \(params\.DEPLOY == 'kubernetes' && params\.REGISTRY == ''\) \{\s+error '.*\bREGISTRY\b.*'\s+\}"
+    )
+    assert re.search(refusal, before)
+
+
 def test_jenkins_keeps_what_is_deployed_and_its_settings_on_the_agent() -> None:
     """JENKINS_HOME is a folder of the controller, and cleanWs empties the workspace."""
     for name in ("DEPLOY_STATE", "ENV_FILE"):

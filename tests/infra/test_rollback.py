@@ -25,6 +25,7 @@ case $line in
     exit "${FAKE_STATUS:-0}" ;;
   *kustomize*namespaces*) echo 'kind: Namespace' ;;
   *kustomize*) echo 'kind: Deployment' ;;
+  *'get pods'*) [ -e unschedulable ] && echo Unschedulable; exit 0 ;;
   *'rollout undo'*) echo "${line#*rollout undo }" >>undone ;;
 esac
 """
@@ -88,6 +89,21 @@ def test_a_good_version_that_fails_the_smoke_test_is_undone(cluster: Cluster) ->
     assert done.returncode == 0, done.stderr
     cluster.make("rollback-k8s")
     assert cluster.undone() == ["deployment/asr-api --to-revision=7", "deployment/asr-ui --to-revision=4"]
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_rollback_says_what_to_do_where_no_node_has_room_for_its_first_pod(
+    cluster: Cluster, full: bool
+) -> None:
+    """With maxUnavailable 0 it starts a pod before it takes one away, and would wait without a word."""
+    cluster.make("deploy-k8s", FAKE_CHANGES="asr-api")
+    if full:
+        (cluster.folder / "unschedulable").touch()
+    done = cluster.make("rollback-k8s")
+    assert done.returncode == 0, done.stderr
+    assert cluster.undone() == ["deployment/asr-api --to-revision=7"]
+    assert ("docs/runbooks/AsrReplicaMissing.md" in done.stdout) == full
+    assert (ROOT / "docs/runbooks/AsrReplicaMissing.md").read_text().count('"maxReplicas": N') == 1
 
 
 def test_a_first_deployment_has_no_revision_to_go_back_to(cluster: Cluster) -> None:

@@ -57,6 +57,18 @@ def test_more_replicas_are_asked_of_the_autoscaler() -> None:
             assert (kind, name) in (("hpa", "asr-api"), ("service", "asr-api")), path
 
 
+def test_where_more_replicas_are_asked_for_there_is_room_for_them() -> None:
+    """The limit of the pool that Terraform makes, which its next apply would take back."""
+    assert '"${var.cluster_name}-default"' in (ROOT / "terraform/main.tf").read_text(encoding="utf-8")
+    for path in RUNBOOKS.glob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        if '"minReplicas": N}' in text:
+            assert "doctl kubernetes cluster node-pool update asr asr-default" in text, path
+            assert "`max_nodes` in `terraform/terraform.tfvars`" in text, path
+        if "rollout undo" in text and path.stem != "AsrReplicaMissing":
+            assert "(AsrReplicaMissing.md#mitigation)" in text, path
+
+
 def test_what_failed_inside_is_found_in_the_log() -> None:
     line = '{"model": "m", "error": "RuntimeError()", "event": "batch failed", "level": "error"}'
     for name in ("AsrAvailabilityBurnFast", "AsrAvailabilityBurnSlow"):
