@@ -27,7 +27,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -113,7 +113,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._answers = _AnswerTransport(self)
+        self._answers = _AnswerTransport(self.loop, transport, self.close_after_body)
         if len(self.connections) > self.max_connections and not self._make_room():
             self._refuse(_ConnectionsFullError("All connections are in use."))
             return
@@ -122,6 +122,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         super().connection_lost(exc)
+        self._answers.let_go()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing() or self._deaf:
@@ -399,27 +400,35 @@ class _AnswerTransport:
     body.
     """
 
-    def __init__(self, protocol: GuardedProtocol) -> None:
-        self._protocol = protocol
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, close: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._transport = transport
+        self._close = close
         self._held: list[bytes] = []
-        self.is_closing = protocol.transport.is_closing
+        self.is_closing = transport.is_closing
 
     def write(self, data: bytes) -> None:
         """Send ``data`` at the end of this turn, or when ``flush`` is called before."""
         if not self._held:
-            self._protocol.loop.call_soon(self.flush)
+            self._loop.call_soon(self.flush)
         self._held.append(data)
 
     def flush(self) -> None:
         """Send what was written so far; a connection that is gone takes nothing any more."""
         held, self._held = self._held, []
         if held and not self.is_closing():
-            self._protocol.transport.write(b"".join(held))
+            self._transport.write(b"".join(held))
 
     def close(self) -> None:
         """Called at the end of an answer that ends the connection, and when no answer can be finished."""
         self.flush()
-        self._protocol.close_after_body()
+        self._close()
+
+    def let_go(self) -> None:
+        """The connection is gone. What it held is freed now: garbage collections are rare (``asr serve``)."""
+        self._close = self._transport.close
 
 
 class Server(uvicorn.Server):

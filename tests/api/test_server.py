@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import json
+import weakref
+from collections.abc import Iterator
 
 import pytest
 import uvicorn
@@ -314,3 +317,23 @@ async def test_garbage_behind_a_request_is_counted_once() -> None:
     assert wire.closed
     assert protocol.telemetry.codes == ["invalid_request"]
     protocol.connection_lost(None)
+
+
+@pytest.fixture
+def _no_collections() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collections")
+@pytest.mark.parametrize("sent", [b"", REQUEST[:9], REQUEST, CHUNKED + CHUNK, b"nonsense\r\n\r\n"])
+async def test_a_connection_that_is_gone_is_freed_without_a_collection(sent: bytes) -> None:
+    protocol, wire = connect(echo)
+    protocol.data_received(sent)
+    await some_turns()
+    protocol.connection_lost(None)
+    await some_turns()
+    left = weakref.ref(protocol)
+    del protocol, wire
+    assert left() is None
