@@ -1,6 +1,7 @@
 """uvicorn with what it lacks for hostile clients and for stops that lose nothing. One process, one loop.
 
-- A connection that sends no complete request head in time, or one that floods it, is closed.
+- A connection that sends no complete request head in time, or one that floods it, is closed; so is one whose
+  chunked body goes on without a byte of body. Trailers are no headers: they are dropped.
 - When all connections are in use, the one that has been idle longest makes room; without an idle one the new
   connection gets 503 with Retry-After.
 - What is left of a refused body is discarded for a few seconds, so that the caller can read the refusal.
@@ -26,7 +27,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -44,7 +45,7 @@ from api.service import Service
 from api.settings import Settings
 from api.telemetry import Telemetry
 
-_MAX_HEAD_BYTES = 64 * 1024
+_MAX_HEAD_BYTES = 64 * 1024  # of a head; and of trailers and chunk extensions
 _LINGER_S = 5.0
 _LAST_SCRAPE_WAIT_S = 30.0  # twice the usual scrape interval
 _LAST_REQUEST_S = 0.5  # what a connection that was let in has to send its request when the server stops
@@ -100,8 +101,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timer: asyncio.TimerHandle | None = None
-        self._head_bytes = 0
-        self._in_head = True
+        self._undelivered_bytes = 0  # since a head, a piece of body or an end: no more than a head may have
+        self._in_head = True  # or before it
+        self._head_began = False
         self._deaf = False
         self._head_without_offer = b""
         self._last_request = False
@@ -111,7 +113,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._answers = _AnswerTransport(self)
+        self._answers = _AnswerTransport(self.loop, transport, self.close_after_body)
         if len(self.connections) > self.max_connections and not self._make_room():
             self._refuse(_ConnectionsFullError("All connections are in use."))
             return
@@ -120,17 +122,38 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         super().connection_lost(exc)
+        self._answers.let_go()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing() or self._deaf:
             return
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._timer is None:  # the first bytes of a further request on a kept connection
-                self._arm(self.head_timeout_s)
+        if self._in_head and not self._head_began:
+            data = data.lstrip(b"\r\n")  # some clients end a body with one (RFC 9112, section 2.2)
+            if not data:
+                return
+        self._undelivered_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(_HeadTooLargeError(f"The request head is longer than {_MAX_HEAD_BYTES} bytes."))
+        if self.transport.is_closing() or self._deaf:
+            return
+        if self._undelivered_bytes > _MAX_HEAD_BYTES:
+            if self._in_head:
+                self._refuse(_HeadTooLargeError(f"The request head is longer than {_MAX_HEAD_BYTES} bytes."))
+            else:
+                self._refuse_rest()
+        elif self._head_began and self._timer is None:  # of a further request on a kept connection
+            self._arm(self.head_timeout_s)
+
+    def on_message_begin(self) -> None:
+        self._head_began = True
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_began:  # else a trailer, which uvicorn would add to the request's headers
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._undelivered_bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         if self.transport.is_closing():  # the parser goes on to the end of what it was given
@@ -142,8 +165,8 @@ class GuardedProtocol(HttpToolsProtocol):
             lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
             self._head_without_offer = b"\r\n".join([*lines, b"", b""])
             return
-        self._in_head = False
-        self._head_bytes = 0
+        self._in_head = self._head_began = False
+        self._undelivered_bytes = 0
         self._disarm()
         self._unset_keepalive_if_required()
         super().on_headers_complete()
@@ -162,6 +185,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         discarded = self._discards_body
         self._in_head = True
+        self._undelivered_bytes = 0
         super().on_message_complete()
         if not discarded or self.transport.is_closing():
             return
@@ -204,7 +228,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._discards_body:
             self._closes_after_body = True
             return
-        waits_for_request = self.cycle is None or (self._in_head and self._head_bytes > 0)
+        waits_for_request = self.cycle is None or (self._head_began and not self._deaf)
         if waits_for_request and not self.transport.is_closing():
             self._last_request = True
             self._arm(min(_LAST_REQUEST_S, self.head_timeout_s))
@@ -217,9 +241,13 @@ class GuardedProtocol(HttpToolsProtocol):
     @property
     def idle_since_s(self) -> float | None:
         """Since when nothing happens here; None while a request is being read or answered."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._answers_request:
             return None
-        return self._idle_since_s if self._in_head and not self._head_bytes else None
+        return self._idle_since_s if self._in_head and not self._head_began else None
+
+    @property
+    def _answers_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _make_room(self) -> bool:
         idle = [
@@ -239,10 +267,31 @@ class GuardedProtocol(HttpToolsProtocol):
         """
         self._disarm()
         self.telemetry.refused(error.status, error.code)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._deaf = True
-            self.cycle.keep_alive = False
-            return
+        if self._answers_request:
+            self._hear_no_more()
+        else:
+            self._answer_and_close(error)
+
+    def _refuse_rest(self) -> None:
+        """The end of a connection whose request goes on, but brings no more body.
+
+        Not counted here: the application knows of the request, and that it ended early.
+        """
+        if self.pipeline:  # an earlier request is being answered
+            self._hear_no_more()
+        elif self.cycle.response_started:
+            self.transport.close()
+        else:
+            self._answer_and_close(
+                _HeadTooLargeError(f"Trailers or chunk extensions are longer than {_MAX_HEAD_BYTES} bytes.")
+            )
+
+    def _hear_no_more(self) -> None:
+        """Close the connection after the answers to what was heard so far."""
+        self._deaf = True
+        self.cycle.keep_alive = False
+
+    def _answer_and_close(self, error: AsrError) -> None:
         if not self.transport.is_closing():
             body = json.dumps(error.to_body()).encode()
             phrase = {400: "Bad Request", 431: "Request Header Fields Too Large"}.get(
@@ -273,8 +322,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._timer = None
         if self.transport.is_closing():
             return
-        if self._in_head and self._head_bytes:  # a request began; without a byte it is an idle connection
+        if self._head_began:  # else it is an idle connection
             self.telemetry.refused(HTTPStatus.REQUEST_TIMEOUT, "request_head_timeout")
+            if self._answers_request:
+                self._hear_no_more()
+                return
         self.transport.close()
 
 
@@ -348,27 +400,35 @@ class _AnswerTransport:
     body.
     """
 
-    def __init__(self, protocol: GuardedProtocol) -> None:
-        self._protocol = protocol
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, close: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._transport = transport
+        self._close = close
         self._held: list[bytes] = []
-        self.is_closing = protocol.transport.is_closing
+        self.is_closing = transport.is_closing
 
     def write(self, data: bytes) -> None:
         """Send ``data`` at the end of this turn, or when ``flush`` is called before."""
         if not self._held:
-            self._protocol.loop.call_soon(self.flush)
+            self._loop.call_soon(self.flush)
         self._held.append(data)
 
     def flush(self) -> None:
         """Send what was written so far; a connection that is gone takes nothing any more."""
         held, self._held = self._held, []
         if held and not self.is_closing():
-            self._protocol.transport.write(b"".join(held))
+            self._transport.write(b"".join(held))
 
     def close(self) -> None:
         """Called at the end of an answer that ends the connection, and when no answer can be finished."""
         self.flush()
-        self._protocol.close_after_body()
+        self._close()
+
+    def let_go(self) -> None:
+        """The connection is gone. What it held is freed now: garbage collections are rare (``asr serve``)."""
+        self._close = self._transport.close
 
 
 class Server(uvicorn.Server):

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import gc
+import json
+import weakref
+from collections.abc import Iterator
 
+import pytest
 import uvicorn
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from api.server import GuardedProtocol
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+CHUNK, END = b"3\r\nabc\r\n", b"0\r\n\r\n"
+PIECE = b"a" * 16_384
+FLOODS = {
+    "one trailer": (b"0\r\nx: ", PIECE),
+    "many trailers": (b"0\r\n", b"x: y\r\n" * 2700),
+    "a chunk extension": (b"1;x=", PIECE),
+}
+floods = pytest.mark.parametrize(("start", "piece"), list(FLOODS.values()), ids=list(FLOODS))
 
 
 class Wire(asyncio.Transport):
@@ -32,13 +48,64 @@ class Wire(asyncio.Transport):
     def is_closing(self) -> bool:
         return self.closed
 
+    def pause_reading(self) -> None:
+        pass
 
-def connect(app: ASGIApp) -> tuple[GuardedProtocol, Wire]:
+    def resume_reading(self) -> None:
+        pass
+
+
+class Refusals:
+    """Stands for the telemetry."""
+
+    def __init__(self) -> None:
+        self.codes: list[str] = []
+
+    def refused(self, _status: int, code: str) -> None:
+        self.codes.append(code)
+
+
+class Guarded(GuardedProtocol):
+    telemetry: Refusals  # type: ignore[assignment]
+
+
+@functools.cache
+def configured(app: ASGIApp) -> uvicorn.Config:
     config = uvicorn.Config(app, log_config=None, access_log=False)
     config.load()
-    protocol, wire = GuardedProtocol(config, ServerState(), {}), Wire()
+    return config
+
+
+def connect(app: ASGIApp, *, head_timeout_s: float = 60) -> tuple[Guarded, Wire]:
+    protocol, wire = Guarded(configured(app), ServerState(), {}), Wire()
+    protocol.telemetry = Refusals()
+    protocol.head_timeout_s = head_timeout_s
     protocol.connection_made(wire)
     return protocol, wire
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """What of a request reached the application."""
+    request = Request(scope, receive)
+    body = await request.body()
+    seen = {"body": body.decode(), "headers": [name for name, _ in request.headers.items()]}
+    await JSONResponse(seen)(scope, receive, send)
+
+
+def seen(wire: Wire) -> list[dict[str, object]]:
+    answers = b"".join(wire.sent).split(b"HTTP/1.1 200 OK\r\n")[1:]
+    return [json.loads(answer.partition(b"\r\n\r\n")[2]) for answer in answers]
+
+
+class Slow:
+    """An application that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.goes_on = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.goes_on.wait()
+        await Response(b"slow")(scope, receive, send)
 
 
 async def some_turns() -> None:
@@ -97,3 +164,176 @@ async def test_a_connection_that_is_gone_takes_nothing() -> None:
     await some_turns()
     assert wire.sent == []
     protocol.connection_lost(None)
+
+
+@floods
+async def test_what_follows_a_body_may_be_as_long_as_a_head(start: bytes, piece: bytes) -> None:
+    protocol, wire = connect(echo)
+    protocol.data_received(CHUNKED + CHUNK)
+    await some_turns()
+    protocol.data_received(start)
+    for _ in range(4):
+        assert not wire.closed
+        protocol.data_received(piece)
+    protocol.data_received(piece)
+    assert wire.closed
+    (answer,) = wire.sent
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_head_too_large"
+    assert protocol.telemetry.codes == [], "the application counts it"
+    protocol.connection_lost(None)
+
+
+@floods
+async def test_what_follows_an_answered_body_gets_no_second_answer(start: bytes, piece: bytes) -> None:
+    protocol, wire = connect(Response(b"not wanted"))
+    protocol.data_received(CHUNKED + CHUNK)
+    await some_turns()
+    protocol.data_received(start)
+    for _ in range(5):
+        protocol.data_received(piece)
+    assert wire.closed
+    assert len(wire.sent) == 1
+    protocol.connection_lost(None)
+
+
+@floods
+async def test_what_follows_a_later_body_does_not_cost_the_answer_before(start: bytes, piece: bytes) -> None:
+    app = Slow()
+    protocol, wire = connect(app)
+    protocol.data_received(REQUEST + CHUNKED + CHUNK + start)
+    for _ in range(5):
+        protocol.data_received(piece)
+    assert not wire.closed
+    app.goes_on.set()
+    await some_turns()
+    answers = b"".join(wire.sent)
+    assert answers.count(b"200 OK") == 2
+    assert answers.endswith(b"slow")
+    assert b"connection: close" in wire.sent[-1]
+    assert b"431" not in answers
+    protocol.connection_lost(None)
+
+
+async def test_tiny_chunks_are_a_body() -> None:
+    protocol, wire = connect(echo)
+    protocol.data_received(CHUNKED)
+    chunk = b"1;name=value\r\na\r\n"
+    for _ in range(20):
+        protocol.data_received(chunk * 1000)
+        protocol.data_received(chunk[:7])
+        protocol.data_received(chunk[7:])
+    protocol.data_received(END)
+    await some_turns()
+    assert seen(wire)[0]["body"] == "a" * 20 * 1001
+    protocol.connection_lost(None)
+
+
+async def test_trailers_are_no_headers() -> None:
+    protocol, wire = connect(echo)
+    for part in (CHUNKED + CHUNK + b"0\r\nauthorization: Bearer x\r\n", b"x-sum: 1\r\n\r\n", REQUEST):
+        protocol.data_received(part)
+        await some_turns()
+    assert [answer["headers"] for answer in seen(wire)] == [["host", "transfer-encoding"], ["host"]]
+    protocol.connection_lost(None)
+
+
+async def test_an_empty_line_between_requests_is_nothing() -> None:
+    """RFC 9112, section 2.2; the second request is cut in two at every place."""
+    first, second = b"\r\n" + CHUNKED + CHUNK + b"0\r\nx: y\r\n\r\n\r\n", b"\r\n\r\n" + CHUNKED + CHUNK + END
+    whole = first + second + REQUEST
+    for at in range(len(whole) + 1):
+        protocol, wire = connect(echo)
+        protocol.data_received(whole[:at])
+        await some_turns()
+        protocol.data_received(whole[at:])
+        await some_turns()
+        assert [answer["body"] for answer in seen(wire)] == ["abc", "abc", ""]
+        protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_an_empty_line_behind_a_request_costs_nothing(answered: bool) -> None:
+    app = Slow()
+    protocol, wire = connect(app, head_timeout_s=0.05)
+    protocol.data_received(REQUEST)
+    if answered:
+        app.goes_on.set()
+        await some_turns()
+    protocol.data_received(b"\r\n")
+    await asyncio.sleep(0.1)  # twice the time for a head
+    app.goes_on.set()
+    protocol.data_received(REQUEST)
+    await some_turns()
+    assert b"".join(wire.sent).count(b"200 OK") == 2
+    assert protocol.telemetry.codes == []
+    protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_a_head_that_never_ends_does_not_cost_the_answer_before(together: bool) -> None:
+    app = Slow()
+    protocol, wire = connect(app, head_timeout_s=0.05)
+    for part in (REQUEST + REQUEST[:9],) if together else (REQUEST, REQUEST[:9]):
+        protocol.data_received(part)
+    await asyncio.sleep(0.1)
+    assert not wire.closed
+    protocol.shutdown()
+    await asyncio.sleep(0.1)
+    protocol.data_received(REQUEST[9:])  # too late
+    app.goes_on.set()
+    await some_turns()
+    (answer,) = wire.sent
+    assert answer.endswith(b"slow")
+    assert b"connection: close" in answer
+    assert wire.closed
+    assert protocol.telemetry.codes == ["request_head_timeout"]
+    protocol.connection_lost(None)
+
+
+async def test_a_stop_does_not_cost_the_answer_before_half_a_head() -> None:
+    app = Slow()
+    protocol, wire = connect(app, head_timeout_s=0.05)
+    protocol.data_received(REQUEST)
+    protocol.data_received(REQUEST[:9])
+    protocol.shutdown()
+    await asyncio.sleep(0.1)
+    app.goes_on.set()
+    await some_turns()
+    assert b"".join(wire.sent).endswith(b"slow")
+    assert wire.closed
+    protocol.connection_lost(None)
+
+
+async def test_garbage_behind_a_request_is_counted_once() -> None:
+    app = Slow()
+    protocol, wire = connect(app, head_timeout_s=0.05)
+    protocol.data_received(REQUEST)
+    protocol.data_received(b"nonsense\r\n\r\n")
+    await asyncio.sleep(0.1)
+    app.goes_on.set()
+    await some_turns()
+    assert b"".join(wire.sent).endswith(b"slow")
+    assert wire.closed
+    assert protocol.telemetry.codes == ["invalid_request"]
+    protocol.connection_lost(None)
+
+
+@pytest.fixture
+def _no_collections() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collections")
+@pytest.mark.parametrize("sent", [b"", REQUEST[:9], REQUEST, CHUNKED + CHUNK, b"nonsense\r\n\r\n"])
+async def test_a_connection_that_is_gone_is_freed_without_a_collection(sent: bytes) -> None:
+    protocol, wire = connect(echo)
+    protocol.data_received(sent)
+    await some_turns()
+    protocol.connection_lost(None)
+    await some_turns()
+    left = weakref.ref(protocol)
+    del protocol, wire
+    assert left() is None

@@ -121,6 +121,29 @@ def test_header_floods_are_refused(live: LiveServer, flood: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    ("start", "flood"),
+    [(b"0\r\nx: ", b"y" * 65_536), (b"0\r\n", b"x: y\r\n" * 10_000), (b"1;x=", b"y" * 65_536)],
+    ids=["one trailer", "many trailers", "a chunk extension"],
+)
+def test_floods_behind_a_body_are_refused(live: LiveServer, start: bytes, flood: bytes) -> None:
+    before = metric(live, r"asr_requests_total\{[^}]*\}")
+    cancelled = metric(live, r'asr_requests_total\{[^}]*outcome="cancelled"[^}]*\}')
+    with connect(live) as connection:
+        connection.sendall(head(None) + b"3\r\n--b\r\n" + start)
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                connection.sendall(flood)
+            pytest.fail("all of it was read")
+        with contextlib.suppress(ConnectionError):
+            assert read_answer(connection)[0] == 431
+    until_s = time.monotonic() + 10
+    while metric(live, r'asr_requests_total\{[^}]*outcome="cancelled"[^}]*\}') <= cancelled:
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
+    assert metric(live, r"asr_requests_total\{[^}]*\}") == before + 1
+
+
+@pytest.mark.parametrize(
     "request_bytes",
     [
         b"\x16\x03\x01\x02\x00\x01\x00",

@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
-from api.settings import load_settings
+from api.settings import Settings, load_settings
 from tests.serverless.emulators import Bucket, LambdaService, aws_variables, bucket, lambda_service
 from tests.serverless.events import SECRET, coded, event, posted
 from tests.tiny_bundle import SAMPLE_RATE_HZ, make_bundle, sing, wav
@@ -243,17 +244,39 @@ Cloud.add_multi_constructor(
 )
 
 
-@pytest.mark.parametrize("name", ["TranscribeFunction", "RecordingsFunction"])
-def test_the_templates_functions_can_start(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def of_template(
+    monkeypatch: pytest.MonkeyPatch, name: str, *, bound: str = "Default"
+) -> tuple[dict[str, Any], dict[str, Any], Settings]:
+    """The template, one function's properties and its settings; parameters have the value of their `bound`."""
     template = yaml.load((ROOT / "serverless" / "template.yaml").read_text(), Cloud)
+    parameters = template["Parameters"]
+    properties = template["Globals"]["Function"] | template["Resources"][name]["Properties"]
     for variable in [variable for variable in os.environ if variable.startswith("ASR_")]:
         monkeypatch.delenv(variable)
-    properties = template["Resources"][name]["Properties"]
     for variable, value in properties["Environment"]["Variables"].items():
-        monkeypatch.setenv(variable, f"tester:{SECRET}" if "resolve:" in value else value)
+        if "resolve:" in value:
+            monkeypatch.setenv(variable, f"tester:{SECRET}")
+        else:
+            monkeypatch.setenv(variable, str(parameters[value][bound]) if value in parameters else value)
     settings = load_settings(env_file=None, host=os.environ.get("ASR_HOST", "0.0.0.0"))
-    disk_bytes = template["Globals"]["Function"]["EphemeralStorage"]["Size"] * 2**20
+    return template, properties, settings
+
+
+@pytest.mark.parametrize("name", ["TranscribeFunction", "RecordingsFunction"])
+def test_the_templates_functions_can_start(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    _, properties, settings = of_template(monkeypatch, name)
+    disk_bytes = properties["EphemeralStorage"]["Size"] * 2**20
     assert settings.max_upload_bytes < disk_bytes
+
+
+@pytest.mark.parametrize("bound", ["MinValue", "Default", "MaxValue"])
+def test_a_recording_has_the_time_that_the_template_is_given(
+    monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    """And a minute before Lambda ends the function: to be fetched, and to fail with an error of ours."""
+    template, properties, settings = of_template(monkeypatch, "RecordingsFunction", bound=bound)
+    assert settings.request_timeout_s == template["Parameters"]["TimeoutSeconds"][bound]
+    assert settings.request_timeout_s + 60 <= properties["Timeout"]
 
 
 def test_template_passes_cfn_lint() -> None:
