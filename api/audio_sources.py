@@ -161,6 +161,8 @@ class SoundfileSource:
         self._file = file
         self._rescue: Source | None = None
         self._sound = soundfile.SoundFile(file)
+        # After each read soundfile would seek to where it is; in a flac this decodes the block once more.
+        self._sound.seekable = lambda: False
         self.container = str(self._sound.format).lower()
         self.frames = int(self._sound.frames)
         self.warnings: list[str] = []

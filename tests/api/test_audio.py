@@ -11,6 +11,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import av
 import numpy as np
@@ -279,6 +280,17 @@ def test_decompression_bomb_stops_at_the_cap() -> None:
             for _ in reader:
                 pass
         assert reader.duration_s < 100
+
+
+def test_a_flac_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libsndfile decodes a block again for each seek within it: ten times as long for the largest blocks."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("sought")
+
+    data = file_of("flac", tone(1000, 44_100), 44_100)
+    monkeypatch.setattr(soundfile.SoundFile, "seek", refuse)
+    assert decode(data, sample_rate_hz=RATE_HZ).duration_s == 1.0
 
 
 def test_cap_is_counted_on_samples_not_on_the_header() -> None:
