@@ -282,6 +282,14 @@ def test_decompression_bomb_stops_at_the_cap() -> None:
         assert reader.duration_s < 100
 
 
+def test_many_channels_at_a_high_rate_stop_at_the_cap_as_well() -> None:
+    """An encoder writes them as briefly as one, and they cost as many times the work."""
+    dense = np.zeros((int(0.6 * 96_000), 8), np.float32)
+    assert decode(file_of("flac", dense, 96_000), sample_rate_hz=RATE_HZ, max_audio_s=2).duration_s == 0.6
+    with pytest.raises(AudioTooLongError, match="limit of 384000 samples in all channels"):
+        decode(file_of("flac", dense, 96_000), sample_rate_hz=RATE_HZ, max_audio_s=1)
+
+
 def test_a_flac_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """libsndfile decodes a block again for each seek within it: ten times as long for the largest blocks."""
 
@@ -291,6 +299,20 @@ def test_a_flac_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     data = file_of("flac", tone(1000, 44_100), 44_100)
     monkeypatch.setattr(soundfile.SoundFile, "seek", refuse)
     assert decode(data, sample_rate_hz=RATE_HZ).duration_s == 1.0
+
+
+@pytest.mark.parametrize(("rate_hz", "duration_s"), [(8_000, 20), (44_100, 12), (48_000, 4)])
+def test_a_file_of_the_allowed_length_is_no_longer_than_allowed(rate_hz: int, duration_s: int) -> None:
+    """Of these the lengths of the blocks, in seconds, are together a hair more."""
+    exact = np.zeros(rate_hz * duration_s, np.float32)
+    decoded = decode(file_of("flac", exact, rate_hz), sample_rate_hz=RATE_HZ, max_audio_s=duration_s)
+    assert decoded.duration_s == duration_s
+    with pytest.raises(AudioTooLongError):
+        decode(
+            file_of("flac", np.append(exact, exact[:1]), rate_hz),
+            sample_rate_hz=RATE_HZ,
+            max_audio_s=duration_s,
+        )
 
 
 def test_cap_is_counted_on_samples_not_on_the_header() -> None:
