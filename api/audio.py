@@ -17,7 +17,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from api.audio_sources import Block, PlainWavSource, open_source
+from api.audio_sources import BLOCK_VALUES, GAP_S, Block, PlainWavSource, open_source
 from api.errors import AudioTooLongError, UndecodableAudioError
 
 MIN_SAMPLE_RATE_HZ = 1_000
@@ -81,6 +81,7 @@ class AudioReader:
         self._before_s = 0.0  # length of what came at other rates
         self._max_samples = int(_SAMPLES_PER_S * max_audio_s)  # in all channels together
         self._all_samples = 0
+        self._ignored_gap = False
 
     @property
     def container(self) -> str:
@@ -90,19 +91,23 @@ class AudioReader:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the caller should know about a file that was only partly readable."""
-        return tuple(self._source.warnings)
+        jump = (
+            f"The file's time stamps jump beyond {self.max_audio_s:g} seconds; times after it are too early."
+        )
+        return (*self._source.warnings, jump) if self._ignored_gap else tuple(self._source.warnings)
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         for block in self._source.blocks():
             if block.sample_rate_hz != self._rate_hz:
                 yield from self._flush()
                 self._change_rate(block.sample_rate_hz)
-            self._count(block)
-            mono = mix_down(block.samples)
-            if self._resampler is not None:
-                mono = self._resampler.feed(mono)
-            if len(mono):
-                yield mono
+            for part in self._in_place(block):
+                self._count(part)
+                mono = mix_down(part.samples)
+                if self._resampler is not None:
+                    mono = self._resampler.feed(mono)
+                if len(mono):
+                    yield mono
         if self.duration_s == 0.0:
             raise UndecodableAudioError("The file holds no audio samples.", code="no_audio_samples")
         yield from self._flush()
@@ -116,6 +121,18 @@ class AudioReader:
         self._rate_hz, self._samples, self._before_s = rate_hz, 0, self.duration_s
         if rate_hz != self.sample_rate_hz:
             self._resampler = Resampler(rate_hz, self.sample_rate_hz)
+
+    def _in_place(self, block: Block) -> Iterator[Block]:
+        """``block``, behind silence where the sound begins late or pauses: times are the file's own."""
+        gap_s = block.start_s - self.duration_s if block.start_s is not None else 0.0
+        if self.duration_s + gap_s > self.max_audio_s:
+            self._ignored_gap = True  # a broken time stamp is no cause to refuse what can be heard
+        elif gap_s > GAP_S:
+            missing = round(gap_s * block.sample_rate_hz)
+            for at in range(0, missing, BLOCK_VALUES):
+                silence = np.zeros((min(BLOCK_VALUES, missing - at), 1), dtype=np.float32)
+                yield Block(silence, block.sample_rate_hz)
+        yield block
 
     def _count(self, block: Block) -> None:
         """Samples and not seconds, the sum of which is inexact: a file of the allowed length is no longer."""

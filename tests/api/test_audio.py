@@ -27,6 +27,7 @@ from api.audio_sources import PlainWavSource, open_source
 from api.errors import AudioTooLongError, UndecodableAudioError
 from api.ffmpeg import limit_ffmpeg_memory
 from loadtest import fuzz_seeds
+from tests.late_sound import video
 from tests.peak_memory import claiming_a_gigabyte, refusal
 from tests.tiny_bundle import sing, wav
 
@@ -367,6 +368,29 @@ def test_video_without_sound_is_refused_and_video_with_sound_is_read() -> None:
         decode(encode("mp4", samples, video=True, audio=False), sample_rate_hz=RATE_HZ)
     decoded = decode(encode("mp4", samples, video=True), sample_rate_hz=RATE_HZ)
     assert level(decoded.samples, 1000) == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("container", ["matroska", "mp4", "mpegts"])
+@pytest.mark.parametrize("starts_s", [(0.0, 1.5), (2.0,), (0.0, 5.5), (3.0, 6.0, 9.5)])
+def test_the_sound_of_a_video_is_where_its_time_stamps_say(
+    container: str, starts_s: tuple[float, ...]
+) -> None:
+    decoded = decode(video(container, "aac", starts_s), sample_rate_hz=RATE_HZ)
+    heard_s = np.flatnonzero(np.abs(decoded.samples) > 0.1) / RATE_HZ
+    pauses = np.flatnonzero(np.diff(heard_s) > 0.1)
+    assert [heard_s[0], *heard_s[pauses + 1]] == pytest.approx(starts_s, abs=0.025)
+    assert decoded.duration_s == pytest.approx(starts_s[-1] + 1, abs=0.05)
+    assert not decoded.warnings
+
+
+def test_a_time_stamp_beyond_the_longest_file_is_not_believed() -> None:
+    data = video("matroska", "aac", (0.0, 100.0))
+    decoded = decode(data, sample_rate_hz=RATE_HZ, max_audio_s=60)
+    assert decoded.duration_s == pytest.approx(2.0, abs=0.05)
+    assert decoded.warnings == (
+        "The file's time stamps jump beyond 60 seconds; times after it are too early.",
+    )
+    assert decode(data, sample_rate_hz=RATE_HZ).duration_s == pytest.approx(101.0, abs=0.05)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
