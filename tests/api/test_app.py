@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -272,3 +275,47 @@ async def test_a_queue_that_fills_during_the_upload_costs_no_file_of_a_batch(
         assert [task.status_code for task in await asyncio.gather(*others)] == [200, 200]
     results = answer.json()["results"]
     assert [item.get("transcription", {}).get("text") for item in results] == ["bad", "cafe", "head"]
+
+
+class FullDisk(io.RawIOBase):
+    """A file on a disk with room for the first megabyte of each."""
+
+    opened: ClassVar[list[FullDisk]] = []
+
+    def __init__(self, **_: object) -> None:
+        self.opened.append(self)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    writable = seekable = readable
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset
+        return offset
+
+    def write(self, data: Any) -> int:
+        if self._at + len(data) > 2**20 + 50_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._at += len(data)
+        return len(data)
+
+
+async def test_a_disk_that_is_full_in_the_middle_of_an_upload_is_503(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece too small to be written at once is tried again when the file is closed."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **named: io.BufferedRandom(FullDisk(**named)))
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"--x\r\nContent-Disposition: form-data; name=file; filename=a.wav\r\n\r\n"
+        for _ in range(1200):
+            yield bytes(1000)
+
+    async with client(app) as http:
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        answer = await http.post("/transcribe", content=body(), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_resources")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert [file.closed for file in FullDisk.opened] == [True]
