@@ -1,7 +1,8 @@
 """Encoded bytes -> float32 mono waveform at the model's sample rate, in blocks of bounded size.
 
 Nothing here trusts a header: lengths are counted on decoded samples, so a file that claims four gigabytes, or
-one that unpacks to a week of silence, costs what it really holds and at most ``max_audio_s``.
+one that unpacks to a week of silence, costs what it really holds, and at most ``max_audio_s`` of eight
+channels at 48 kHz.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from api.audio_sources import Block, PlainWavSource, open_source
+from api.audio_sources import BLOCK_VALUES, GAP_S, Block, PlainWavSource, open_source
 from api.errors import AudioTooLongError, UndecodableAudioError
 
 MIN_SAMPLE_RATE_HZ = 1_000
 MAX_SAMPLE_RATE_HZ = 768_000
+_SAMPLES_PER_S = 8 * 48_000  # of all channels together that each second of the longest file may have
 _QUICK_BYTES = 1 << 19  # 16 s of mono at 16 kHz: under a millisecond
 _CANCELLED = 0.1  # level of the mean over that of the loudest channel, -20 dB
 
@@ -74,7 +76,12 @@ class AudioReader:
         self.duration_s = 0.0
         self._source = open_source(file)
         self._resampler: Resampler | None = None
-        self._resampler_rate_hz = 0
+        self._rate_hz = 0
+        self._samples = 0  # at this rate
+        self._before_s = 0.0  # length of what came at other rates
+        self._max_samples = int(_SAMPLES_PER_S * max_audio_s)  # in all channels together
+        self._all_samples = 0
+        self._ignored_gap = False
 
     @property
     def container(self) -> str:
@@ -84,35 +91,58 @@ class AudioReader:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the caller should know about a file that was only partly readable."""
-        return tuple(self._source.warnings)
+        jump = (
+            f"The file's time stamps jump beyond {self.max_audio_s:g} seconds; times after it are too early."
+        )
+        return (*self._source.warnings, jump) if self._ignored_gap else tuple(self._source.warnings)
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         for block in self._source.blocks():
-            rate_hz = block.sample_rate_hz
-            if not MIN_SAMPLE_RATE_HZ <= rate_hz <= MAX_SAMPLE_RATE_HZ:
-                raise UndecodableAudioError(
-                    f"A sample rate of {rate_hz} Hz is not supported; it may be {MIN_SAMPLE_RATE_HZ} to "
-                    f"{MAX_SAMPLE_RATE_HZ} Hz."
-                )
-            self.duration_s += len(block.samples) / rate_hz
-            if self.duration_s > self.max_audio_s:
-                raise AudioTooLongError(self.max_audio_s)
-            yield from self._convert(block)
+            if block.sample_rate_hz != self._rate_hz:
+                yield from self._flush()
+                self._change_rate(block.sample_rate_hz)
+            for part in self._in_place(block):
+                self._count(part)
+                mono = mix_down(part.samples)
+                if self._resampler is not None:
+                    mono = self._resampler.feed(mono)
+                if len(mono):
+                    yield mono
         if self.duration_s == 0.0:
             raise UndecodableAudioError("The file holds no audio samples.", code="no_audio_samples")
         yield from self._flush()
 
-    def _convert(self, block: Block) -> Iterator[NDArray[np.float32]]:
-        mono = mix_down(block.samples)
-        if block.sample_rate_hz != self._resampler_rate_hz:
-            yield from self._flush()
-            self._resampler_rate_hz = block.sample_rate_hz
-            if block.sample_rate_hz != self.sample_rate_hz:
-                self._resampler = Resampler(block.sample_rate_hz, self.sample_rate_hz)
-        if self._resampler is not None:
-            mono = self._resampler.feed(mono)
-        if len(mono):
-            yield mono
+    def _change_rate(self, rate_hz: int) -> None:
+        if not MIN_SAMPLE_RATE_HZ <= rate_hz <= MAX_SAMPLE_RATE_HZ:
+            raise UndecodableAudioError(
+                f"A sample rate of {rate_hz} Hz is not supported; it may be {MIN_SAMPLE_RATE_HZ} to "
+                f"{MAX_SAMPLE_RATE_HZ} Hz."
+            )
+        self._rate_hz, self._samples, self._before_s = rate_hz, 0, self.duration_s
+        if rate_hz != self.sample_rate_hz:
+            self._resampler = Resampler(rate_hz, self.sample_rate_hz)
+
+    def _in_place(self, block: Block) -> Iterator[Block]:
+        """``block``, behind silence where the sound begins late or pauses: times are the file's own."""
+        gap_s = block.start_s - self.duration_s if block.start_s is not None else 0.0
+        if self.duration_s + gap_s > self.max_audio_s:
+            self._ignored_gap = True  # a broken time stamp is no cause to refuse what can be heard
+        elif gap_s > GAP_S:
+            missing = round(gap_s * block.sample_rate_hz)
+            for at in range(0, missing, BLOCK_VALUES):
+                silence = np.zeros((min(BLOCK_VALUES, missing - at), 1), dtype=np.float32)
+                yield Block(silence, block.sample_rate_hz)
+        yield block
+
+    def _count(self, block: Block) -> None:
+        """Samples and not seconds, the sum of which is inexact: a file of the allowed length is no longer."""
+        self._samples += len(block.samples)
+        self._all_samples += block.samples.size
+        self.duration_s = self._before_s + self._samples / self._rate_hz
+        if self.duration_s > self.max_audio_s:
+            raise AudioTooLongError(self.max_audio_s)
+        if self._all_samples > self._max_samples:
+            raise AudioTooLongError(self.max_audio_s, limit_samples=self._max_samples)
 
     def _flush(self) -> Iterator[NDArray[np.float32]]:
         """The resampler's last samples, when the file ends or changes its rate."""

@@ -23,6 +23,7 @@ from api.errors import UndecodableAudioError
 
 BLOCK_VALUES = 1 << 18  # float32 values per block, all channels together: 1 MiB
 _FLAC_BLOCK_VALUES = 1 << 14
+GAP_S = 0.05  # between samples, by their time stamps: less is rounding, or a clock that runs unevenly
 _PLAIN_WAV = struct.Struct("<4sI4s 4sIHHIIHH 4sI")  # RIFF, the fmt chunk, the head of the data chunk
 _PLAIN_WAV_CHANNELS = 8
 _MOST_CHUNKS = 64  # that are looked at in a wav, up to its data
@@ -37,10 +38,14 @@ _STREAMED_LENGTH_BYTES = (
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Decoded audio: ``samples`` is float32 (samples, channels) in [-1, 1] at ``sample_rate_hz``."""
+    """Decoded audio: ``samples`` is float32 (samples, channels) in [-1, 1] at ``sample_rate_hz``.
+
+    ``start_s``: where they stand on the file's time line; None in files whose samples just follow each other.
+    """
 
     samples: NDArray[np.float32]
     sample_rate_hz: int
+    start_s: float | None = None
 
 
 class Source(Protocol):
@@ -161,6 +166,8 @@ class SoundfileSource:
         self._file = file
         self._rescue: Source | None = None
         self._sound = soundfile.SoundFile(file)
+        # After each read soundfile would seek to where it is; in a flac this decodes the block once more.
+        self._sound.seekable = lambda: False
         self.container = str(self._sound.format).lower()
         self.frames = int(self._sound.frames)
         self.warnings: list[str] = []

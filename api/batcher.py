@@ -224,6 +224,7 @@ class Batcher:
         audio_s = len(waveform) / self.engine.sample_rate_hz
         owner = owner if owner is not None else request_owner()
         if wait:
+            self._admission.leave(owner)  # what is kept for it is for this
             await self._admission.wait_for_space(audio_s, deadline_s)
         else:
             self._admission.check(audio_s, deadline_s, owner)

@@ -13,7 +13,7 @@
     │   ├── StreamTimeoutError       408     stream_timeout          a live session is silent, or too long
     │   ├── UploadTooLargeError      413     upload_too_large        ASR_MAX_UPLOAD_BYTES, ASR_MAX_BODY_BYTES
     │   ├── InvalidValueError        422     invalid_value           well formed, but out of range
-    │   └── AudioTooLongError        422     audio_too_long          more seconds than ASR_MAX_AUDIO_S
+    │   └── AudioTooLongError        422     audio_too_long          more seconds or samples than allowed
     ├── RetryLaterError              (always carries Retry-After)
     │   ├── QueueFullError           429     queue_full              the queue's audio-seconds are used up
     │   ├── RateLimitedError         429     rate_limit_exceeded     this key sends too much
@@ -204,11 +204,15 @@ class AudioTooLongError(ClientError):
     status = 422
     default_code = "audio_too_long"
 
-    def __init__(self, limit_s: float, *, param: str | None = "file") -> None:
-        super().__init__(
-            f"The audio is longer than the limit of {limit_s:g} seconds. Cut it and send the parts.",
-            param=param,
-        )
+    def __init__(
+        self, limit_s: float, *, limit_samples: int | None = None, param: str | None = "file"
+    ) -> None:
+        """``limit_samples``: the limit that was passed, where it is that of the samples in all channels."""
+        what, cut = f"is longer than the limit of {limit_s:g} seconds", "Cut it"
+        if limit_samples is not None:
+            what = f"has more than the limit of {limit_samples} samples in all channels together"
+            cut = "Mix it down to one channel, or cut it"
+        super().__init__(f"The audio {what}. {cut} and send the parts.", param=param)
         self.limit_s = limit_s
 
 

@@ -14,11 +14,12 @@ import av.error
 import numpy as np
 from numpy.typing import NDArray
 
-from api.audio_sources import BLOCK_VALUES, Block
+from api.audio_sources import BLOCK_VALUES, GAP_S, Block
 from api.errors import UndecodableAudioError
 
 _MAX_DAMAGED_PACKETS = 1000
 _UNSAFE_PLANES = 8
+_LONGEST_DELAY_S = 0.2  # the time stamps of a WMA are those of two frames later: its decoder drops the first
 # FFmpeg sizes tables by counts in the header: a kilobyte of MP4 that claims eighty million samples made it
 # take a gigabyte. The index of two hours of AAC at 96 kHz takes 16 MiB.
 _MAX_ALLOCATION_BYTES = 32 * 2**20
@@ -80,27 +81,32 @@ class AvSource:
             raise UndecodableAudioError("The file holds no audio stream.", code="no_audio_stream")
         self._stream = self._container.streams.audio[0]
         self._damaged_packets = 0
+        self._delay_s: float | None = None  # of the decoder, which a time stamp may contain
 
     def blocks(self) -> Iterator[Block]:
         """Frames are about 20 ms; they are joined into blocks while rate and channels stay the same."""
         found = False
         parts: list[NDArray[np.float32]] = []
-        shape, values = (0, 0), 0
-        for samples, rate_hz in self._float_frames():
-            if parts and (shape != (rate_hz, samples.shape[1]) or values >= BLOCK_VALUES):
-                yield Block(np.concatenate(parts), shape[0])
+        shape, values, start_s, end_s = (0, 0), 0, 0.0, 0.0
+        for samples, rate_hz, stamp_s in self._float_frames():
+            is_late = stamp_s is not None and stamp_s - end_s > GAP_S
+            if parts and (shape != (rate_hz, samples.shape[1]) or values >= BLOCK_VALUES or is_late):
+                yield Block(np.concatenate(parts), shape[0], start_s)
                 parts, values = [], 0
+            if not parts:
+                start_s = end_s = end_s if stamp_s is None else stamp_s
             parts.append(samples)
+            end_s += len(samples) / rate_hz
             shape, values, found = (rate_hz, samples.shape[1]), values + samples.size, True
         if parts:
-            yield Block(np.concatenate(parts), shape[0])
+            yield Block(np.concatenate(parts), shape[0], start_s)
         if self._damaged_packets and not found:
             raise _unreadable()
         if self._damaged_packets:
             self.warnings.append("The file is damaged or cut short; what could be decoded was used.")
 
-    def _float_frames(self) -> Iterator[tuple[NDArray[np.float32], int]]:
-        """float32 (samples, channels) of each frame, and its sample rate in Hz."""
+    def _float_frames(self) -> Iterator[tuple[NDArray[np.float32], int, float | None]]:
+        """float32 (samples, channels) of each frame, its sample rate in Hz, and where it is in seconds."""
         to_float = av.AudioResampler(format="flt")
         layout: tuple[str, int, str] | None = None
         for frame in self._frames():
@@ -110,6 +116,7 @@ class AvSource:
                 # have none, and looking at one ends the process (PyAV 18): those are interleaved first.
                 planar = frame.layout.nb_channels < _UNSAFE_PLANES
                 to_float, layout = av.AudioResampler(format="fltp" if planar else "flt"), shape
+            stamp_s = self._stamp_s(frame)
             try:
                 converted = to_float.resample(frame)
             except (av.error.FFmpegError, ValueError):
@@ -119,7 +126,21 @@ class AvSource:
                 values = np.asarray(part.to_ndarray(), dtype=np.float32)
                 samples = values.T if part.format.is_planar else values.reshape(part.samples, -1)
                 if len(samples):
-                    yield samples, int(part.sample_rate)
+                    yield samples, int(part.sample_rate), stamp_s
+                    stamp_s = None
+
+    def _stamp_s(self, frame: Any) -> float | None:
+        """Seconds from the beginning of the file; None where the frame just follows the one before.
+
+        So it is in files that are packets and nothing else (aac, amr).
+        """
+        begin_us = self._container.start_time  # of all streams: a picture may come before the sound
+        if frame.pts is None or not frame.time_base or begin_us is None:
+            return None
+        stamp_s = float(frame.pts * frame.time_base) - begin_us / av.time_base
+        if self._delay_s is None:
+            self._delay_s = stamp_s if stamp_s < _LONGEST_DELAY_S else 0.0
+        return stamp_s - self._delay_s
 
     def _frames(self) -> Iterator[Any]:
         """Decoded frames; damaged packets are counted and stepped over."""

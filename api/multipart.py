@@ -7,6 +7,7 @@ fields (bounded), a megabyte per file, and one chunk. A limit that is passed end
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -86,7 +87,9 @@ class Form:
     def close(self) -> None:
         """Drop the spooled files."""
         for upload in self.files:
-            upload.file.close()
+            # On a full disk closing tries once more to write what is left.
+            with contextlib.suppress(OSError):
+                upload.file.close()
 
 
 async def read_form(request: Request, limits: Limits) -> Form:

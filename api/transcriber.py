@@ -18,9 +18,9 @@ import asyncio
 import contextvars
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Executor
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import Executor, Future
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, ParamSpec, TypeVar
@@ -29,7 +29,7 @@ import structlog
 
 from api.audio import is_quick
 from api.decoding import decode
-from api.errors import InvalidValueError
+from api.errors import DeadlineExceededError, InvalidValueError
 from api.frames import Frames
 from api.hotwords import HotwordAutomaton, build_hotwords
 from api.normalise import normalise
@@ -71,17 +71,25 @@ class Transcriber:
         self._telemetry = telemetry
         self._pool = pool
 
-    async def transcribe(self, file: BinaryIO, options: Options, *, wait: bool = False) -> Transcript:
+    def deadline_s(self) -> float:
+        """When a request that begins now has to be done, on ``time.monotonic``'s scale."""
+        return time.monotonic() + self._settings.request_timeout_s
+
+    async def transcribe(
+        self, file: BinaryIO, options: Options, *, wait: bool = False, deadline_s: float | None = None
+    ) -> Transcript:
         """The whole transcript of ``file`` (seekable, any format; closed as soon as it has been read).
 
         ``wait``: this file belongs to a request that was let in before, so it waits for room in the queue.
+        ``deadline_s``: of that request, as ``deadline_s`` gave it; this file's own where None.
 
         Raises UndecodableAudioError, AudioTooLongError, InvalidValueError, QueueFullError, DrainingError,
         DeadlineExceededError, InferenceError.
         """
         start_s = time.perf_counter()
         progress = Progress()
-        async with aclosing(self.stream(file, options, progress, wait=wait)) as parts:
+        parts = self.stream(file, options, progress, wait=wait, deadline_s=deadline_s)
+        async with aclosing(parts):
             segments = tuple([segment async for part in parts for segment in part])
         return self.finish(segments, options, progress, time.perf_counter() - start_s)
 
@@ -117,7 +125,13 @@ class Transcriber:
         return ()
 
     async def stream(
-        self, file: BinaryIO, options: Options, progress: Progress, *, wait: bool = False
+        self,
+        file: BinaryIO,
+        options: Options,
+        progress: Progress,
+        *,
+        wait: bool = False,
+        deadline_s: float | None = None,
     ) -> AsyncGenerator[list[Segment], None]:
         """Segments of each window in order, as soon as they and all before them are done.
 
@@ -126,15 +140,16 @@ class Transcriber:
         if (record := current_record()) is not None:
             record.model = self.model.name
         self.language_of(options.language)
-        hotwords = await self.hotwords(options)
+        deadline_s = self.deadline_s() if deadline_s is None else deadline_s
+        async with _until(deadline_s):
+            hotwords = await self.hotwords(options)
         progress.unspellable = hotwords.unknown if hotwords is not None else ()
-        deadline_s = time.monotonic() + self._settings.request_timeout_s
         quick = options.vad is None and is_quick(file, self.model.bundle.manifest.sample_rate_hz)
         reader = self._open(file, options, progress)
         in_flight: deque[asyncio.Task[list[Segment]]] = deque()
         try:
             while not reader.exhausted:
-                for window in reader.next() if quick else await self._pull(reader):
+                for window in reader.next() if quick else await self._pull(reader, deadline_s):
                     if len(in_flight) >= self._settings.max_segments_in_flight:
                         yield await in_flight.popleft()
                     work = self.hear(window, options, hotwords, deadline_s, wait=wait)
@@ -163,15 +178,21 @@ class Transcriber:
             telemetry=self._telemetry,
         )
 
-    async def _pull(self, reader: WindowReader) -> list[Window]:
-        """The next windows; when cancelled, waits for the thread to leave the file alone."""
-        pulling = self._in_pool(reader.next)
-        try:
-            return await asyncio.shield(pulling)
-        except asyncio.CancelledError:
-            reader.stop()
-            await asyncio.gather(pulling, return_exceptions=True)
-            raise
+    async def _pull(self, reader: WindowReader, deadline_s: float) -> list[Window]:
+        """The next windows; when cancelled or too late, waits for a thread that has begun to leave the file.
+
+        Raises DeadlineExceededError and what ``WindowReader.next`` does.
+        """
+        job = self._in_pool(reader.next)
+        pulling = asyncio.wrap_future(job)
+        async with _until(deadline_s):
+            try:
+                return await asyncio.shield(pulling)
+            except asyncio.CancelledError:
+                reader.stop()
+                if not job.cancel():
+                    await asyncio.gather(pulling, return_exceptions=True)
+                raise
 
     async def hear(
         self,
@@ -239,7 +260,9 @@ class Transcriber:
     async def hotwords(self, options: Options) -> HotwordAutomaton | None:
         """Those of ``options``, ready for the search. Raises InvalidValueError for an unknown language."""
         # A long list takes a fifth of a second, in which the event loop would answer nobody.
-        return await self._in_pool(self._build_hotwords, options) if options.hotwords else None
+        if not options.hotwords:
+            return None
+        return await asyncio.wrap_future(self._in_pool(self._build_hotwords, options))
 
     def _build_hotwords(self, options: Options) -> HotwordAutomaton | None:
         bundle, language = self.model.bundle, self.language_of(options.language)
@@ -247,7 +270,16 @@ class Transcriber:
         words = [normalise(word, steps, language) for word in options.hotwords]
         return build_hotwords(words, bundle.vocabulary)
 
-    def _in_pool(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+    def _in_pool(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Run in the pool, in the caller's context: spans find their parents there."""
-        run = partial(contextvars.copy_context().run, function, *args, **kwargs)
-        return asyncio.get_running_loop().run_in_executor(self._pool, run)
+        return self._pool.submit(partial(contextvars.copy_context().run, function, *args, **kwargs))
+
+
+@asynccontextmanager
+async def _until(deadline_s: float) -> AsyncIterator[None]:
+    """Cancel what is inside when ``deadline_s`` passes, and raise DeadlineExceededError."""
+    try:
+        async with asyncio.timeout(deadline_s - time.monotonic()):
+            yield
+    except TimeoutError:
+        raise DeadlineExceededError("The audio could not be decoded before the deadline.") from None

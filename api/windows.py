@@ -16,6 +16,8 @@ from api.errors import ClientDisconnected
 from api.segmenter import Segmenter, Window
 from api.telemetry import Telemetry
 
+_TURN_S = 0.25  # of a thread for a file in which there is nothing to hear, however long: others wait for it
+
 
 @dataclass(slots=True)
 class Progress:
@@ -60,7 +62,7 @@ class WindowReader:
         self._segment_s = 0.0
 
     def next(self) -> list[Window]:
-        """The next windows, at least one unless the file has ended (``exhausted``).
+        """The next windows; none where the file has ended (``exhausted``) or its turn has.
 
         Raises UndecodableAudioError, AudioTooLongError.
         """
@@ -73,6 +75,7 @@ class WindowReader:
                 self._telemetry.record_stage("segment", self._segment_s)
 
     def _pull(self) -> list[Window]:
+        turn_ends_s = time.perf_counter() + _TURN_S
         while not self._stopped:
             block = self._decode()
             start_s = time.perf_counter()
@@ -81,7 +84,7 @@ class WindowReader:
             if block is None:
                 self.exhausted = True
                 self._release()  # a file that waits in the queue is not held twice, as bytes and as samples
-            if windows or self.exhausted:
+            if windows or self.exhausted or time.perf_counter() > turn_ends_s:
                 return windows
         raise ClientDisconnected
 

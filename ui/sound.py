@@ -39,6 +39,10 @@ _FFMPEG_OPTIONS = {
 _ANCHORS = [(0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)]
 _MAX_ALLOCATION_BYTES = 32 * 2**20  # a header of a kilobyte can claim tables of gigabytes
 _READ_FRAMES = 1 << 14
+# Where sound begins late or pauses: the same as in the service (`api/ffmpeg.py`), whose words stand below.
+_GAP_S = 0.05
+_LONGEST_DELAY_S = 0.2
+_LONGEST_S = 7200.0  # a later time stamp is taken for a broken one
 # PyAV trips over streams that appear late with an IndexError.
 _UNREADABLE = (soundfile.SoundFileError, av.FFmpegError, RuntimeError, ValueError, IndexError)
 
@@ -172,13 +176,37 @@ def _read_with_ffmpeg(data: bytes) -> Iterator[tuple[Floats, int]]:
         if not container.streams.audio:
             return
         resampler = av.AudioResampler(format="flt", layout="mono")
+        given_s = 0.0
+        delay_s: float | None = None
         for packet in container.demux(container.streams.audio[0]):
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:  # as in the service: there may be more behind the damage
                 continue
-            for part in (part for frame in frames for part in resampler.resample(frame)):
-                yield part.to_ndarray().reshape(-1).astype(np.float32, copy=False), part.sample_rate
+            for frame in frames:
+                if (stamp_s := _stamp_s(container, frame)) is not None:
+                    if delay_s is None:
+                        delay_s = stamp_s if stamp_s < _LONGEST_DELAY_S else 0.0
+                    gap_s = stamp_s - delay_s - given_s
+                    if gap_s > _GAP_S and given_s + gap_s <= _LONGEST_S:
+                        yield from _silence(gap_s, frame.sample_rate)
+                        given_s += gap_s
+                for part in resampler.resample(frame):
+                    given_s += part.samples / part.sample_rate
+                    yield part.to_ndarray().reshape(-1).astype(np.float32, copy=False), part.sample_rate
+
+
+def _stamp_s(container: av.container.InputContainer, frame: av.AudioFrame) -> float | None:
+    """Seconds from the beginning of the file to a frame; None where nothing tells."""
+    if frame.pts is None or not frame.time_base or container.start_time is None:
+        return None
+    return float(frame.pts * frame.time_base) - container.start_time / av.time_base
+
+
+def _silence(duration_s: float, rate: int) -> Iterator[tuple[Floats, int]]:
+    missing = round(duration_s * rate)
+    for at in range(0, missing, rate):
+        yield np.zeros(min(rate, missing - at), np.float32), rate
 
 
 def _opened_by_ffmpeg(data: bytes) -> closing[av.container.InputContainer]:

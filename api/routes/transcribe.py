@@ -129,10 +129,12 @@ async def transcribe_batch(request: Request) -> Response:
 async def _all(
     service: Service, transcriber: Transcriber, uploads: list[Upload], options: Options, *, timestamps: bool
 ) -> list[dict[str, Any]]:
-    """What BatchItem says of each file.
+    """What BatchItem says of each file; those not done at the request's deadline have that error.
 
-    A few files at a time, so that one batch does not crowd out the other callers.
+    A few files at a time, so that one batch does not crowd out the other callers. The batch was let in, so
+    each waits for room in the queue: one that was refused would be missing among those that are done.
     """
+    deadline_s = transcriber.deadline_s()
     slots = asyncio.Semaphore(service.settings.max_segments_in_flight)
     refusals: list[RetryLaterError] = []
 
@@ -140,7 +142,9 @@ async def _all(
         item = {"index": index, "filename": upload.filename}
         async with slots:
             try:
-                transcript = await transcriber.transcribe(upload.file, options, wait=index > 0)
+                transcript = await transcriber.transcribe(
+                    upload.file, options, wait=True, deadline_s=deadline_s
+                )
             except ClientDisconnected:
                 raise
             except Exception as error:

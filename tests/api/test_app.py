@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
 import os
+import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -16,13 +21,13 @@ import pytest_asyncio
 from dotenv import dotenv_values
 from fastapi import FastAPI
 
-from api import transcriber
+from api import batcher, transcriber
 from api.commands import serve
 from api.keys import ApiKey
 from api.main import create_app
 from api.redaction import plain_keys
 from api.settings import Settings
-from tests.tiny_bundle import make_bundle, recite, wav
+from tests.tiny_bundle import make_bundle, recite, sing, wav
 
 KEY = "sk-live-0123456789abcdef"
 
@@ -210,3 +215,107 @@ async def test_what_breaks_on_one_file_of_a_batch_stays_there(
     assert codes == ["internal_error", "out_of_resources"]
     assert answer.json()["succeeded"] == 2
     assert "secret" not in answer.text
+
+
+async def test_the_files_of_a_batch_share_the_deadline_of_the_request(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time; from the second on the worker hangs until the answer is there."""
+    decode, answered, calls = transcriber.decode, threading.Event(), []
+
+    def hanging(*given: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            answered.wait(60)
+        return decode(*given, **more)
+
+    monkeypatch.setattr(transcriber, "decode", hanging)
+    hasty = settings.model_copy(update={"request_timeout_s": 3.0, "max_segments_in_flight": 1})
+    async with started(hasty) as created:
+        start_s = time.monotonic()
+        answer = await batch(created, *[wav(sing("abc"))] * 4)
+        took_s = time.monotonic() - start_s
+        answered.set()
+    codes = [item.get("error", {}).get("code") for item in answer.json()["results"]]
+    assert codes == [None, *["deadline_exceeded"] * 3]
+    assert took_s < 6
+
+
+async def test_a_queue_that_fills_during_the_upload_costs_no_file_of_a_batch(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher, "KEEP_ROOM_S", 0.0)  # as if the upload took longer
+    narrow = settings.model_copy(update={"queue_limit_audio_s": 3.0})
+    async with started(narrow) as created, client(created) as http:
+        service = created.state.service
+        engine, may_run = service.transcriber("").model.engine, threading.Event()
+        run = engine.run
+        monkeypatch.setattr(engine, "run", lambda *given, **more: may_run.wait(60) and run(*given, **more))
+        long = wav(sing("abcdefgh abcdefgh abc"))
+        boundary = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.wav\r\n\r\n"
+        others: list[asyncio.Task[httpx.Response]] = []
+
+        async def fill(place: str) -> None:
+            others.append(asyncio.create_task(http.post("/transcribe", files={"file": long})))
+            async with asyncio.timeout(30):
+                while not service.summary()["queue"][place]:  # noqa: ASYNC110  it has no event to wait for
+                    await asyncio.sleep(0.01)
+
+        async def body() -> AsyncIterator[bytes]:
+            yield boundary + wav(sing("bad"))
+            await fill("busy_workers")
+            await fill("waiting")  # which leaves no room for a third
+            for text in ("cafe", "head"):
+                yield b"\r\n" + boundary + wav(sing(text))
+            yield b"\r\n--x--\r\n"
+            asyncio.get_running_loop().call_later(0.5, may_run.set)
+
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        answer = await http.post("/transcribe/batch", content=body(), headers=headers)
+        assert [task.status_code for task in await asyncio.gather(*others)] == [200, 200]
+    results = answer.json()["results"]
+    assert [item.get("transcription", {}).get("text") for item in results] == ["bad", "cafe", "head"]
+
+
+class FullDisk(io.RawIOBase):
+    """A file on a disk with room for the first megabyte of each."""
+
+    opened: ClassVar[list[FullDisk]] = []
+
+    def __init__(self, **_: object) -> None:
+        self.opened.append(self)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    writable = seekable = readable
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset
+        return offset
+
+    def write(self, data: Any) -> int:
+        if self._at + len(data) > 2**20 + 50_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._at += len(data)
+        return len(data)
+
+
+async def test_a_disk_that_is_full_in_the_middle_of_an_upload_is_503(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece too small to be written at once is tried again when the file is closed."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **named: io.BufferedRandom(FullDisk(**named)))
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"--x\r\nContent-Disposition: form-data; name=file; filename=a.wav\r\n\r\n"
+        for _ in range(1200):
+            yield bytes(1000)
+
+    async with client(app) as http:
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        answer = await http.post("/transcribe", content=body(), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_resources")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert [file.closed for file in FullDisk.opened] == [True]

@@ -11,6 +11,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import av
 import numpy as np
@@ -26,6 +27,7 @@ from api.audio_sources import PlainWavSource, open_source
 from api.errors import AudioTooLongError, UndecodableAudioError
 from api.ffmpeg import limit_ffmpeg_memory
 from loadtest import fuzz_seeds
+from tests.late_sound import video
 from tests.peak_memory import claiming_a_gigabyte, refusal
 from tests.tiny_bundle import sing, wav
 
@@ -281,6 +283,39 @@ def test_decompression_bomb_stops_at_the_cap() -> None:
         assert reader.duration_s < 100
 
 
+def test_many_channels_at_a_high_rate_stop_at_the_cap_as_well() -> None:
+    """An encoder writes them as briefly as one, and they cost as many times the work."""
+    dense = np.zeros((int(0.6 * 96_000), 8), np.float32)
+    assert decode(file_of("flac", dense, 96_000), sample_rate_hz=RATE_HZ, max_audio_s=2).duration_s == 0.6
+    with pytest.raises(AudioTooLongError, match="limit of 384000 samples in all channels"):
+        decode(file_of("flac", dense, 96_000), sample_rate_hz=RATE_HZ, max_audio_s=1)
+
+
+def test_a_flac_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libsndfile decodes a block again for each seek within it: ten times as long for the largest blocks."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("sought")
+
+    data = file_of("flac", tone(1000, 44_100), 44_100)
+    monkeypatch.setattr(soundfile.SoundFile, "seek", refuse)
+    assert decode(data, sample_rate_hz=RATE_HZ).duration_s == 1.0
+
+
+@pytest.mark.parametrize(("rate_hz", "duration_s"), [(8_000, 20), (44_100, 12), (48_000, 4)])
+def test_a_file_of_the_allowed_length_is_no_longer_than_allowed(rate_hz: int, duration_s: int) -> None:
+    """Of these the lengths of the blocks, in seconds, are together a hair more."""
+    exact = np.zeros(rate_hz * duration_s, np.float32)
+    decoded = decode(file_of("flac", exact, rate_hz), sample_rate_hz=RATE_HZ, max_audio_s=duration_s)
+    assert decoded.duration_s == duration_s
+    with pytest.raises(AudioTooLongError):
+        decode(
+            file_of("flac", np.append(exact, exact[:1]), rate_hz),
+            sample_rate_hz=RATE_HZ,
+            max_audio_s=duration_s,
+        )
+
+
 def test_cap_is_counted_on_samples_not_on_the_header() -> None:
     data = bytearray(wav(tone(1000, RATE_HZ, 3.0)))
     struct.pack_into("<I", data, data.index(b"data") + 4, 1000)  # claims 31 ms; libsndfile believes it
@@ -333,6 +368,29 @@ def test_video_without_sound_is_refused_and_video_with_sound_is_read() -> None:
         decode(encode("mp4", samples, video=True, audio=False), sample_rate_hz=RATE_HZ)
     decoded = decode(encode("mp4", samples, video=True), sample_rate_hz=RATE_HZ)
     assert level(decoded.samples, 1000) == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("container", ["matroska", "mp4", "mpegts"])
+@pytest.mark.parametrize("starts_s", [(0.0, 1.5), (2.0,), (0.0, 5.5), (3.0, 6.0, 9.5)])
+def test_the_sound_of_a_video_is_where_its_time_stamps_say(
+    container: str, starts_s: tuple[float, ...]
+) -> None:
+    decoded = decode(video(container, "aac", starts_s), sample_rate_hz=RATE_HZ)
+    heard_s = np.flatnonzero(np.abs(decoded.samples) > 0.1) / RATE_HZ
+    pauses = np.flatnonzero(np.diff(heard_s) > 0.1)
+    assert [heard_s[0], *heard_s[pauses + 1]] == pytest.approx(starts_s, abs=0.025)
+    assert decoded.duration_s == pytest.approx(starts_s[-1] + 1, abs=0.05)
+    assert not decoded.warnings
+
+
+def test_a_time_stamp_beyond_the_longest_file_is_not_believed() -> None:
+    data = video("matroska", "aac", (0.0, 100.0))
+    decoded = decode(data, sample_rate_hz=RATE_HZ, max_audio_s=60)
+    assert decoded.duration_s == pytest.approx(2.0, abs=0.05)
+    assert decoded.warnings == (
+        "The file's time stamps jump beyond 60 seconds; times after it are too early.",
+    )
+    assert decode(data, sample_rate_hz=RATE_HZ).duration_s == pytest.approx(101.0, abs=0.05)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -229,6 +230,65 @@ async def test_deadline_ends_a_request(models_dir: Path) -> None:
             await service.transcriber("").transcribe(
                 io.BytesIO(wav(recite(["abc"] * 2000, 0.5))), Options(beam=64)
             )
+
+
+class SlowDisk(io.BytesIO):
+    """Silence of half an hour, which takes ten seconds to read."""
+
+    def __init__(self) -> None:
+        super().__init__(wav(np.zeros(16_000 * 1800, np.float32)))
+
+    def read(self, size: int | None = -1) -> bytes:
+        time.sleep(0.1)
+        return super().read(size)
+
+
+async def test_deadline_ends_the_reading_of_a_file_in_which_nothing_is_heard(models_dir: Path) -> None:
+    async with open_service(make_settings(models_dir, request_timeout_s=0.5)) as service:
+        recording, start_s = SlowDisk(), time.monotonic()
+        with pytest.raises(DeadlineExceededError):
+            await service.transcriber("").transcribe(recording, Options())
+        assert time.monotonic() - start_s < 8
+        assert recording.closed, "a thread may still read it"
+
+
+async def test_a_file_in_which_nothing_is_heard_lets_others_be_decoded(service: Service) -> None:
+    usual = service.transcriber("")
+    with ThreadPoolExecutor(1) as pool:
+        transcriber = Transcriber(usual.model, service.settings, service.telemetry, pool)
+        silent = asyncio.create_task(transcriber.transcribe(SlowDisk(), Options()))
+        await asyncio.sleep(0.2)
+        other = io.BytesIO(wav(sing("bad cafe", sample_rate_hz=8_000), 8_000))
+        assert (await transcriber.transcribe(other, Options())).text == "bad cafe"
+        assert not silent.done()
+        silent.cancel()
+        await asyncio.gather(silent, return_exceptions=True)
+
+
+@pytest.mark.parametrize("options", [Options(vad=VadOptions()), Options(hotwords=("bad",))])
+@pytest.mark.parametrize("by_deadline", [True, False])
+async def test_who_waits_for_a_thread_leaves_at_once(
+    service: Service, options: Options, by_deadline: bool
+) -> None:
+    usual, may_end = service.transcriber(""), threading.Event()
+    timeout_s = 0.2 if by_deadline else 600.0
+    settings = service.settings.model_copy(update={"request_timeout_s": timeout_s})
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(may_end.wait, 60)
+        transcriber = Transcriber(usual.model, settings, service.telemetry, pool)
+        recording = io.BytesIO(wav(sing("bad cafe")))
+        task = asyncio.create_task(transcriber.transcribe(recording, options))
+        try:
+            await asyncio.sleep(0.1)
+            if not by_deadline:
+                task.cancel()
+            await asyncio.wait([task], timeout=20)
+            assert task.done()
+            assert not held.done()
+        finally:
+            may_end.set()
+        with pytest.raises(DeadlineExceededError if by_deadline else asyncio.CancelledError):
+            await task
 
 
 async def test_length_cap_is_kept(models_dir: Path) -> None:

@@ -247,7 +247,7 @@ Cloud.add_multi_constructor(
 def of_template(
     monkeypatch: pytest.MonkeyPatch, name: str, *, bound: str = "Default"
 ) -> tuple[dict[str, Any], dict[str, Any], Settings]:
-    """The template, one function's properties and its settings; parameters have the value of their `bound`."""
+    """The template, one function's properties and its settings; parameters have their `bound`."""
     template = yaml.load((ROOT / "serverless" / "template.yaml").read_text(), Cloud)
     parameters = template["Parameters"]
     properties = template["Globals"]["Function"] | template["Resources"][name]["Properties"]

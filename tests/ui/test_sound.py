@@ -12,6 +12,7 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.late_sound import video
 from tests.peak_memory import claiming_a_gigabyte, refusal
 from ui.sound import MELS, UnreadableSoundError, blocks, duration_of, media_type, picture_of
 
@@ -90,6 +91,14 @@ def test_a_format_only_ffmpeg_reads_is_drawn() -> None:
     assert media_type(data) == "audio/mp4"
     assert picture_of(data).duration_s == pytest.approx(0.96, abs=0.1)
     assert duration_of(data) == pytest.approx(0.96, abs=0.1)
+
+
+def test_the_sound_of_a_video_is_drawn_where_its_time_stamps_say() -> None:
+    picture = picture_of(video("matroska", "aac", (2.0, 4.5)))
+    assert picture.duration_s == pytest.approx(5.5, abs=0.05)
+    loud = np.flatnonzero(np.frombuffer(picture.peaks, np.uint8) > 100) / picture.columns_per_s
+    assert [loud[0], loud[loud > 3.5][0]] == pytest.approx([2.0, 4.5], abs=0.05)
+    assert picture_of(video("matroska", "aac", (0.0, 8000.0))).duration_s == pytest.approx(2.0, abs=0.05)
 
 
 def test_channels_are_mixed_and_odd_values_survive() -> None:
