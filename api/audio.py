@@ -125,13 +125,12 @@ class AudioReader:
     def _in_place(self, block: Block) -> Iterator[Block]:
         """``block``, behind silence where the sound begins late or pauses: times are the file's own."""
         gap_s = block.start_s - self.duration_s if block.start_s is not None else 0.0
-        if self.duration_s + gap_s > self.max_audio_s:
-            self._ignored_gap = True  # a broken time stamp is no cause to refuse what can be heard
-        elif gap_s > GAP_S:
-            missing = round(gap_s * block.sample_rate_hz)
-            for at in range(0, missing, BLOCK_VALUES):
-                silence = np.zeros((min(BLOCK_VALUES, missing - at), 1), dtype=np.float32)
-                yield Block(silence, block.sample_rate_hz)
+        missing = round(gap_s * block.sample_rate_hz) if gap_s > GAP_S else 0
+        if missing and self.duration_s + gap_s > self.max_audio_s:
+            self._ignored_gap, missing = True, 0  # a broken stamp is no cause to refuse what can be heard
+        for at in range(0, missing, BLOCK_VALUES):
+            silence = np.zeros((min(BLOCK_VALUES, missing - at), 1), dtype=np.float32)
+            yield Block(silence, block.sample_rate_hz)
         yield block
 
     def _count(self, block: Block) -> None:

@@ -81,7 +81,7 @@ class AvSource:
             raise UndecodableAudioError("The file holds no audio stream.", code="no_audio_stream")
         self._stream = self._container.streams.audio[0]
         self._damaged_packets = 0
-        self._delay_s: float | None = None  # of the decoder, which a time stamp may contain
+        self._delay_s: float | None = None  # of the decoder, in every time stamp
 
     def blocks(self) -> Iterator[Block]:
         """Frames are about 20 ms; they are joined into blocks while rate and channels stay the same."""

@@ -11,6 +11,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import av
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from api import ffmpeg
 from api.audio import AudioReader, decode, is_quick
-from api.audio_sources import PlainWavSource, open_source
+from api.audio_sources import Block, PlainWavSource, open_source
 from api.errors import AudioTooLongError, UndecodableAudioError
 from api.ffmpeg import limit_ffmpeg_memory
 from loadtest import fuzz_seeds
@@ -391,6 +392,20 @@ def test_a_time_stamp_beyond_the_longest_file_is_not_believed() -> None:
         "The file's time stamps jump beyond 60 seconds; times after it are too early.",
     )
     assert decode(data, sample_rate_hz=RATE_HZ).duration_s == pytest.approx(101.0, abs=0.05)
+
+
+def test_a_rounded_time_stamp_at_the_end_of_the_longest_file_is_no_jump() -> None:
+    with AudioReader(io.BytesIO(wav(tone(440, RATE_HZ))), sample_rate_hz=RATE_HZ, max_audio_s=1.0) as reader:
+        reader._source = SimpleNamespace(  # type: ignore[assignment]
+            blocks=lambda: [
+                Block(np.zeros((15_840, 1), np.float32), RATE_HZ, 0.0),
+                Block(np.zeros((80, 1), np.float32), RATE_HZ, 1.002),
+            ],
+            warnings=[],
+            close=lambda: None,
+        )
+        assert sum(map(len, reader)) == 15_920
+        assert reader.warnings == ()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
