@@ -64,7 +64,7 @@ def test_where_more_replicas_are_asked_for_there_is_room_for_them() -> None:
         text = path.read_text(encoding="utf-8")
         if '"minReplicas": N}' in text:
             assert "doctl kubernetes cluster node-pool update asr asr-default" in text, path
-            assert "`max_nodes` in `terraform/terraform.tfvars`" in text, path
+            assert "`max_nodes` in `terraform.tfvars`" in text, path
         if "rollout undo" in text and path.stem != "AsrReplicaMissing":
             assert "(AsrReplicaMissing.md#mitigation)" in text, path
 
