@@ -232,20 +232,34 @@ def _viterbi(log_probs, tokens, blank, score, step, starts, ends, sums):  # type
         left = max(0, states - 2 * (frames - frame))
         right = min(states - 1, 2 * frame + 1)
         blank_value = log_probs[frame, blank]
-        for state in range(right, left - 1, -1):
+        if right & 1 == 0:  # the last blank
+            best = score[right]
+            back = 0
+            if right > 0 and score[right - 1] > best:
+                best = score[right - 1]
+                back = 1
+            score[right] = best + blank_value
+            step[frame, right] = back
+        for index in range((right - 1) >> 1, (left >> 1) - 1, -1):
+            token = tokens[index]
+            state = 2 * index
+            below = score[state - 1] if index > 0 else -np.inf
+            best = score[state + 1]
+            back = 0
+            if score[state] > best:
+                best = score[state]
+                back = 1
+            if index > 0 and below > best and tokens[index - 1] != token:
+                best = below
+                back = 2
+            score[state + 1] = best + log_probs[frame, token]
+            step[frame, state + 1] = back
             best = score[state]
             back = 0
-            if state >= 1 and score[state - 1] > best:
-                best = score[state - 1]
+            if below > best:
+                best = below
                 back = 1
-            if state & 1:
-                token = tokens[state >> 1]
-                if state >= 3 and tokens[(state >> 1) - 1] != token and score[state - 2] > best:
-                    best = score[state - 2]
-                    back = 2
-                score[state] = best + log_probs[frame, token]
-            else:
-                score[state] = best + blank_value
+            score[state] = best + blank_value
             step[frame, state] = back
     path = 0.0
     if frames > 0:
