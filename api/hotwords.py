@@ -7,7 +7,9 @@ that began at a word boundary; ``DEAD`` is the middle of a word that no hotword 
 A prefix of length n is worth n credits for as long as it can still become a hotword. Where it cannot, the
 credits are taken back; where it ends at a word boundary they stay. The search turns credits into a boost of
 ``boost`` nats each. So a hotword wins only where the audio gives it up to ``boost`` nats less per character
-than the best other reading, and is preferred as a whole word only.
+than the best other reading, ``MOST_NATS`` in all, and is preferred as a whole word only. Credits that may
+still be taken back (``sure``) bring a reading into the beam and put no other one out of it: a hotword that
+does not come true leaves the text as it is.
 
 Cost per step is independent of the number of hotwords: one hash look-up, and suffix links at word boundaries.
 
@@ -32,12 +34,17 @@ ROOT = 0
 DEAD = -1
 SPACE = 0  # symbol of the word boundary
 
-DEPTH, TERMINAL, FAIL, KEPT = range(4)  # columns of the states
+CREDITS, TERMINAL, FAIL, KEPT = range(4)  # columns of the states
 
-# Nats per character. On 49 utterances of LibriSpeech test-other with 100 distractors each, 1.0 took WER from
-# 11.8 to 8.5 % with 2 false hotwords; 1.5 reached 7.9 % with 7, 3.0 lost again (QuartzNet15x5, beam 16).
+# Nats per character. On 50 utterances of LibriSpeech test-other, with the five rarest long words of each and
+# 100 distractors, 1.0 took WER from 13.3 to 10.1 % with 1 false hotword; 1.5 reached 10.0 % with 6, 3.0 lost
+# again (QuartzNet15x5, beam 16).
 DEFAULT_BOOST = 1.0
 MAX_BOOST = 5.0
+
+MOST_NATS = 32.0
+MOST_CREDITS = 64
+"""What one hotword is worth at most. Else a sentence could turn any word of it that the audio denies."""
 
 _MOST_KEPT_CHARACTERS = 20_000
 """Longer lists are built anew each time: a megabyte of memory each for sixteen of these, not sixty."""
@@ -64,16 +71,18 @@ class Symbols:
 
 @dataclass(frozen=True, slots=True)
 class HotwordAutomaton:
-    """Two arrays for the compiled loops, and what belongs to them.
+    """Arrays for the compiled loops, and what belongs to them.
 
     ``edges`` int64 ``(slots, 2)``: open-addressed hash table of key and child.
-    ``states`` int32 ``(states, 4)``: columns ``DEPTH``, ``TERMINAL``, ``FAIL`` and ``KEPT`` (see ``step``).
+    ``states`` int32 ``(states, 4)``: columns ``CREDITS``, ``TERMINAL``, ``FAIL`` and ``KEPT`` (see ``step``).
+    ``sure`` float64 ``(states,)``: what is left of a text's weight if the hotword does not come true.
     ``unknown`` lists hotwords that the vocabulary cannot spell; they are left out.
     """
 
     symbols: Symbols
     edges: NDArray[np.int64]
     states: IntArray
+    sure: NDArray[np.float64]
     boost: float
     unknown: tuple[str, ...]
 
@@ -127,22 +136,25 @@ def _build_cached(hotwords: tuple[str, ...], vocabulary: Vocabulary, boost: floa
     lengths = np.array([0, *(len(units) for units in spelled)], np.int64)
     flat = np.array([symbol for units in spelled for symbol in units], np.int32)
     slots = 1 << max(4, int(2 * len(flat) + 1).bit_length())
-    edges, states = _build(flat, np.cumsum(lengths), symbols.count, slots)
-    return HotwordAutomaton(symbols, edges, states, boost, tuple(unknown))
+    most = max(1, min(MOST_CREDITS, int(MOST_NATS / boost)))
+    edges, states = _build(flat, np.cumsum(lengths), symbols.count, slots, most)
+    sure = np.exp(-boost * (states[:, CREDITS] - states[:, KEPT]))
+    return HotwordAutomaton(symbols, edges, states, sure, boost, tuple(unknown))
 
 
 def _build(
-    flat: IntArray, offsets: NDArray[np.int64], count: int, slots: int
+    flat: IntArray, offsets: NDArray[np.int64], count: int, slots: int, most: int
 ) -> tuple[NDArray[np.int64], IntArray]:
-    """Trie in a hash table, then suffix links in order of depth."""
-    most = len(flat) + 1
+    """Trie in a hash table, then suffix links in order of depth. ``most``: credits of a hotword."""
+    room = len(flat) + 1
     edges = np.zeros((slots, 2), np.int64)
-    states = np.zeros((most, 4), np.int32)
+    states = np.zeros((room, 4), np.int32)
     states[ROOT, FAIL] = DEAD
-    parents = np.full(most, DEAD, np.int32)
-    read = np.zeros(most, np.int32)
+    parents = np.full(room, DEAD, np.int32)
+    read = np.zeros(room, np.int32)
     size = _grow(flat, offsets, count, edges, states, parents, read)
-    order = np.argsort(states[:size, DEPTH], kind="stable")
+    order = np.argsort(states[:size, CREDITS], kind="stable")
+    np.minimum(states[:, CREDITS], most, out=states[:, CREDITS])
     _link(order, count, edges, states, parents, read, np.zeros((2, size), np.int32))
     return edges, states[:size].copy()
 
@@ -173,29 +185,29 @@ def edge_slot(node, symbol, count, edges):  # type: ignore[no-untyped-def]
 def step(state, symbol, count, edges, states):  # type: ignore[no-untyped-def]
     """Next state and change of credits for one more symbol.
 
-    Following a hotword: one credit. Leaving it at a word boundary where it is complete: its credits stay.
-    Leaving it otherwise: the credits go, but for those of hotwords completed on the way (``KEPT``); then the
-    suffix (``FAIL``) is tried.
+    Following a hotword: one credit, up to the most. Leaving it at a word boundary where it is complete: its
+    credits stay. Leaving it otherwise: the credits go, but for those of hotwords completed on the way
+    (``KEPT``); then the suffix (``FAIL``) is tried.
     """
     gain = 0
     while state != DEAD:
         key, index = edge_slot(state, symbol, count, edges)
         if edges[index, 0] == key:
             following = np.int32(edges[index, 1])
-            return following, gain + states[following, DEPTH] - states[state, DEPTH]
+            return following, gain + states[following, CREDITS] - states[state, CREDITS]
         if symbol == SPACE and states[state, TERMINAL]:
             suffix = states[state, FAIL]
             while suffix != DEAD:
                 key, index = edge_slot(suffix, symbol, count, edges)
                 if edges[index, 0] == key:
                     following = np.int32(edges[index, 1])
-                    return following, gain + states[following, DEPTH]
+                    return following, gain + states[following, CREDITS]
                 suffix = states[suffix, FAIL]
             return np.int32(ROOT), gain
-        gain += states[state, KEPT] - states[state, DEPTH]
+        gain += states[state, KEPT] - states[state, CREDITS]
         state = states[state, FAIL]
         if state != DEAD:
-            gain += states[state, DEPTH]
+            gain += states[state, CREDITS]
     return np.int32(ROOT if symbol == SPACE else DEAD), gain
 
 
@@ -204,10 +216,10 @@ def finish(state, states):  # type: ignore[no-untyped-def]
     """Change of credits when the text ends in ``state``: what is not complete is taken back."""
     gain = 0
     while state != DEAD and not states[state, TERMINAL]:
-        gain += states[state, KEPT] - states[state, DEPTH]
+        gain += states[state, KEPT] - states[state, CREDITS]
         state = states[state, FAIL]
         if state != DEAD:
-            gain += states[state, DEPTH]
+            gain += states[state, CREDITS]
     return gain
 
 
@@ -223,7 +235,10 @@ def _credits(symbols, count, edges, states):  # type: ignore[no-untyped-def]
 
 @compiled("int64(int32[::1], int64[::1], int64, int64[:,::1], int32[:,::1], int32[::1], int32[::1])")
 def _grow(flat, offsets, count, edges, states, parents, read):  # type: ignore[no-untyped-def]
-    """The trie's edges and states; how many states. ``read``: the symbol that leads to each."""
+    """The trie's edges and states; how many states. ``read``: the symbol that leads to each.
+
+    One credit per symbol, without an end, so that they are the depth as well.
+    """
     size = 1
     for word in range(len(offsets) - 1):
         node = np.int64(ROOT)
@@ -233,7 +248,7 @@ def _grow(flat, offsets, count, edges, states, parents, read):  # type: ignore[n
             if edges[index, 0] == 0:
                 edges[index, 0] = key
                 edges[index, 1] = size
-                states[size, DEPTH] = states[node, DEPTH] + 1
+                states[size, CREDITS] = states[node, CREDITS] + 1
                 parents[size] = node
                 read[size] = symbol
                 size += 1
@@ -254,12 +269,13 @@ def _link(order, count, edges, states, parents, read, credits):  # type: ignore[
         above = parents[node]
         symbol = read[node]
         completed = symbol == SPACE and states[above, TERMINAL] != 0
-        credits[0, node] = states[above, DEPTH] if completed else credits[0, above]
+        credits[0, node] = states[above, CREDITS] if completed else credits[0, above]
         start = states[above, FAIL]
         suffix, gain = step(start, symbol, count, edges, states)
-        before = states[start, DEPTH] if start != DEAD else 0
-        after = states[suffix, DEPTH] if suffix != DEAD else 0
+        before = states[start, CREDITS] if start != DEAD else 0
+        after = states[suffix, CREDITS] if suffix != DEAD else 0
         credits[1, node] = credits[1, above] + gain - (after - before)
         states[node, FAIL] = suffix
         states[node, KEPT] = max(credits[0, node], credits[1, node])
+        states[node, CREDITS] = max(states[node, CREDITS], states[node, KEPT])
     return 0

@@ -5,6 +5,9 @@
 - Per frame only the best few tokens above a floor extend entries; merging into entries already in the beam is
   exact whatever their token, by a 64-bit rolling hash of the prefix.
 - A min-heap of the beam's size bounds what an extension must score, so most are never built.
+- With hotwords a second heap of that size ranks without the credits that may still be taken back, and what is
+  in either stays. However much half a hotword weighs, the texts that it would drive out are there when it
+  does not come true, as they are without hotwords.
 
 Hotwords (``hotwords.py``) and the language model (``ngram.py``) are a state per entry each, and share its
 weight; either costs nothing while there is none.
@@ -25,8 +28,8 @@ from api.ngram import NgramModel, advance
 POWERS = 128  # most credits one token can change
 
 _NO_SYMBOLS = Symbols(np.zeros(1, np.int32), np.zeros(1, np.int32), {})
-_NO_TRIE = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32))
 _ONE, _NONE = np.ones(1, np.float64), np.zeros(1, np.int32)
+_NO_TRIE = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32), _ONE)
 _NO_NGRAM = (np.zeros((1, 1), np.uint64), np.zeros((1, 1), np.int32), _NONE, _ONE, _NONE, _ONE, _ONE)
 
 
@@ -62,10 +65,11 @@ def search(
     ``cuts``: least log-posterior of a token, blank posterior from which a frame extends nothing, least share
     of the best entry's score, and least share of the best token's posterior that a hotword may gain by.
     """
-    symbols, trie, boost = _NO_SYMBOLS, _NO_TRIE, 0.0
+    symbols, trie, boost, width = _NO_SYMBOLS, _NO_TRIE, 0.0, beam
     ngram, start, most = _NO_NGRAM, 0, 1.0
     if hotwords is not None:
-        symbols, trie, boost = hotwords.symbols, (hotwords.edges, hotwords.states), hotwords.boost
+        symbols, trie = hotwords.symbols, (hotwords.edges, hotwords.states, hotwords.sure)
+        boost, width = hotwords.boost, 2 * beam
     if guide is not None:
         symbols, start, most = guide.symbols, guide.start, guide.most
         ngram = (
@@ -77,20 +81,20 @@ def search(
             guide.backoff,
             guide.reach,
         )
-    frames, candidates = len(log_probs), beam * (max_tokens + 1)
-    tree = np.zeros((2, frames * beam + 1), np.int32)
-    leaves, scores = np.zeros(beam, np.int32), np.zeros(beam, np.float64)
+    frames, candidates = len(log_probs), width * (max_tokens + 1)
+    tree = np.zeros((2, frames * width + 1), np.int32)
+    leaves, scores = np.zeros(width, np.int32), np.zeros(width, np.float64)
     entries = _search(
         *(log_probs, blank_id, beam, max_tokens, *cuts),
         *(symbols.flat, symbols.offsets, symbols.count),
         *(hotwords is not None, boost, *trie),
         *(guide is not None, start, most, *ngram),
         *(tree[0], tree[1], leaves, scores),
-        np.zeros((8, beam), np.float64),
-        np.zeros((11, beam), np.int32),
-        np.zeros((4, beam), np.uint64),
+        np.zeros((9, width), np.float64),
+        np.zeros((12, width), np.int32),
+        np.zeros((4, width), np.uint64),
         np.zeros((2, candidates), np.float64),
-        np.zeros((4, candidates), np.int32),
+        np.zeros((5, candidates), np.int32),
         np.zeros(max_tokens + 1, np.int32),
         np.zeros(max_tokens + 1, np.float32),
         np.ones(2 * POWERS + 1, np.float64),
@@ -166,7 +170,7 @@ def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untype
 @compiled(
     "int64(float32[:,::1], int64, int64, int64, float64, float64, float64, float64, "
     "int32[::1], int32[::1], int64, "
-    "int64, float64, int64[:,::1], int32[:,::1], "
+    "int64, float64, int64[:,::1], int32[:,::1], float64[::1], "
     "int64, int64, float64, uint64[:,::1], int32[:,::1], int32[::1], float64[::1], int32[::1], float64[::1], "
     "float64[::1], "
     "int32[::1], int32[::1], int32[::1], float64[::1], "
@@ -176,7 +180,7 @@ def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untype
 def _search(  # type: ignore[no-untyped-def]
     log_probs, blank, beam, max_tokens, token_floor, blank_skip, beam_cut, hotword_cut,
     flat, offsets, symbol_count,
-    boosted, boost, edges, states,
+    boosted, boost, edges, states, sure,
     guided, start, most, masks, firsts, following_gram, factors, fail, backoff, gram_reach,
     parents, tokens, leaves, scores,
     floats, integers, hashes, likelihoods, origins, chosen, values, powers,
@@ -186,16 +190,17 @@ def _search(  # type: ignore[no-untyped-def]
     Arrays of entries have two rows, the current frame's and the next one's. ``ended``/``held``: probability
     of the prefix ending in blank / in its last token. ``weight``: e to the boosts, times the language model's
     factors. Both are rescaled by their largest value every frame; ``log_scale`` remembers by how much.
+    ``safe`` scores, and their heap, are without the credits that may still be taken back.
     """
     frames = log_probs.shape[0]
     ended, held, weight = floats[0:2], floats[2:4], floats[4:6]
-    candidate_ended, heap = floats[6], floats[7]
+    candidate_ended, heap, safe_heap = floats[6], floats[7], floats[8]
     node, last, state, gram = integers[0:2], integers[2:4], integers[4:6], integers[6:8]
-    heap_items, first_child, next_sibling = integers[8], integers[9], integers[10]
+    heap_items, first_child, next_sibling, safe_items = integers[8], integers[9], integers[10], integers[11]
     prefix_hash, parent_hash = hashes[0:2], hashes[2:4]
     candidate_probability, candidate_weight = likelihoods[0], likelihoods[1]
-    candidate_state, candidate_gram, candidate_from, candidate_token = (
-        origins[0], origins[1], origins[2], origins[3],
+    candidate_state, candidate_gram, candidate_from, candidate_token, kept_already = (
+        origins[0], origins[1], origins[2], origins[3], origins[4],
     )  # fmt: skip
     last[0, 0] = -1
     state[0, 0] = ROOT
@@ -255,11 +260,21 @@ def _search(  # type: ignore[no-untyped-def]
                     candidate_probability[child] += source * math.exp(row[last[now, child]])
                     break
         best = 0.0
+        safe_best = 0.0
         size = 0
+        safe_size = 0
         for entry in range(entries):
             score = (candidate_ended[entry] + candidate_probability[entry]) * weight[now, entry]
             best = max(best, score)
-            size = _push(heap, heap_items, size, beam, score, entry)
+            if size < beam or score > heap[0]:
+                size = _push(heap, heap_items, size, beam, score, entry)
+            if boosted:
+                kept_already[entry] = 0
+                if state[now, entry] != DEAD:
+                    score *= sure[state[now, entry]]
+                safe_best = max(safe_best, score)
+                if safe_size < beam or score > safe_heap[0]:
+                    safe_size = _push(safe_heap, safe_items, safe_size, beam, score, entry)
         # Extensions to new prefixes.
         count = _best_tokens(row, blank, max_tokens, token_floor, chosen, values)
         candidates = entries
@@ -269,16 +284,32 @@ def _search(  # type: ignore[no-untyped-def]
         for entry in range(entries):
             total = ended[now, entry] + held[now, entry]
             reach = 1.0
-            if guided:
-                reach = most_factor * max(1.0, gram_reach[gram[now, entry]])
+            safe_reach = 1.0
             if boosted and (state[now, entry] != DEAD or longest > 1):
-                reach *= most_gain  # in the middle of a word that no hotword starts, no token gains
+                reach = most_gain  # in the middle of a word that no hotword starts, no token gains
+                safe_reach = sure[state[now, entry]] if longest == 1 else most_gain
+            if guided:
+                most_after = most_factor * max(1.0, gram_reach[gram[now, entry]])
+                reach *= most_after
+                safe_reach *= most_after
             for index in range(count):
                 token = chosen[index]
                 bound = best * beam_cut
                 if size == beam:
                     bound = max(bound, heap[0])
-                if total * values[index] * weight[now, entry] * reach <= bound:
+                score = total * values[index] * weight[now, entry]
+                if boosted:
+                    safe_bound = safe_best * beam_cut
+                    if safe_size == beam:
+                        safe_bound = max(safe_bound, safe_heap[0])
+                    if score * reach <= bound:
+                        if score * reach <= safe_bound:
+                            break
+                        spelled = offsets[token]
+                        spaced = spelled < offsets[token + 1] and flat[spelled] == SPACE
+                        if score * safe_reach <= safe_bound and not spaced:
+                            continue  # of single symbols, only the space makes credits sure
+                elif score * reach <= bound:
                     break
                 probability = total * values[index]
                 if token == last[now, entry]:
@@ -315,7 +346,10 @@ def _search(  # type: ignore[no-untyped-def]
                         )
                         new_weight *= factor
                 score = probability * new_weight
-                if score <= bound:
+                safe_score = score
+                if boosted and following != DEAD:
+                    safe_score *= sure[following]
+                if score <= bound and (not boosted or safe_score <= safe_bound):
                     continue
                 candidate_probability[candidates] = probability
                 candidate_weight[candidates] = new_weight
@@ -323,9 +357,15 @@ def _search(  # type: ignore[no-untyped-def]
                 candidate_gram[candidates] = new_gram
                 candidate_from[candidates] = entry
                 candidate_token[candidates] = token
-                size = _push(heap, heap_items, size, beam, score, candidates)
+                if score > bound:
+                    size = _push(heap, heap_items, size, beam, score, candidates)
+                    best = max(best, score)
+                if boosted:
+                    kept_already[candidates] = 0
+                    if safe_score > safe_bound:
+                        safe_size = _push(safe_heap, safe_items, safe_size, beam, safe_score, candidates)
+                        safe_best = max(safe_best, safe_score)
                 candidates += 1
-                best = max(best, score)
         if not best > 0.0:  # nothing is possible any more (underflow): leave the frame out
             continue
         # The survivors become the next frame's entries.
@@ -333,10 +373,17 @@ def _search(  # type: ignore[no-untyped-def]
         kept = 0
         largest = 0.0
         largest_weight = 0.0
-        for index in range(size):
-            if heap[index] < best * beam_cut or heap[index] <= 0.0:
-                continue
-            item = heap_items[index]
+        for index in range(size + safe_size):
+            if index < size:
+                if heap[index] < best * beam_cut or heap[index] <= 0.0:
+                    continue
+                item = heap_items[index]
+                kept_already[item] = 1
+            else:
+                score = safe_heap[index - size]
+                item = safe_items[index - size]
+                if score < safe_best * beam_cut or score <= 0.0 or kept_already[item] == 1:
+                    continue
             held[following_row, kept] = candidate_probability[item]
             if item < entries:
                 ended[following_row, kept] = candidate_ended[item]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from api import hotwords as hotwords_module
 from api.beam import EXACT, MAX_BEAM, beam_search
 from api.ctc import greedy
-from api.hotwords import MAX_BOOST, build_hotwords
+from api.hotwords import MAX_BOOST, MOST_CREDITS, MOST_NATS, build_hotwords
 from api.vocabulary import Vocabulary
 
 LETTERS = Vocabulary(("\u2581", *"abcdefghijklmnopqrstuvwxyz'", "<blank>"), blank_id=28)
@@ -100,6 +100,10 @@ def test_credits_of_words_are_the_letters_of_the_hotwords_in_the_text(hotwords: 
         (["a b c", "b c d"], "a b c d", 10),
         (["cat"], "concatenate cats cat", 3),
         (["new york"], "new  york", 0),
+        ([30 * "ab"], f"{30 * 'ab'} cd", 32),
+        ([30 * "ab"], f"{30 * 'ab'}cd", 0),
+        ([f"q {20 * 'a'} {20 * 'b'} c", 20 * "a", 20 * "b"], f"q {20 * 'a'} {20 * 'b'} d", 40),
+        ([f"q {20 * 'a'} {20 * 'b'} c", 20 * "a", 20 * "b"], f"q {20 * 'a'} {20 * 'b'} c", 40),
     ],
 )
 def test_credits_of_phrases(hotwords: list[str], text: str, credits: int) -> None:
@@ -163,6 +167,81 @@ def test_a_phrase_counts_only_as_a_whole() -> None:
     assert best_text(heard, []) == "saint pial"
     assert best_text(heard, ["saint paul"]) == "saint paul"
     assert best_text(heard, ["saint paula"]) == "saint pial"
+
+
+SAID = "he has been in the band for a long time"
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "he has been in the bakery",
+        "he has been in the band for years",
+        "in the band for a long career",
+        "has been in the bandage",
+        "he has been in the band for a long time and",
+    ],
+)
+@pytest.mark.parametrize("boost", [1.0, MAX_BOOST])
+@pytest.mark.parametrize("beam", [2, 16])
+def test_a_phrase_that_begins_like_what_is_said_changes_nothing(phrase: str, boost: float, beam: int) -> None:
+    assert best_text(spoken(SAID), [phrase], boost, beam) == SAID
+
+
+def test_many_phrases_that_begin_like_what_is_said_change_nothing() -> None:
+    words = SAID.split()
+    phrases = [
+        " ".join([*words[first:last], other])
+        for first in range(len(words))
+        for last in range(first + 1, len(words) + 1)
+        for other in ("bakery", "xylophone", "no")
+    ]
+    assert best_text(spoken(SAID), phrases, 1.0) == SAID
+
+
+def test_phrases_that_the_sound_rules_out_drive_out_no_better_text() -> None:
+    """What the search finds beside them has all the probability of what it finds without, or more."""
+    rng = np.random.default_rng(11)
+    for _ in range(20):
+        scores = rng.normal(0, 1.5, (120, 29))
+        scores[np.arange(120), np.where(rng.random(120) < 0.4, rng.integers(0, 26, 120), 28)] += 5.0
+        scores[:, LETTERS.tokens.index("z")] = -200.0
+        log_probs = log_softmax(scores)
+        without = beam_search(log_probs, 28)[0]
+        text = LETTERS.decode(without.token_ids.tolist())
+        phrases = [f"{text[start : start + 30]}z" for start in range(0, len(text), 3)]
+        beside = beam_search(log_probs, 28, hotwords=build_hotwords(phrases, LETTERS))[0]
+        assert beside.score > without.score - 0.01
+
+
+def test_a_long_phrase_that_is_said_wins() -> None:
+    """Its first letters cost more than the search would forgive without it."""
+    heard = {at: {letter: 0.95, SAID[at]: 0.02} for at, letter in zip((1, 4, 8, 19), "axob", strict=True)}
+    log_probs = spoken(SAID, alternatives=heard)
+    without = best_text(log_probs, [])
+    assert len(without) == len(SAID)
+    assert sum(one != other for one, other in zip(without, SAID, strict=True)) == 3
+    assert best_text(log_probs, ["he has been in the band"], 1.0) == SAID
+    assert best_text(log_probs, ["he has been in the band", "he has been in the bakery"], 1.0) == SAID
+    assert best_text(log_probs, ["he has been in the bandage"], 1.0) == without
+
+
+def test_a_phrase_longer_than_any_that_is_worth_more() -> None:
+    """However long its beginning was, nothing of it is left when it ends otherwise."""
+    phrase = " ".join(["committee", "hospital", "northern", "counties", "agreed", "nothing"] * 4)
+    said = phrase[:-3] + "xyz"
+    assert len(phrase) > 2 * MOST_CREDITS + 64
+    log_probs = spoken(said, alternatives={8: {"x": 0.97, phrase[8]: 0.02}})
+    without = best_text(log_probs, [])
+    assert without == f"{said[:8]}x{said[9:]}"
+    assert best_text(log_probs, [phrase], 1.0) == without
+    said_so = spoken(phrase, alternatives={8: {"x": 0.97, phrase[8]: 0.02}})
+    assert best_text(said_so, [phrase], 1.0) == phrase
+    for boost in (0.01, 1.0, MAX_BOOST):
+        automaton = build_hotwords([phrase], LETTERS, boost)
+        assert automaton is not None
+        assert boost * automaton.credits_of(phrase) <= MOST_NATS
+        assert automaton.credits_of(said) == 0
 
 
 @pytest.mark.parametrize("boost", [1.5, MAX_BOOST])
