@@ -9,17 +9,23 @@ search and the choices that make it fast are in ``prefix_search.py``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from api.ctc import Decoded, FloatArray, align
+from api.ctc import Decoded, FloatArray, IntArray, align
+from api.frames import Frames
 from api.hotwords import HotwordAutomaton, build_hotwords
 from api.ngram import NgramModel
 from api.prefix_search import search
 from api.vocabulary import Vocabulary
 
 MAX_BEAM = 1024
+
+STEP_WEIGHT = 2.0
+"""How often it counts what a decoder's second choice is behind the first. Beside 100 words that were not
+said, 29 % of 79 clips changed with 1, 13 % with 2, 6 % with 3; of 67 phrases of five words, 75, 73 and 70 %
+were written, 67 % without hotwords."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +74,48 @@ def beam_search(
     they mean the same as those of ``ctc.greedy``. ``score`` is the text's log-probability plus its boosts
     and what the language model gives it. Raises ValueError for values out of range.
     """
+    log_probs = np.ascontiguousarray(log_probs, dtype=np.float32)
+    found = _texts(log_probs, blank_id, beam, hotwords, n_best, pruning or Pruning(), guide)
+    return [align(log_probs, tokens, blank_id, score) for tokens, score in found]
+
+
+def search_steps(
+    frames: Frames,
+    blank_id: int,
+    beam: int = 16,
+    hotwords: HotwordAutomaton | None = None,
+    guide: NgramModel | None = None,
+) -> Decoded:
+    """The best text of a decoder network, which shows every token that it wrote in a few equal frames.
+
+    One token is taken of each run of them, the most probable one where no hotword asks for another: a search
+    through all the frames would change tokens within a run, which gives texts such as "loud louder".
+    """
+    steps = frames.at(frames.firsts())
+    best = steps.max(axis=1, keepdims=True)
+    steps *= STEP_WEIGHT
+    steps -= (STEP_WEIGHT - 1.0) * best
+    [(tokens, score)] = _texts(steps, blank_id, beam, hotwords, 1, Pruning(), guide)
+    used, places = np.unique(np.append(tokens, blank_id), return_inverse=True)
+    shown = Frames(frames.rows[:, used], frames.of_frame).whole()
+    placed = align(shown, places[:-1].astype(np.int32), int(places[-1]), score)
+    return replace(placed, token_ids=tokens)
+
+
+def _texts(
+    log_probs: FloatArray,
+    blank_id: int,
+    beam: int,
+    hotwords: HotwordAutomaton | None,
+    n_best: int,
+    cut: Pruning,
+    guide: NgramModel | None,
+) -> list[tuple[IntArray, float]]:
+    """Tokens and score of the best texts; see ``beam_search``."""
     if not 1 <= beam <= MAX_BEAM:
         raise ValueError(f"beam = {beam}: expected 1 to {MAX_BEAM}")
     if log_probs.ndim != 2 or not 0 <= blank_id < log_probs.shape[1]:
         raise ValueError(f"log_probs {log_probs.shape} with blank id {blank_id}")
-    cut = pruning or Pruning()
-    log_probs = np.ascontiguousarray(log_probs, dtype=np.float32)
     max_tokens = min(cut.max_tokens, log_probs.shape[1])
     cuts = (cut.token_floor, cut.blank_skip, math.exp(-cut.beam_floor), math.exp(-cut.hotword_floor))
     extras = hotwords is not None or guide is not None
@@ -81,8 +123,8 @@ def beam_search(
         hotwords = guide = None
     found = search(log_probs, blank_id, beam, max_tokens, cuts, hotwords, guide)
     scores = found.scores
-    best = [entry for entry in np.argsort(-scores, kind="stable")[:n_best] if scores[entry] > -math.inf]
-    return [align(log_probs, found.spell(entry), blank_id, float(scores[entry])) for entry in best]
+    best = np.argsort(-scores, kind="stable")[:n_best]
+    return [(found.spell(entry), float(scores[entry])) for entry in best if scores[entry] > -math.inf]
 
 
 def warm_up(vocabulary: Vocabulary) -> None:

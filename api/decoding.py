@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from api.beam import beam_search
+from api.beam import beam_search, search_steps
 from api.bundle import Bundle
 from api.ctc import Decoded, greedy_of
 from api.frames import Frames
@@ -36,5 +36,7 @@ def decode(frames: Frames, bundle: Bundle, beam: int, hotwords: HotwordAutomaton
     blank_id = bundle.vocabulary.blank_id
     if beam:
         guide = bundle.guide if beam >= GUIDED_BEAM else None
+        if bundle.manifest.decoder:
+            return search_steps(frames, blank_id, beam, hotwords, guide)
         return beam_search(frames.whole(), blank_id, beam, hotwords, guide=guide)[0]
     return greedy_of(frames, blank_id)

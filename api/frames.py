@@ -34,6 +34,18 @@ class Frames:
         """(frames, vocabulary), a row for every frame."""
         return self.rows if self.of_frame is None else self.rows[self.of_frame]
 
+    def at(self, frames: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(len(frames), vocabulary), the rows of these frames, a copy."""
+        return self.rows[frames if self.of_frame is None else self.of_frame[frames]]
+
+    def firsts(self) -> NDArray[np.int64]:
+        """The first one of every run of equal frames."""
+        if self.of_frame is None:
+            changes = (self.rows[1:] != self.rows[:-1]).any(axis=1)
+        else:
+            changes = self.of_frame[1:] != self.of_frame[:-1]
+        return np.flatnonzero(np.append(len(self) > 0, changes))
+
     def different(self) -> Frames:
         """The same frames, without rows that belong to none of them, such as those of other utterances."""
         if self.of_frame is None:

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api import hotwords as hotwords_module
-from api.beam import EXACT, MAX_BEAM, beam_search
-from api.ctc import greedy
+from api.beam import EXACT, MAX_BEAM, beam_search, search_steps
+from api.ctc import greedy, greedy_of
+from api.frames import Frames
 from api.hotwords import MAX_BOOST, MOST_CREDITS, MOST_NATS, build_hotwords
 from api.vocabulary import Vocabulary
 
@@ -284,6 +285,58 @@ def test_hotwords_work_on_pieces_however_a_word_is_cut() -> None:
     boosted = build_hotwords(["new york"], pieces)
     assert plain == "new yolkork"
     assert pieces.decode(beam_search(log_probs, 6, 16, boosted)[0].token_ids.tolist()) == "new york"
+
+
+WRITTEN = Vocabulary(
+    (" the", " engine", " is", " loud", " louder", "er", " lord", " Luther", "<blank>"), 8, kind="wordpiece"
+)
+
+
+def written(*steps: dict[str, float], repeats: int = 5) -> Frames:
+    """Frames of a decoder that wrote these tokens: each in a few equal frames, certain blanks between."""
+    rows = np.full((len(steps) + 1, len(WRITTEN)), 1e-6)
+    rows[0] = 1e-30
+    rows[0, 8] = 1.0
+    for row, step in zip(rows[1:], steps, strict=True):
+        for token, value in step.items():
+            row[WRITTEN.tokens.index(token)] = value
+    of_frame = [row for step in range(1, len(rows)) for row in (*[step] * repeats, 0)]
+    return Frames(np.log(rows).astype(np.float32), np.array(of_frame, np.int64))
+
+
+LOUD = written({" the": 0.9}, {" engine": 0.9}, {" is": 0.8}, {" loud": 0.5, " louder": 0.4, " lord": 0.05})
+
+
+@pytest.mark.parametrize("frames", [LOUD, Frames(LOUD.whole())], ids=["rows", "whole"])
+def test_one_token_is_taken_of_a_decoders_equal_frames(frames: Frames) -> None:
+    greedily = greedy_of(frames, 8)
+    found = search_steps(frames, 8, 16)
+    assert WRITTEN.decode(found.token_ids.tolist()) == "the engine is loud"
+    for name in ("token_ids", "start_frames", "end_frames", "token_log_probs"):
+        mine, theirs = getattr(found, name), getattr(greedily, name)
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6)
+    assert (found.frames, found.empty_log_prob) == (greedily.frames, greedily.empty_log_prob)
+
+
+@pytest.mark.parametrize(
+    ("hotwords", "text"),
+    [
+        (["louder"], "the engine is louder"),
+        (["lord"], "the engine is loud"),  # five letters with the space, and 4.6 nats behind
+        (["the engine is Luther"], "the engine is loud"),
+        (["the engine is a lord"], "the engine is loud"),
+        (["the engine is lord"], "the engine is lord"),
+    ],
+)
+def test_hotwords_choose_among_what_a_decoder_found(hotwords: list[str], text: str) -> None:
+    found = search_steps(LOUD, 8, 16, build_hotwords(hotwords, WRITTEN))
+    assert WRITTEN.decode(found.token_ids.tolist()) == text
+
+
+def test_a_decoder_that_wrote_nothing() -> None:
+    assert search_steps(written(), 8).token_ids.tolist() == []
+    assert search_steps(Frames(np.zeros((0, 9), np.float32)), 8).token_ids.tolist() == []
 
 
 def test_no_frames_and_nothing_possible_give_the_empty_text() -> None:

@@ -69,9 +69,9 @@ async def service(request: pytest.FixtureRequest) -> AsyncIterator[Service]:
         yield opened
 
 
-async def text_of(service: Service, samples: NDArray[np.float32]) -> str:
-    result = await service.transcriber("").transcribe(io.BytesIO(wav(samples)), Options())
-    return result.text
+async def text_of(service: Service, samples: NDArray[np.float32], *hotwords: str) -> str:
+    file = io.BytesIO(wav(samples))
+    return (await service.transcriber("").transcribe(file, Options(hotwords=hotwords))).text
 
 
 @needs_speech
@@ -153,6 +153,19 @@ async def test_the_sample_is_heard(service: Service) -> None:
     sample = decode((ROOT / "samples" / "hello.flac").read_bytes(), sample_rate_hz=RATE_HZ)
     text = await text_of(service, sample.samples)
     assert text.lower().removesuffix(".") == "he has been in the band for a long time"
+
+
+async def test_a_hotword_that_is_not_said_changes_nothing(service: Service) -> None:
+    """However long what is said agrees with it."""
+    sample = decode((ROOT / "samples" / "hello.flac").read_bytes(), sample_rate_hz=RATE_HZ)
+    said = await text_of(service, sample.samples)
+    begun = [
+        "he has been in the bakery",
+        "in the band for a long career",
+        "he has been in the band for years",
+    ]
+    for hotwords in [*([phrase] for phrase in begun), begun, [phrase.capitalize() for phrase in begun]]:
+        assert await text_of(service, sample.samples, *hotwords) == said
 
 
 def test_the_page_offers_the_same_sample() -> None:
