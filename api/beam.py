@@ -23,9 +23,9 @@ from api.vocabulary import Vocabulary
 MAX_BEAM = 1024
 
 STEP_WEIGHT = 2.0
-"""How much further a decoder's second choices are behind than they are. Of 79 clips beside 100 words that
-were not said 29 % changed with 1, 13 with 2, 6 with 3; of 67 phrases of five words 75, 73 and 70 % were
-written, 67 without hotwords."""
+"""How often it counts what a decoder's second choice is behind the first. Beside 100 words that were not
+said, 29 % of 79 clips changed with 1, 13 % with 2, 6 % with 3; of 67 phrases of five words, 75, 73 and 70 %
+were written, 67 % without hotwords."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,9 @@ def search_steps(
     """
     steps = frames.at(frames.firsts())
     best = steps.max(axis=1, keepdims=True)
-    weighed = np.ascontiguousarray(best + STEP_WEIGHT * (steps - best), dtype=np.float32)
-    [(tokens, score)] = _texts(weighed, blank_id, beam, hotwords, 1, Pruning(), guide)
+    steps *= STEP_WEIGHT
+    steps -= (STEP_WEIGHT - 1.0) * best
+    [(tokens, score)] = _texts(steps, blank_id, beam, hotwords, 1, Pruning(), guide)
     used, places = np.unique(np.append(tokens, blank_id), return_inverse=True)
     shown = Frames(frames.rows[:, used], frames.of_frame).whole()
     placed = align(shown, places[:-1].astype(np.int32), int(places[-1]), score)

@@ -35,7 +35,7 @@ class Frames:
         return self.rows if self.of_frame is None else self.rows[self.of_frame]
 
     def at(self, frames: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(len(frames), vocabulary), the rows of these frames."""
+        """(len(frames), vocabulary), the rows of these frames, a copy."""
         return self.rows[frames if self.of_frame is None else self.of_frame[frames]]
 
     def firsts(self) -> NDArray[np.int64]:

@@ -5,8 +5,8 @@
 - Per frame only the best few tokens above a floor extend entries; merging into entries already in the beam is
   exact whatever their token, by a 64-bit rolling hash of the prefix.
 - A min-heap of the beam's size bounds what an extension must score, so most are never built.
-- With hotwords a second heap of that size ranks without the credits that may still be taken back, and what
-  is in either stays. However much half a hotword weighs, the texts that it would drive out are there when it
+- With hotwords a second heap of that size ranks without the credits that may still be taken back, and what is
+  in either stays. However much half a hotword weighs, the texts that it would drive out are there when it
   does not come true, as they are without hotwords.
 
 Hotwords (``hotwords.py``) and the language model (``ngram.py``) are a state per entry each, and share its
