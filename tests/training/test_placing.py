@@ -40,7 +40,16 @@ def test_a_place_against_the_order_is_taken_back_to_the_middle() -> None:
     early, wrong, late = places([20, 80, 40])
     assert early == 10
     assert early < wrong < late
-    assert places([20, 40, 60, 0])[:2] != places([20, 40, 60])[:2], "what runs back moves all it runs over"
+
+
+def test_one_token_astray_moves_no_other() -> None:
+    """The full stop of `her.` listened to the beginning of the clip, and halved the times of all words."""
+    peaks = list(range(20, 180, 16))
+    right = places(peaks, 200)
+    assert places([*peaks, 0], 200) == [*right, right[-1] + 2]
+    assert places([190, *peaks[1:]], 200)[1:] == [right[1] + 2, *right[2:]]
+    assert places([*peaks[:4], 190, *peaks[5:]], 200) == [*right[:4], (right[3] + right[5]) // 2, *right[5:]]
+    assert places([*peaks[:-2], 6, 2], 200)[:-2] == right[:-2]
 
 
 def test_tokens_at_one_place_stand_apart_and_stay_inside() -> None:

@@ -34,6 +34,8 @@ STEADY = 1e-6
 """Added to the deviation of an attention over the tokens."""
 IMPOSSIBLE = -1e4
 """Log-probability of every token but the blank in a frame between tokens; its exponential is zero."""
+NEVER = 2**30
+"""A place beyond every frame."""
 
 
 @dataclass(frozen=True)
@@ -305,8 +307,10 @@ def places_of(heard: Tensor, found: Tensor, counts: Tensor) -> Tensor:
     """In which output frame each token begins: (batch, steps) int64, meaningful for the first `found` ones.
 
     A token is where its attention is most above that of the item's other tokens (as Radford et al. align
-    words), smoothed over three output frames; of places that run against the order the middle is taken
-    between the last later and the first earlier one, and every token gets two frames at least.
+    words), smoothed over three output frames. One whose place runs against the order of more tokens than
+    theirs do on average (a full stop that listens to the beginning of the clip) has none of its own. Of
+    other places against the order, the middle is taken between the last later and the first earlier one, as
+    for tokens without a place, and every token gets two frames at least.
 
     Args:
         heard: (batch, steps, audio frames), the attention after each token's predecessor.
@@ -328,10 +332,15 @@ def places_of(heard: Tensor, found: Tensor, counts: Tensor) -> Tensor:
     best = smooth.masked_fill(outside, IMPOSSIBLE).argmax(dim=-1)
     order = torch.arange(steps, device=heard.device)
     before = order[None, :] <= order[:, None]
-    early = torch.where(before & valid[:, None, :], best[:, None, :], -(2**30)).amax(dim=-1)
-    late = torch.where(before.T & valid[:, None, :], best[:, None, :], 2**30).amin(dim=-1)
+    crossed = (best[:, None, :] > best[:, :, None]) & before
+    crossed = (crossed | crossed.transpose(1, 2)) & valid[:, :, None] & valid[:, None, :]
+    times = crossed.sum(dim=-1)
+    kept = valid & (times * times <= (crossed * times[:, None, :]).sum(dim=-1))
+    early = torch.where(before & kept[:, None, :], best[:, None, :], -NEVER).amax(dim=-1)
+    late = torch.where(before.T & kept[:, None, :], best[:, None, :], NEVER).amin(dim=-1)
+    early, late = torch.where(early < 0, late, early), torch.where(late == NEVER, early, late)
     middle = torch.div(early + late, 2, rounding_mode="floor") - 2 * order
-    apart = torch.where(before & valid[:, None, :], middle[:, None, :], -(2**30)).amax(dim=-1) + 2 * order
+    apart = torch.where(before & valid[:, None, :], middle[:, None, :], -NEVER).amax(dim=-1) + 2 * order
     latest = frames[:, None] - 1 - 2 * (found[:, None] - 1 - order)
     return torch.minimum(apart, latest)
 

@@ -9,15 +9,13 @@ from onnx import TensorProto
 from training.graph import GraphBuilder
 from training.recipes.whisper_seq2seq.model import (
     IMPOSSIBLE,
+    NEVER,
     SMOOTHED,
     SMOOTHED_PADS,
     STEADY,
     TOKEN_FRAMES,
 )
 from training.transformer_graph import add_size
-
-NEVER = 2**30
-"""A place beyond every frame."""
 
 
 class Search(NamedTuple):
@@ -64,12 +62,14 @@ def add_places(graph: GraphBuilder, search: Search, counts: str, frames: str) ->
     best = _best_places(graph, text, counts, frames)
     one, two = graph.ints("one", [1]), graph.ints("two", [2])
     column, row = (_stretched(graph, f"places.order_{axis}", text.order, axis) for axis in (1, 0))
-    others = _stretched(graph, "places.others", text.valid, 0)
+    before = graph.add("LessOrEqual", [row, column], "places.before")
+    after = graph.add("GreaterOrEqual", [row, column], "places.after")
+    kept = _in_order(graph, text, best, _stretched(graph, "places.before_all_items", before, 2))
 
-    def extreme(values: str, name: str, *, earlier: bool) -> str:
-        """The largest of the steps before and at each, or the smallest of those at and after."""
-        near = graph.add("LessOrEqual" if earlier else "GreaterOrEqual", [row, column], f"{name}.near")
-        near = graph.add("And", [_stretched(graph, f"{name}.near_all", near, 2), others], f"{name}.counted")
+    def extreme(values: str, name: str, of: str, *, earlier: bool) -> str:
+        """The largest of the steps before and at each, or the smallest of those at and after; `of` counts."""
+        near = _stretched(graph, f"{name}.near", before if earlier else after, 2)
+        near = graph.add("And", [near, _stretched(graph, f"{name}.of", of, 0)], f"{name}.counted")
         beyond = graph.ints(
             "places.before_all" if earlier else "places.never", [-NEVER if earlier else NEVER]
         )
@@ -77,15 +77,42 @@ def add_places(graph: GraphBuilder, search: Search, counts: str, frames: str) ->
         chosen = graph.add("Where", [near, rows, beyond], f"{name}.chosen")
         return graph.add("ReduceMax" if earlier else "ReduceMin", [chosen], name, axes=[1], keepdims=0)
 
-    early, late = extreme(best, "places.early", earlier=True), extreme(best, "places.late", earlier=False)
+    known_early = extreme(best, "places.known_early", kept, earlier=True)
+    known_late = extreme(best, "places.known_late", kept, earlier=False)
+    first = graph.add("Less", [known_early, graph.ints("zero", [0])], "places.first")
+    early = graph.add("Where", [first, known_late, known_early], "places.early")
+    final = graph.add("Equal", [known_late, graph.ints("places.never", [NEVER])], "places.final")
+    late = graph.add("Where", [final, known_early, known_late], "places.late")
     middle = graph.add("Div", [graph.add("Add", [early, late], "places.both"), two], "places.middle")
     twice = graph.add("Mul", [column, two], "places.twice")
-    apart = extreme(graph.add("Sub", [middle, twice], "places.packed"), "places.packed_late", earlier=True)
+    packed = graph.add("Sub", [middle, twice], "places.packed")
+    apart = extreme(packed, "places.packed_late", text.valid, earlier=True)
     apart = graph.add("Add", [apart, twice], "places.apart")
     last = graph.add("Sub", ["text.found", one], "places.last")
-    after = graph.add("Mul", [graph.add("Sub", [last, column], "places.after"), two], "places.after_frames")
+    rest = graph.add("Mul", [graph.add("Sub", [last, column], "places.rest"), two], "places.rest_frames")
     end = graph.add("Sub", [_stretched(graph, "places.frames", frames, 0), one], "places.end")
-    return graph.add("Min", [apart, graph.add("Sub", [end, after], "places.latest")], "places")
+    return graph.add("Min", [apart, graph.add("Sub", [end, rest], "places.latest")], "places")
+
+
+def _in_order(graph: GraphBuilder, text: _Text, best: str, before: str) -> str:
+    """Which tokens' places count, (steps, batch) bool; `before` is (steps, steps, 1)."""
+    one = graph.ints("one", [1])
+    theirs, own = _stretched(graph, "order.theirs", best, 0), _stretched(graph, "order.own", best, 1)
+    earlier = graph.add(
+        "And", [graph.add("Greater", [theirs, own], "order.greater"), before], "order.earlier"
+    )
+    later = graph.add("Transpose", [earlier], "order.later", perm=[1, 0, 2])
+    crossed = graph.add("Or", [earlier, later], "order.either")
+    for axis in (0, 1):
+        valid = _stretched(graph, f"order.valid_{axis}", text.valid, axis)
+        crossed = graph.add("And", [crossed, valid], f"order.crossed_{axis}")
+    crossed = graph.add("Cast", [crossed], "order.crossed", to=TensorProto.INT64)
+    times = graph.add("ReduceSum", [crossed, one], "order.times", keepdims=0)
+    of_theirs = graph.add("Mul", [crossed, _stretched(graph, "order.times_row", times, 0)], "order.of_theirs")
+    of_theirs = graph.add("ReduceSum", [of_theirs, one], "order.times_of_theirs", keepdims=0)
+    squares = graph.add("Mul", [times, times], "order.squares")
+    kept = graph.add("LessOrEqual", [squares, of_theirs], "order.few")
+    return graph.add("And", [kept, text.valid], "order.kept")
 
 
 def _best_places(graph: GraphBuilder, text: _Text, counts: str, frames: str) -> str:
