@@ -12,6 +12,7 @@ from opentelemetry.trace import SpanContext
 from api.telemetry.busy import BusyWindow
 from api.telemetry.journal import Journal, write
 from api.telemetry.metrics import (
+    FAILED_OUTCOMES,
     LIVE_ROUTES,
     TIMED_OUTCOMES,
     UNKNOWN,
@@ -311,7 +312,8 @@ class Telemetry:
             self._write_record(record, end.elapsed_s, span)
         if self.tracing is not None and span is not None and isinstance(end.origin, RequestSpan):
             told = named(_final_attributes(record)) if record is not None else None
-            self.tracing.requests.end(end.origin, end, told or {})
+            failed = record is not None and record.outcome in FAILED_OUTCOMES
+            self.tracing.requests.end(end.origin, end, told or {}, failed=failed)
 
     def _write_record(self, record: RequestRecord, elapsed_s: float, span: SpanContext | None) -> None:
         outcome = record.outcome

@@ -41,6 +41,9 @@ OUTCOMES = ("ok", "invalid", "unauthorized", "limited", "rejected", "cancelled",
 # Outcomes whose duration says something about the service: fast refusals would flatter the percentiles.
 TIMED_OUTCOMES = frozenset({"ok", "timeout", "error"})
 
+# Outcomes whose trace is red, also where the answer began with 200: a batch, a stream.
+FAILED_OUTCOMES = frozenset({"timeout", "error"})
+
 # A request's way, in order. `read` is the upload, `render` makes the body of the answer.
 STAGES = ("read", "decode", "segment", "queue", "inference", "ctc", "render")
 
