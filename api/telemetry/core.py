@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from asyncio import CancelledError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVarTuple
 
@@ -98,14 +99,15 @@ class Telemetry:
         *,
         ended_ago_s: float = 0.0,
         links: Sequence[Origin | None] = (),
+        error: str | None = None,
         **attributes: AttributeValue,
     ) -> None:
         """Report a stage that was measured elsewhere (queue, inference), in the caller's context.
 
-        It ended `ended_ago_s` ago and lasted `elapsed_s`. `links` leads, for instance, to the batch. Raises
-        KeyError like :meth:`stage`.
+        It ended `ended_ago_s` ago and lasted `elapsed_s`. `links` leads, for instance, to the batch; `error`
+        is the type of what it ended with, where that is no result. Raises KeyError like :meth:`stage`.
         """
-        self.stage_ended(name, elapsed_s, attributes, ended_ago_s=ended_ago_s, links=links)
+        self.stage_ended(name, elapsed_s, attributes, ended_ago_s=ended_ago_s, links=links, error=error)
 
     def stage_ended(
         self,
@@ -117,7 +119,10 @@ class Telemetry:
         links: Sequence[Origin | None] = (),
         error: str | None = None,
     ) -> None:
-        """What ``stage`` and ``record_stage`` report; `error` is the type of what it failed with."""
+        """What ``stage`` and ``record_stage`` report; `error` is the type of what it failed with.
+
+        What was cancelled is not marked as failed: its caller left, or another part of the request failed.
+        """
         histogram = self.metrics.stages[name]
         end_ns = time.time_ns() - int(ended_ago_s * 1e9)
         record = current_record()
@@ -150,7 +155,7 @@ class Telemetry:
             end_ns=end_ns,
             attributes=told,
             links=links_to(links),
-            failed=error is not None,
+            failed=error is not None and error != CancelledError.__name__,
         )
 
     def _note(
