@@ -225,7 +225,14 @@ class Metrics:
         )
         self.compute = counter(
             "asr_compute_seconds_total",
-            "Seconds workers spent on inference; over audio seconds: the real-time factor.",
+            "Seconds workers spent on inference; over asr_audio_computed_seconds_total: real-time factor.",
+            "model",
+        )
+        # Not what asr_audio_processed_seconds_total counts: that is a recording when it is done, while batches
+        # also run for recordings that end later or never, and several times for a live utterance.
+        self.audio_computed = counter(
+            "asr_audio_computed_seconds_total",
+            "Seconds of audio in the batches that workers ran, whatever became of them.",
             "model",
         )
         self.real_time_factor = histogram(
@@ -321,6 +328,8 @@ class Metrics:
 
     def _start_at_zero(self, model: str) -> None:
         """A rate sees the first event of a series only if the series was there before it."""
+        self.compute.labels(model)
+        self.audio_computed.labels(model)
         for route in (*TRANSCRIPTION_ROUTES, *LIVE_ROUTES.values()):
             self.request_duration.labels(route, model)
             for outcome in OUTCOMES:

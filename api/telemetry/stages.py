@@ -99,6 +99,7 @@ class Batch:
         metrics.batch_size.observe(len(lengths_s))
         metrics.batch_padding.observe(padding_ratio)
         metrics.compute.labels(model).inc(self.elapsed_s)
+        metrics.audio_computed.labels(model).inc(sum(lengths_s))
         tracing = self._telemetry.tracing
         context, links = self.kept(), links_to(self._requests)
         self._requests = ()

@@ -26,6 +26,7 @@ DOCUMENTED = {
     "asr_audio_duration_seconds": {"model"},
     "asr_audio_processed_seconds_total": {"model", "language"},
     "asr_compute_seconds_total": {"model"},
+    "asr_audio_computed_seconds_total": {"model"},
     "asr_real_time_factor": {"model"},
     "asr_queue_depth": set(),
     "asr_queue_audio_seconds": set(),
@@ -124,6 +125,15 @@ def test_a_batch_counts_its_size_padding_and_compute() -> None:
     # Rows of 1 s and 3 s are padded to 6 s, of which 2 s are padding.
     assert value(telemetry, "asr_batch_padding_ratio_sum") == pytest.approx(1 / 3)
     assert 0 < value(telemetry, "asr_compute_seconds_total", model="m") < 1
+
+
+def test_audio_is_counted_where_its_compute_is_also_of_batches_that_fail() -> None:
+    telemetry = used_telemetry()
+    assert value(telemetry, "asr_audio_computed_seconds_total", model="m") == 4
+    with pytest.raises(RuntimeError), telemetry.batch(model="m", lengths_s=[2.0]):
+        raise RuntimeError
+    assert value(telemetry, "asr_audio_computed_seconds_total", model="m") == 6
+    assert value(telemetry, "asr_audio_processed_seconds_total", model="m", language="en") == 4
 
 
 def test_an_empty_recording_has_no_real_time_factor() -> None:
