@@ -13,9 +13,16 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.telemetry import OUTCOMES, REJECTION_REASONS, STAGES, Metrics, Telemetry
+from api.telemetry import (
+    OUTCOMES,
+    REJECTION_REASONS,
+    STAGES,
+    TRANSCRIPTION_ROUTES,
+    Metrics,
+    Telemetry,
+)
 from api.telemetry.busy import BusyWindow
-from api.telemetry.record import outcome_of
+from api.telemetry.record import RequestEnd, outcome_of
 from api.telemetry.resources import memory_limit_bytes
 
 # As written in docs/architecture.md, section Observability.
@@ -117,6 +124,37 @@ def test_series_of_requests_start_at_zero() -> None:
             found = value(telemetry, "asr_requests_total", route="/transcribe", model=model, outcome=outcome)
             assert found == 0
     assert all(value(telemetry, "asr_rejections_total", reason=reason) == 0 for reason in REJECTION_REASONS)
+
+
+def test_series_of_failed_answers_start_at_zero() -> None:
+    """Of the statuses whose rate is looked at when it jumps, and of no more: each is a whole histogram."""
+    telemetry = used_telemetry()
+    name = "http_server_request_duration_seconds_count"
+    found = {labels: count for (sample, labels), count in samples(telemetry).items() if sample == name}
+    assert set(found.values()) == {0}
+    assert {(dict(labels)["http_route"], dict(labels)["http_response_status_code"]) for labels in found} == {
+        (route, status) for route in TRANSCRIPTION_ROUTES for status in ("500", "503", "504")
+    }
+    telemetry.request_ended(failed_request(), None)
+    telemetry.flush()
+    after = {labels: count for (sample, labels), count in samples(telemetry).items() if sample == name}
+    assert {labels for labels, count in after.items() if count} <= set(found)
+    assert sum(after.values()) == 1
+
+
+def failed_request() -> RequestEnd:
+    return RequestEnd(
+        method="POST",
+        route="/transcribe",
+        status=500,
+        answered=500,
+        elapsed_s=0.1,
+        end_ns=1,
+        cancelled=False,
+        error=None,
+        cut_off=False,
+        origin=None,
+    )
 
 
 def test_a_batch_counts_its_size_padding_and_compute() -> None:
