@@ -118,7 +118,9 @@ class Admission:
 
     def _refuse(self, audio_s: float, waiting_s: float, room_s: float, now_s: float) -> NoReturn:
         rate = self._rate()
-        retry_s = self._retry.retry_after_s(audio_s, waiting_s + audio_s - room_s, rate, now_s)
+        record = current_record()
+        caller = record.caller if record is not None else None
+        retry_s = self._retry.retry_after_s(audio_s, waiting_s + audio_s - room_s, rate, now_s, caller)
         raise QueueFullError(
             f"The queue is full: {waiting_s:.0f} audio-seconds are waiting or on their way, and {rate:.0f} "
             f"get done per second. Try again in {retry_s:.1f} seconds.",

@@ -318,6 +318,37 @@ async def test_a_queue_that_fills_during_the_upload_costs_no_file_of_a_batch(
     assert [item.get("transcription", {}).get("text") for item in results] == ["bad", "cafe", "head"]
 
 
+async def test_a_caller_that_does_not_wait_lengthens_its_own_line_only(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = tuple(ApiKey.parse(f"{name}:{KEY}-{name}") for name in ("hasty", "patient"))
+    narrow = settings.model_copy(update={"queue_limit_audio_s": 3.0, "api_keys": keys})
+    async with started(narrow) as created, client(created) as http:
+        service = created.state.service
+        engine, may_run = service.transcriber("").model.engine, threading.Event()
+        run = engine.run
+        monkeypatch.setattr(engine, "run", lambda *given, **more: may_run.wait(60) and run(*given, **more))
+        files = {"file": wav(sing("abcdefgh abcdefgh abc"))}
+
+        async def post(name: str) -> httpx.Response:
+            headers = {"authorization": f"Bearer {KEY}-{name}"}
+            return await http.post("/transcribe", files=files, headers=headers)
+
+        accepted: list[asyncio.Task[httpx.Response]] = []
+        for place in ("busy_workers", "waiting"):
+            accepted.append(asyncio.create_task(post("patient")))
+            async with asyncio.timeout(30):
+                while not service.summary()["queue"][place]:  # noqa: ASYNC110  it has no event to wait for
+                    await asyncio.sleep(0.01)
+        hasty = [await post("hasty") for _ in range(50)]
+        patient = await post("patient")
+        may_run.set()
+        await asyncio.gather(*accepted)
+    told_ms = [float(answer.headers["retry-after-ms"]) for answer in (hasty[-1], patient)]
+    assert {answer.status_code for answer in [*hasty, patient]} == {429}
+    assert told_ms[1] < told_ms[0] / 5
+
+
 class FullDisk(io.RawIOBase):
     """A file on a disk with room for the first megabyte of each."""
 
