@@ -131,6 +131,9 @@ class Access:
             if is_socket:
                 self._check_origin(scope)
             caller = self._authenticate(scope)
+            record = current_record()
+            if record is not None:
+                record.caller = caller
             if self._keys:
                 scope.setdefault("state", {})["key_name"] = caller
             if self._limiter is not None and (is_socket or scope["path"] in TRANSCRIPTION_ROUTES):

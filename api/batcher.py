@@ -19,6 +19,7 @@ from api.backpressure import RetrySchedule
 from api.errors import DeadlineExceededError, DrainingError, QueueFullError
 from api.frames import Frames
 from api.telemetry import Telemetry, current_record
+from api.telemetry.record import request_id_in_logs
 from api.workers import BatchEngine, Entry, SegmentResult, WorkerPool
 
 T = TypeVar("T")
@@ -117,7 +118,9 @@ class Admission:
 
     def _refuse(self, audio_s: float, waiting_s: float, room_s: float, now_s: float) -> NoReturn:
         rate = self._rate()
-        retry_s = self._retry.retry_after_s(audio_s, waiting_s + audio_s - room_s, rate, now_s)
+        record = current_record()
+        caller = record.caller if record is not None else None
+        retry_s = self._retry.retry_after_s(audio_s, waiting_s + audio_s - room_s, rate, now_s, caller)
         raise QueueFullError(
             f"The queue is full: {waiting_s:.0f} audio-seconds are waiting or on their way, and {rate:.0f} "
             f"get done per second. Try again in {retry_s:.1f} seconds.",
@@ -225,7 +228,12 @@ class Batcher:
         owner = owner if owner is not None else request_owner()
         if wait:
             self._admission.leave(owner)  # what is kept for it is for this
-            await self._admission.wait_for_space(audio_s, deadline_s)
+            asked_s = self._clock()
+            try:
+                await self._admission.wait_for_space(audio_s, deadline_s)
+            except BaseException as error:
+                self._telemetry.record_stage("queue", self._clock() - asked_s, error=type(error).__name__)
+                raise
         else:
             self._admission.check(audio_s, deadline_s, owner)
         now_s = self._clock()
@@ -242,13 +250,16 @@ class Batcher:
             queued_s=now_s,
             future=future,
             origin=self._telemetry.origin(),
+            request_id=request_id_in_logs.get(),
         )
         self._pool.put(self._queue, entry)
         timer = loop.call_later(deadline_s - now_s, self._expire, entry)
         try:
             result = await future
-        except asyncio.CancelledError:
-            self._pool.withdraw(entry, expired=False)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                self._pool.withdraw(entry, expired=False)
+            self._record_failure(entry, type(error).__name__)
             raise
         finally:
             timer.cancel()
@@ -256,6 +267,21 @@ class Batcher:
         if record is not None:
             record.batch_size = max(record.batch_size, result.batch_size)
         return result
+
+    def _record_failure(self, entry: Entry, error: str) -> None:
+        """Where the time went of an entry without a result: the stage it was in ended with ``error``."""
+        record_stage, now_s = self._telemetry.record_stage, self._clock()
+        if entry.begun_s is None:
+            record_stage("queue", now_s - entry.queued_s, error=error)
+            return
+        record_stage("queue", entry.begun_s - entry.queued_s, ended_ago_s=now_s - entry.begun_s)
+        if entry.inferred_s is None:
+            record_stage("inference", now_s - entry.begun_s, links=entry.batches, error=error)
+            return
+        inference_s, ended_ago_s = entry.inferred_s - entry.begun_s, now_s - entry.inferred_s
+        record_stage("inference", inference_s, ended_ago_s=ended_ago_s, links=entry.batches)
+        decoding_s = entry.inferred_s if entry.decoding_s is None else entry.decoding_s
+        record_stage("ctc", now_s - decoding_s, error=error)
 
     def _expire(self, entry: Entry) -> None:
         self._pool.withdraw(entry, expired=True)

@@ -205,13 +205,13 @@ class Transcriber:
     ) -> list[Segment]:
         """Segments of one window: queue, inference, decoding. ``hotwords`` as ``hotwords`` gave them.
 
-        Raises what ``Batcher.submit`` does.
+        Raises what ``Batcher.submit`` does, which then has told where the time went.
         """
         decoding = partial(self._decode, window, options, hotwords)
         result = await self.model.batcher.submit(window.samples, decoding, deadline_s=deadline_s, wait=wait)
         record_stage, ended_ago_s = self._telemetry.record_stage, result.ended_ago_s
         record_stage("queue", result.queue_s, ended_ago_s=ended_ago_s + result.inference_s)
-        record_stage("inference", result.inference_s, ended_ago_s=ended_ago_s, links=[result.batch])
+        record_stage("inference", result.inference_s, ended_ago_s=ended_ago_s, links=result.batches)
         record_stage("ctc", result.decoding_s)
         return result.value
 

@@ -28,6 +28,7 @@ from api.batching import BatchLimits, TurnQueue, plan_batch
 from api.errors import AsrError, DrainingError, InferenceError, OutOfResourcesError
 from api.frames import Frames
 from api.telemetry import Origin, Telemetry
+from api.telemetry.spans import kept
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +53,8 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class SegmentResult(Generic[T]):
     """``value`` is what decoding gave, ``decoding_s`` how long that took, ``ended_ago_s`` how long ago the
-    inference ended then (others of the batch may have been decoded before). ``batch`` leads to its span."""
+    inference ended then (others of the batch may have been decoded before). ``inference_s`` counts from the
+    first batch it was in; ``batches`` leads to the spans of all, more than one where the first failed."""
 
     value: T
     queue_s: float
@@ -60,13 +62,17 @@ class SegmentResult(Generic[T]):
     decoding_s: float
     ended_ago_s: float
     batch_size: int
-    batch: Origin | None = None
+    batches: tuple[Origin, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
     """One utterance on its way through the queue. ``decode`` gets its log-probabilities, in the worker:
-    float32 ``(frames, vocabulary)``, only valid frames."""
+    float32 ``(frames, vocabulary)``, only valid frames.
+
+    ``begun_s``, ``inferred_s`` and ``decoding_s``: when its first batch began, its inference ended and its
+    decoding began, on the pool's clock; None while that has not happened. A worker writes them, and they tell
+    where the time went of what comes to no result."""
 
     waveform: NDArray[np.float32]
     decode: Callable[[Frames], Any]
@@ -76,6 +82,11 @@ class Entry:
     queued_s: float
     future: asyncio.Future[SegmentResult[Any]]
     origin: Origin | None = None
+    request_id: str | None = None
+    begun_s: float | None = None
+    inferred_s: float | None = None
+    decoding_s: float | None = None
+    batches: tuple[Origin, ...] = ()
     queue: ModelQueue | None = None  # None from the moment a worker or nobody wants it any more
 
 
@@ -233,7 +244,9 @@ class WorkerPool:
                     now_s = self._last_progress_s = self._clock()
                     self.drain_rate.finished(audio_s, now_s, saturated=self.waiting > 0)
         except BaseException as error:
-            log.critical("worker died", error=type(error).__name__, exc_info=True)
+            died_in = self._running.get(thread)
+            ids = _ids(died_in.entries) if died_in is not None else {}
+            log.critical("worker died", error=type(error).__name__, **ids, exc_info=True)
         finally:
             with self._changed:
                 lost = self._running.pop(thread, None)
@@ -279,9 +292,14 @@ class WorkerPool:
         origins = [entry.origin for entry in entries]
         try:
             with self._telemetry.batch(model=engine.name, lengths_s=lengths_s, requests=origins) as batch:
+                for entry in entries:
+                    entry.batches += (batch,)
+                    if entry.begun_s is None:
+                        entry.begun_s = start_s
                 outputs = engine.run([entry.waveform for entry in entries], alone=alone)
         except Exception as error:
-            log.error("batch failed", model=engine.name, size=len(entries), error=repr(error))
+            told = repr(error)
+            log.error("batch failed", model=engine.name, size=len(entries), error=told, **_ids(entries))
             if len(entries) == 1:
                 self._fail(entries, _public(error))
             else:
@@ -289,11 +307,14 @@ class WorkerPool:
                     self._run(engine, [entry], alone=False)
             return
         end_s = self._clock()
+        for entry in entries:
+            entry.inferred_s = end_s
         for entry, output in zip(entries, outputs, strict=True):
             if entry.future.done():  # its caller has left
                 self._telemetry.segments_dropped("unclaimed")
                 continue
-            begin_s = self._clock()
+            begin_s = entry.decoding_s = self._clock()
+            first_s = start_s if entry.begun_s is None else entry.begun_s
             try:
                 value = entry.decode(output)
             except Exception as error:
@@ -302,12 +323,12 @@ class WorkerPool:
             now_s = self._clock()
             result = SegmentResult(
                 value=value,
-                queue_s=start_s - entry.queued_s,
-                inference_s=end_s - start_s,
+                queue_s=first_s - entry.queued_s,
+                inference_s=end_s - first_s,
                 decoding_s=now_s - begin_s,
                 ended_ago_s=now_s - end_s,
                 batch_size=len(entries),
-                batch=batch,
+                batches=entry.batches,
             )
             self._deliver(entry, result)
 
@@ -333,6 +354,15 @@ class WorkerPool:
             self._telemetry.segments_dropped("failed")
         else:
             future.set_result(result)
+
+
+def _ids(entries: Sequence[Entry]) -> dict[str, list[str]]:
+    """Whose work it was, for a log line: by the requests' ids, and by those of their traces that are kept."""
+    contexts = [kept(entry.origin) for entry in entries]
+    return {
+        "request_ids": list(dict.fromkeys(entry.request_id for entry in entries if entry.request_id)),
+        "trace_ids": list(dict.fromkeys(f"{context.trace_id:032x}" for context in contexts if context)),
+    }
 
 
 def _public(error: Exception) -> AsrError:

@@ -27,7 +27,7 @@ class Load:
     worker_busy: float | None = None
     requests: float | None = None
     rejections: float | None = None
-    audio_processed_s: float | None = None
+    audio_computed_s: float | None = None
     compute_s: float | None = None
 
 
@@ -67,6 +67,6 @@ def load_from_metrics(text: str) -> Load:
         worker_busy=sum(busy) / len(busy) if busy else None,
         requests=total("asr_requests_total"),
         rejections=total("asr_rejections_total"),
-        audio_processed_s=total("asr_audio_processed_seconds_total"),
+        audio_computed_s=total("asr_audio_computed_seconds_total"),
         compute_s=total("asr_compute_seconds_total"),
     )

@@ -21,11 +21,14 @@ from api.routes.sse import stream_response
 from api.schemas import ERRORS, TRANSCRIPTS, BatchBody, TranscriptionBody, transcription_body
 from api.service import Service, service_of
 from api.subtitles import to_srt, to_vtt
-from api.telemetry import current_record
+from api.telemetry import current_record, outcome_of
 from api.transcriber import Options, Transcriber
 from api.transcript import Segment, Transcript
 
 _log = structlog.get_logger("api.routes.transcribe")
+
+# How a file of a batch may end through our fault, the worst first: the whole request counts as that.
+_OUR_FAULTS = ("error", "timeout", "rejected")
 
 router = APIRouter(tags=["transcribe"], route_class=PlainRoute, responses=ERRORS)
 
@@ -136,6 +139,7 @@ async def _all(
     """
     deadline_s = transcriber.deadline_s()
     slots = asyncio.Semaphore(service.settings.max_segments_in_flight)
+    failures: list[AsrError] = []
     refusals: list[RetryLaterError] = []
 
     async def one(index: int, upload: Upload) -> dict[str, Any]:
@@ -152,16 +156,39 @@ async def _all(
                     _log.error("file_failed", index=index, exc_info=error)
                 elif isinstance(error, RetryLaterError):
                     refusals.append(error)
-                return {**item, **public(error, request_id()).to_body()}
+                failures.append(public(error, request_id()))
+                return {**item, **failures[-1].to_body()}
         return {**item, "transcription": _body(transcript, timestamps=timestamps)}
 
     results = await asyncio.gather(*(one(index, upload) for index, upload in enumerate(uploads)))
     if len(refusals) == len(uploads):  # nothing was done: let the caller's own retry handle it
         raise refusals[-1]
-    for item in results:
-        if "error" in item:
-            service.telemetry.metrics.reject(item["error"]["code"])
+    _count_failures(service, failures)
     return list(results)
+
+
+def _count_failures(service: Service, failures: list[AsrError]) -> None:
+    """Count what failed in a batch that is answered 200 all the same.
+
+    Callers who send batches see a broken or hung engine as files that fail: were their requests ``ok``, no
+    objective and no alert would know of it. So the request ends as the worst of its files that failed through
+    the service's fault; files that failed through the caller's leave it ``ok``.
+    """
+    record = current_record()
+    worst = min(
+        (error for error in failures if _outcome(error) in _OUR_FAULTS),
+        key=lambda error: _OUR_FAULTS.index(_outcome(error)),
+        default=None,
+    )
+    if record is not None and worst is not None:
+        record.failed(worst.code, worst.status)
+        failures = [error for error in failures if error is not worst]  # it is counted with the request
+    for error in failures:
+        service.telemetry.metrics.reject(error.code)
+
+
+def _outcome(error: AsrError) -> str:
+    return outcome_of(error.status, error.code)
 
 
 def _now() -> str:

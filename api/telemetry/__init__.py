@@ -30,7 +30,7 @@ from api.telemetry.metrics import (
     Metrics,
     is_transcription,
 )
-from api.telemetry.record import RequestRecord, current_record
+from api.telemetry.record import RequestRecord, current_record, outcome_of
 from api.telemetry.spans import Origin
 from api.telemetry.stages import Batch, Stage
 
@@ -51,5 +51,6 @@ __all__ = [
     "instrument",
     "is_transcription",
     "metrics_response",
+    "outcome_of",
     "request_id",
 ]

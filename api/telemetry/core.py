@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from asyncio import CancelledError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVarTuple
 
@@ -12,6 +13,7 @@ from opentelemetry.trace import SpanContext
 from api.telemetry.busy import BusyWindow
 from api.telemetry.journal import Journal, write
 from api.telemetry.metrics import (
+    FAILED_OUTCOMES,
     LIVE_ROUTES,
     TIMED_OUTCOMES,
     UNKNOWN,
@@ -97,14 +99,15 @@ class Telemetry:
         *,
         ended_ago_s: float = 0.0,
         links: Sequence[Origin | None] = (),
+        error: str | None = None,
         **attributes: AttributeValue,
     ) -> None:
         """Report a stage that was measured elsewhere (queue, inference), in the caller's context.
 
-        It ended `ended_ago_s` ago and lasted `elapsed_s`. `links` leads, for instance, to the batch. Raises
-        KeyError like :meth:`stage`.
+        It ended `ended_ago_s` ago and lasted `elapsed_s`. `links` leads, for instance, to the batch; `error`
+        is the type of what it ended with, where that is no result. Raises KeyError like :meth:`stage`.
         """
-        self.stage_ended(name, elapsed_s, attributes, ended_ago_s=ended_ago_s, links=links)
+        self.stage_ended(name, elapsed_s, attributes, ended_ago_s=ended_ago_s, links=links, error=error)
 
     def stage_ended(
         self,
@@ -116,7 +119,10 @@ class Telemetry:
         links: Sequence[Origin | None] = (),
         error: str | None = None,
     ) -> None:
-        """What ``stage`` and ``record_stage`` report; `error` is the type of what it failed with."""
+        """What ``stage`` and ``record_stage`` report; `error` is the type of what it failed with.
+
+        What was cancelled is not marked as failed: its caller left, or another part of the request failed.
+        """
         histogram = self.metrics.stages[name]
         end_ns = time.time_ns() - int(ended_ago_s * 1e9)
         record = current_record()
@@ -149,7 +155,7 @@ class Telemetry:
             end_ns=end_ns,
             attributes=told,
             links=links_to(links),
-            failed=error is not None,
+            failed=error is not None and error != CancelledError.__name__,
         )
 
     def _note(
@@ -311,7 +317,8 @@ class Telemetry:
             self._write_record(record, end.elapsed_s, span)
         if self.tracing is not None and span is not None and isinstance(end.origin, RequestSpan):
             told = named(_final_attributes(record)) if record is not None else None
-            self.tracing.requests.end(end.origin, end, told or {})
+            failed = record is not None and record.outcome in FAILED_OUTCOMES
+            self.tracing.requests.end(end.origin, end, told or {}, failed=failed)
 
     def _write_record(self, record: RequestRecord, elapsed_s: float, span: SpanContext | None) -> None:
         outcome = record.outcome

@@ -41,6 +41,14 @@ OUTCOMES = ("ok", "invalid", "unauthorized", "limited", "rejected", "cancelled",
 # Outcomes whose duration says something about the service: fast refusals would flatter the percentiles.
 TIMED_OUTCOMES = frozenset({"ok", "timeout", "error"})
 
+# Outcomes whose trace is red, also where the answer began with 200: a batch, a stream.
+FAILED_OUTCOMES = frozenset({"timeout", "error"})
+
+# Answers of the transcription routes whose series are there from the start: a burst of errors is over before
+# a rate sees anything of a series that only begins with it. Each costs 18 lines on /metrics (15 buckets, Inf,
+# sum and count), three routes 162 in all; other statuses begin with their first answer.
+FAILED_STATUSES = ("500", "503", "504")
+
 # A request's way, in order. `read` is the upload, `render` makes the body of the answer.
 STAGES = ("read", "decode", "segment", "queue", "inference", "ctc", "render")
 
@@ -222,7 +230,14 @@ class Metrics:
         )
         self.compute = counter(
             "asr_compute_seconds_total",
-            "Seconds workers spent on inference; over audio seconds: the real-time factor.",
+            "Seconds workers spent on inference; over asr_audio_computed_seconds_total: real-time factor.",
+            "model",
+        )
+        # Not what asr_audio_processed_seconds_total counts: that is a recording when it is done, but batches
+        # also run for recordings that end later or never, and several times for a live utterance.
+        self.audio_computed = counter(
+            "asr_audio_computed_seconds_total",
+            "Seconds of audio in the batches that workers ran, whatever became of them.",
             "model",
         )
         self.real_time_factor = histogram(
@@ -298,6 +313,9 @@ class Metrics:
         self._start_at_zero(UNKNOWN)
         for outcome in REFUSED_OUTCOMES:
             self.requests.labels(UNMATCHED_ROUTE, UNKNOWN, outcome)
+        for route in TRANSCRIPTION_ROUTES:
+            for status in FAILED_STATUSES:
+                self.http_duration.labels("POST", route, status, status)
         for reason in REJECTION_REASONS:
             self.rejections.labels(reason)
         for reason in DROP_REASONS:
@@ -318,6 +336,8 @@ class Metrics:
 
     def _start_at_zero(self, model: str) -> None:
         """A rate sees the first event of a series only if the series was there before it."""
+        self.compute.labels(model)
+        self.audio_computed.labels(model)
         for route in (*TRANSCRIPTION_ROUTES, *LIVE_ROUTES.values()):
             self.request_duration.labels(route, model)
             for outcome in OUTCOMES:

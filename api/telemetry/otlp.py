@@ -71,7 +71,7 @@ def _is_plain(span: ReadableSpan) -> bool:
     if span.context is None:
         return False
     if isinstance(span, FinishedSpan):
-        return True
+        return not span.events
     if span.events or span.links or span.status.description or span.dropped_attributes:
         return False
     return all(type(value) in _PLAIN for value in _attributes(span).values())

@@ -62,14 +62,16 @@ class RequestRecord:
 
     `stages_s` adds up per stage: the segments of a long file run side by side, so its sum can exceed the
     request's duration. `error_code` is set for failures, also those that come after the first byte of a
-    stream. `origin` leads to the request's own span. `notes` wait to be written with the request, at the
-    latest; what comes after it has `ended` is written by itself.
+    stream. `caller` is the name of the key, or the address where no keys are configured; it is not written
+    out. `origin` leads to the request's own span. `notes` wait to be written with the request, at the latest;
+    what comes after it has `ended` is written by itself.
     """
 
     request_id: str
     route: str
     transport: str = "http"
     origin: Origin | None = None
+    caller: str | None = None
     model: str | None = None
     language: str | None = None
     audio_s: float = 0.0

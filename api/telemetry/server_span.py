@@ -95,8 +95,15 @@ class RequestSpans:
             trace_state=decided.trace_state,
         )
 
-    def end(self, request: RequestSpan, end: RequestEnd, attributes: Mapping[str, AttributeValue]) -> None:
-        """Make the span of a request that is over."""
+    def end(
+        self,
+        request: RequestSpan,
+        end: RequestEnd,
+        attributes: Mapping[str, AttributeValue],
+        *,
+        failed: bool = False,
+    ) -> None:
+        """Make the span of a request that is over; `failed`: also where its answer began with 200."""
         shared = self._attributes(request.scope)
         context, status = request.get_span_context(), end.answered
         if end.error is None and 0 < status < 500:
@@ -108,6 +115,7 @@ class RequestSpans:
                 end_ns=end.end_ns,
                 attributes={**attributes, **dict.fromkeys(self._status_names, status)},
                 shared=shared,
+                failed=failed,
                 kind=SpanKind.SERVER,
             )
             return

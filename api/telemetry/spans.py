@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import Event
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import (
     Link,
@@ -144,6 +146,16 @@ def links_to(origins: Sequence[Origin | None]) -> list[Link]:
     return [Link(context) for context in map(kept, origins) if context is not None]
 
 
+def exception_event(error: BaseException, at_ns: int) -> Event:
+    """What was raised at `at_ns` since the epoch, as OpenTelemetry's conventions have it on a span."""
+    attributes = {
+        "exception.type": type(error).__qualname__,
+        "exception.message": str(error),
+        "exception.stacktrace": "".join(traceback.format_exception(error)),
+    }
+    return Event("exception", attributes, at_ns)
+
+
 def child_context(parent: SpanContext) -> SpanContext:
     """The context of a new span under `parent`."""
     span_id = random.getrandbits(64) or 1
@@ -167,6 +179,7 @@ class FinishedSpan:
     __slots__ = (
         "context",
         "end_time",
+        "events",
         "kind",
         "links",
         "name",
@@ -178,7 +191,6 @@ class FinishedSpan:
         "status",
     )
 
-    events = ()
     dropped_attributes = dropped_events = dropped_links = 0
     instrumentation_scope = _SCOPE
 
@@ -194,6 +206,7 @@ class FinishedSpan:
         attributes: Mapping[str, AttributeValue] | None = None,
         shared: SharedAttributes | None = None,
         links: Sequence[Link] = (),
+        events: Sequence[Event] = (),
         failed: bool = False,
         kind: SpanKind = SpanKind.INTERNAL,
     ) -> None:
@@ -207,6 +220,7 @@ class FinishedSpan:
         self.own_attributes = attributes or {}
         self.shared_attributes = shared
         self.links = links
+        self.events = events
         self.status = _ERROR if failed else _UNSET
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from opentelemetry.trace import SpanContext
 
-from api.telemetry.spans import AttributeValue, Origin, links_to, root_context
+from api.telemetry.spans import AttributeValue, Origin, exception_event, kept, links_to, root_context
 
 if TYPE_CHECKING:
     from api.telemetry.core import Telemetry
@@ -47,7 +47,8 @@ class Stage:
 class Batch:
     """See :meth:`Telemetry.batch`. ``elapsed_s`` is valid after the block.
 
-    Its span is kept when one of its requests is. It is an origin: an inference leads to its batch.
+    Its span is kept when one of its requests is. It is an origin: an inference leads to its batch, also one
+    whose request ended before the batch did.
     """
 
     __slots__ = (
@@ -75,7 +76,9 @@ class Batch:
         self.elapsed_s = 0.0
 
     def kept(self) -> SpanContext | None:
-        """The ids of its span once it is written, in the journal before the stages that lead to it."""
+        """The ids of its span, also while it is still at work. For one thread at a time: the journal's."""
+        if self._context is None and any(map(kept, self._requests)):
+            self._context = root_context()
         return self._context
 
     def __enter__(self) -> Self:
@@ -86,9 +89,9 @@ class Batch:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self.elapsed_s = time.perf_counter() - self._start_s
-        self._telemetry.journal.note(self._write, time.time_ns(), kind.__name__ if kind is not None else None)
+        self._telemetry.journal.note(self._write, time.time_ns(), error)
 
-    def _write(self, end_ns: int, error: str | None) -> None:
+    def _write(self, end_ns: int, error: BaseException | None) -> None:
         metrics, lengths_s = self._telemetry.metrics, self._lengths_s
         model = metrics.model_label(self._model)
         padded_s = max(lengths_s) * len(lengths_s)
@@ -96,12 +99,12 @@ class Batch:
         metrics.batch_size.observe(len(lengths_s))
         metrics.batch_padding.observe(padding_ratio)
         metrics.compute.labels(model).inc(self.elapsed_s)
+        metrics.audio_computed.labels(model).inc(sum(lengths_s))
         tracing = self._telemetry.tracing
-        links = links_to(self._requests)
+        context, links = self.kept(), links_to(self._requests)
         self._requests = ()
-        if tracing is None or not links:
+        if tracing is None or context is None:
             return
-        self._context = root_context()
         attributes: dict[str, AttributeValue] = {
             "asr.model": model,
             "asr.batch_size": len(lengths_s),
@@ -109,14 +112,15 @@ class Batch:
             "asr.padding_ratio": round(padding_ratio, 4),
         }
         if error is not None:
-            attributes["error.type"] = error
+            attributes["error.type"] = type(error).__name__
         tracing.finished(
             "batch",
-            self._context,
+            context,
             None,
             start_ns=end_ns - int(self.elapsed_s * 1e9),
             end_ns=end_ns,
             attributes=attributes,
             links=links,
+            events=[exception_event(error, end_ns)] if error is not None else (),
             failed=error is not None,
         )

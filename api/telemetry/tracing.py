@@ -17,7 +17,7 @@ from typing import cast
 
 import structlog
 from opentelemetry.sdk.resources import DEPLOYMENT_ENVIRONMENT, SERVICE_NAME, SERVICE_VERSION, Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.trace import Link, SpanContext, SpanKind
 
@@ -168,6 +168,7 @@ class Tracing:
         attributes: Mapping[str, AttributeValue] | None = None,
         shared: SharedAttributes | None = None,
         links: Sequence[Link] = (),
+        events: Sequence[Event] = (),
         failed: bool = False,
         kind: SpanKind = SpanKind.INTERNAL,
     ) -> None:
@@ -182,6 +183,7 @@ class Tracing:
             attributes=attributes,
             shared=shared,
             links=links,
+            events=events,
             failed=failed,
             kind=kind,
         )

@@ -196,6 +196,41 @@ async def test_files_that_are_too_large_together_are_told_of_that_limit(settings
     assert "fewer at a time" in error["message"]
 
 
+class Ends:
+    """How the requests of an application ended, by its own metrics."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._registry = app.state.service.telemetry.metrics.registry
+
+    def outcome(self, outcome: str, route: str = "/transcribe/batch") -> float:
+        labels = {"route": route, "model": "tiny", "outcome": outcome}
+        return self._registry.get_sample_value("asr_requests_total", labels) or 0.0
+
+    def rejections(self, reason: str) -> float:
+        return self._registry.get_sample_value("asr_rejections_total", {"reason": reason}) or 0.0
+
+
+async def test_a_batch_that_a_broken_engine_fails_is_an_error_although_it_is_answered(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(app.state.service.transcriber("").model.engine, "run", broken)
+    answer = await batch(app, *[wav(recite("abc"))] * 3)
+    assert (answer.status_code, answer.json()["failed"]) == (200, 3)
+    assert {item["error"]["code"] for item in answer.json()["results"]} == {"inference_failed"}
+    ends = Ends(app)
+    assert (ends.outcome("error"), ends.outcome("ok")) == (1, 0)
+
+
+async def test_files_that_are_no_audio_leave_a_batch_ok(app: FastAPI) -> None:
+    answer = await batch(app, wav(recite("abc")), b"no audio", b"")
+    assert (answer.status_code, answer.json()["failed"]) == (200, 2)
+    ends = Ends(app)
+    assert (ends.outcome("ok"), ends.outcome("error")) == (1, 0)
+
+
 async def test_what_breaks_on_one_file_of_a_batch_stays_there(
     app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +250,9 @@ async def test_what_breaks_on_one_file_of_a_batch_stays_there(
     assert codes == ["internal_error", "out_of_resources"]
     assert answer.json()["succeeded"] == 2
     assert "secret" not in answer.text
+    ends = Ends(app)
+    assert (ends.outcome("error"), ends.outcome("ok"), ends.outcome("rejected")) == (1, 0, 0)
+    assert ends.rejections("out_of_resources") == 1
 
 
 async def test_the_files_of_a_batch_share_the_deadline_of_the_request(
@@ -236,6 +274,9 @@ async def test_the_files_of_a_batch_share_the_deadline_of_the_request(
         answer = await batch(created, *[wav(sing("abc"))] * 4)
         took_s = time.monotonic() - start_s
         answered.set()
+        ends = Ends(created)
+        assert (ends.outcome("timeout"), ends.outcome("ok")) == (1, 0)
+        assert ends.rejections("deadline_exceeded") == 3  # once for each file, and not again for the request
     codes = [item.get("error", {}).get("code") for item in answer.json()["results"]]
     assert codes == [None, *["deadline_exceeded"] * 3]
     assert took_s < 6
@@ -275,6 +316,37 @@ async def test_a_queue_that_fills_during_the_upload_costs_no_file_of_a_batch(
         assert [task.status_code for task in await asyncio.gather(*others)] == [200, 200]
     results = answer.json()["results"]
     assert [item.get("transcription", {}).get("text") for item in results] == ["bad", "cafe", "head"]
+
+
+async def test_a_caller_that_does_not_wait_lengthens_its_own_line_only(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = tuple(ApiKey.parse(f"{name}:{KEY}-{name}") for name in ("hasty", "patient"))
+    narrow = settings.model_copy(update={"queue_limit_audio_s": 3.0, "api_keys": keys})
+    async with started(narrow) as created, client(created) as http:
+        service = created.state.service
+        engine, may_run = service.transcriber("").model.engine, threading.Event()
+        run = engine.run
+        monkeypatch.setattr(engine, "run", lambda *given, **more: may_run.wait(60) and run(*given, **more))
+        files = {"file": wav(sing("abcdefgh abcdefgh abc"))}
+
+        async def post(name: str) -> httpx.Response:
+            headers = {"authorization": f"Bearer {KEY}-{name}"}
+            return await http.post("/transcribe", files=files, headers=headers)
+
+        accepted: list[asyncio.Task[httpx.Response]] = []
+        for place in ("busy_workers", "waiting"):
+            accepted.append(asyncio.create_task(post("patient")))
+            async with asyncio.timeout(30):
+                while not service.summary()["queue"][place]:  # noqa: ASYNC110  it has no event to wait for
+                    await asyncio.sleep(0.01)
+        hasty = [await post("hasty") for _ in range(50)]
+        patient = await post("patient")
+        may_run.set()
+        await asyncio.gather(*accepted)
+    told_ms = [float(answer.headers["retry-after-ms"]) for answer in (hasty[-1], patient)]
+    assert {answer.status_code for answer in [*hasty, patient]} == {429}
+    assert told_ms[1] < told_ms[0] / 5
 
 
 class FullDisk(io.RawIOBase):

@@ -95,10 +95,15 @@ class House:
 
 @asynccontextmanager
 async def house(
-    engine: EchoEngine | None = None, *, workers: int = 1, limit_s: float = 100.0, rate: float = 10.0
+    engine: EchoEngine | None = None,
+    *,
+    workers: int = 1,
+    limit_s: float = 100.0,
+    rate: float = 10.0,
+    telemetry: Telemetry | None = None,
 ) -> AsyncIterator[House]:
     engine = engine or EchoEngine()
-    telemetry = Telemetry()
+    telemetry = telemetry or Telemetry()
     pool = WorkerPool(workers, telemetry, rate=rate)
     admission = Admission(limit_s, pool)
     batcher = Batcher(engine, admission, telemetry)

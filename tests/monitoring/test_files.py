@@ -56,13 +56,13 @@ def test_promtool_accepts_the_configuration_and_every_rule() -> None:
 
 @pytest.mark.telemetry
 @pytest.mark.parametrize("path", sorted((PROMETHEUS / "tests").glob("*.yml")), ids=lambda path: path.stem)
-def test_alerts_fire_at_their_thresholds_and_not_before(path: Path) -> None:
+def test_alerts_fire_at_their_thresholds_and_not_before_and_rules_say_what_they_should(path: Path) -> None:
     run_tool("promtool", "test", "rules", path)
 
 
 def test_every_alert_has_a_case_before_and_a_case_at_its_threshold() -> None:
     cases: dict[str, set[bool]] = {}
-    for path in (PROMETHEUS / "tests").glob("*.yml"):
+    for path in {*(PROMETHEUS / "tests").glob("*.yml")} - {PROMETHEUS / "tests" / "rules_test.yml"}:
         for case in load_yaml(path)["tests"]:
             for check in case["promql_expr_test"]:
                 name = case["name"].split()[0]

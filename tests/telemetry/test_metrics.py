@@ -13,9 +13,16 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.telemetry import OUTCOMES, REJECTION_REASONS, STAGES, Metrics, Telemetry
+from api.telemetry import (
+    OUTCOMES,
+    REJECTION_REASONS,
+    STAGES,
+    TRANSCRIPTION_ROUTES,
+    Metrics,
+    Telemetry,
+)
 from api.telemetry.busy import BusyWindow
-from api.telemetry.record import outcome_of
+from api.telemetry.record import RequestEnd, outcome_of
 from api.telemetry.resources import memory_limit_bytes
 
 # As written in docs/architecture.md, section Observability.
@@ -26,6 +33,7 @@ DOCUMENTED = {
     "asr_audio_duration_seconds": {"model"},
     "asr_audio_processed_seconds_total": {"model", "language"},
     "asr_compute_seconds_total": {"model"},
+    "asr_audio_computed_seconds_total": {"model"},
     "asr_real_time_factor": {"model"},
     "asr_queue_depth": set(),
     "asr_queue_audio_seconds": set(),
@@ -118,12 +126,52 @@ def test_series_of_requests_start_at_zero() -> None:
     assert all(value(telemetry, "asr_rejections_total", reason=reason) == 0 for reason in REJECTION_REASONS)
 
 
+def test_series_of_failed_answers_start_at_zero() -> None:
+    """Of the statuses whose rate is looked at when it jumps, and of no more: each is a whole histogram."""
+    telemetry = used_telemetry()
+    name = "http_server_request_duration_seconds_count"
+    found = {labels: count for (sample, labels), count in samples(telemetry).items() if sample == name}
+    assert set(found.values()) == {0}
+    assert {(dict(labels)["http_route"], dict(labels)["http_response_status_code"]) for labels in found} == {
+        (route, status) for route in TRANSCRIPTION_ROUTES for status in ("500", "503", "504")
+    }
+    telemetry.request_ended(failed_request(), None)
+    telemetry.flush()
+    after = {labels: count for (sample, labels), count in samples(telemetry).items() if sample == name}
+    assert {labels for labels, count in after.items() if count} <= set(found)
+    assert sum(after.values()) == 1
+
+
+def failed_request() -> RequestEnd:
+    return RequestEnd(
+        method="POST",
+        route="/transcribe",
+        status=500,
+        answered=500,
+        elapsed_s=0.1,
+        end_ns=1,
+        cancelled=False,
+        error=None,
+        cut_off=False,
+        origin=None,
+    )
+
+
 def test_a_batch_counts_its_size_padding_and_compute() -> None:
     telemetry = used_telemetry()
     assert value(telemetry, "asr_batch_size_sum") == 2
     # Rows of 1 s and 3 s are padded to 6 s, of which 2 s are padding.
     assert value(telemetry, "asr_batch_padding_ratio_sum") == pytest.approx(1 / 3)
     assert 0 < value(telemetry, "asr_compute_seconds_total", model="m") < 1
+
+
+def test_audio_is_counted_where_its_compute_is_also_of_batches_that_fail() -> None:
+    telemetry = used_telemetry()
+    assert value(telemetry, "asr_audio_computed_seconds_total", model="m") == 4
+    with pytest.raises(RuntimeError), telemetry.batch(model="m", lengths_s=[2.0]):
+        raise RuntimeError
+    assert value(telemetry, "asr_audio_computed_seconds_total", model="m") == 6
+    assert value(telemetry, "asr_audio_processed_seconds_total", model="m", language="en") == 4
 
 
 def test_an_empty_recording_has_no_real_time_factor() -> None:

@@ -22,7 +22,7 @@ from opentelemetry.trace import (
 )
 
 from api.telemetry.otlp import encode
-from api.telemetry.spans import FinishedSpan, child_context, root_context
+from api.telemetry.spans import FinishedSpan, child_context, exception_event, root_context
 from api.telemetry.tracing import Tracing
 
 
@@ -59,13 +59,18 @@ def all_kinds_of_spans() -> list[ReadableSpan]:
         start("linked", links=[Link(plain_remote, {"why": "because"})]).end()
     root = root_context()
     links = [Link(plain_remote), Link(root_context())]
-    tracing.finished("batch", root, None, start_ns=1, end_ns=2, attributes={"asr.model": "m"}, links=links)
+    told = {"asr.model": "m"}
+    tracing.finished("batch", root, None, start_ns=1, end_ns=2, attributes=told, links=links)
+    events = [exception_event(ValueError("no"), 2)]
+    tracing.finished(
+        "batch", root_context(), None, start_ns=1, end_ns=2, links=links, events=events, failed=True
+    )
     for name in ("decode", "ctc"):
         tracing.finished(name, child_context(root), root, start_ns=3, end_ns=4, failed=name == "ctc")
     tracing.finished("queue", child_context(remote), remote, start_ns=3, end_ns=4, links=[Link(remote)])
-    told = {"text": "ä", "count": 3}
+    asked = {"text": "ä", "count": 3}
     tracing.finished(
-        "GET /", remote, plain_remote, start_ns=5, end_ns=6, attributes=told, kind=SpanKind.SERVER
+        "GET /", remote, plain_remote, start_ns=5, end_ns=6, attributes=asked, kind=SpanKind.SERVER
     )
     tracing.shutdown()
     return exporter.spans
@@ -90,7 +95,7 @@ def flat(request: ExportTraceServiceRequest) -> list[tuple[bytes, bytes]]:
 def test_the_encoding_is_the_librarys() -> None:
     spans = all_kinds_of_spans()
     assert {type(span) for span in spans} == {ReadableSpan, FinishedSpan}
-    assert len(spans) == 21
+    assert len(spans) == 22
     assert flat(encode(spans)) == flat(encode_spans(spans))
 
 

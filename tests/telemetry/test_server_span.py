@@ -13,12 +13,12 @@ from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import SpanKind, StatusCode
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from api.errors import AsrError, QueueFullError, to_response
-from api.telemetry import Telemetry, instrument
+from api.telemetry import Telemetry, current_record, instrument
 from api.telemetry.core import MOST_NOTES_OF_A_REQUEST
 from api.telemetry.tracing import Tracing
 
@@ -113,6 +113,26 @@ async def test_a_span_of_ours_tells_what_the_instrumentation_would_tell(
         wanted["attributes"]["url.query"] = "[removed]"
     assert span["kind"] is SpanKind.SERVER
     assert span == wanted
+
+
+@pytest.mark.parametrize(
+    ("status", "seen"),
+    [(500, StatusCode.ERROR), (504, StatusCode.ERROR), (503, StatusCode.UNSET), (422, StatusCode.UNSET)],
+)
+async def test_the_span_of_what_failed_after_its_status_was_sent_is_red(
+    status: int, seen: StatusCode
+) -> None:
+    """A batch whose files failed, a stream: the answer is 200, the outcome is not ok."""
+    app = FastAPI()
+
+    @app.post("/transcribe")
+    async def transcribe() -> dict[str, str]:
+        record = current_record()
+        assert record is not None
+        record.failed("some_code", status)
+        return {}
+
+    assert (await ours(app, "POST", "/transcribe", {})).status.status_code is seen
 
 
 async def test_addresses_may_be_lists() -> None:

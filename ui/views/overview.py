@@ -57,7 +57,7 @@ def _now(session: Session) -> None:
     first, second, third, _ = st.columns(4, vertical_alignment="bottom")
     first.metric(strings("overview.requests"), _number(load.requests))
     second.metric(strings("overview.rejections"), _number(load.rejections))
-    speed = load.audio_processed_s / load.compute_s if load.audio_processed_s and load.compute_s else None
+    speed = load.audio_computed_s / load.compute_s if load.audio_computed_s and load.compute_s else None
     third.metric(
         strings("overview.speed"),
         "–" if speed is None else f"{speed:.0f}×",
