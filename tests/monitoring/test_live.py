@@ -53,12 +53,22 @@ class Driven:
 
 @pytest.fixture(scope="module")
 def driven() -> Iterator[Driven]:
-    with LocalStack() as stack, OtlpReceiver() as receiver, RecordingServer() as cadvisor:
+    with (
+        LocalStack() as stack,
+        OtlpReceiver() as receiver,
+        RecordingServer() as cadvisor,
+        RecordingServer(lambda _: "asr_gateway_up 1\n") as gateway,
+    ):
         try:
             nodes = stack.node_exporter()
             api = stack.api(settings(stack.folder / "models", **tracing(receiver)))
             monitor = stack.prometheus(
-                {"asr-api": [api.address], "node": [nodes.address], "cadvisor": [cadvisor.address]},
+                {
+                    "asr-api": [api.address],
+                    "asr-gateway": [gateway.address],
+                    "node": [nodes.address],
+                    "cadvisor": [cadvisor.address],
+                },
                 interval_s=INTERVAL_S,
             )
         except MissingProgramError as missing:
@@ -182,7 +192,7 @@ def test_prometheus_evaluated_every_rule_without_an_error(driven: Driven) -> Non
 
 def test_every_target_is_up(driven: Driven) -> None:
     up = {sample["metric"]["job"]: sample["value"][1] for sample in driven.prometheus.query("up")}
-    assert up == {"asr-api": "1", "node": "1", "cadvisor": "1"}
+    assert up == {"asr-api": "1", "asr-gateway": "1", "node": "1", "cadvisor": "1"}
 
 
 def test_the_sums_in_prometheus_are_the_requests_sent(driven: Driven) -> None:
