@@ -42,9 +42,9 @@ def memory_limit_bytes(root: Path = CGROUP_ROOT) -> int:
 def memory_used_bytes(root: Path = CGROUP_ROOT) -> int | None:
     """Bytes that count against the cgroup's limit; None where it has none, or does not tell.
 
-    More than the process's own memory: files on a tmpfs (the spool, with Compose) are the container's as well.
-    Without what the kernel would take back first, the file pages that nobody has read for a while: this is the
-    working set of cAdvisor and kubelet. Without a limit the numbers may be those of the whole machine.
+    More than the process's own memory: files on a tmpfs (the spool, with Compose) are the container's, too.
+    Without what the kernel would take back first, the file pages that nobody has read for a while: this is
+    the working set of cAdvisor and kubelet. Without a limit the numbers may be those of the whole machine.
     """
     for limit, usage, statistics, reclaimable in _FILES:
         if _limit(root / limit):
