@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,31 @@ def test_compose_itself_puts_the_settings_into_the_container(tmp_path: Path) -> 
     assert api["environment"]["ASR_HOST"] == "0.0.0.0"
     assert api["environment"]["ASR_MODELS_DIR"] == "/app/models"
     assert stop_bound_s(given) < seconds(api["stop_grace_period"])
+
+
+@pytest.mark.parametrize("name", ["api", "ui"])
+def test_the_sampler_of_an_env_file_reaches_the_container(name: str) -> None:
+    """A trace is sampled where it begins, in the page or in the service."""
+    environment = services()[name]["environment"]
+    names = ("OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG")
+    defaults = dict(
+        re.fullmatch(rf"\$\{{({variable}):-(.+)\}}", environment[variable]).groups()  # type: ignore[union-attr]
+        for variable in names
+    )
+    # What it would take without them, and without a word in its log.
+    read = "from opentelemetry.sdk.trace.sampling import _get_from_env_or_default as own; "
+    read += "print(own().get_description())"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", read],
+            env={**given, "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+        )
+        for given in ({}, defaults)
+    ]
+    assert said[0].stdout == said[1].stdout != ""
+    assert said[1].stderr == ""
 
 
 def seconds(period: str) -> float:
