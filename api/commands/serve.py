@@ -96,8 +96,8 @@ def _make_room_for_files(max_connections: int) -> str | None:
         return None
     return (
         f"ASR_MAX_CONNECTIONS={max_connections}: needs {needed} open files, and this process may open "
-        f"{may_open} (ulimit -Hn): connections beyond that are cut where 503 was meant, and uploads fail; raise the "
-        f"limit, or lower the setting to at most {max(0, may_open - _OTHER_FILES)}"
+        f"{may_open} (ulimit -Hn): connections beyond that are cut where 503 was meant, and uploads "
+        f"fail; raise the limit, or lower the setting to at most {max(0, may_open - _OTHER_FILES)}"
     )
 
 
