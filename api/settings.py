@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
+import socket
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,10 @@ from api.keys import ApiKey
 from api.manifest import GraphChoice
 
 MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+HOST_NAME = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?")
+ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[A-Za-z0-9_.-]+)(:(?P<port>[0-9]{1,5}))?"
+)
 
 
 def _split(value: object) -> object:
@@ -67,7 +72,7 @@ class Settings(BaseSettings):
         2048,
         ge=8,
         le=65536,
-        description="Open connections; above it new ones get 503. Keep under `ulimit -n`.",
+        description="Open connections; above it new ones get 503. Keep 128 below `ulimit -Hn`.",
     )
     keep_alive_s: int = Field(
         75,
@@ -83,7 +88,8 @@ class Settings(BaseSettings):
     )
     forwarded_allow_ips: str = Field(
         "127.0.0.1",
-        description="Proxies whose X-Forwarded-* headers are believed (comma list, or *): the balancer's.",
+        description="Proxies whose X-Forwarded-* headers are believed: the balancer's addresses or networks "
+        "(10.0.0.0/8), comma list, or *.",
     )
 
     # --- models
@@ -251,7 +257,11 @@ class Settings(BaseSettings):
         le=10**6,
         description="Work requests per key (or address) and minute, bursts of a tenth; 0: no limit.",
     )
-    cors_origins: Names = Field((), description="Web origins whose pages may call the API; empty: none.")
+    cors_origins: Names = Field(
+        (),
+        description="Web origins whose pages may call the API, as browsers write them (https://app.example, "
+        "http://localhost:3000), comma list, or *, without keys only; empty: none.",
+    )
     docs_enabled: bool = Field(True, description="Serve /docs and /openapi.json.")
     metrics_enabled: bool = Field(True, description="Serve /metrics; false where the port is public.")
 
@@ -293,6 +303,37 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name!r} is not a model name (letters, digits, dot, dash, underscore)")
         return names
 
+    @field_validator("host")
+    @classmethod
+    def _address_or_name(cls, host: str) -> str:
+        if not _is_ip_address(host) and not HOST_NAME.fullmatch(host):
+            raise ValueError(
+                "is neither an IP address nor a host name (IPv6 has no brackets, and the port is ASR_PORT)"
+            )
+        return host
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _addresses_or_networks(cls, value: str) -> str:
+        """uvicorn takes anything, and what is no address is then the name of no peer."""
+        for entry in [part.strip() for part in value.split(",") if part.strip()]:
+            if entry == "*" and value != "*":
+                raise ValueError("* believes everybody, and stands alone")
+            try:
+                if entry != "*":
+                    _ = ipaddress.ip_network(entry) if "/" in entry else ipaddress.ip_address(entry)
+            except ValueError as error:
+                raise ValueError(f"only addresses, networks such as 10.0.0.0/8, or *: {error}") from None
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_that_browsers_send(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin not in ("*", "null") and (problem := _origin_problem(origin)):
+                raise ValueError(f"{origin!r} matches no page: {problem}")
+        return origins
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = []
@@ -301,9 +342,12 @@ class Settings(BaseSettings):
                 f"ASR_DEFAULT_MODEL={self.default_model}: is not one of ASR_MODELS ({', '.join(self.models)})"
             )
         if not self.has_keys and not self.allow_anonymous and not is_loopback(self.host):
+            unknown = _unknown_name(self.host)
             problems.append(
-                f"ASR_HOST={self.host}: is reachable from other machines without API keys; set ASR_API_KEYS, "
-                "or ASR_ALLOW_ANONYMOUS=true to say that this is meant"
+                f"ASR_HOST={self.host}: is no address of this machine: {unknown}"
+                if unknown
+                else f"ASR_HOST={self.host}: is reachable from other machines without API keys; set "
+                "ASR_API_KEYS, or ASR_ALLOW_ANONYMOUS=true to say that this is meant"
             )
         if "*" in self.cors_origins and self.has_keys:
             problems.append(
@@ -356,6 +400,41 @@ class Settings(BaseSettings):
         if not keys:
             raise SettingsError(f"ASR_API_KEYS_FILE={self.api_keys_file}: holds no key")
         return self.api_keys + keys
+
+
+def _is_ip_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _unknown_name(host: str) -> str | None:
+    """Why this name has no address, None where it has one (or is one)."""
+    if _is_ip_address(host):
+        return None
+    try:
+        socket.getaddrinfo(host, None, socket.AF_INET)
+    except OSError as error:
+        return error.strerror or str(error)
+    except UnicodeError as error:
+        return str(error)
+    return None
+
+
+def _origin_problem(origin: str) -> str | None:
+    """Why no browser sends this as its ``Origin``: it is compared letter by letter."""
+    found = ORIGIN.fullmatch(origin)
+    if found is None:
+        return "an origin is scheme://host or scheme://host:port, without a path, a slash at its end or a *"
+    if found["scheme"] not in ("http", "https"):
+        return None
+    if origin != origin.lower():
+        return "browsers write host names in small letters"
+    if found["port"] == {"http": "80", "https": "443"}[found["scheme"]]:
+        return f"browsers leave out port {found['port']} after {found['scheme']}://"
+    return None
 
 
 def is_loopback(host: str) -> bool:

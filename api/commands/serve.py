@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import resource
 import socket
 import sys
 from collections.abc import Mapping
@@ -34,6 +35,10 @@ counting references.
 """
 
 
+_OTHER_FILES = 128
+"""Open files besides connections: models, logs, the event loop's own, and large uploads in the spool."""
+
+
 def run(settings: Settings) -> int:
     """Serve until told to stop; 3 where the service could not start."""
     sys.setswitchinterval(_SWITCH_S)
@@ -60,6 +65,9 @@ def run(settings: Settings) -> int:
         structlog.get_logger("api.serve").warning(
             "anonymous", problem="anyone who reaches the port may use it"
         )
+    if problem := _make_room_for_files(settings.max_connections):
+        # Not refused: it serves until so many come at once, and the limit may be somebody else's to raise.
+        structlog.get_logger("api.serve").warning("too_few_files", problem=problem)
     for name, likely in misspelt([*os.environ, *in_file]).items():
         structlog.get_logger("api.serve").warning("unknown_setting", name=name, likely=likely)
     gc.collect()
@@ -71,6 +79,26 @@ def run(settings: Settings) -> int:
     # Once more, as the last line: that is where people and Kubernetes look for the reason of an exit.
     print(f"asr: the service did not start: {app.state.service.failure}", file=sys.stderr)
     return START_FAILED
+
+
+def _make_room_for_files(max_connections: int) -> str | None:
+    """Raise the soft limit of open files to what the connections need; say so where the hard one is lower.
+
+    The usual soft limit of 1,024 is below the setting's default, and is there for programs that use select().
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = max_connections + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return None
+    may_open = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (may_open, hard))
+    if may_open == needed:
+        return None
+    return (
+        f"ASR_MAX_CONNECTIONS={max_connections}: needs {needed} open files, and this process may open "
+        f"{may_open} (ulimit -Hn): connections beyond that are cut where 503 was meant, and uploads "
+        f"fail; raise the limit, or lower the setting to at most {max(0, may_open - _OTHER_FILES)}"
+    )
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -29,7 +29,7 @@ from prometheus_client import Histogram as PlainHistogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from api.telemetry.resources import memory_limit_bytes
+from api.telemetry.resources import MemoryCollector, memory_limit_bytes
 from api.telemetry.spans import exemplar
 
 UNKNOWN = "unknown"
@@ -169,6 +169,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
+        registry.register(MemoryCollector())
         self._models: set[str] = set()
         self._languages: set[str] = set()
 

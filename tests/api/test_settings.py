@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def test_env_example_as_an_environment_gives_the_defaults(monkeypatch: pytest.Mo
         ("ASR_HOST", "0.0.0.0", ["ASR_HOST=0.0.0.0", "ASR_API_KEYS", "ASR_ALLOW_ANONYMOUS=true"]),
         ("ASR_HOST", "::", ["ASR_HOST=::", "ASR_API_KEYS"]),
         ("ASR_MAX_BODY_BYTES", "2048", ["ASR_MAX_BODY_BYTES=2048", "26214400"]),
+        ("ASR_HOST", "[::1]", ["ASR_HOST=[::1]", "neither an IP address nor a host name"]),
+        ("ASR_HOST", "127.0.0.1:8000", ["ASR_HOST=127.0.0.1:8000", "ASR_PORT"]),
+        ("ASR_HOST", "a..b", ["ASR_HOST=a..b", "host name"]),
+        ("ASR_FORWARDED_ALLOW_IPS", "foo", ["ASR_FORWARDED_ALLOW_IPS=foo", "'foo'", "10.0.0.0/8"]),
+        ("ASR_FORWARDED_ALLOW_IPS", "10.0.0.1,localhost", ["'localhost'", "only addresses"]),
+        ("ASR_FORWARDED_ALLOW_IPS", "10.0.0.1/8", ["10.0.0.1/8", "host bits"]),
+        ("ASR_FORWARDED_ALLOW_IPS", "*,10.0.0.1", ["ASR_FORWARDED_ALLOW_IPS=*,10.0.0.1", "stands alone"]),
+        ("ASR_CORS_ORIGINS", "example.com", ["ASR_CORS_ORIGINS", "'example.com'", "scheme://host"]),
+        ("ASR_CORS_ORIGINS", "https://a.example,https://b.example/", ["'https://b.example/'", "slash"]),
+        ("ASR_CORS_ORIGINS", "https://a.example/app", ["'https://a.example/app'", "without a path"]),
+        ("ASR_CORS_ORIGINS", "https://*.example", ["'https://*.example'", "scheme://host"]),
+        ("ASR_CORS_ORIGINS", "https://App.example", ["'https://App.example'", "small letters"]),
+        ("ASR_CORS_ORIGINS", "https://a.example:443", ["'https://a.example:443'", "leave out port 443"]),
         ("ASR_QUEUE_LIMIT_AUDIO_S", "0", ["ASR_QUEUE_LIMIT_AUDIO_S=0", "greater than 0"]),
     ],
 )
@@ -60,6 +74,44 @@ def test_bad_values_name_variable_value_and_limit(
         load_settings()
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ASR_HOST", "localhost"),
+        ("ASR_HOST", "::1"),
+        ("ASR_FORWARDED_ALLOW_IPS", "*"),
+        ("ASR_FORWARDED_ALLOW_IPS", "10.0.0.0/8, 192.168.0.7,fd00::/8,::1,"),
+        ("ASR_CORS_ORIGINS", "*"),
+        ("ASR_CORS_ORIGINS", "null"),
+        (
+            "ASR_CORS_ORIGINS",
+            "https://app.example, http://localhost:3000,http://[::1]:3000,https://127.0.0.1",
+        ),
+        ("ASR_CORS_ORIGINS", "https://xn--bcher-kva.example:8443,http://a_b.example:443"),
+        (
+            "ASR_CORS_ORIGINS",
+            "chrome-extension://abcdefghijklmnop,safari-web-extension://0A1B-2C,tauri://localhost",
+        ),
+    ],
+)
+def test_addresses_and_origins_that_can_be_meant_are_taken(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    load_settings()
+
+
+def test_a_host_that_is_none_is_not_taken_for_an_open_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    said = "ASR_HOST=not-a-host: is no address of this machine: Name or service not known"
+    with pytest.raises(SettingsError, match=f"^{said}$"):
+        load_settings(host="not-a-host")
+    load_settings(host="not-a-host", allow_anonymous=True)  # `asr serve` says it when it listens
 
 
 def test_two_bad_values_are_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:

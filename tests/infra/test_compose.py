@@ -7,14 +7,19 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from api.server import _LAST_SCRAPE_WAIT_S
 from api.settings import Settings
+from loadtest.processes import free_port
 from tests.infra.render import ROOT
 
 FILES = sorted((ROOT / "docker").glob("compose.*.yml"))
@@ -136,6 +141,31 @@ def test_compose_itself_puts_the_settings_into_the_container(tmp_path: Path) -> 
     assert stop_bound_s(given) < seconds(api["stop_grace_period"])
 
 
+@pytest.mark.parametrize("name", ["api", "ui"])
+def test_the_sampler_of_an_env_file_reaches_the_container(name: str) -> None:
+    """A trace is sampled where it begins, in the page or in the service."""
+    environment = services()[name]["environment"]
+    names = ("OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG")
+    defaults = dict(
+        re.fullmatch(rf"\$\{{({variable}):-(.+)\}}", environment[variable]).groups()  # type: ignore[union-attr]
+        for variable in names
+    )
+    # What it would take without them, and without a word in its log.
+    read = "from opentelemetry.sdk.trace.sampling import _get_from_env_or_default as own; "
+    read += "print(own().get_description())"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", read],
+            env={**given, "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+        )
+        for given in ({}, defaults)
+    ]
+    assert said[0].stdout == said[1].stdout != ""
+    assert said[1].stderr == ""
+
+
 def seconds(period: str) -> float:
     """Of a Compose duration such as 1m45s."""
     minutes, rest = re.fullmatch(r"(?:(\d+)m)?(?:([\d.]+)s)?", period).groups()  # type: ignore[union-attr]
@@ -215,6 +245,61 @@ def test_the_gateway_waits_longer_than_a_request_may_take() -> None:
     assert float(read_timeout_s) > float(limit)
     (size,) = re.findall(r"client_max_body_size (\d+)m;", conf)
     assert int(size) << 20 > Settings.model_fields["max_body_bytes"].default
+
+
+def test_prometheus_sees_the_gateway_and_callers_do_not_see_how() -> None:
+    """Replicas that nobody reaches look well; only the gateway itself says that it is gone."""
+    config = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())
+    (job,) = (each for each in config["scrape_configs"] if each["job_name"] == "asr-gateway")
+    (target,) = job["static_configs"][0]["targets"]
+    assert target == "gateway:8081"
+    gateway, prometheus = services()["gateway"], services()["prometheus"]
+    assert gateway["expose"] == ["8081"]
+    assert all("8081" not in port for port in gateway["ports"])
+    # A network of their own: on any other the gateway would reach what has no password, or Prometheus find
+    # the replicas under two addresses each.
+    assert set(gateway["networks"]) & set(prometheus["networks"]) == {"probe"}
+    assert {name for name, each in services().items() if "probe" in each["networks"]} == {
+        "gateway",
+        "prometheus",
+    }
+    networks = yaml.safe_load((ROOT / "docker/compose.base.yml").read_text())["networks"]
+    assert {network for each in services().values() for network in each["networks"]} == set(networks)
+
+
+def test_the_gateway_says_on_one_port_only_that_it_is_there(tmp_path: Path) -> None:
+    if shutil.which("nginx") is None:
+        pytest.skip("nginx is not installed (Debian: nginx)")
+    public, probe = free_port(), free_port()
+    conf = (ROOT / "docker/nginx/nginx.conf").read_text()
+    conf = conf.replace("listen 8080;", f"listen 127.0.0.1:{public};").replace("/tmp/", f"{tmp_path}/")
+    conf = conf.replace("listen 8081;", f"listen 127.0.0.1:{probe};").replace(
+        "worker_processes auto", "worker_processes 1"
+    )
+    (tmp_path / "nginx.conf").write_text(conf)
+    command = ["nginx", "-e", "stderr", "-c", str(tmp_path / "nginx.conf"), "-g", "daemon off;"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        scraped = answer(f"http://127.0.0.1:{probe}/metrics")
+        assert scraped.headers["content-type"] == "text/plain; version=0.0.4"
+        families = list(text_string_to_metric_families(scraped.text))
+        assert [(family.name, family.samples[0].value) for family in families] == [("asr_gateway_up", 1.0)]
+        assert answer(f"http://127.0.0.1:{probe}/transcribe").status_code == 404
+        assert answer(f"http://127.0.0.1:{public}/metrics").status_code == 404
+        assert answer(f"http://127.0.0.1:{public}/gateway/health").text == "ok\n"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def answer(url: str) -> httpx.Response:
+    """Of a server that has just been started."""
+    for _ in range(100):
+        try:
+            return httpx.get(url)
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    raise AssertionError(f"{url} never answered")
 
 
 def test_the_limits_are_compared_with_the_defaults_of_the_service() -> None:

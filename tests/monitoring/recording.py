@@ -1,9 +1,13 @@
-"""Serves the recorded exposition of cAdvisor: its two samples, joined by a straight line through time."""
+"""Serves the recorded exposition of cAdvisor: its two samples, joined by a straight line through time.
+
+Or another page of metrics.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,14 +30,14 @@ def exposition(elapsed_s: float) -> str:
 
 
 class RecordingServer:
-    """`GET` anything on a free loopback port; a context manager."""
+    """`GET` anything on a free loopback port; a context manager. `page` gets the seconds since its start."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: Callable[[float], str] = exposition) -> None:
         start_s = time.monotonic()
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = exposition(time.monotonic() - start_s).encode()
+                body = page(time.monotonic() - start_s).encode()
                 self.send_response(200)
                 self.send_header("content-type", "text/plain; version=0.0.4")
                 self.send_header("content-length", str(len(body)))

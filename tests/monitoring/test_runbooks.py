@@ -44,7 +44,7 @@ def test_the_queries_of_runbooks_hide_nothing() -> None:
         # A model that nobody uses has the ratio NaN, and NaN is then the mean of all.
         assert not re.search(r"\b(avg|sum)( by \([^)]*\))? ?\(\w+:\w+:ratio", query.expression), query
         # Compose and the chart name all jobs but ours differently.
-        assert set(re.findall(r'job="([^"]+)"', query.expression)) <= {"asr-api"}, query
+        assert set(re.findall(r'job="([^"]+)"', query.expression)) <= {"asr-api", "asr-gateway"}, query
 
 
 def test_more_replicas_are_asked_of_the_autoscaler() -> None:

@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from api.telemetry import (
@@ -23,7 +24,7 @@ from api.telemetry import (
 )
 from api.telemetry.busy import BusyWindow
 from api.telemetry.record import RequestEnd, outcome_of
-from api.telemetry.resources import memory_limit_bytes
+from api.telemetry.resources import MemoryCollector, memory_limit_bytes, memory_used_bytes
 
 # As written in docs/architecture.md, section Observability.
 DOCUMENTED = {
@@ -288,6 +289,47 @@ def test_memory_limit_follows_the_cgroup(tmp_path) -> None:  # type: ignore[no-u
     assert memory_limit_bytes(tmp_path) == machine
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("268435456\n")
     assert memory_limit_bytes(tmp_path) == 268435456
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "usage", "reclaimable"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_used_memory_is_the_cgroups_without_what_it_would_give_back(
+    tmp_path: Path, folder: str, limit: str, usage: str, reclaimable: str
+) -> None:
+    group = tmp_path / folder
+    group.mkdir(exist_ok=True)
+    registry = CollectorRegistry()
+    registry.register(MemoryCollector(tmp_path))
+    (group / usage).write_text("379000000\n")
+    # Version 1 has the group's own numbers first, and those with its children under total_.
+    statistics = f"inactive_file 5\nshmem 220000000\n{reclaimable} 9000000\nunevictable 0\n"
+    (group / "memory.stat").write_text(statistics)
+    (group / limit).write_text("9223372036854771712\n" if folder else "max\n")
+    assert memory_used_bytes(tmp_path) is None, "without a limit of its own it may be the whole machine"
+    assert registry.get_sample_value("asr_memory_used_bytes") is None
+    (group / limit).write_text("420000000\n")
+    assert memory_used_bytes(tmp_path) == 370000000
+    assert registry.get_sample_value("asr_memory_used_bytes") == 370000000
+    (group / usage).write_text("8000000\n")
+    assert memory_used_bytes(tmp_path) == 0, "the files are not read at the same moment"
+    for broken in ("", "inactive_file\n", "shmem 1\n"):
+        (group / "memory.stat").write_text(broken)
+        assert memory_used_bytes(tmp_path) is None
+    (group / "memory.stat").unlink()
+    assert memory_used_bytes(tmp_path) is None
+
+
+def test_used_memory_is_unknown_outside_of_a_cgroup(tmp_path: Path) -> None:
+    assert memory_used_bytes(tmp_path) is None
+    registry = CollectorRegistry()
+    registry.register(MemoryCollector(tmp_path))
+    assert generate_latest(registry) == b""
 
 
 @pytest.mark.telemetry
