@@ -17,7 +17,7 @@ from api.ctc import greedy
 from api.frames import Frames
 from api.normalise import lower, normalise, upper
 from api.openai_format import json_body, logprob_list, verbose_body
-from api.subtitles import MAX_CUE_S, MAX_LINE_CHARACTERS, MAX_LINES, cues, to_srt, to_vtt
+from api.subtitles import MAX_CUE_S, MAX_LINE_CHARACTERS, MAX_LINES, MIN_CUE_S, cues, to_srt, to_vtt
 from api.transcript import Segment, Token, Transcript, segments_of
 from api.vocabulary import Vocabulary
 from api.words import Word
@@ -125,6 +125,20 @@ class TestSegments:
         assert pauses_of_420_ms[0].end_s == pytest.approx(23 * 0.44 + 0.02)
         pauses_of_220_ms = self.decode("a" + ("." + "_" * 10 + "a") * 50)
         assert [len(segment.words) for segment in pauses_of_220_ms] == [51]
+
+    def test_a_full_stop_in_the_pause_ends_neither_segment_nor_cue_there(self) -> None:
+        vocabulary = Vocabulary(("<blank>", "▁silly", ".", "▁you"), 0, "bpe")
+        ids = [0] * 10 + [1] + [0] * 60 + [2] + [0] * 20 + [3]
+        log_probs = np.full((len(ids), 4), math.log(0.03), np.float32)
+        log_probs[np.arange(len(ids)), ids] = math.log(0.9)
+        decoded = greedy(log_probs[None], np.array([len(ids)]), 0)[0]
+        segments = segments_of(
+            decoded, Frames(log_probs), vocabulary, frame_stride_s=0.02, window_start_s=0.0, window_s=1.86
+        )
+        assert [segment.text for segment in segments] == ["silly.", "you"]
+        assert [segment.end_s for segment in segments] == pytest.approx([0.22, 1.86])
+        assert [len(segment.tokens) for segment in segments] == [2, 1]
+        assert cues(make_transcript(*segments))[0].end_s == pytest.approx(0.2 + MIN_CUE_S)
 
     def test_no_speech_prob_is_the_product_of_the_blanks(self) -> None:
         (segment,) = self.decode("___a__")

@@ -93,6 +93,19 @@ async def test_cut_and_whole_agree_on_joined_recordings(service: Service) -> Non
     assert edits(together, alone) / len(alone) < 0.2
 
 
+async def test_a_word_before_a_pause_ends_before_it(service: Service) -> None:
+    """A decoder writes the full stop where it hears the pause; the word is over then."""
+    sample = decode((ROOT / "samples" / "hello.flac").read_bytes(), sample_rate_hz=RATE_HZ).samples
+    pause = np.zeros(3 * RATE_HZ, np.float32)
+    file = io.BytesIO(wav(np.concatenate([sample, pause, sample, pause])))
+    transcript = await service.transcriber("").transcribe(file, Options())
+    length_s = len(sample) / RATE_HZ
+    before = [word for word in transcript.words if word.start_s < length_s][-1]
+    assert before.text.lower().removesuffix(".") == "time"
+    assert before.end_s < length_s
+    assert before in [segment.words[-1] for segment in transcript.segments]
+
+
 @needs_speech
 @pytest.mark.parametrize("source", ["libriother", "cvdelta", "an4", "ocean", "vivos", "voxforge"])
 def test_no_recording_of_speech_is_taken_for_silence_or_noise(source: str) -> None:

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary, WordSpan, byte_of_character
+from api.vocabulary import (
+    BLANK_TOKEN,
+    SPACE_MARK,
+    Vocabulary,
+    WordSpan,
+    byte_of_character,
+    words_of_units,
+)
 
 CHARS = Vocabulary((SPACE_MARK, *"abc'", BLANK_TOKEN), blank_id=5)
 PIECES = Vocabulary((BLANK_TOKEN, "▁he", "llo", "▁", "▁world", "s"), blank_id=0, kind="wordpiece")
@@ -94,3 +101,43 @@ def test_a_vocabulary_that_contradicts_itself_is_refused(
 def test_a_byte_token_must_stand_for_bytes() -> None:
     with pytest.raises(ValueError, match="stands for no byte"):
         Vocabulary((BLANK_TOKEN, "語"), 0, "bpe")
+
+
+@given(
+    st.lists(st.binary(max_size=4) | st.sampled_from([b" ", b"\xc3", b"\xa9", b"\xe1\xba", b"\xbf", b"."]))
+)
+def test_bytes_cut_anywhere_are_decoded_whole(units: list[bytes]) -> None:
+    runs = (run.decode(errors="ignore") for run in b"".join(units).split(b" "))
+    texts = [unicodedata.normalize("NFC", run).strip() for run in runs]
+    assert [word.text for word in words_of_units(units)] == [text for text in texts if text]
+
+
+class TestSilentTokens:
+    """Tokens at a word's ends that write nothing a reader says."""
+
+    @staticmethod
+    def around(*units: str) -> tuple[int, int]:
+        (word,) = words_of_units(units)
+        assert words_of_units([unit.encode() for unit in units]) == [word]
+        assert (word.start, word.end) == (0, len(units))
+        return word.silent_before, word.silent_after
+
+    @pytest.mark.parametrize(
+        ("units", "silent"),
+        [
+            ((" silly", "."), (0, 1)),
+            ((' "', "¿", "Qu", "é", "?", '"'), (2, 2)),
+            ((" sil", "ly."), (0, 0)),
+            ((" don", "'", "t"), (0, 0)),
+            ((" 5", "0", "%", ","), (0, 1)),
+            ((" -", "$", "5"), (1, 0)),
+            ((" हिन्द", "ी", "।"), (0, 1)),
+            ((" -", "-"), (0, 0)),
+        ],
+    )
+    def test_are_counted(self, units: tuple[str, ...], silent: tuple[int, int]) -> None:
+        assert self.around(*units) == silent
+
+    def test_a_letter_stands_in_all_tokens_of_its_bytes(self) -> None:
+        units = [b" caf", b"\xc3", b"\xa9", b".", b" \xc2", b"\xbf\xc3", b"\xa9"]
+        assert words_of_units(units) == [WordSpan("café.", 0, 4, 0, 1), WordSpan("¿é", 4, 7, 1, 0)]
