@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise, takewhile
 from typing import Literal
 
 BLANK_TOKEN = "<blank>"  # noqa: S105 - a symbol, not a secret
@@ -130,6 +131,30 @@ def words_of_units(units: Sequence[str | bytes]) -> list[WordSpan]:
     return words + _word(pieces)
 
 
+def spelling(units: Sequence[str | bytes], *, after_other_text: bool = False) -> list[bytes]:
+    """The bytes that each token has in the text, ``words_of_units`` separated by one space; joined, the text.
+
+    They are the token's own unit where the text has it as it is. Spaces that the text has not are left out.
+    With ``after_other_text`` it has one before the first word as well: where no token writes that, the word's
+    first token has it. Of a word that is not in the text as its tokens write it (NFC, broken bytes), each
+    token has the letters that are certain with it.
+    """
+    written = [unit if isinstance(unit, bytes) else unit.encode() for unit in units]
+    contents = [b""] * len(written)
+    free = 0
+    for index, word in enumerate(words_of_units(units)):
+        if index or after_other_text:
+            places = range(word.start, free - 1, -1)
+            contents[next((place for place in places if b" " in written[place]), word.start)] += b" "
+        parts = written[word.start : word.end]
+        parts[0] = parts[0].rpartition(b" ")[2]
+        parts[-1] = parts[-1].partition(b" ")[0]
+        for place, share in enumerate(_shares(parts, word.text), start=word.start):
+            contents[place] += share
+        free = word.end - 1  # a token may end one word and begin the next
+    return contents
+
+
 _Piece = tuple[str, int, int]
 """Characters, and the positions of the tokens that have their first and their last byte."""
 
@@ -166,6 +191,18 @@ def _word(pieces: Sequence[_Piece]) -> list[WordSpan]:
         return [WordSpan(text, start, end)]
     said = [piece for piece in pieces if _is_said(piece[0])] or pieces
     return [WordSpan(text, start, end, said[0][1] - start, end - 1 - said[-1][2])]
+
+
+def _shares(parts: Sequence[bytes], text: str) -> Sequence[bytes]:
+    """``text`` cut into as many pieces as there are parts: the parts where they join to it."""
+    if b"".join(parts) == text.encode():
+        return parts
+    ends = [0]
+    for after in range(1, len(parts)):
+        so_far = _text(b"".join(parts[:after]).decode(errors="ignore"))
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(so_far, text, strict=False))
+        ends.append(max(ends[-1], len(list(alike))))
+    return [text[end:after].encode() for end, after in pairwise([*ends, len(text)])]
 
 
 def _text(written: str) -> str:

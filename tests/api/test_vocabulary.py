@@ -14,6 +14,7 @@ from api.vocabulary import (
     Vocabulary,
     WordSpan,
     byte_of_character,
+    spelling,
     words_of_units,
 )
 
@@ -141,3 +142,45 @@ class TestSilentTokens:
     def test_a_letter_stands_in_all_tokens_of_its_bytes(self) -> None:
         units = [b" caf", b"\xc3", b"\xa9", b".", b" \xc2", b"\xbf\xc3", b"\xa9"]
         assert words_of_units(units) == [WordSpan("café.", 0, 4, 0, 1), WordSpan("¿é", 4, 7, 1, 0)]
+
+
+class TestSpelling:
+    @pytest.mark.parametrize(
+        ("units", "text", "contents"),
+        [
+            (["a", "b", " ", "c"], "ab c", ["a", "b", " ", "c"]),
+            ([" ", "a", " ", " ", "b", " "], "a b", ["", "a", "", " ", "b", ""]),
+            ([" he", "llo", ",", " you"], "hello, you", ["he", "llo", ",", " you"]),
+            ([" he", " ", " you", "s"], "he yous", ["he", "", " you", "s"]),
+            (["a b", "c d"], "a bc d", ["a b", "c d"]),
+            (["e", "\u0301", "t", "e", "\u0301", "."], "été.", ["", "é", "t", "", "é", "."]),
+        ],
+    )
+    def test_of_tokens_that_write_text(self, units: list[str], text: str, contents: list[str]) -> None:
+        assert " ".join(word.text for word in words_of_units(units)) == text
+        assert spelling(units) == [content.encode() for content in contents]
+        assert spelling([unit.encode() for unit in units]) == spelling(units)
+
+    def test_of_bytes_that_are_parts_of_letters(self) -> None:
+        assert spelling([b" caf", b"\xc3", b"\xa9", b" \xc3"]) == [b"caf", b"\xc3", b"\xa9", b""]
+
+    def test_of_a_letter_that_is_never_finished(self) -> None:
+        assert spelling([b" a\xc3", b"b", b"\xe1\xba", b"\n"]) == [b"a", b"b", b"", b""]
+
+    def test_the_space_before_the_first_word_is_written_by_a_token_or_goes_to_the_words_first(self) -> None:
+        assert spelling([" he", "y"], after_other_text=True) == [b" he", b"y"]
+        assert spelling([" ", "h", "e"], after_other_text=True) == [b" ", b"h", b"e"]
+        assert spelling(["h", "e", " "], after_other_text=True) == [b" h", b"e", b""]
+        assert spelling([" ", ""], after_other_text=True) == [b"", b""]
+
+    @given(
+        st.lists(st.text("ab \u0301\u0327é.\n\u00a0\u2000", max_size=4))
+        | st.lists(st.binary(max_size=3) | st.sampled_from([b" ", b"\xc3", b"\xa9", b"\xcc", b"\x81", b"e"])),
+        st.booleans(),
+    )
+    def test_joins_to_the_text(self, units: list[str] | list[bytes], after_other_text: bool) -> None:
+        words = words_of_units(units)
+        text = " ".join(word.text for word in words)
+        contents = spelling(units, after_other_text=after_other_text)
+        assert len(contents) == len(units)
+        assert b"".join(contents).decode() == (" " + text if after_other_text and words else text)
