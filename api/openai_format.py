@@ -18,7 +18,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from api.transcript import Segment, Token, Transcript
+from api.transcript import Segment, Transcript
+from api.vocabulary import spelling
 from api.words import Word
 
 _LANGUAGES = """
@@ -37,7 +38,7 @@ def json_body(transcript: Transcript, *, logprobs: bool) -> dict[str, Any]:
     """``response_format=json``."""
     body: dict[str, Any] = {"text": transcript.text, "usage": usage(transcript.duration_s)}
     if logprobs:
-        body["logprobs"] = logprob_list(transcript.tokens)
+        body["logprobs"] = logprob_list(transcript.segments)
     return body
 
 
@@ -56,7 +57,7 @@ def verbose_body(transcript: Transcript, granularities: Sequence[str], *, logpro
     if "word" in granularities:
         body["words"] = [_word(word) for word in transcript.words]
     if logprobs:
-        body["logprobs"] = logprob_list(transcript.tokens)
+        body["logprobs"] = logprob_list(transcript.segments)
     return body
 
 
@@ -65,29 +66,35 @@ def usage(duration_s: float) -> dict[str, Any]:
     return {"type": "duration", "seconds": round(duration_s, 6)}
 
 
-def logprob_list(tokens: Sequence[Token]) -> list[dict[str, Any]]:
-    """One entry per token; the bytes of all of them, one after the other, are the text."""
+def logprob_list(segments: Sequence[Segment], *, first: bool = True) -> list[dict[str, Any]]:
+    """One entry per token; the bytes of all of them, one after the other, are the text.
+
+    ``first``: nothing comes before these segments; otherwise their text begins with the space that separates
+    it from what does. A token that the text has nothing of, such as a space at its end, has no bytes.
+    """
     entries = []
-    for token in tokens:
-        content = token.unit if isinstance(token.unit, bytes) else token.unit.encode()
-        entries.append(
-            {
-                "token": content.decode(errors="replace"),
-                "logprob": round(min(0.0, token.logprob), 6),
-                "bytes": list(content),
-            }
-        )
+    for segment in segments:
+        contents = spelling([token.unit for token in segment.tokens], after_other_text=not first)
+        for token, content in zip(segment.tokens, contents, strict=True):
+            entries.append(
+                {
+                    "token": content.decode(errors="replace"),
+                    "logprob": round(min(0.0, token.logprob), 6),
+                    "bytes": list(content),
+                }
+            )
+        first = False
     return entries
 
 
 def delta_event(segment: Segment, *, first: bool, logprobs: bool) -> dict[str, Any]:
-    """``transcript.text.delta``: deltas joined give the text."""
+    """``transcript.text.delta``: deltas joined give the text, and so do the bytes of their tokens."""
     event: dict[str, Any] = {
         "type": "transcript.text.delta",
         "delta": segment.text if first else " " + segment.text,
     }
     if logprobs:
-        event["logprobs"] = logprob_list(segment.tokens)
+        event["logprobs"] = logprob_list([segment], first=first)
     return event
 
 

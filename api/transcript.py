@@ -12,7 +12,7 @@ import numpy as np
 
 from api.ctc import Decoded
 from api.frames import Frames
-from api.vocabulary import Vocabulary
+from api.vocabulary import Vocabulary, WordSpan
 from api.words import Word, words_of
 
 PAUSE_S = 0.8  # a gap between words that begins a new segment
@@ -128,11 +128,6 @@ class Transcript:
         return tuple(word for segment in self.segments for word in segment.words)
 
     @property
-    def tokens(self) -> tuple[Token, ...]:
-        """All tokens in order."""
-        return tuple(token for segment in self.segments for token in segment.tokens)
-
-    @property
     def confidence(self) -> float | None:
         """Geometric mean of the winning posteriors over all tokens' frames."""
         frames = sum(segment.token_frames for segment in self.segments)
@@ -173,7 +168,7 @@ def segments_of(
     widths = decoded.end_frames - decoded.start_frames
     blank_log_probs = frames.of_token(vocabulary.blank_id)
     segments = []
-    bounds = [0, *_breaks(words), len(words)]
+    bounds = [0, *_breaks(words, spans), len(words)]
     for first, after in pairwise(bounds):
         token_from = spans[first].start if first else 0
         token_to = spans[after].start if after < len(spans) else len(decoded.token_ids)
@@ -198,14 +193,18 @@ def segments_of(
     return segments
 
 
-def _breaks(words: Sequence[Word]) -> list[int]:
-    """Indices of the words that begin a new segment, the first one not among them."""
+def _breaks(words: Sequence[Word], spans: Sequence[WordSpan]) -> list[int]:
+    """Indices of the words that begin a new segment, the first one not among them.
+
+    No word does whose first token also ends the word before: a segment's tokens write its own text.
+    """
     breaks: list[int] = []
     start_s = words[0].start_s
     for index in range(1, len(words)):
         gap_s = words[index].start_s - words[index - 1].end_s
         long = words[index - 1].end_s - start_s >= LONG_SEGMENT_S
-        if gap_s >= PAUSE_S or (long and gap_s >= SHORT_PAUSE_S):
+        apart = spans[index].start >= spans[index - 1].end
+        if apart and (gap_s >= PAUSE_S or (long and gap_s >= SHORT_PAUSE_S)):
             breaks.append(index)
             start_s = words[index].start_s
     return breaks

@@ -10,14 +10,20 @@
 
 from __future__ import annotations
 
+import codecs
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise, takewhile
 from typing import Literal
 
 BLANK_TOKEN = "<blank>"  # noqa: S105 - a symbol, not a secret
 SPACE_MARK = "\u2581"
+
+_SIGNS_THAT_ARE_SAID = frozenset("%‰&@#§°+=×÷±")
+_CATEGORIES_THAT_ARE_SAID = frozenset({"Mc", "Me", "Mn", "Sc"})
+"""Of Unicode, beside letters and numbers: marks, which are vowels in many scripts, and currencies."""
 
 VocabularyKind = Literal["chars", "wordpiece", "bpe"]
 
@@ -35,11 +41,17 @@ def byte_of_character() -> dict[str, int]:
 
 @dataclass(frozen=True)
 class WordSpan:
-    """A word and the half-open range of positions in the token sequence that spell it."""
+    """A word and the half-open range of positions in the token sequence that spell it.
+
+    ``silent_before``, ``silent_after``: how many of these tokens, at the beginning and at the end, write only
+    what nobody says, such as quotes and full stops; 0 where all of them do.
+    """
 
     text: str
     start: int
     end: int
+    silent_before: int = 0
+    silent_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,53 +111,109 @@ class Vocabulary:
 
     def words(self, ids: Sequence[int]) -> list[WordSpan]:
         """Words of collapsed token ids, with the positions that spell each; NFC, never empty."""
-        if self.kind == "bpe":
-            return self._words_of_bytes(ids)
-        words: list[WordSpan] = []
-        letters: list[str] = []
-        start = end = 0
-        for position, index in enumerate(ids):
-            unit = self._units[index]
-            assert isinstance(unit, str)  # noqa: S101 - narrows the type; kind decides it
-            for character in unit:
-                if character != " ":
-                    if not letters:
-                        start = position
-                    letters.append(character)
-                    end = position + 1
-                elif letters:
-                    words.append(WordSpan(_nfc("".join(letters)), start, end))
-                    letters = []
-        if letters:
-            words.append(WordSpan(_nfc("".join(letters)), start, end))
-        return words
+        return words_of_units([self._units[index] for index in ids])
 
-    def _words_of_bytes(self, ids: Sequence[int]) -> list[WordSpan]:
-        """A character's bytes may be spread over tokens, so words are cut first and decoded whole."""
-        words: list[WordSpan] = []
-        buffer = bytearray()
-        start = end = 0
 
-        def close() -> None:
-            text = _nfc(buffer.decode("utf-8", errors="ignore")).strip()
-            if text:
-                words.append(WordSpan(text, start, end))
-            buffer.clear()
+def words_of_units(units: Sequence[str | bytes]) -> list[WordSpan]:
+    """Words that tokens spell, given what each adds to the text; NFC, never empty, no white space around."""
+    words: list[WordSpan] = []
+    pieces: list[_Piece] = []
+    for text, first, last in _pieces(units):
+        if " " not in text:
+            pieces.append((text, first, last))
+            continue
+        for index, part in enumerate(text.split(" ")):
+            if index and pieces:
+                words += _word(pieces)
+                pieces = []
+            if part:
+                pieces.append((part, first, last))
+    return words + _word(pieces)
 
-        for position, index in enumerate(ids):
-            unit = self._units[index]
-            assert isinstance(unit, bytes)  # noqa: S101 - narrows the type; kind decides it
+
+def spelling(units: Sequence[str | bytes], *, after_other_text: bool = False) -> list[bytes]:
+    """The bytes that each token has in the text, ``words_of_units`` separated by one space; joined, the text.
+
+    They are the token's own unit where the text has it as it is. Spaces that the text has not are left out.
+    With ``after_other_text`` it has one before the first word as well: where no token writes that, the word's
+    first token has it. Of a word that is not in the text as its tokens write it (NFC, broken bytes), each
+    token has the letters that are certain with it.
+    """
+    written = [unit if isinstance(unit, bytes) else unit.encode() for unit in units]
+    contents = [b""] * len(written)
+    free = 0
+    for index, word in enumerate(words_of_units(units)):
+        if index or after_other_text:
+            places = range(word.start, free - 1, -1)
+            contents[next((place for place in places if b" " in written[place]), word.start)] += b" "
+        parts = written[word.start : word.end]
+        parts[0] = parts[0].rpartition(b" ")[2]
+        parts[-1] = parts[-1].partition(b" ")[0]
+        for place, share in enumerate(_shares(parts, word.text), start=word.start):
+            contents[place] += share
+        free = word.end - 1  # a token may end one word and begin the next
+    return contents
+
+
+_Piece = tuple[str, int, int]
+"""Characters, and the positions of the tokens that have their first and their last byte."""
+
+
+def _pieces(units: Sequence[str | bytes]) -> list[_Piece]:
+    """What tokens write, in order, each piece within one token or a single character; no broken bytes."""
+    pieces: list[_Piece] = []
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    first = 0
+    for position, unit in enumerate(units):
+        if not unit:
+            continue
+        if isinstance(unit, str):
+            pieces.append((unit, position, position))
+        elif unit.isascii():
+            pieces.append((unit.decode(), position, position))
+            decoder.reset()
+        else:
             for byte in unit:
-                if byte != 0x20:
-                    if not buffer:
-                        start = position
-                    buffer.append(byte)
-                    end = position + 1
-                else:
-                    close()
-        close()
-        return words
+                if byte & 0xC0 != 0x80:  # no byte that goes on with a character
+                    first = position
+                if character := decoder.decode(bytes((byte,))):
+                    pieces.append((character, first, position))
+    return pieces
 
 
-def _nfc(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
+def _word(pieces: Sequence[_Piece]) -> list[WordSpan]:
+    """The word that these make; none where they are white space."""
+    text = _text("".join([text for text, _, _ in pieces]))
+    if not text:
+        return []
+    start, end = pieces[0][1], pieces[-1][2] + 1
+    if pieces[0][0].isalnum() and pieces[-1][0].isalnum():
+        return [WordSpan(text, start, end)]
+    said = [piece for piece in pieces if _is_said(piece[0])] or pieces
+    return [WordSpan(text, start, end, said[0][1] - start, end - 1 - said[-1][2])]
+
+
+def _shares(parts: Sequence[bytes], text: str) -> Sequence[bytes]:
+    """``text`` cut into as many pieces as there are parts: the parts where they join to it."""
+    if b"".join(parts) == text.encode():
+        return parts
+    ends = [0]
+    for after in range(1, len(parts)):
+        so_far = _text(b"".join(parts[:after]).decode(errors="ignore"))
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(so_far, text, strict=False))
+        ends.append(max(ends[-1], len(list(alike))))
+    return [text[end:after].encode() for end, after in pairwise([*ends, len(text)])]
+
+
+def _text(written: str) -> str:
+    return unicodedata.normalize("NFC", written).strip()
+
+
+def _is_said(text: str) -> bool:
+    """Whether a reader says any of it: letters with their marks, numbers, signs that stand for words."""
+    return any(
+        character.isalnum()
+        or character in _SIGNS_THAT_ARE_SAID
+        or unicodedata.category(character) in _CATEGORIES_THAT_ARE_SAID
+        for character in text
+    )

@@ -29,9 +29,11 @@ def words_of(
 ) -> list[Word]:
     """Words of one utterance, in order; ``spans`` as ``Vocabulary.words`` gives them for its tokens.
 
-    A word starts with the first frame of its first token and ends with the last frame of its last token,
-    ``frame_stride_s`` seconds per frame, moved by ``offset_s`` (where the segment starts in the file), but
-    never after ``limit_s``.
+    A word starts with the first frame of its first token and ends with the last frame of its last token, of
+    those that hold something said: a decoder writes a full stop where it hears the pause, seconds later
+    maybe. Without any, all its tokens count, as they do for the confidence. Times are ``frame_stride_s``
+    seconds per frame, moved by ``offset_s`` (where the segment starts in the file), but never after
+    ``limit_s``.
     """
     starts = decoded.start_frames.tolist()
     ends = decoded.end_frames.tolist()
@@ -43,8 +45,8 @@ def words_of(
         words.append(
             Word(
                 text=span.text,
-                start_s=min(limit_s, offset_s + starts[first] * frame_stride_s),
-                end_s=min(limit_s, offset_s + ends[after - 1] * frame_stride_s),
+                start_s=min(limit_s, offset_s + starts[first + span.silent_before] * frame_stride_s),
+                end_s=min(limit_s, offset_s + ends[after - 1 - span.silent_after] * frame_stride_s),
                 confidence=min(1.0, math.exp(sum(sums[first:after]) / frames)),
             )
         )

@@ -280,7 +280,7 @@ class Realtime:
         await self._send_delta(item, item.told.finish(transcript.text))
         fields: dict[str, Any] = {"transcript": transcript.text, "usage": usage(audio_s)}
         if self._session.include:
-            fields["logprobs"] = logprob_list(transcript.tokens)
+            fields["logprobs"] = logprob_list(transcript.segments)
         await self._send(f"{_TRANSCRIPTION}.completed", item_id=item.id, content_index=0, **fields)
 
     async def _send_delta(self, item: Item, delta: str) -> None:

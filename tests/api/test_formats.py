@@ -7,6 +7,7 @@ import re
 import zlib
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 from api.ctc import greedy
 from api.frames import Frames
 from api.normalise import lower, normalise, upper
-from api.openai_format import json_body, logprob_list, verbose_body
-from api.subtitles import MAX_CUE_S, MAX_LINE_CHARACTERS, MAX_LINES, cues, to_srt, to_vtt
-from api.transcript import Segment, Token, Transcript, segments_of
+from api.openai_format import delta_event, done_event, json_body, logprob_list, verbose_body
+from api.subtitles import MAX_CUE_S, MAX_LINE_CHARACTERS, MAX_LINES, MIN_CUE_S, cues, to_srt, to_vtt
+from api.transcript import Segment, Token, Transcript, join_text, segments_of
 from api.vocabulary import Vocabulary
 from api.words import Word
 
@@ -126,6 +127,20 @@ class TestSegments:
         pauses_of_220_ms = self.decode("a" + ("." + "_" * 10 + "a") * 50)
         assert [len(segment.words) for segment in pauses_of_220_ms] == [51]
 
+    def test_a_full_stop_in_the_pause_ends_neither_segment_nor_cue_there(self) -> None:
+        vocabulary = Vocabulary(("<blank>", "▁silly", ".", "▁you"), 0, "bpe")
+        ids = [0] * 10 + [1] + [0] * 60 + [2] + [0] * 20 + [3]
+        log_probs = np.full((len(ids), 4), math.log(0.03), np.float32)
+        log_probs[np.arange(len(ids)), ids] = math.log(0.9)
+        decoded = greedy(log_probs[None], np.array([len(ids)]), 0)[0]
+        segments = segments_of(
+            decoded, Frames(log_probs), vocabulary, frame_stride_s=0.02, window_start_s=0.0, window_s=1.86
+        )
+        assert [segment.text for segment in segments] == ["silly.", "you"]
+        assert [segment.end_s for segment in segments] == pytest.approx([0.22, 1.86])
+        assert [len(segment.tokens) for segment in segments] == [2, 1]
+        assert cues(make_transcript(*segments))[0].end_s == pytest.approx(0.2 + MIN_CUE_S)
+
     def test_no_speech_prob_is_the_product_of_the_blanks(self) -> None:
         (segment,) = self.decode("___a__")
         assert segment.no_speech_prob == pytest.approx(0.9**5 * 0.025, rel=1e-4)
@@ -188,16 +203,77 @@ def test_real_time_factor() -> None:
     assert make_transcript(duration_s=0.0).real_time_factor == 0.0
 
 
+def spelled(entries: list[dict[str, Any]]) -> str:
+    """What the bytes of a list of log-posteriors write."""
+    return bytes(byte for entry in entries for byte in entry["bytes"]).decode()
+
+
+_KINDS = {
+    "chars": Vocabulary(("<blank>", "▁", "e", "\u0301", "n", "'"), 0),
+    "wordpiece": Vocabulary(("<blank>", "▁", "▁he", "llo", "▁e", "\u0301", ".", "a▁b"), 0, "wordpiece"),
+    "bpe": Vocabulary(
+        ("<blank>", "▁", "▁caf", "Ã", "©", ".", "▁Ã", "Ċ", "e", "Ì", "ģ", ".▁", "<|en|>"),
+        0,
+        "bpe",
+        frozenset({12}),
+    ),
+}
+
+
+class TestLogprobsJoinToTheText:
+    """Of whatever a model may emit, over several windows and segments."""
+
+    @given(st.sampled_from(sorted(_KINDS)), st.data())
+    def test_in_every_body_and_event(self, kind: str, data: st.DataObject) -> None:
+        vocabulary = _KINDS[kind]
+        token = st.tuples(st.integers(1, len(vocabulary) - 1), st.sampled_from([1, 1, 1, 50]))
+        segments: list[Segment] = []
+        texts: list[str] = []
+        for window in data.draw(st.lists(st.lists(token, max_size=12), min_size=1, max_size=3)):
+            ids = [part for token_id, blanks in window for part in (token_id, *[0] * blanks)]
+            if not ids:
+                continue
+            log_probs = np.full((len(ids), len(vocabulary)), math.log(0.01), np.float32)
+            log_probs[np.arange(len(ids)), ids] = math.log(0.9)
+            decoded = greedy(log_probs[None], np.array([len(ids)]), 0)[0]
+            texts.append(vocabulary.decode(decoded.token_ids.tolist()))
+            segments += segments_of(
+                decoded,
+                Frames(log_probs),
+                vocabulary,
+                frame_stride_s=0.02,
+                window_start_s=0.0,
+                window_s=len(ids) * 0.02,
+            )
+        text = " ".join(filter(None, texts))
+        transcript = replace(make_transcript(*segments), text=join_text(segments))
+        assert transcript.text == text
+        deltas = [
+            delta_event(segment, first=index == 0, logprobs=True) for index, segment in enumerate(segments)
+        ]
+        for delta in deltas:
+            assert spelled(delta["logprobs"]) == delta["delta"]
+        listed = [entry for delta in deltas for entry in delta["logprobs"]]
+        assert spelled(listed) == text
+        assert len(listed) == sum(len(segment.tokens) for segment in segments)
+        assert done_event(transcript, logprobs=True)["logprobs"] == listed
+        assert json_body(transcript, logprobs=True)["logprobs"] == listed
+        assert verbose_body(transcript, (), logprobs=True)["logprobs"] == listed
+
+
 class TestOpenAIBodies:
     def test_json_has_text_and_usage_only(self) -> None:
         body = json_body(make_transcript(make_segment(*spoken(["hi"])), duration_s=1.25), logprobs=False)
         assert body == {"text": "hi", "usage": {"type": "duration", "seconds": 1.25}}
 
-    def test_logprobs_write_the_space(self) -> None:
-        entries = logprob_list([Token(" ", 1, -0.5), Token("ü", 2, 0.0)])
-        assert entries == [
-            {"token": " ", "logprob": -0.5, "bytes": [32]},
+    def test_logprobs_have_an_entry_per_token_and_write_the_space(self) -> None:
+        segment = make_segment(*spoken(["a", "ü"]))
+        tokens = (Token("a", 3, -0.5), Token(" ", 1, -0.25), Token("ü", 2, 0.0), Token(" ", 1, -0.125))
+        assert logprob_list([replace(segment, tokens=tokens)]) == [
+            {"token": "a", "logprob": -0.5, "bytes": [97]},
+            {"token": " ", "logprob": -0.25, "bytes": [32]},
             {"token": "ü", "logprob": 0.0, "bytes": [195, 188]},
+            {"token": "", "logprob": -0.125, "bytes": []},
         ]
 
     def test_logprobs_of_byte_level_tokens_join_to_the_text(self) -> None:
@@ -208,9 +284,10 @@ class TestOpenAIBodies:
         (segment,) = segments_of(
             decoded, Frames(log_probs), vocabulary, frame_stride_s=0.02, window_start_s=0.0, window_s=0.12
         )
-        entries = logprob_list(segment.tokens)
-        assert [entry["token"] for entry in entries] == [" caf", "�", "�"]
-        assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == " café"
+        assert [entry["token"] for entry in logprob_list([segment])] == ["caf", "�", "�"]
+        assert spelled(logprob_list([segment])) == "café"
+        assert spelled(logprob_list([segment], first=False)) == " café"
+        assert spelled(logprob_list([segment, segment])) == "café café"
 
     def test_verbose_values_come_from_the_transcript(self) -> None:
         segment = make_segment(*spoken(["one", "two"], start_s=5.0))

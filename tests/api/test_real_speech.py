@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from api.audio import decode
 from api.commands.runtime import open_service
+from api.openai_format import delta_event, done_event
 from api.segmenter import may_be_speech
 from api.service import Service
 from api.settings import Settings
@@ -91,6 +92,40 @@ async def test_cut_and_whole_agree_on_joined_recordings(service: Service) -> Non
     assert len(alone) > 400
     assert len(together) == pytest.approx(len(alone), rel=0.05)
     assert edits(together, alone) / len(alone) < 0.2
+
+
+@needs_speech
+async def test_logprobs_of_joined_recordings_join_to_the_text(service: Service) -> None:
+    """Byte for byte, in the whole answer and in the events of a stream."""
+    window_s = service.models()[0].bundle.manifest.max_window_s
+    joined = np.concatenate([samples for samples, _ in recordings("libriother", 8)])
+    assert len(joined) / RATE_HZ > 1.2 * window_s
+    file = io.BytesIO(wav(joined))
+    transcript = await service.transcriber("").transcribe(file, Options())
+    assert len(transcript.segments) >= 2
+    events = [
+        delta_event(segment, first=index == 0, logprobs=True)
+        for index, segment in enumerate(transcript.segments)
+    ]
+    assert "".join(event["delta"] for event in events) == transcript.text
+    last = done_event(transcript, logprobs=True)
+    for text, entries in [(event["delta"], event["logprobs"]) for event in events] + [
+        (transcript.text, last["logprobs"])
+    ]:
+        assert b"".join(bytes(entry["bytes"]) for entry in entries) == text.encode()
+
+
+async def test_a_word_before_a_pause_ends_before_it(service: Service) -> None:
+    """A decoder writes the full stop where it hears the pause; the word is over then."""
+    sample = decode((ROOT / "samples" / "hello.flac").read_bytes(), sample_rate_hz=RATE_HZ).samples
+    pause = np.zeros(3 * RATE_HZ, np.float32)
+    file = io.BytesIO(wav(np.concatenate([sample, pause, sample, pause])))
+    transcript = await service.transcriber("").transcribe(file, Options())
+    length_s = len(sample) / RATE_HZ
+    before = [word for word in transcript.words if word.start_s < length_s][-1]
+    assert before.text.lower().removesuffix(".") == "time"
+    assert before.end_s < length_s
+    assert before in [segment.words[-1] for segment in transcript.segments]
 
 
 @needs_speech

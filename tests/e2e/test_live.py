@@ -164,13 +164,17 @@ def test_without_turn_detection_the_caller_commits(server: LiveServer) -> None:
 
 
 def test_an_utterance_longer_than_the_model_takes_at_once(server: LiveServer) -> None:
-    """The tone model takes four seconds; the text is whole all the same."""
+    """The tone model takes four seconds; the text is whole all the same, and its tokens join to it."""
     words = ["head", "bad", "cafe", "dead"] * 5
     with realtime(server) as session:
+        session.send("session.update", session={"include": ["item.input_audio_transcription.logprobs"]})
+        session.until("session.updated")
         session.listen(turn_detection=None)
         session.append(pcm(*(part for word in words for part in (sing(word + " "), 0.2))))
         session.send("input_audio_buffer.commit")
-        assert session.transcript().split() == words
+        done = session.until(f"{TRANSCRIPTION}.completed")
+        assert done["transcript"].split() == words
+        assert "".join(token["token"] for token in done["logprobs"]) == done["transcript"]
 
 
 def test_logprobs_and_another_model_when_asked_for(server: LiveServer) -> None:
@@ -180,7 +184,7 @@ def test_logprobs_and_another_model_when_asked_for(server: LiveServer) -> None:
         session.listen(transcription={"model": "other", "language": "vi", "keywords": ["cafe"]})
         session.append(pcm(1.0, sing("cafe"), 1.0))
         done = session.until(f"{TRANSCRIPTION}.completed")
-        assert "".join(token["token"] for token in done["logprobs"]).strip() == done["transcript"] == "cafe"
+        assert "".join(token["token"] for token in done["logprobs"]) == done["transcript"] == "cafe"
         assert all(token["logprob"] <= 0 for token in done["logprobs"])
 
 

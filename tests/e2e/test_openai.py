@@ -125,6 +125,22 @@ def test_logprobs_spell_the_text(ai: openai.OpenAI, audio: tuple[str, bytes]) ->
         assert bytes(int(byte) for byte in entry.bytes or []).decode() == entry.token
 
 
+def test_logprobs_spell_the_text_of_a_long_file(ai: openai.OpenAI, long_audio: tuple[str, bytes]) -> None:
+    """Over the borders of windows too, in the plain answer, each delta and the last event."""
+    result = ai.audio.transcriptions.create(model="tiny", file=long_audio, include=["logprobs"])
+    assert result.text == " ".join([TEXT] * 8)
+    assert "".join(entry.token or "" for entry in result.logprobs or []) == result.text
+    deltas = 0
+    with ai.audio.transcriptions.create(
+        model="tiny", file=long_audio, include=["logprobs"], stream=True
+    ) as stream:
+        for event in stream:
+            text = event.delta if event.type == "transcript.text.delta" else event.text
+            assert "".join(entry.token or "" for entry in event.logprobs or []) == text
+            deltas += event.type == "transcript.text.delta"
+    assert deltas >= 3
+
+
 def test_prompt_and_temperature_are_accepted(ai: openai.OpenAI, audio: tuple[str, bytes]) -> None:
     result = ai.audio.transcriptions.create(model="tiny", file=audio, prompt="names: Ada", temperature=0.7)
     assert result.text == TEXT
