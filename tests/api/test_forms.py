@@ -453,3 +453,11 @@ class TestRateLimiter:
             limiter.take(str(index), float(index))
         assert len(limiter._buckets) == 10_000
         limiter.take("19999", 0.0)
+
+    def test_a_caller_beyond_the_most_that_are_remembered_is_limited_too(self) -> None:
+        limiter = RateLimiter(60)
+        for index in range(10_000):
+            limiter.take(str(index), float(index))
+        for _ in range(6):
+            limiter.take("alice", 10_000.0)
+        assert self._refusal_s(limiter, 10_000.0) == pytest.approx(1.0)
