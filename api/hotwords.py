@@ -42,6 +42,8 @@ CREDITS, TERMINAL, FAIL, KEPT = range(4)  # columns of the states
 DEFAULT_BOOST = 1.0
 MAX_BOOST = 5.0
 
+POWERS = 128  # most credits one token can change
+
 MOST_NATS = 32.0
 MOST_CREDITS = 64
 """What one hotword is worth at most. Else a sentence could turn any word of it that the audio denies."""
@@ -76,6 +78,9 @@ class HotwordAutomaton:
     ``edges`` int64 ``(slots, 2)``: open-addressed hash table of key and child.
     ``states`` int32 ``(states, 4)``: columns ``CREDITS``, ``TERMINAL``, ``FAIL`` and ``KEPT`` (see ``step``).
     ``sure`` float64 ``(states,)``: what is left of a text's weight if the hotword does not come true.
+    ``reach`` float64 ``(2, states)``: no symbol multiplies a text's weight by more from there; in the second
+    row, no symbol but the space leaves more of it if the hotword does not come true. ``most``: the largest
+    of the first row.
     ``unknown`` lists hotwords that the vocabulary cannot spell; they are left out.
     """
 
@@ -83,6 +88,8 @@ class HotwordAutomaton:
     edges: NDArray[np.int64]
     states: IntArray
     sure: NDArray[np.float64]
+    reach: NDArray[np.float64]
+    most: float
     boost: float
     unknown: tuple[str, ...]
 
@@ -137,15 +144,20 @@ def _build_cached(hotwords: tuple[str, ...], vocabulary: Vocabulary, boost: floa
     flat = np.array([symbol for units in spelled for symbol in units], np.int32)
     slots = 1 << max(4, int(2 * len(flat) + 1).bit_length())
     most = max(1, min(MOST_CREDITS, int(MOST_NATS / boost)))
-    edges, states = _build(flat, np.cumsum(lengths), symbols.count, slots, most)
+    edges, states, gains = _build(flat, np.cumsum(lengths), symbols.count, slots, most)
     sure = np.exp(-boost * (states[:, CREDITS] - states[:, KEPT]))
-    return HotwordAutomaton(symbols, edges, states, sure, boost, tuple(unknown))
+    reach = np.exp(boost * np.minimum(gains, POWERS))
+    reach *= 1.0 + 1e-9  # products are rounded, and nothing within reach may be left out
+    return HotwordAutomaton(symbols, edges, states, sure, reach, float(reach[0].max()), boost, tuple(unknown))
 
 
 def _build(
     flat: IntArray, offsets: NDArray[np.int64], count: int, slots: int, most: int
-) -> tuple[NDArray[np.int64], IntArray]:
-    """Trie in a hash table, then suffix links in order of depth. ``most``: credits of a hotword."""
+) -> tuple[NDArray[np.int64], IntArray, IntArray]:
+    """Trie in a hash table, then suffix links in order of depth. ``most``: credits of a hotword.
+
+    With them the most credits that a symbol changes from each state, int32 ``(2, states)``: see ``_gain``.
+    """
     room = len(flat) + 1
     edges = np.zeros((slots, 2), np.int64)
     states = np.zeros((room, 4), np.int32)
@@ -156,7 +168,9 @@ def _build(
     order = np.argsort(states[:size, CREDITS], kind="stable")
     np.minimum(states[:, CREDITS], most, out=states[:, CREDITS])
     _link(order, count, edges, states, parents, read, np.zeros((2, size), np.int32))
-    return edges, states[:size].copy()
+    gains = np.zeros((2, size), np.int32)
+    _gain(order, count, edges, states, parents, read, gains)
+    return edges, states[:size].copy(), gains
 
 
 def _spell(text: str, symbols: Symbols) -> list[int] | None:
@@ -278,4 +292,33 @@ def _link(order, count, edges, states, parents, read, credits):  # type: ignore[
         states[node, FAIL] = suffix
         states[node, KEPT] = max(credits[0, node], credits[1, node])
         states[node, CREDITS] = max(states[node, CREDITS], states[node, KEPT])
+    return 0
+
+
+@compiled("int64(int64[::1], int64, int64[:,::1], int32[:,::1], int32[::1], int32[::1], int32[:,::1])")
+def _gain(order, count, edges, states, parents, read, gains):  # type: ignore[no-untyped-def]
+    """Fill ``gains``: bounds of what one more symbol earns from each state, at least 0.
+
+    Following a hotword earns one credit. But a state may fall back to suffixes that are worth more: its own
+    credits had reached the most, or the suffixes overlap with what it completed. The second row is without
+    the credits that may still be taken back after the symbol, and for every symbol but the space.
+    """
+    for node in range(len(order)):
+        gains[1, node] = states[node, KEPT] - states[node, CREDITS]
+    for position in range(1, len(order)):
+        node = order[position]
+        above = parents[node]
+        gains[0, above] = max(gains[0, above], states[node, CREDITS] - states[above, CREDITS])
+        if read[node] != SPACE:
+            gains[1, above] = max(gains[1, above], states[node, KEPT] - states[above, CREDITS])
+    for position in range(len(order)):
+        node = order[position]
+        if states[node, TERMINAL]:
+            _, gain = step(node, SPACE, count, edges, states)
+            gains[0, node] = max(gains[0, node], gain)
+        suffix = states[node, FAIL]
+        if suffix != DEAD:
+            fallen = states[node, KEPT] - states[node, CREDITS] + states[suffix, CREDITS]
+            gains[0, node] = max(gains[0, node], fallen + gains[0, suffix])
+            gains[1, node] = max(gains[1, node], fallen + gains[1, suffix])
     return 0

@@ -291,10 +291,11 @@ class _Reader:
         if len(self._value) > _MAX_FIELD_BYTES:
             refuse_file_without_name(self._field_name)
             refuse_not_offered(self._field_name)
-        if len(self._value) > _MAX_FIELD_BYTES or self._field_bytes > _MAX_FIELDS_BYTES:
             raise InvalidRequestError(
                 f"A field is longer than {_MAX_FIELD_BYTES} bytes.", param=self._field_name[:64]
             )
+        if self._field_bytes > _MAX_FIELDS_BYTES:
+            raise InvalidRequestError(f"The fields together are longer than {_MAX_FIELDS_BYTES} bytes.")
 
     def _part_end(self) -> None:
         if self._upload is None:

@@ -22,14 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api.compiled import compiled, inner
-from api.hotwords import DEAD, ROOT, SPACE, HotwordAutomaton, Symbols, finish, step
+from api.hotwords import DEAD, POWERS, ROOT, SPACE, HotwordAutomaton, Symbols, finish, step
 from api.ngram import NgramModel, advance
-
-POWERS = 128  # most credits one token can change
 
 _NO_SYMBOLS = Symbols(np.zeros(1, np.int32), np.zeros(1, np.int32), {})
 _ONE, _NONE = np.ones(1, np.float64), np.zeros(1, np.int32)
-_NO_TRIE = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32), _ONE)
+_NO_TRIE = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32), _ONE, np.ones((2, 1), np.float64))
 _NO_NGRAM = (np.zeros((1, 1), np.uint64), np.zeros((1, 1), np.int32), _NONE, _ONE, _NONE, _ONE, _ONE)
 
 
@@ -65,11 +63,11 @@ def search(
     ``cuts``: least log-posterior of a token, blank posterior from which a frame extends nothing, least share
     of the best entry's score, and least share of the best token's posterior that a hotword may gain by.
     """
-    symbols, trie, boost, width = _NO_SYMBOLS, _NO_TRIE, 0.0, beam
+    symbols, trie, boost, most_gain, width = _NO_SYMBOLS, _NO_TRIE, 0.0, 1.0, beam
     ngram, start, most = _NO_NGRAM, 0, 1.0
     if hotwords is not None:
-        symbols, trie = hotwords.symbols, (hotwords.edges, hotwords.states, hotwords.sure)
-        boost, width = hotwords.boost, 2 * beam
+        symbols, trie = hotwords.symbols, (hotwords.edges, hotwords.states, hotwords.sure, hotwords.reach)
+        boost, most_gain, width = hotwords.boost, hotwords.most, 2 * beam
     if guide is not None:
         symbols, start, most = guide.symbols, guide.start, guide.most
         ngram = (
@@ -87,7 +85,7 @@ def search(
     entries = _search(
         *(log_probs, blank_id, beam, max_tokens, *cuts),
         *(symbols.flat, symbols.offsets, symbols.count),
-        *(hotwords is not None, boost, *trie),
+        *(hotwords is not None, boost, most_gain, *trie),
         *(guide is not None, start, most, *ngram),
         *(tree[0], tree[1], leaves, scores),
         np.zeros((9, width), np.float64),
@@ -170,7 +168,7 @@ def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untype
 @compiled(
     "int64(float32[:,::1], int64, int64, int64, float64, float64, float64, float64, "
     "int32[::1], int32[::1], int64, "
-    "int64, float64, int64[:,::1], int32[:,::1], float64[::1], "
+    "int64, float64, float64, int64[:,::1], int32[:,::1], float64[::1], float64[:,::1], "
     "int64, int64, float64, uint64[:,::1], int32[:,::1], int32[::1], float64[::1], int32[::1], float64[::1], "
     "float64[::1], "
     "int32[::1], int32[::1], int32[::1], float64[::1], "
@@ -180,7 +178,7 @@ def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untype
 def _search(  # type: ignore[no-untyped-def]
     log_probs, blank, beam, max_tokens, token_floor, blank_skip, beam_cut, hotword_cut,
     flat, offsets, symbol_count,
-    boosted, boost, edges, states, sure,
+    boosted, boost, most_gain, edges, states, sure, hotword_reach,
     guided, start, most, masks, firsts, following_gram, factors, fail, backoff, gram_reach,
     parents, tokens, leaves, scores,
     floats, integers, hashes, likelihoods, origins, chosen, values, powers,
@@ -211,7 +209,6 @@ def _search(  # type: ignore[no-untyped-def]
     entries = 1
     now = 0
     log_scale = 0.0
-    most_gain = 1.0
     most_factor = 1.0
     longest = 1
     for token in range(len(offsets) - 1):
@@ -219,7 +216,7 @@ def _search(  # type: ignore[no-untyped-def]
     if guided:
         most_factor = max(1.0, most ** (longest - 1))  # of the symbols behind a token's first
     if boosted:
-        most_gain = math.exp(boost * longest)
+        most_gain **= longest - 1
         for gain in range(-POWERS, POWERS + 1):
             powers[gain + POWERS] = math.exp(boost * gain)
     for frame in range(frames):
@@ -285,9 +282,12 @@ def _search(  # type: ignore[no-untyped-def]
             total = ended[now, entry] + held[now, entry]
             reach = 1.0
             safe_reach = 1.0
-            if boosted and (state[now, entry] != DEAD or longest > 1):
-                reach = most_gain  # in the middle of a word that no hotword starts, no token gains
-                safe_reach = sure[state[now, entry]] if longest == 1 else most_gain
+            if boosted and state[now, entry] != DEAD:  # else no first symbol gains
+                reach = hotword_reach[0, state[now, entry]]
+                safe_reach = hotword_reach[1, state[now, entry]]
+            if longest > 1:
+                reach *= most_gain
+                safe_reach = reach
             if guided:
                 most_after = most_factor * max(1.0, gram_reach[gram[now, entry]])
                 reach *= most_after

@@ -160,11 +160,13 @@ class Transcriber:
             while in_flight:
                 yield await in_flight.popleft()
         finally:
-            if in_flight:
-                for task in in_flight:
-                    task.cancel()
-                await asyncio.gather(*in_flight, return_exceptions=True)
-            reader.close()
+            try:
+                if in_flight:
+                    for task in in_flight:
+                        task.cancel()
+                    await asyncio.gather(*in_flight, return_exceptions=True)
+            finally:  # a second cancellation ends the wait
+                reader.close()
 
     def _open(self, file: BinaryIO, options: Options, progress: Progress) -> WindowReader:
         manifest = self.model.bundle.manifest

@@ -7,6 +7,7 @@ import asyncio
 import httpx
 import pytest
 from starlette.responses import PlainTextResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from api.access import Access
 
@@ -26,6 +27,27 @@ def test_other_routes_do_not_count(path: str) -> None:
 
 def test_a_preflight_does_not_count() -> None:
     assert _statuses("OPTIONS", "/transcribe", "POST", "/transcribe") == [200, 200, 200]
+
+
+def test_a_websocket_counts() -> None:
+    opened, answered = [], []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        opened.append(scope["path"])
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        answered.append(message.get("status"))
+
+    access = Access(app, (), rate_limit_per_minute=10 * BURST, check_room=lambda: None)
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "client": ("192.0.2.1", 1)}
+    scope["extensions"] = {"websocket.http.response": {}}
+    for _ in range(BURST + 1):
+        asyncio.run(access(dict(scope), receive, send))
+    assert len(opened) == BURST
+    assert answered[0] == 429
 
 
 def _statuses(first: str, first_path: str, last: str, last_path: str) -> list[int]:

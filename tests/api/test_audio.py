@@ -394,18 +394,28 @@ def test_a_time_stamp_beyond_the_longest_file_is_not_believed() -> None:
     assert decode(data, sample_rate_hz=RATE_HZ).duration_s == pytest.approx(101.0, abs=0.05)
 
 
+def stamped(blocks: list[Block], max_audio_s: float) -> AudioReader:
+    """Of a source whose blocks bear these times."""
+    reader = AudioReader(io.BytesIO(wav(tone(440, RATE_HZ))), sample_rate_hz=RATE_HZ, max_audio_s=max_audio_s)
+    reader._source.close()
+    reader._source = SimpleNamespace(blocks=lambda: blocks, warnings=[], close=lambda: None)  # type: ignore[assignment]
+    return reader
+
+
 def test_a_rounded_time_stamp_at_the_end_of_the_longest_file_is_no_jump() -> None:
-    with AudioReader(io.BytesIO(wav(tone(440, RATE_HZ))), sample_rate_hz=RATE_HZ, max_audio_s=1.0) as reader:
-        reader._source = SimpleNamespace(  # type: ignore[assignment]
-            blocks=lambda: [
-                Block(np.zeros((15_840, 1), np.float32), RATE_HZ, 0.0),
-                Block(np.zeros((80, 1), np.float32), RATE_HZ, 1.002),
-            ],
-            warnings=[],
-            close=lambda: None,
-        )
+    first = Block(np.zeros((15_840, 1), np.float32), RATE_HZ, 0.0)
+    with stamped([first, Block(np.zeros((80, 1), np.float32), RATE_HZ, 1.002)], 1.0) as reader:
         assert sum(map(len, reader)) == 15_920
         assert reader.warnings == ()
+
+
+@pytest.mark.parametrize(("gap_s", "silence"), [(0.04, 0), (0.1, 1600)])
+def test_short_gaps_are_silence_and_shorter_ones_are_rounding(gap_s: float, silence: int) -> None:
+    second = np.ones((RATE_HZ, 1), np.float32)
+    with stamped([Block(second, RATE_HZ, 0.0), Block(second, RATE_HZ, 1.0 + gap_s)], 60.0) as reader:
+        samples = np.concatenate(list(reader))
+    assert len(samples) == 2 * RATE_HZ + silence
+    assert np.count_nonzero(samples[RATE_HZ : RATE_HZ + silence]) == 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import sys
 import threading
@@ -242,6 +243,14 @@ async def test_room_that_is_kept_comes_back() -> None:
             h.admission.enter("too late")
         h.engine.gate.set()
         await running
+
+
+async def test_as_much_room_is_kept_as_others_brought() -> None:
+    async with house(limit_s=100.0) as h:
+        for _ in range(100):
+            h.admission.check(30.0, deadline_s=math.inf)
+        h.admission.enter("next")
+        assert h.admission.claimed_audio_s == pytest.approx(30.0, abs=0.5)
 
 
 async def test_who_is_slower_than_its_room_is_kept_is_a_newcomer_again() -> None:
@@ -510,6 +519,24 @@ async def test_stalled_means_work_without_progress() -> None:
         await asyncio.to_thread(pool.close)
 
 
+async def test_a_quiet_hour_is_no_slow_hour() -> None:
+    now = 1000.0
+    engine, telemetry = EchoEngine(), Telemetry()
+    pool = WorkerPool(1, telemetry, rate=50.0, clock=lambda: now)
+    batcher = Batcher(engine, Admission(100.0, pool, clock=lambda: now), telemetry, clock=lambda: now)
+    engine.gate.set()
+    pool.start()
+    try:
+        for _ in range(2):
+            await batcher.submit(np.ones(500, np.float32), first_value, deadline_s=now + 1000)
+            while pool.busy:  # noqa: ASYNC110  a thread books its batch after it has delivered it
+                await asyncio.sleep(0.001)
+            now += 3600
+        assert pool.drain_rate.per_s == 50.0
+    finally:
+        await asyncio.to_thread(pool.close)
+
+
 async def test_draining_refuses_newcomers_and_finishes_what_was_accepted() -> None:
     async with house(limit_s=2.0) as h:
         running = await h.blocked()
@@ -576,6 +603,23 @@ async def test_waiting_for_room_ends_with_the_deadline_or_the_caller() -> None:
         h.engine.gate.set()
         await asyncio.gather(running, queued, stays)
         assert h.engine.batches == [[-1.0], [0.0], [3.0]]
+
+
+async def test_who_stops_waiting_for_room_makes_way_for_the_next() -> None:
+    async with house(limit_s=10.0) as h:
+        running = await h.blocked()
+        queued = h.submit(0, 5.0)
+        await asyncio.sleep(0)
+        long, short = h.submit(1, 9.0, wait=True), h.submit(2, 5.0, wait=True)
+        await asyncio.sleep(0)
+        assert h.pool.waiting == 1
+        long.cancel()
+        await settle(long)
+        for _ in range(5):  # turns of the loop; nothing leaves the queue meanwhile
+            await asyncio.sleep(0)
+        assert h.pool.waiting == 2
+        h.engine.gate.set()
+        await asyncio.gather(running, queued, short)
 
 
 async def test_a_short_clip_does_not_wait_behind_a_long_file() -> None:

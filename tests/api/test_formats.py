@@ -97,7 +97,7 @@ class TestSegments:
             VOCABULARY,
             frame_stride_s=0.02,
             window_start_s=options.get("start_s", 0.0),
-            window_s=len(ids) * 0.02,
+            window_s=options.get("window_s", len(ids) * 0.02),
         )
 
     def test_one_utterance_is_one_segment(self) -> None:
@@ -119,6 +119,11 @@ class TestSegments:
         assert [segment.text for segment in segments] == ["ab", "c a", "b"]
         assert sum(segment.token_frames for segment in segments) == 8
         assert "".join(token.unit for segment in segments for token in segment.tokens) == "ab c a b"
+
+    def test_times_do_not_leave_the_window(self) -> None:
+        """The last frame may reach beyond the end of the audio."""
+        (segment,) = self.decode("__aa", start_s=10.0, window_s=0.07)
+        assert segment.end_s == segment.words[-1].end_s == pytest.approx(10.07)
 
     def test_from_ten_seconds_on_a_shorter_pause_ends_a_segment(self) -> None:
         pauses_of_420_ms = self.decode("a" + ("." + "_" * 20 + "a") * 25)
@@ -144,6 +149,11 @@ class TestSegments:
     def test_no_speech_prob_is_the_product_of_the_blanks(self) -> None:
         (segment,) = self.decode("___a__")
         assert segment.no_speech_prob == pytest.approx(0.9**5 * 0.025, rel=1e-4)
+
+    def test_a_pause_belongs_to_the_segments_around_it_by_halves(self) -> None:
+        first, second = self.decode("ab." + "_" * 50 + "c")
+        assert first.no_speech_prob == pytest.approx(0.025**3 * 0.9**25, rel=1e-4)
+        assert second.no_speech_prob == pytest.approx(0.9**25 * 0.025, rel=1e-4)
 
     def test_only_blanks_give_no_segment(self) -> None:
         assert self.decode("_" * 20) == []

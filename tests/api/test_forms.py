@@ -343,6 +343,15 @@ class TestMultipart:
         with pytest.raises(error):
             await read(request_of(chunks), limits(tmp_path))
 
+    async def test_fields_are_limited_each_and_together(self, tmp_path: Path) -> None:
+        given, longest = limits(tmp_path, body_bytes=10_000_000), part("x", b"x" * 65536)
+        form = await read(request_of([*[longest] * 16, END]), given)
+        assert [len(value) for _, value in form.fields] == [65536] * 16
+        with pytest.raises(InvalidRequestError, match=r"^A field is longer than 65536 bytes\.$"):
+            await read(request_of([part("x", b"x" * 65537), END]), given)
+        with pytest.raises(InvalidRequestError, match=r"^The fields together are longer than 1048576 bytes"):
+            await read(request_of([*[longest] * 16, part("y", b"y"), END]), given)
+
     @pytest.mark.parametrize(
         ("headers", "error"),
         [
@@ -444,3 +453,11 @@ class TestRateLimiter:
             limiter.take(str(index), float(index))
         assert len(limiter._buckets) == 10_000
         limiter.take("19999", 0.0)
+
+    def test_a_caller_beyond_the_most_that_are_remembered_is_limited_too(self) -> None:
+        limiter = RateLimiter(60)
+        for index in range(10_000):
+            limiter.take(str(index), float(index))
+        for _ in range(6):
+            limiter.take("alice", 10_000.0)
+        assert self._refusal_s(limiter, 10_000.0) == pytest.approx(1.0)

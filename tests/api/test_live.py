@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from numpy.typing import NDArray
 from api.errors import ClientError, InvalidRequestError, InvalidValueError
 from api.live.pcm import PcmInput, check_rate
 from api.live.realtime_session import Session, updated
-from api.live.recogniser import AGREE_S, AGREE_SHARE, StableWords
+from api.live.recogniser import AGREE_S, AGREE_SHARE, Recogniser, StableWords
 from api.live.utterances import Began, Ended, Happening, Piece, Utterances
+from api.segmenter import Window
+from api.telemetry import Telemetry
+from api.transcriber import Options, Transcriber
 from api.vad import VadOptions
 
 RATE_HZ = 16_000
@@ -259,6 +264,32 @@ def test_a_word_is_told_once_looks_agree_on_it_for_long_enough() -> None:
     assert told == ["", "", "he", " has", "", ""]
     assert words.finish("he has been there") == " been there"
     assert words.finish("she") == ""
+
+
+class TestLooks:
+    """When another look at what was said so far is worth it."""
+
+    def test_only_while_nobody_waits(self) -> None:
+        model = SimpleNamespace(batcher=SimpleNamespace(is_quiet=True))
+        recogniser = recogniser_of(model)
+        assert [recogniser.wants_look(heard_s) for heard_s in (0.0, 5.0)] == [False, True]
+        model.batcher.is_quiet = False
+        assert not recogniser.wants_look(5.0)
+
+    async def test_after_a_piece_they_begin_anew(self) -> None:
+        model = SimpleNamespace(batcher=SimpleNamespace(is_quiet=True))
+        recogniser = recogniser_of(model)
+        await recogniser.look(Window(0, np.zeros(20 * RATE_HZ, np.float32)))
+        assert not recogniser.wants_look(0.5)
+        await recogniser.add(Window(0, np.zeros(22 * RATE_HZ, np.float32)))
+        assert recogniser.wants_look(0.5)
+
+
+def recogniser_of(model: SimpleNamespace) -> Recogniser:
+    """Of a model that is asked nothing, as what it is given is silent."""
+    model.bundle = SimpleNamespace(manifest=SimpleNamespace(sample_rate_hz=RATE_HZ))
+    transcriber = cast(Transcriber, SimpleNamespace(model=model))
+    return Recogniser(transcriber, Options(), None, Telemetry(), timeout_s=5.0)
 
 
 # -- the session

@@ -101,6 +101,10 @@ def test_what_cannot_be_speech_gives_no_window(samples: NDArray[np.float32]) -> 
     assert cut(samples) == []
 
 
+def test_a_short_steady_vowel_is_kept() -> None:
+    assert may_be_speech((0.3 * np.sin(np.arange(0.4 * RATE_HZ) * 0.1)).astype(np.float32), RATE_HZ)
+
+
 def test_a_quiet_word_in_long_silence_is_kept() -> None:
     samples = noise(3.5, 0.0003)
     samples[20_000:24_000] += 0.01 * noise(0.25, 1.0, 5)
@@ -146,6 +150,13 @@ class TestServerVad:
         short = cut(samples, vad=VadOptions(prefix_padding_ms=0))[0].start_sample
         long = cut(samples, vad=VadOptions(prefix_padding_ms=1000))[0].start_sample
         assert short - long == RATE_HZ
+
+    def test_the_end_of_a_short_pause_is_kept_before_the_next_speech(self) -> None:
+        """Most of the padding had come before the pause was long enough."""
+        samples = np.concatenate([noise(1.0, 0.001, 9), bursts([0.6])])
+        vad = VadOptions(prefix_padding_ms=300, silence_duration_ms=500)
+        _, second = cut(samples, vad=vad)
+        assert second.start_sample / RATE_HZ == pytest.approx(1.0 + 0.7 + 0.6 - 0.3, abs=0.05)
 
     def test_threshold_decides_what_is_speech(self) -> None:
         floor = noise(8.0, 0.01, 9)

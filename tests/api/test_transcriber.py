@@ -183,13 +183,33 @@ async def test_leaving_early_drops_the_work(service: Service, monkeypatch: pytes
     recording = io.BytesIO(wav(recite(["abc"] * 200, 0.5)))
     begun, may_end = held_engine(service, monkeypatch)
     task = asyncio.create_task(service.transcriber("").transcribe(recording, Options(beam=64)))
-    assert await asyncio.to_thread(begun.wait, 60)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    may_end.set()
+    try:
+        assert await asyncio.to_thread(begun.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(5):  # far less than the engine is held
+                await task
+    finally:
+        may_end.set()
     assert service.summary()["queue"]["waiting"] == 0
     assert recording.closed, "a thread may still read it"
+
+
+async def test_a_second_cancellation_closes_the_file_too(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording = io.BytesIO(wav(recite(["abc"] * 200, 0.5)))
+    begun, may_end = held_engine(service, monkeypatch)
+    task = asyncio.create_task(service.transcriber("").transcribe(recording, Options(beam=64)))
+    try:
+        assert await asyncio.to_thread(begun.wait, 60)
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+    finally:
+        may_end.set()
+    assert task.cancelled()
+    assert recording.closed
 
 
 async def test_a_short_plain_wav_wakes_no_thread(service: Service) -> None:
