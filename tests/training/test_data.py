@@ -20,7 +20,7 @@ from training.data import importers
 from training.data.audio import UndecodableAudioError, load_waveform
 from training.data.manifest import Utterance, read_manifest, write_manifest
 from training.data.sampler import DurationBatchSampler
-from training.data.split import speaker_of, split_by_speaker
+from training.data.split import little_to_train_on, speaker_of, split_by_speaker
 from training.data.synthetic import make_corpus
 from training.data.validate import Limits, validate
 from training.errors import DataError, EmptyManifestError, ManifestError, SplitError
@@ -471,6 +471,29 @@ def test_fractions_are_met_where_speakers_allow() -> None:
     split = split_by_speaker(rows_of(*[10] * 50))
     assert [len(part) for part in split.parts().values()] == [400, 50, 50]
     assert split_by_speaker(rows_of(*[10] * 50), seed=1).test != split.test
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("counts", [(36, 3, 3, 3), (90, 1, 1), (100, 9, 8, 7, 6, 5, 4)])
+def test_a_speaker_of_most_recordings_is_trained_on(counts: tuple[int, ...], seed: int) -> None:
+    split = split_by_speaker(rows_of(*counts), seed=seed)
+    assert all(split.parts().values())
+    assert "s0" in {row.speaker for row in split.train}
+    assert not little_to_train_on(split, (0.8, 0.1, 0.1))
+
+
+def test_speakers_that_are_all_large_stay_in_their_order() -> None:
+    tested = {split_by_speaker(rows_of(10, 11, 12, 13), seed=seed).test[0].speaker for seed in range(20)}
+    assert tested == {"s0", "s1", "s2", "s3"}
+
+
+def test_little_to_train_on_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_manifest(tmp_path / "manifest.jsonl", rows_of(20, 20, 20))
+    assert command.main(["split", str(manifest), "--out", str(tmp_path)]) == 0
+    assert "warning: train has 33% of the data, fractions ask for 80%" in capsys.readouterr().err
+    manifest = write_manifest(tmp_path / "manifest.jsonl", rows_of(*[2] * 30))
+    assert command.main(["split", str(manifest), "--out", str(tmp_path)]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_one_utterance_cannot_be_split() -> None:
