@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -182,6 +183,38 @@ def test_the_last_state_is_that_of_the_last_epoch_also_where_nothing_gets_better
     steps = Steps()
     run(rows, tmp_path, settings(epochs=5, learning_rate=1e-9, keep=1), (steps,))
     assert {epoch for epoch, _ in steps.batches} == {4}, "as after a kill, which leaves no other state"
+
+
+def test_a_run_folder_that_moved_keeps_its_best_states(rows: list[Utterance], tmp_path: Path) -> None:
+    heard = [2, 6, 4, 3, 1]
+    train_told(rows, tmp_path / "old", [1.0] * 5, heard, epochs=3, keep=2)
+    shutil.copytree(tmp_path / "old", tmp_path / "copy")
+    (tmp_path / "old").rename(tmp_path / "new")
+    for name in ("copy", "new"):
+        best = train_told(rows, tmp_path / name, [1.0] * 5, heard, keep=2)
+        assert best.parent == tmp_path / name / "checkpoints"
+        assert best.name.startswith("best-epoch=001")
+    kept = sorted(path.name[:14] for path in (tmp_path / "new" / "checkpoints").glob("best-*"))
+    assert kept == ["best-epoch=001", "best-epoch=002"]
+
+
+def test_best_states_that_were_not_copied_are_forgotten(rows: list[Utterance], tmp_path: Path) -> None:
+    heard = [2, 6, 4, 3, 1]
+    train_told(rows, tmp_path, [1.0] * 5, heard, epochs=3, keep=2)
+    (gone,) = (tmp_path / "checkpoints").glob("best-epoch=001*")
+    gone.unlink()
+    best = train_told(rows, tmp_path, [1.0] * 5, heard, keep=2)
+    assert best.name.startswith("best-epoch=002")
+
+
+def test_the_state_of_an_interruption_goes_with_the_epoch_after_it(
+    rows: list[Utterance], tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="the power went out"):
+        run(rows, tmp_path, settings(epochs=2), (StopAt(1),))
+    assert (tmp_path / "checkpoints" / "interrupted.ckpt").is_file()
+    run(rows, tmp_path, settings(epochs=2))
+    assert not (tmp_path / "checkpoints" / "interrupted.ckpt").exists()
 
 
 @pytest.mark.parametrize(("reason", "status"), [(SIGTERMException, 143), (KeyboardInterrupt, 130)])
@@ -363,14 +396,21 @@ class Told(CtcModule):
         self._heard.append(Said(" ".join(words), " ".join(kept)))
 
 
+def train_told(
+    rows: list[Utterance], folder: Path, losses: list[float], heard: list[int], **changes: Any
+) -> Path:
+    """The best state of a run of as many epochs as there are losses."""
+    chosen = settings(**{"epochs": len(losses), "learning_rate": 1e-9, **changes})
+    dataset = UtteranceDataset(rows, CODEC.encode)
+    loaders = [make_loader(dataset, chosen, training=training) for training in (True, False)]
+    return fit(Told(chosen, losses, heard), *loaders, chosen, RunFolder(folder))
+
+
 def epochs_of(
     rows: list[Utterance], folder: Path, losses: list[float], heard: list[int], epochs: int | None = None
 ) -> int:
     """How many a run with a patience of two trains, of as many as there are losses."""
-    chosen = settings(epochs=epochs or len(losses), early_stopping=2, learning_rate=1e-9)
-    dataset = UtteranceDataset(rows, CODEC.encode)
-    loaders = [make_loader(dataset, chosen, training=training) for training in (True, False)]
-    fit(Told(chosen, losses, heard), *loaders, chosen, RunFolder(folder))
+    train_told(rows, folder, losses, heard, epochs=epochs or len(losses), early_stopping=2)
     return len(read_metrics(folder / "metrics.csv"))
 
 
