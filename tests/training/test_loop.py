@@ -26,12 +26,13 @@ from training.data.importers import from_folder
 from training.data.manifest import Utterance
 from training.data.synthetic import make_corpus
 from training.data.validate import validate
-from training.errors import ConfigError, DiskFullError, EmptyManifestError, OutOfMemoryError
+from training.errors import ConfigError, DiskFullError, DivergedError, EmptyManifestError, OutOfMemoryError
 from training.evaluate import ErrorRates
 from training.evaluate import Utterance as Said
 from training.files import written_whole
 from training.frontend import FrontendConfig, LogMel
 from training.loop.dataset import UtteranceDataset, collate, make_loader
+from training.loop.divergence import StopWhereDiverged
 from training.loop.fit import choose_device, fit, is_out_of_memory
 from training.loop.module import CtcModule, parameter_groups, rank, warmup_cosine
 from training.loop.run_folder import RunFolder, append_metrics, open_run, read_metrics
@@ -327,6 +328,52 @@ def test_out_of_memory_says_what_to_change_and_keeps_the_state(rows: list[Uttera
 def no_room_for(path: Path) -> None:
     """The next file that would become `path` meets a full disk."""
     path.with_name(f".{path.name}.partial").symlink_to("/dev/full")
+
+
+def test_a_training_that_diverges_ends_and_leaves_the_state_before(
+    rows: list[Utterance], tmp_path: Path
+) -> None:
+    run(rows, tmp_path, settings(epochs=1))
+    with pytest.raises(
+        DivergedError,
+        match=r"loss is .*training\.learning_rate \(now 1e\+30\) or training\.gradient_clip \(now 1; .*"
+        r"training\.precision \(now float32, .*goes on from .*last\.ckpt",
+    ):
+        run(rows, tmp_path, settings(epochs=3, learning_rate=1e30, precision="float32"))
+    assert RunFolder(tmp_path).resume_from() == tmp_path / "checkpoints" / "last.ckpt"
+    steps = Steps()
+    run(rows, tmp_path, settings(epochs=2), (steps,))
+    assert {epoch for epoch, _ in steps.batches} == {1}
+
+
+def test_only_losses_in_a_row_end_a_training(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(current_epoch=0, global_step=0, precision="16-mixed")
+    watch = StopWhereDiverged(settings(), RunFolder(tmp_path))
+
+    def see(*losses: float) -> None:
+        for loss in losses:
+            watch.on_train_batch_end(trainer, Any, {"loss": torch.tensor(loss)}, None, 0)
+
+    see(*[float("nan")] * 9, 1.0, *[float("inf")] * 9, 1.0)
+    with pytest.raises(DivergedError, match="the training loss is not finite, 10 batches in a row"):
+        see(*[float("inf")] * 10)
+
+
+def test_an_epoch_without_a_finite_loss_is_never_the_best(rows: list[Utterance], tmp_path: Path) -> None:
+    class Overflows(CtcModule):
+        """In the second epoch, which hears every word."""
+
+        def loss_and_texts(self, batch: Any, *, decode: bool) -> tuple[Tensor, list[str]]:
+            loss, _ = super().loss_and_texts(batch, decode=False)
+            if self.current_epoch == 1 and decode:
+                return loss * float("inf"), list(batch["texts"])
+            return loss, [""] * len(batch["texts"])
+
+    chosen = settings(epochs=3)
+    dataset = UtteranceDataset(rows, CODEC.encode)
+    loaders = [make_loader(dataset, chosen, training=training) for training in (True, False)]
+    best = fit(Overflows(Small(), CODEC, chosen), *loaders, chosen, RunFolder(tmp_path))
+    assert best.name.startswith("best-epoch=000")
 
 
 def test_a_full_disk_is_said_with_the_file_and_loses_no_state(

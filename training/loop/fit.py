@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from training.errors import ConfigError, DiskFullError, EmptyManifestError, OutOfMemoryError
 from training.files import full_disk, is_full_disk
+from training.loop.divergence import StopWhereDiverged
 from training.loop.module import SpeechModule
 from training.loop.plots import plot_history
 from training.loop.run_folder import RunFolder, append_metrics, read_metrics
@@ -134,8 +135,8 @@ def fit(
     """Train until the epochs are used up or validation stops improving; returns the best checkpoint.
 
     A run that was interrupted goes on from its last state. Raises OutOfMemoryError with the state saved,
-    DiskFullError, EmptyManifestError for an empty part, ConfigError where more epochs are done than asked
-    for, SystemExit with a status that is not 0 where the job was ended.
+    DivergedError, DiskFullError, EmptyManifestError for an empty part, ConfigError where more epochs are done
+    than asked for, SystemExit with a status that is not 0 where the job was ended.
     """
     for name, loader in (("training", training), ("validation", validation)):
         if len(loader) == 0:
@@ -158,6 +159,7 @@ def fit(
         Records(folder),
         Resume(training, settings.epochs),
         SaveOnInterruption(folder),
+        StopWhereDiverged(settings, folder),
         Progress(),
         *callbacks,
     ]

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from training.data.sampler import DurationBatchSampler
-from training.errors import ConfigError, DiskFullError
+from training.errors import ConfigError, DiskFullError, DivergedError
 from training.loop.run_folder import RunFolder
 
 
@@ -91,8 +91,8 @@ class SaveOnInterruption(Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Save, whatever the reason was, where there is room; the reason is what is told."""
-        if trainer.global_step == 0:
+        """Save, where there is room; the reason is what is told. A network that diverged is not worth it."""
+        if trainer.global_step == 0 or isinstance(exception, DivergedError):
             return
         try:
             trainer.save_checkpoint(self.path)
