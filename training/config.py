@@ -40,7 +40,9 @@ class DataSettings(Section):
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     min_duration_s: float = Field(default=0.3, ge=0)
     max_duration_s: float = Field(default=20.0, gt=0)
-    limit: int | None = Field(default=None, ge=1, description="First utterances only, for a sample run.")
+    limit: int | None = Field(
+        default=None, ge=1, description="At most so many utterances of a manifest, spread over it."
+    )
     seed: int = 0
 
 

@@ -245,6 +245,17 @@ def test_mended_data_goes_on_in_the_same_run(corpus: Callable[[str], Path], tmp_
     assert run(config, tmp_path / "run", "prepare") == 0
 
 
+def test_a_sample_has_the_speakers_of_the_whole_manifest(
+    corpus: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = sorted(read_manifest(corpus("ru")), key=lambda row: row.speaker)
+    config = tiny_config(tmp_path, write_manifest(tmp_path / "manifest.jsonl", rows))
+    parts = prepare(QuartzNetRecipe(load_config(config, ["data.limit=8"])), RunFolder(tmp_path / "run"))
+    sampled = [row for part in parts.values() for row in part]
+    assert len(sampled) == 8
+    assert len({row.speaker for row in sampled}) == 6
+
+
 def test_a_corrected_manifest_is_prepared_again_until_something_was_learned(
     corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from api.bundle import sha256_of
 from training.config import DataSettings
-from training.data.manifest import Utterance, read_manifest, write_manifest
+from training.data.manifest import Utterance, read_manifest, spread, write_manifest
 from training.data.split import Split, little_to_train_on, speaker_of, split_by_speaker
 from training.data.validate import Limits, validate
 from training.errors import SplitError
@@ -80,7 +80,7 @@ def _validated(
     settings = recipe.config.data
     rows = read_manifest(manifest)
     if settings.limit is not None:
-        rows = rows[: settings.limit]
+        rows = spread(rows, settings.limit)  # manifests are often in the order of their speakers
     facts = recipe.facts()
     kept, report = validate(
         rows,
