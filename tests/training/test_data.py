@@ -211,6 +211,19 @@ def test_hugging_face_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         importers.from_hugging_face("parquet", tmp_path / "audio", data_files=options["data_files"])
 
 
+def test_hugging_face_speakers_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    recording = tone(tmp_path / "0.flac", 0.5).read_bytes()
+    audio = [{"bytes": recording, "path": "0.flac"}] * 3
+    columns = {"audio": audio, "text": ["bir"] * 3, "who": [0, None, 2]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
+    rows = importers.from_hugging_face(
+        "parquet", tmp_path / "audio", speaker_column="who", data_files=str(tmp_path / "rows.parquet")
+    )
+    assert [row.speaker for row in rows] == ["0", "", "2"]
+
+
 def test_a_second_hugging_face_import_has_recordings_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

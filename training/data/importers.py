@@ -149,7 +149,8 @@ def from_hugging_face(
     entries = stream if limit is None else stream.take(limit)
     for index, entry in enumerate(tqdm(entries, desc=f"import {dataset}", unit="clip", total=limit)):
         audio = _store(entry[audio_column], out, index)
-        speaker = str(entry[speaker_column]) if speaker_column else ""
+        known = entry[speaker_column] if speaker_column else None
+        speaker = "" if known is None else str(known).strip()
         text = str(entry[text_column] or "").strip()
         rows.append(
             Utterance(audio, text, speaker=speaker, language=language, source=dataset, licence=licence)
