@@ -114,6 +114,20 @@ def test_common_voice_tsv(tmp_path: Path) -> None:
     assert row == Utterance(tmp_path / "clips" / "a.wav", 'O "evet" dedi.', speaker="abc", language="tr")
 
 
+def test_a_table_whose_paths_name_the_clips_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tone(tmp_path / "clips" / "b.wav")
+    table = tmp_path / "validated.tsv"
+    table.write_text("path\tsentence\nclips/a.wav\tbir\nclips/b.wav\tiki\n", encoding="utf-8")
+    rows = importers.from_table(table)
+    assert [row.audio for row in rows] == [tmp_path / "clips" / name for name in ("a.wav", "b.wav")]
+    given = ["import", "table", str(table), "--out", str(tmp_path / "manifest.jsonl")]
+    assert command.main(given) == 0
+    said = capsys.readouterr().out
+    assert f"2 utterances, 1 without their recording (the first: {tmp_path / 'clips' / 'a.wav'}) -> " in said
+
+
 def test_csv_with_other_names(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text('file,transcript,speaker\nx.wav,"yes, no",7\n', encoding="utf-8")

@@ -43,7 +43,9 @@ def _import(given: argparse.Namespace) -> None:
     rows = [
         replace(row, **{name: getattr(row, name) or value for name, value in labels.items()}) for row in rows
     ]
-    print(f"{len(rows)} utterances -> {write_manifest(given.out, rows)}")
+    missing = [row.audio for row in rows if not row.audio.is_file()]
+    gone = f", {len(missing)} without their recording (the first: {missing[0]})" if missing else ""
+    print(f"{len(rows)} utterances{gone} -> {write_manifest(given.out, rows)}")
 
 
 def _validate(given: argparse.Namespace) -> None:
