@@ -121,10 +121,11 @@ def check(model: type[Checked], values: Any, where: str) -> Checked:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [
-            f"{where}: {'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
-            for problem in error.errors()
-        ]
+        lines = []
+        for problem in error.errors():
+            field, value = ".".join(str(part) for part in problem["loc"]) or "value", problem["input"]
+            known = f", not {value}" if "ctx" in problem and type(value) in (int, float) else ""
+            lines.append(f"{where}: {field}: {problem['msg']}{known}")
         raise ConfigError("\n".join(lines)) from None
 
 

@@ -118,6 +118,21 @@ def test_defaults_of_the_published_recipes() -> None:
         ("- 1", "expected sections"),
         ("name: a b", "name: String should match"),
         (TINY + "extra: 1\n", "extra: Extra inputs"),
+        *(
+            (TINY + f"augment: {{{section}: {{{field}}}}}\n", rf"augment\.{section}\.{problem}")
+            for section, field, problem in (
+                ("waveform", "speeds: [0]", r"speeds\.0: .* greater than or equal to 0\.25, not 0"),
+                ("waveform", "speeds: [1, -1]", r"speeds\.1: .* 0\.25, not -1"),
+                ("waveform", "noise_probability: 50", "noise_probability: .* equal to 1, not 50"),
+                ("waveform", "reverberation_probability: .nan", "reverberation_probability"),
+                ("waveform", "reverberation_s: [0, 0]", r"reverberation_s\.0: .* greater than 0, not 0"),
+                ("waveform", "noise_snr_db: [25, 5]", r"noise_snr_db: .*\[25\.0, 5\.0\]"),
+                ("features", "time_share: 5", "time_share: .* less than or equal to 1, not 5"),
+                ("features", "time_masks: -2", "time_masks: .* greater than or equal to 0, not -2"),
+                ("features", "frequency_masks: -2", "frequency_masks: .* or equal to 0, not -2"),
+                ("features", "frequency_width: -1", "frequency_width: .* or equal to 0, not -1"),
+            )
+        ),
         (TINY.replace("epochs: 1", "epochs: 0"), r"training\.epochs"),
         (TINY.replace("manifest: MANIFEST", "train: a"), "give either `manifest`, or all of"),
     ],
