@@ -278,6 +278,39 @@ def test_a_resumed_epoch_has_the_batches_that_it_would_have_had(
     assert third.batches == [(epoch, texts) for epoch, texts in whole.batches if epoch == 1]
 
 
+@pytest.mark.parametrize(
+    ("hook", "accumulation", "index", "applied"),
+    [("on_train_batch_start", 2, 3, 2), ("on_train_batch_end", 2, 2, 2), ("on_train_batch_end", 3, 1, 0)],
+)
+def test_batches_whose_gradient_was_lost_come_again(
+    rows: list[Utterance], tmp_path: Path, hook: str, accumulation: int, index: int, applied: int
+) -> None:
+    class Stop(lightning.Callback):
+        """In the second epoch, after so many batches that one or two are in no step yet."""
+
+        def on_train_batch_start(self, trainer: Any, _module: Any, _batch: Any, batch: int) -> None:
+            self.stop("on_train_batch_start", trainer.current_epoch, batch)
+
+        def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+            self.stop("on_train_batch_end", trainer.current_epoch, rest[-1])
+
+        def stop(self, *place: Any) -> None:
+            if place == (hook, 1, index):
+                raise RuntimeError("the power went out")
+
+    chosen = settings(epochs=2, max_batch_s=6.0, accumulation=accumulation)
+    whole, second = Steps(), Steps()
+    run(rows, tmp_path / "whole", chosen, (whole,))
+    with pytest.raises(RuntimeError, match="the power went out"):
+        run(rows, tmp_path / "parts", chosen, (Stop(),))
+    run(rows, tmp_path / "parts", chosen, (second,))
+    start = len(whole.seen) // 2 + applied
+    assert second.batches == whole.batches[start:]
+    assert second.seen == whole.seen[start:]
+    once, twice = (torch.load(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("whole", "parts"))
+    assert all(torch.equal(value, twice["state_dict"][name]) for name, value in once["state_dict"].items())
+
+
 def test_every_epoch_is_validated(tmp_path: Path) -> None:
     make_corpus(tmp_path / "audio", "en", utterances=40, speakers=4, synthesiser="tones")
     kept, _ = validate(from_folder(tmp_path / "audio"), normalise=normaliser("en"), outside=CODEC.outside)

@@ -9,11 +9,15 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from training.data.sampler import DurationBatchSampler
 from training.errors import ConfigError, DiskFullError, DivergedError
 from training.loop.run_folder import RunFolder
+
+APPLIED = "applied_batches"
+"""Key of a state: how many batches of its epoch are in the weights."""
 
 
 class Checkpoints(ModelCheckpoint):
@@ -48,11 +52,35 @@ class Checkpoints(ModelCheckpoint):
 
 
 class Resume(Callback):
-    """Sends the sampler to where a stored state left it; Lightning alone starts with epoch 0's batches."""
+    """Sends the sampler to where a stored state left it; Lightning alone starts with epoch 0's batches.
+
+    Where that was between two optimiser steps, the gradients of the batches after the first of them are lost:
+    these batches come again.
+    """
 
     def __init__(self, loader: DataLoader[Any], epochs: int) -> None:
         self.sampler = loader.batch_sampler
         self.epochs = epochs
+        self.stepping: list[tuple[int, int, int]] = []
+        """Of the last two optimiser steps: epoch, how many of its batches are in the weights then, number."""
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note what the step is about to apply."""
+        step = trainer.current_epoch, trainer.fit_loop.batch_idx + 1, trainer.global_step + 1
+        self.stepping = [*self.stepping[-1:], step]
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """How many of the epoch's batches are in the weights."""
+        done = (batches for epoch, batches, step in self.stepping if self._is_done(trainer, epoch, step))
+        checkpoint[APPLIED] = max(done, default=0)
+
+    @staticmethod
+    def _is_done(trainer: lightning.Trainer, epoch: int, step: int) -> bool:
+        return epoch == trainer.current_epoch and step <= trainer.global_step
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -67,8 +95,22 @@ class Resume(Callback):
             )
         if not isinstance(self.sampler, DurationBatchSampler):
             return
-        between = epochs["processed"] == epochs["ready"]
-        self.sampler.go_on_from(epochs["processed"], 0 if between else batches["completed"])
+        if epochs["processed"] == epochs["ready"]:
+            self.sampler.go_on_from(epochs["processed"], 0)
+            return
+        applied = checkpoint.get(APPLIED, batches["completed"])  # older states do not say
+        if applied < batches["processed"]:
+            _set_back(loops["epoch_loop.batch_progress"], applied)
+        self.stepping = [(epochs["processed"], applied, checkpoint["global_step"])]
+        self.sampler.go_on_from(epochs["processed"], applied)
+
+
+def _set_back(progress: dict[str, Any], batches: int) -> None:
+    """Let Lightning's counters say that the batch after so many of the epoch had just begun."""
+    before = progress["total"]["completed"] - progress["current"]["completed"]
+    for name, earlier in (("total", before), ("current", 0)):
+        begun = dict.fromkeys(("ready", "started"), earlier + batches + 1)
+        progress[name] |= begun | dict.fromkeys(("processed", "completed"), earlier + batches)
 
 
 class SaveOnInterruption(Callback):
