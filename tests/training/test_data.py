@@ -383,6 +383,27 @@ def test_undecodable_and_missing(tmp_path: Path) -> None:
         load_waveform(tmp_path / "b.wav", 16_000)
 
 
+def mp3(path: Path, samples: np.ndarray, *, states_length: bool = True) -> Path:
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w", format="mp3", options={"write_xing": str(int(states_length))}) as container:
+        stream = container.add_stream("libmp3lame", rate=16_000, layout="mono")
+        stream.codec_context.qscale = True
+        stream.codec_context.global_quality = 2 * 118
+        frame = av.AudioFrame.from_ndarray(samples[None].astype(np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return path
+
+
+def test_an_mp3_that_does_not_state_its_length_is_read_to_its_end(tmp_path: Path) -> None:
+    """libsndfile takes it for as long as it would be if all of it had the first frame's rate."""
+    noise = 0.3 * np.random.default_rng(0).standard_normal(32_000)
+    samples = np.concatenate([noise, np.zeros(64_000)])
+    path = mp3(tmp_path / "a.mp3", samples, states_length=False)
+    assert abs(len(load_waveform(path, 16_000)) - 96_000) < 3_200
+
+
 # --- validation --------------------------------------------------------------------------------------
 
 
@@ -426,6 +447,38 @@ def test_validation_says_why(tmp_path: Path) -> None:
     assert stored["kept"] == 1
     assert stored["dropped"] == 8
     assert stored["reasons"]["silent"]["count"] == 1
+
+
+@pytest.mark.parametrize("form", ["wav", "mp3"])
+def test_a_truncated_recording_is_dropped(tmp_path: Path, form: str) -> None:
+    whole, cut = tmp_path / f"whole.{form}", tmp_path / f"cut.{form}"
+    noise = 0.3 * np.random.default_rng(0).standard_normal(64_000)
+    if form == "mp3":
+        mp3(whole, noise)
+    else:
+        soundfile.write(whole, noise, 16_000)
+    content = whole.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    rows = [
+        Utterance(whole, "a"),
+        Utterance(whole, "a", 1.0, 3.0),
+        Utterance(whole, "a", 9.0),
+        Utterance(cut, "a", 1.0),
+        Utterance(cut, "a"),
+        Utterance(cut, "a", 1.0, 1.5),
+    ]
+    kept, report = validate(rows, normalise=str.lower, outside=lambda _: [])
+    assert [row.audio for row in kept] == [whole, whole, whole, cut]
+    assert report.reasons == {"truncated": 2}
+
+
+def test_a_wave_file_from_a_pipe_is_not_truncated(tmp_path: Path) -> None:
+    content = bytearray(tone(tmp_path / "a.wav").read_bytes())
+    place = content.index(b"data") + 4
+    content[place : place + 4] = content[4:8] = b"\xff" * 4
+    (tmp_path / "a.wav").write_bytes(content)
+    kept, _ = validate([Utterance(tmp_path / "a.wav", "a")], normalise=str.lower, outside=lambda _: [])
+    assert [row.duration_s for row in kept] == [1.0]
 
 
 def test_validation_keeps_an_apostrophe_that_the_letters_have(tmp_path: Path) -> None:
