@@ -40,7 +40,9 @@ class DataSettings(Section):
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     min_duration_s: float = Field(default=0.3, ge=0)
     max_duration_s: float = Field(default=20.0, gt=0)
-    limit: int | None = Field(default=None, ge=1, description="First utterances only, for a sample run.")
+    limit: int | None = Field(
+        default=None, ge=1, description="At most so many utterances of a manifest, spread over it."
+    )
     seed: int = 0
 
 
@@ -119,10 +121,11 @@ def check(model: type[Checked], values: Any, where: str) -> Checked:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [
-            f"{where}: {'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
-            for problem in error.errors()
-        ]
+        lines = []
+        for problem in error.errors():
+            field, value = ".".join(str(part) for part in problem["loc"]) or "value", problem["input"]
+            known = f", not {value}" if "ctx" in problem and type(value) in (int, float) else ""
+            lines.append(f"{where}: {field}: {problem['msg']}{known}")
         raise ConfigError("\n".join(lines)) from None
 
 

@@ -7,6 +7,7 @@ TrainingError
 │   ├── EmptyManifestError  nothing is left to train on, with the reasons counted
 │   └── SplitError          too few speakers for the parts asked for
 ├── CheckpointError         a weights file is not what the recipe reads
+├── DivergedError           the loss is no finite number any more
 ├── OutOfMemoryError        the device's memory ran out; the state is saved
 ├── DiskFullError           a file was not written for want of room: path and space
 └── QualityGateError        an exported or quantized graph disagrees with the network
@@ -51,6 +52,10 @@ class SplitError(DataError):
 
 class CheckpointError(TrainingError):
     """A weights file is not one that the recipe knows."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no finite number any more; the state of the last whole epoch stays the newest."""
 
 
 class OutOfMemoryError(TrainingError):

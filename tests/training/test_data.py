@@ -20,7 +20,7 @@ from training.data import importers
 from training.data.audio import UndecodableAudioError, load_waveform
 from training.data.manifest import Utterance, read_manifest, write_manifest
 from training.data.sampler import DurationBatchSampler
-from training.data.split import speaker_of, split_by_speaker
+from training.data.split import little_to_train_on, speaker_of, split_by_speaker
 from training.data.synthetic import make_corpus
 from training.data.validate import Limits, validate
 from training.errors import DataError, EmptyManifestError, ManifestError, SplitError
@@ -112,6 +112,20 @@ def test_common_voice_tsv(tmp_path: Path) -> None:
     table.write_text('client_id\tpath\tsentence\tlocale\nabc\ta.wav\tO "evet" dedi.\ttr\n', encoding="utf-8")
     (row,) = importers.from_table(table)
     assert row == Utterance(tmp_path / "clips" / "a.wav", 'O "evet" dedi.', speaker="abc", language="tr")
+
+
+def test_a_table_whose_paths_name_the_clips_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tone(tmp_path / "clips" / "b.wav")
+    table = tmp_path / "validated.tsv"
+    table.write_text("path\tsentence\nclips/a.wav\tbir\nclips/b.wav\tiki\n", encoding="utf-8")
+    rows = importers.from_table(table)
+    assert [row.audio for row in rows] == [tmp_path / "clips" / name for name in ("a.wav", "b.wav")]
+    given = ["import", "table", str(table), "--out", str(tmp_path / "manifest.jsonl")]
+    assert command.main(given) == 0
+    said = capsys.readouterr().out
+    assert f"2 utterances, 1 without their recording (the first: {tmp_path / 'clips' / 'a.wav'}) -> " in said
 
 
 def test_csv_with_other_names(tmp_path: Path) -> None:
@@ -209,6 +223,19 @@ def test_hugging_face_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert again[0].audio.stat().st_mtime_ns == before, "a resumed import writes nothing twice"
     with pytest.raises(ManifestError, match="no column 'text'"):
         importers.from_hugging_face("parquet", tmp_path / "audio", data_files=options["data_files"])
+
+
+def test_hugging_face_speakers_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    recording = tone(tmp_path / "0.flac", 0.5).read_bytes()
+    audio = [{"bytes": recording, "path": "0.flac"}] * 3
+    columns = {"audio": audio, "text": ["bir"] * 3, "who": [0, None, 2]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
+    rows = importers.from_hugging_face(
+        "parquet", tmp_path / "audio", speaker_column="who", data_files=str(tmp_path / "rows.parquet")
+    )
+    assert [row.speaker for row in rows] == ["0", "", "2"]
 
 
 def test_a_second_hugging_face_import_has_recordings_of_its_own(
@@ -356,6 +383,27 @@ def test_undecodable_and_missing(tmp_path: Path) -> None:
         load_waveform(tmp_path / "b.wav", 16_000)
 
 
+def mp3(path: Path, samples: np.ndarray, *, states_length: bool = True) -> Path:
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w", format="mp3", options={"write_xing": str(int(states_length))}) as container:
+        stream = container.add_stream("libmp3lame", rate=16_000, layout="mono")
+        stream.codec_context.qscale = True
+        stream.codec_context.global_quality = 2 * 118
+        frame = av.AudioFrame.from_ndarray(samples[None].astype(np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return path
+
+
+def test_an_mp3_that_does_not_state_its_length_is_read_to_its_end(tmp_path: Path) -> None:
+    """libsndfile takes it for as long as it would be if all of it had the first frame's rate."""
+    noise = 0.3 * np.random.default_rng(0).standard_normal(32_000)
+    samples = np.concatenate([noise, np.zeros(64_000)])
+    path = mp3(tmp_path / "a.mp3", samples, states_length=False)
+    assert abs(len(load_waveform(path, 16_000)) - 96_000) < 3_200
+
+
 # --- validation --------------------------------------------------------------------------------------
 
 
@@ -399,6 +447,38 @@ def test_validation_says_why(tmp_path: Path) -> None:
     assert stored["kept"] == 1
     assert stored["dropped"] == 8
     assert stored["reasons"]["silent"]["count"] == 1
+
+
+@pytest.mark.parametrize("form", ["wav", "mp3"])
+def test_a_truncated_recording_is_dropped(tmp_path: Path, form: str) -> None:
+    whole, cut = tmp_path / f"whole.{form}", tmp_path / f"cut.{form}"
+    noise = 0.3 * np.random.default_rng(0).standard_normal(64_000)
+    if form == "mp3":
+        mp3(whole, noise)
+    else:
+        soundfile.write(whole, noise, 16_000)
+    content = whole.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    rows = [
+        Utterance(whole, "a"),
+        Utterance(whole, "a", 1.0, 3.0),
+        Utterance(whole, "a", 9.0),
+        Utterance(cut, "a", 1.0),
+        Utterance(cut, "a"),
+        Utterance(cut, "a", 1.0, 1.5),
+    ]
+    kept, report = validate(rows, normalise=str.lower, outside=lambda _: [])
+    assert [row.audio for row in kept] == [whole, whole, whole, cut]
+    assert report.reasons == {"truncated": 2}
+
+
+def test_a_wave_file_from_a_pipe_is_not_truncated(tmp_path: Path) -> None:
+    content = bytearray(tone(tmp_path / "a.wav").read_bytes())
+    place = content.index(b"data") + 4
+    content[place : place + 4] = content[4:8] = b"\xff" * 4
+    (tmp_path / "a.wav").write_bytes(content)
+    kept, _ = validate([Utterance(tmp_path / "a.wav", "a")], normalise=str.lower, outside=lambda _: [])
+    assert [row.duration_s for row in kept] == [1.0]
 
 
 def test_validation_keeps_an_apostrophe_that_the_letters_have(tmp_path: Path) -> None:
@@ -471,6 +551,29 @@ def test_fractions_are_met_where_speakers_allow() -> None:
     split = split_by_speaker(rows_of(*[10] * 50))
     assert [len(part) for part in split.parts().values()] == [400, 50, 50]
     assert split_by_speaker(rows_of(*[10] * 50), seed=1).test != split.test
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("counts", [(36, 3, 3, 3), (90, 1, 1), (100, 9, 8, 7, 6, 5, 4)])
+def test_a_speaker_of_most_recordings_is_trained_on(counts: tuple[int, ...], seed: int) -> None:
+    split = split_by_speaker(rows_of(*counts), seed=seed)
+    assert all(split.parts().values())
+    assert "s0" in {row.speaker for row in split.train}
+    assert not little_to_train_on(split, (0.8, 0.1, 0.1))
+
+
+def test_speakers_that_are_all_large_stay_in_their_order() -> None:
+    tested = {split_by_speaker(rows_of(10, 11, 12, 13), seed=seed).test[0].speaker for seed in range(20)}
+    assert tested == {"s0", "s1", "s2", "s3"}
+
+
+def test_little_to_train_on_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_manifest(tmp_path / "manifest.jsonl", rows_of(20, 20, 20))
+    assert command.main(["split", str(manifest), "--out", str(tmp_path)]) == 0
+    assert "warning: train has 33% of the data, fractions ask for 80%" in capsys.readouterr().err
+    manifest = write_manifest(tmp_path / "manifest.jsonl", rows_of(*[2] * 30))
+    assert command.main(["split", str(manifest), "--out", str(tmp_path)]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_one_utterance_cannot_be_split() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -25,12 +26,13 @@ from training.data.importers import from_folder
 from training.data.manifest import Utterance
 from training.data.synthetic import make_corpus
 from training.data.validate import validate
-from training.errors import ConfigError, DiskFullError, EmptyManifestError, OutOfMemoryError
+from training.errors import ConfigError, DiskFullError, DivergedError, EmptyManifestError, OutOfMemoryError
 from training.evaluate import ErrorRates
 from training.evaluate import Utterance as Said
 from training.files import written_whole
 from training.frontend import FrontendConfig, LogMel
 from training.loop.dataset import UtteranceDataset, collate, make_loader
+from training.loop.divergence import StopWhereDiverged
 from training.loop.fit import choose_device, fit, is_out_of_memory
 from training.loop.module import CtcModule, parameter_groups, rank, warmup_cosine
 from training.loop.run_folder import RunFolder, append_metrics, open_run, read_metrics
@@ -184,6 +186,38 @@ def test_the_last_state_is_that_of_the_last_epoch_also_where_nothing_gets_better
     assert {epoch for epoch, _ in steps.batches} == {4}, "as after a kill, which leaves no other state"
 
 
+def test_a_run_folder_that_moved_keeps_its_best_states(rows: list[Utterance], tmp_path: Path) -> None:
+    heard = [2, 6, 4, 3, 1]
+    train_told(rows, tmp_path / "old", [1.0] * 5, heard, epochs=3, keep=2)
+    shutil.copytree(tmp_path / "old", tmp_path / "copy")
+    (tmp_path / "old").rename(tmp_path / "new")
+    for name in ("copy", "new"):
+        best = train_told(rows, tmp_path / name, [1.0] * 5, heard, keep=2)
+        assert best.parent == tmp_path / name / "checkpoints"
+        assert best.name.startswith("best-epoch=001")
+    kept = sorted(path.name[:14] for path in (tmp_path / "new" / "checkpoints").glob("best-*"))
+    assert kept == ["best-epoch=001", "best-epoch=002"]
+
+
+def test_best_states_that_were_not_copied_are_forgotten(rows: list[Utterance], tmp_path: Path) -> None:
+    heard = [2, 6, 4, 3, 1]
+    train_told(rows, tmp_path, [1.0] * 5, heard, epochs=3, keep=2)
+    (gone,) = (tmp_path / "checkpoints").glob("best-epoch=001*")
+    gone.unlink()
+    best = train_told(rows, tmp_path, [1.0] * 5, heard, keep=2)
+    assert best.name.startswith("best-epoch=002")
+
+
+def test_the_state_of_an_interruption_goes_with_the_epoch_after_it(
+    rows: list[Utterance], tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="the power went out"):
+        run(rows, tmp_path, settings(epochs=2), (StopAt(1),))
+    assert (tmp_path / "checkpoints" / "interrupted.ckpt").is_file()
+    run(rows, tmp_path, settings(epochs=2))
+    assert not (tmp_path / "checkpoints" / "interrupted.ckpt").exists()
+
+
 @pytest.mark.parametrize(("reason", "status"), [(SIGTERMException, 143), (KeyboardInterrupt, 130)])
 def test_a_training_that_was_ended_does_not_look_finished(
     rows: list[Utterance],
@@ -244,6 +278,39 @@ def test_a_resumed_epoch_has_the_batches_that_it_would_have_had(
     assert third.batches == [(epoch, texts) for epoch, texts in whole.batches if epoch == 1]
 
 
+@pytest.mark.parametrize(
+    ("hook", "accumulation", "index", "applied"),
+    [("on_train_batch_start", 2, 3, 2), ("on_train_batch_end", 2, 2, 2), ("on_train_batch_end", 3, 1, 0)],
+)
+def test_batches_whose_gradient_was_lost_come_again(
+    rows: list[Utterance], tmp_path: Path, hook: str, accumulation: int, index: int, applied: int
+) -> None:
+    class Stop(lightning.Callback):
+        """In the second epoch, after so many batches that one or two are in no step yet."""
+
+        def on_train_batch_start(self, trainer: Any, _module: Any, _batch: Any, batch: int) -> None:
+            self.stop("on_train_batch_start", trainer.current_epoch, batch)
+
+        def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+            self.stop("on_train_batch_end", trainer.current_epoch, rest[-1])
+
+        def stop(self, *place: Any) -> None:
+            if place == (hook, 1, index):
+                raise RuntimeError("the power went out")
+
+    chosen = settings(epochs=2, max_batch_s=6.0, accumulation=accumulation)
+    whole, second = Steps(), Steps()
+    run(rows, tmp_path / "whole", chosen, (whole,))
+    with pytest.raises(RuntimeError, match="the power went out"):
+        run(rows, tmp_path / "parts", chosen, (Stop(),))
+    run(rows, tmp_path / "parts", chosen, (second,))
+    start = len(whole.seen) // 2 + applied
+    assert second.batches == whole.batches[start:]
+    assert second.seen == whole.seen[start:]
+    once, twice = (torch.load(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("whole", "parts"))
+    assert all(torch.equal(value, twice["state_dict"][name]) for name, value in once["state_dict"].items())
+
+
 def test_every_epoch_is_validated(tmp_path: Path) -> None:
     make_corpus(tmp_path / "audio", "en", utterances=40, speakers=4, synthesiser="tones")
     kept, _ = validate(from_folder(tmp_path / "audio"), normalise=normaliser("en"), outside=CODEC.outside)
@@ -294,6 +361,52 @@ def test_out_of_memory_says_what_to_change_and_keeps_the_state(rows: list[Uttera
 def no_room_for(path: Path) -> None:
     """The next file that would become `path` meets a full disk."""
     path.with_name(f".{path.name}.partial").symlink_to("/dev/full")
+
+
+def test_a_training_that_diverges_ends_and_leaves_the_state_before(
+    rows: list[Utterance], tmp_path: Path
+) -> None:
+    run(rows, tmp_path, settings(epochs=1))
+    with pytest.raises(
+        DivergedError,
+        match=r"loss is .*training\.learning_rate \(now 1e\+30\) or training\.gradient_clip \(now 1; .*"
+        r"training\.precision \(now float32, .*goes on from .*last\.ckpt",
+    ):
+        run(rows, tmp_path, settings(epochs=3, learning_rate=1e30, precision="float32"))
+    assert RunFolder(tmp_path).resume_from() == tmp_path / "checkpoints" / "last.ckpt"
+    steps = Steps()
+    run(rows, tmp_path, settings(epochs=2), (steps,))
+    assert {epoch for epoch, _ in steps.batches} == {1}
+
+
+def test_only_losses_in_a_row_end_a_training(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(current_epoch=0, global_step=0, precision="16-mixed")
+    watch = StopWhereDiverged(settings(), RunFolder(tmp_path))
+
+    def see(*losses: float) -> None:
+        for loss in losses:
+            watch.on_train_batch_end(trainer, Any, {"loss": torch.tensor(loss)}, None, 0)
+
+    see(*[float("nan")] * 9, 1.0, *[float("inf")] * 9, 1.0)
+    with pytest.raises(DivergedError, match="the training loss is not finite, 10 batches in a row"):
+        see(*[float("inf")] * 10)
+
+
+def test_an_epoch_without_a_finite_loss_is_never_the_best(rows: list[Utterance], tmp_path: Path) -> None:
+    class Overflows(CtcModule):
+        """In the second epoch, which hears every word."""
+
+        def loss_and_texts(self, batch: Any, *, decode: bool) -> tuple[Tensor, list[str]]:
+            loss, _ = super().loss_and_texts(batch, decode=False)
+            if self.current_epoch == 1 and decode:
+                return loss * float("inf"), list(batch["texts"])
+            return loss, [""] * len(batch["texts"])
+
+    chosen = settings(epochs=3)
+    dataset = UtteranceDataset(rows, CODEC.encode)
+    loaders = [make_loader(dataset, chosen, training=training) for training in (True, False)]
+    best = fit(Overflows(Small(), CODEC, chosen), *loaders, chosen, RunFolder(tmp_path))
+    assert best.name.startswith("best-epoch=000")
 
 
 def test_a_full_disk_is_said_with_the_file_and_loses_no_state(
@@ -363,14 +476,21 @@ class Told(CtcModule):
         self._heard.append(Said(" ".join(words), " ".join(kept)))
 
 
+def train_told(
+    rows: list[Utterance], folder: Path, losses: list[float], heard: list[int], **changes: Any
+) -> Path:
+    """The best state of a run of as many epochs as there are losses."""
+    chosen = settings(**{"epochs": len(losses), "learning_rate": 1e-9, **changes})
+    dataset = UtteranceDataset(rows, CODEC.encode)
+    loaders = [make_loader(dataset, chosen, training=training) for training in (True, False)]
+    return fit(Told(chosen, losses, heard), *loaders, chosen, RunFolder(folder))
+
+
 def epochs_of(
     rows: list[Utterance], folder: Path, losses: list[float], heard: list[int], epochs: int | None = None
 ) -> int:
     """How many a run with a patience of two trains, of as many as there are losses."""
-    chosen = settings(epochs=epochs or len(losses), early_stopping=2, learning_rate=1e-9)
-    dataset = UtteranceDataset(rows, CODEC.encode)
-    loaders = [make_loader(dataset, chosen, training=training) for training in (True, False)]
-    fit(Told(chosen, losses, heard), *loaders, chosen, RunFolder(folder))
+    train_told(rows, folder, losses, heard, epochs=epochs or len(losses), early_stopping=2)
     return len(read_metrics(folder / "metrics.csv"))
 
 

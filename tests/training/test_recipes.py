@@ -118,6 +118,21 @@ def test_defaults_of_the_published_recipes() -> None:
         ("- 1", "expected sections"),
         ("name: a b", "name: String should match"),
         (TINY + "extra: 1\n", "extra: Extra inputs"),
+        *(
+            (TINY + f"augment: {{{section}: {{{field}}}}}\n", rf"augment\.{section}\.{problem}")
+            for section, field, problem in (
+                ("waveform", "speeds: [0]", r"speeds\.0: .* greater than or equal to 0\.25, not 0"),
+                ("waveform", "speeds: [1, -1]", r"speeds\.1: .* 0\.25, not -1"),
+                ("waveform", "noise_probability: 50", "noise_probability: .* equal to 1, not 50"),
+                ("waveform", "reverberation_probability: .nan", "reverberation_probability"),
+                ("waveform", "reverberation_s: [0, 0]", r"reverberation_s\.0: .* greater than 0, not 0"),
+                ("waveform", "noise_snr_db: [25, 5]", r"noise_snr_db: .*\[25\.0, 5\.0\]"),
+                ("features", "time_share: 5", "time_share: .* less than or equal to 1, not 5"),
+                ("features", "time_masks: -2", "time_masks: .* greater than or equal to 0, not -2"),
+                ("features", "frequency_masks: -2", "frequency_masks: .* or equal to 0, not -2"),
+                ("features", "frequency_width: -1", "frequency_width: .* or equal to 0, not -1"),
+            )
+        ),
         (TINY.replace("epochs: 1", "epochs: 0"), r"training\.epochs"),
         (TINY.replace("manifest: MANIFEST", "train: a"), "give either `manifest`, or all of"),
     ],
@@ -243,6 +258,17 @@ def test_mended_data_goes_on_in_the_same_run(corpus: Callable[[str], Path], tmp_
     assert run(config, tmp_path / "run", "prepare") == 2
     write_manifest(manifest, read_manifest(corpus("ru")))
     assert run(config, tmp_path / "run", "prepare") == 0
+
+
+def test_a_sample_has_the_speakers_of_the_whole_manifest(
+    corpus: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = sorted(read_manifest(corpus("ru")), key=lambda row: row.speaker)
+    config = tiny_config(tmp_path, write_manifest(tmp_path / "manifest.jsonl", rows))
+    parts = prepare(QuartzNetRecipe(load_config(config, ["data.limit=8"])), RunFolder(tmp_path / "run"))
+    sampled = [row for part in parts.values() for row in part]
+    assert len(sampled) == 8
+    assert len({row.speaker for row in sampled}) == 6
 
 
 def test_a_corrected_manifest_is_prepared_again_until_something_was_learned(

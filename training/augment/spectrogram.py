@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class SpecAugmentConfig:
-    """Number and largest width of the masks; 0 masks switch one kind off."""
+    """Number and largest width of the masks; 0 masks switch one kind off.
 
-    frequency_masks: int = 2
-    frequency_width: int = 15
-    time_masks: int = 4
-    time_share: float = 0.05
+    A run's configuration is checked for the bounds.
+    """
+
+    frequency_masks: Annotated[int, Field(ge=0, le=100)] = 2
+    frequency_width: Annotated[int, Field(ge=0)] = 15
+    time_masks: Annotated[int, Field(ge=0, le=100)] = 4
+    time_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Largest width of a time mask as a share of the item's own frames."""
 
 

@@ -8,27 +8,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import soxr
+from pydantic import AfterValidator, Field
 from scipy.signal import oaconvolve
 
 from training.data.audio import Samples, load_waveform
 from training.errors import ConfigError
 
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError(f"the first of {list(ends)} is the lower end, and above the other")
+    return ends
+
 
 @dataclass(frozen=True)
 class WaveformAugmentConfig:
-    """How often and how much; probabilities of 0 switch a change off."""
+    """How often and how much; probabilities of 0 switch a change off.
 
-    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
+    A run's configuration is checked for the bounds.
+    """
+
+    speeds: tuple[Annotated[float, Field(ge=0.25, le=4)], ...] = (0.9, 1.0, 1.1)
     """Playback speeds, one drawn per utterance (Ko et al. 2015); pitch changes with them."""
-    noise_probability: float = 0.5
-    noise_snr_db: tuple[float, float] = (5.0, 25.0)
+    noise_probability: Probability = 0.5
+    noise_snr_db: Annotated[
+        tuple[Annotated[float, Field(ge=-50, le=100)], Annotated[float, Field(ge=-50, le=100)]],
+        AfterValidator(_rising),
+    ] = (5.0, 25.0)
     noise_folder: Path | None = None
     """Folder of noise recordings; without it coloured noise is made up."""
-    reverberation_probability: float = 0.3
-    reverberation_s: tuple[float, float] = (0.15, 0.6)
+    reverberation_probability: Probability = 0.3
+    reverberation_s: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=10)], Annotated[float, Field(gt=0, le=10)]],
+        AfterValidator(_rising),
+    ] = (0.15, 0.6)
     """Range of the time in which the room's echo falls by 60 dB."""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from training.arguments import positive
 from training.data import importers
 from training.data.manifest import read_manifest, write_manifest
-from training.data.split import split_by_speaker
+from training.data.split import little_to_train_on, split_by_speaker
 from training.data.validate import Limits, validate
 from training.errors import ConfigError, in_one_line
 from training.text import alphabet, normaliser
@@ -43,7 +43,9 @@ def _import(given: argparse.Namespace) -> None:
     rows = [
         replace(row, **{name: getattr(row, name) or value for name, value in labels.items()}) for row in rows
     ]
-    print(f"{len(rows)} utterances -> {write_manifest(given.out, rows)}")
+    missing = [row.audio for row in rows if not row.audio.is_file()]
+    gone = f", {len(missing)} without their recording (the first: {missing[0]})" if missing else ""
+    print(f"{len(rows)} utterances{gone} -> {write_manifest(given.out, rows)}")
 
 
 def _validate(given: argparse.Namespace) -> None:
@@ -65,6 +67,8 @@ def _validate(given: argparse.Namespace) -> None:
 
 def _split(given: argparse.Namespace) -> None:
     split = split_by_speaker(read_manifest(given.manifest), tuple(given.fractions), given.seed)
+    if warning := little_to_train_on(split, tuple(given.fractions)):
+        print(warning, file=sys.stderr)
     for part, rows in split.parts().items():
         print(f"{part}: {len(rows)} -> {write_manifest(given.out / f'{part}.jsonl', rows)}")
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
+from training.data.length import is_mp3_without_length
 from training.errors import DataError
 
 Samples = npt.NDArray[np.float32]
@@ -29,12 +30,14 @@ def load_waveform(
     `duration_s` from `offset_s` on are read; everything where it is None or not above zero (NeMo's rule), or
     where the file ends within ROUNDING_S after it, for manifests round.
     wav, flac, ogg and mp3 go through libsndfile, anything else (m4a, webm, opus in odd containers) through
-    FFmpeg's libraries. Raises FileNotFoundError, UndecodableAudioError.
+    FFmpeg's libraries, and so does an mp3 that does not state its length.
+    Raises FileNotFoundError, UndecodableAudioError.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recording")
     try:
-        samples, rate_hz = _read_soundfile(path, offset_s, duration_s)
+        read = _read_av if is_mp3_without_length(path) else _read_soundfile
+        samples, rate_hz = read(path, offset_s, duration_s)
     except soundfile.LibsndfileError:
         samples, rate_hz = _read_av(path, offset_s, duration_s)
     if samples.size == 0:

@@ -50,15 +50,14 @@ def from_table(table: Path, *, clips: Path | None = None, licence: str = "") -> 
     """A CSV or TSV table in Common Voice's layout.
 
     Columns: `path` (or `audio`, `file`), `sentence` (or `text`, `transcript`), and where present `client_id`
-    (or `speaker`) and `locale` (or `language`). `clips` is the folder of the recordings; without it `clips/`
-    beside the table, then the table's own folder. Raises ManifestError, EmptyManifestError.
+    (or `speaker`) and `locale` (or `language`). `clips` is the folder of the recordings; without it, that is
+    `clips/` beside the table or the table's own folder, whichever has the first recording that is found.
+    Raises ManifestError, EmptyManifestError.
     """
     if not table.is_file():
         raise ManifestError(f"{table}: no such table")
     if clips is not None and not clips.is_dir():
         raise ManifestError(f"{clips}: no such folder of recordings")
-    beside = table.parent / "clips"
-    folder = clips or (beside if beside.is_dir() else table.parent)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     rows = []
     with table.open(encoding="utf-8-sig", newline="") as lines, in_utf8(table):
@@ -76,6 +75,7 @@ def from_table(table: Path, *, clips: Path | None = None, licence: str = "") -> 
             raise ManifestError(f"{table}:{reader.line_num + 1}: {error}; is a quote not closed?") from error
         audio = _column(table, columns, "path", "audio", "file", "audio_filepath")
         sentence = _column(table, columns, "sentence", "text", "transcript", "transcription")
+        folder = clips or _folder_of(table, [row[audio] or "" for row in entries])
         speaker = next((name for name in ("client_id", "speaker", "speaker_id") if name in columns), "")
         language = next((name for name in ("locale", "language", "lang") if name in columns), "")
         for number, row in enumerate(entries, start=2):
@@ -149,12 +149,25 @@ def from_hugging_face(
     entries = stream if limit is None else stream.take(limit)
     for index, entry in enumerate(tqdm(entries, desc=f"import {dataset}", unit="clip", total=limit)):
         audio = _store(entry[audio_column], out, index)
-        speaker = str(entry[speaker_column]) if speaker_column else ""
+        known = entry[speaker_column] if speaker_column else None
+        speaker = "" if known is None else str(known).strip()
         text = str(entry[text_column] or "").strip()
         rows.append(
             Utterance(audio, text, speaker=speaker, language=language, source=dataset, licence=licence)
         )
     return _some(rows, f"{dataset}: split {split!r} has no rows")
+
+
+def _folder_of(table: Path, names: list[str]) -> Path:
+    """Where a table's recordings lie; its names may begin with `clips/` or not."""
+    beside = table.parent / "clips"
+    if not beside.is_dir():
+        return table.parent
+    for name in filter(None, names):
+        for folder in (beside, table.parent):
+            if (folder / name).is_file():
+                return folder
+    return beside
 
 
 def _is_lossy(recording: Path) -> bool:

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from training.data.manifest import Utterance
 from training.errors import SplitError
 
+TOO_LARGE = 2.0
+"""A speaker with more than so many times a held-out part's seconds is passed over for it."""
+LITTLE = 0.75
+"""Share of its fraction below which the training part is small enough to warn of."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -41,7 +46,8 @@ def split_by_speaker(
 
     Speakers are ordered by a hash of seed and name, so neither the order of the rows nor other speakers'
     recordings move a speaker from one half of the order to the other; the test part is filled first, then
-    validation. Every part with a fraction above zero gets at least one speaker. Raises SplitError.
+    validation. For both, a speaker of more than TOO_LARGE times the part is passed over as long as there are
+    clearly smaller ones. Every part with a fraction above zero gets at least one speaker. Raises SplitError.
     """
     if any(fraction < 0 for fraction in fractions) or abs(sum(fractions) - 1.0) > 1e-6 or fractions[0] <= 0:
         raise SplitError(
@@ -67,13 +73,30 @@ def split_by_speaker(
     ]
     for later, (name, fraction) in zip(range(len(held_out), 0, -1), held_out, strict=True):
         filled_s = 0.0
-        while len(remaining) > later and filled_s < fraction * everything_s:
-            next_s = total_s[remaining[0]]
-            if filled_s and filled_s + next_s / 2 > fraction * everything_s:
+        wanted_s = fraction * everything_s
+        while len(remaining) > later and filled_s < wanted_s:
+            # of speakers that are all too large, those about as small as the smallest stay in their order
+            largest_s = max(TOO_LARGE * wanted_s, 1.5 * min(total_s[speaker] for speaker in remaining))
+            speaker = next(speaker for speaker in remaining if total_s[speaker] <= largest_s)
+            if filled_s and filled_s + total_s[speaker] / 2 > wanted_s:
                 break
-            part_of[remaining.pop(0)] = name
-            filled_s += next_s
+            remaining.remove(speaker)
+            part_of[speaker] = name
+            filled_s += total_s[speaker]
     parts: dict[str, list[Utterance]] = {"train": [], "validation": [], "test": []}
     for row in rows:
         parts[part_of.get(speaker_of(row), "train")].append(row)
     return Split(parts["train"], parts["validation"], parts["test"])
+
+
+def little_to_train_on(split: Split, fractions: tuple[float, float, float]) -> str:
+    """What to say where the training part is far smaller than `fractions` asks for; empty where it is not."""
+    seconds = {part: sum(row.duration_s or 1.0 for row in rows) for part, rows in split.parts().items()}
+    share = seconds["train"] / (sum(seconds.values()) or 1.0)
+    if share >= LITTLE * fractions[0]:
+        return ""
+    return (
+        f"warning: train has {share:.0%} of the data, fractions ask for {fractions[0]:.0%}: the speakers are "
+        "too few, or too unequal, for parts that share none; add recordings of other speakers, or leave "
+        "`speaker` out of the manifest: each recording then counts as a speaker of its own"
+    )

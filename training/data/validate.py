@@ -14,12 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from training.data.audio import UndecodableAudioError, load_waveform
+from training.data.length import stated_s
 from training.data.manifest import Utterance
 from training.errors import EmptyManifestError
 
 REASONS = {
     "missing_file": "the recording does not exist",
     "undecodable": "the bytes are not audio",
+    "truncated": "the recording ends well before its header says",
     "silent": "no sample is louder than the threshold",
     "too_short": "shorter than min_duration_s",
     "too_long": "longer than max_duration_s",
@@ -27,6 +29,9 @@ REASONS = {
     "outside_vocabulary": "the text has characters that the vocabulary has not",
     "text_too_long": "more tokens than the model has output frames",
 }
+
+MOSTLY = 0.98
+"""Share of the stated length that a whole recording has at least."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,8 @@ def _look_at_audio(row: Utterance, limits: Limits) -> tuple[str, str, int]:
     duration_s = len(samples) / limits.sample_rate_hz
     if not np.isfinite(samples).all():
         return "undecodable", "samples are not finite", len(samples)
+    if (stated := _stated_s(row)) is not None and duration_s < MOSTLY * stated:
+        return "truncated", f"{duration_s:.2f} s of {stated:.2f} s", len(samples)
     if duration_s < limits.min_duration_s:
         return "too_short", f"{duration_s:.2f} s", len(samples)
     if duration_s > limits.max_duration_s:
@@ -167,3 +174,12 @@ def _look_at_audio(row: Utterance, limits: Limits) -> tuple[str, str, int]:
     if float(np.abs(samples).max()) < limits.silence_peak:
         return "silent", f"peak {np.abs(samples).max():.1e}", len(samples)
     return "", "", len(samples)
+
+
+def _stated_s(row: Utterance) -> float | None:
+    """What a row should have of its recording, by the recording's header."""
+    whole_s = stated_s(row.audio)
+    if whole_s is None:
+        return None
+    rest_s = max(0.0, whole_s - row.offset_s)
+    return min(rest_s, row.duration_s) if row.duration_s and row.duration_s > 0 else rest_s

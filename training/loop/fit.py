@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,18 +14,19 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from training.data.sampler import DurationBatchSampler
 from training.errors import ConfigError, DiskFullError, EmptyManifestError, OutOfMemoryError
 from training.files import full_disk, is_full_disk
+from training.loop.divergence import StopWhereDiverged
 from training.loop.module import SpeechModule
 from training.loop.plots import plot_history
 from training.loop.run_folder import RunFolder, append_metrics, read_metrics
 from training.loop.settings import INFORMATIVE_WER, LOSS_STEP, TrainingSettings
+from training.loop.states import Checkpoints, Resume, SaveOnInterruption
 from training.torch_state import WholeFiles
 
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
@@ -85,30 +85,6 @@ class Progress(TQDMProgressBar):
         }
 
 
-class Resume(Callback):
-    """Sends the sampler to where a stored state left it; Lightning alone starts with epoch 0's batches."""
-
-    def __init__(self, loader: DataLoader[Any], epochs: int) -> None:
-        self.sampler = loader.batch_sampler
-        self.epochs = epochs
-
-    def on_load_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Epoch and complete batches are those of Lightning's own progress. Raises ConfigError."""
-        loops = checkpoint["loops"]["fit_loop"]
-        epochs, batches = (loops[name]["current"] for name in ("epoch_progress", "epoch_loop.batch_progress"))
-        if epochs["processed"] > self.epochs:
-            raise ConfigError(
-                f"training.epochs is {self.epochs}, and {epochs['processed']} epochs are done: give as many "
-                "or more, or another --run folder"
-            )
-        if not isinstance(self.sampler, DurationBatchSampler):
-            return
-        between = epochs["processed"] == epochs["ready"]
-        self.sampler.go_on_from(epochs["processed"], 0 if between else batches["completed"])
-
-
 class Patience(EarlyStopping):
     """Early stopping by validation WER, and by validation loss as long as no WER said anything.
 
@@ -139,30 +115,6 @@ class Patience(EarlyStopping):
         self.best_loss = state_dict.get("best_loss", self.best_loss)
 
 
-class SaveOnInterruption(Callback):
-    """Keep the state of the last complete step when training ends with an exception."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.path = folder.checkpoints / "interrupted.ckpt"
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        """Save, whatever the reason was, where there is room; the reason is what is told."""
-        if trainer.global_step == 0:
-            return
-        try:
-            trainer.save_checkpoint(self.path)
-        except DiskFullError as error:
-            print(f"warning: the state of the last step is lost: {error}", file=sys.stderr)
-            return
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
-            print(
-                f"\ninterrupted after step {trainer.global_step}: the same command goes on from {self.path}",
-                file=sys.stderr,
-            )
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of torch or Python says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -183,15 +135,15 @@ def fit(
     """Train until the epochs are used up or validation stops improving; returns the best checkpoint.
 
     A run that was interrupted goes on from its last state. Raises OutOfMemoryError with the state saved,
-    DiskFullError, EmptyManifestError for an empty part, ConfigError where more epochs are done than asked
-    for, SystemExit with a status that is not 0 where the job was ended.
+    DivergedError, DiskFullError, EmptyManifestError for an empty part, ConfigError where more epochs are done
+    than asked for, SystemExit with a status that is not 0 where the job was ended.
     """
     for name, loader in (("training", training), ("validation", validation)):
         if len(loader) == 0:
             raise EmptyManifestError(f"the {name} part is empty")
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    best = ModelCheckpoint(
+    best = Checkpoints(
         dirpath=folder.checkpoints,
         filename="best-{epoch:03d}-{val_wer:.4f}",
         monitor="val_rank",
@@ -200,13 +152,14 @@ def fit(
         enable_version_counter=False,
     )
     # `save_last` would write only when a best one is kept, and a killed run would go back to that epoch
-    last = ModelCheckpoint(dirpath=folder.checkpoints, filename="last", enable_version_counter=False)
+    last = Checkpoints(dirpath=folder.checkpoints, filename="last", enable_version_counter=False)
     watchers: list[Callback] = [
         best,
         last,
         Records(folder),
         Resume(training, settings.epochs),
         SaveOnInterruption(folder),
+        StopWhereDiverged(settings, folder),
         Progress(),
         *callbacks,
     ]

@@ -57,6 +57,7 @@ class SpeechModule(lightning.LightningModule):
         self.model = model
         self.settings = settings
         self._heard: list[Utterance] = []
+        self._losses: Tensor | float = 0.0
 
     def loss_and_texts(self, batch: Batch, *, decode: bool) -> tuple[Tensor, list[str]]:
         """Mean loss per token of a batch, and its hypotheses where `decode` asks for them."""
@@ -104,16 +105,19 @@ class SpeechModule(lightning.LightningModule):
         """One batch's loss and hypotheses."""
         loss, texts = self.loss_and_texts(batch, decode=True)
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["texts"]))
+        self._losses = self._losses + loss.detach()
         self._heard += map(Utterance, batch["texts"], texts)
 
     def on_validation_epoch_end(self) -> None:
-        """WER and CER over the whole validation part."""
+        """WER and CER over the whole validation part; without a finite loss, no epoch ranks lower.
+
+        A network whose answers are no numbers says nothing, and its WER of one may be better than the first.
+        """
         rates = error_rates(self._heard)
         self.log_dict({"val_wer": rates.wer, "val_cer": rates.cer}, prog_bar=True)
-        self.log(
-            "val_rank", torch.tensor(rank(rates), dtype=torch.float64)
-        )  # float32 would round the CER away
-        self._heard = []
+        order = rank(rates) if math.isfinite(self._losses) else math.inf
+        self.log("val_rank", torch.tensor(order, dtype=torch.float64))  # float32 would round the CER away
+        self._heard, self._losses = [], 0.0
 
 
 class CtcModule(SpeechModule):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from pathlib import Path
 
 from api.bundle import sha256_of
 from training.config import DataSettings
-from training.data.manifest import Utterance, read_manifest, write_manifest
-from training.data.split import Split, speaker_of, split_by_speaker
+from training.data.manifest import Utterance, read_manifest, spread, write_manifest
+from training.data.split import Split, little_to_train_on, speaker_of, split_by_speaker
 from training.data.validate import Limits, validate
 from training.errors import SplitError
 from training.loop.plots import plot_distributions
@@ -43,6 +44,8 @@ def prepare(recipe: Recipe, folder: RunFolder) -> dict[str, list[Utterance]]:
     if settings.manifest is not None:
         kept = _validated(recipe, codec, settings.manifest, folder, "all")
         split = split_by_speaker(kept, settings.fractions, settings.seed)
+        if warning := little_to_train_on(split, settings.fractions):
+            print(warning, file=sys.stderr)
     else:
         given = {part: path for part in PARTS if (path := getattr(settings, part)) is not None}
         split = Split(**{part: _validated(recipe, codec, path, folder, part) for part, path in given.items()})
@@ -77,7 +80,7 @@ def _validated(
     settings = recipe.config.data
     rows = read_manifest(manifest)
     if settings.limit is not None:
-        rows = rows[: settings.limit]
+        rows = spread(rows, settings.limit)  # manifests are often in the order of their speakers
     facts = recipe.facts()
     kept, report = validate(
         rows,

@@ -2,7 +2,8 @@
 
     python -m training.recipes.whisper_seq2seq.experiment --mode sample --config FILE --out FOLDER
 
-`sample` takes the first utterances and one epoch, to see every stage work; `full` takes everything. Gives:
+`sample` takes 200 utterances, spread over the manifest, and one epoch, to see every stage work; `full` takes
+everything. Gives:
 
     charts/      pictures
     artifacts/   config, environment, device, validation, split, data summary, tokenizer, model, history,
