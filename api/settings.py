@@ -306,7 +306,7 @@ class Settings(BaseSettings):
     @field_validator("host")
     @classmethod
     def _address_or_name(cls, host: str) -> str:
-        if not _is_ip_address(host) and not HOST_NAME.fullmatch(host):
+        if _ip_address(host) is None and not HOST_NAME.fullmatch(host):
             raise ValueError(
                 "is neither an IP address nor a host name (IPv6 has no brackets, and the port is ASR_PORT)"
             )
@@ -402,17 +402,16 @@ class Settings(BaseSettings):
         return self.api_keys + keys
 
 
-def _is_ip_address(host: str) -> bool:
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(host)
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _unknown_name(host: str) -> str | None:
     """Why this name has no address, None where it has one (or is one)."""
-    if _is_ip_address(host):
+    if _ip_address(host) is not None:
         return None
     try:
         socket.getaddrinfo(host, None, socket.AF_INET)
@@ -441,10 +440,8 @@ def is_loopback(host: str) -> bool:
     """Whether only this machine can reach the address."""
     if host == "localhost":
         return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    address = _ip_address(host)
+    return address is not None and address.is_loopback
 
 
 def load_settings(env_file: Path | str | None = ENV_FILE, **overrides: Any) -> Settings:

@@ -10,7 +10,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-CGROUP_ROOT = Path("/sys/fs/cgroup")
+from api.cgroup import CGROUP_ROOT
 
 # A version 1 cgroup without a limit reports a number near 2**63.
 _NO_LIMIT = 1 << 60
