@@ -7,6 +7,10 @@ refused client waits as long as it was told and tries again, up to `--tries` tim
 meanwhile. `/health/live` is asked ten times per second throughout. The service has half of the cores and the
 callers the other half, as they are other machines in the field: three times a service's capacity is more work
 for who sends it than for who refuses it. The last line is JSON.
+
+Goodput is told in two ways. Of the capacity in requests, the mean of before and after: a host whose speed
+changes meanwhile changes that as well. And of the processor time that the inference has at capacity, which it
+does not: every accepted request is answered in time, so what inference still gets is what is of use.
 """
 
 from __future__ import annotations
@@ -32,16 +36,20 @@ from loadtest.processes import LiveServer, Servers, hardware, on_cores, split_co
 DEADLINE_S = 20.0
 QUEUE_S = 4.0  # of work at capacity that may wait
 LIVENESS_EVERY_S = 0.1
+CAPACITY_TEST_S = 8.0
 
 
 @dataclass
 class Watch:
-    """A thread that asks for liveness and reads memory while the load runs."""
+    """A thread that asks for liveness and reads memory and processor time while the load runs."""
 
     running: LiveServer
+    workers: int
     latencies_ms: list[float] = field(default_factory=list)
     failures: int = 0
     rss_mb: list[float] = field(default_factory=list)
+    inference_s: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds from the start, and CPU seconds of the workers until then."""
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Watch:
@@ -54,6 +62,7 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
+        began_s = time.perf_counter()
         with httpx.Client(trust_env=False, timeout=10.0) as client:
             while not self._stop.wait(LIVENESS_EVERY_S):
                 start_s = time.perf_counter()
@@ -64,6 +73,13 @@ class Watch:
                 self.latencies_ms.append((time.perf_counter() - start_s) * 1000)
                 self.failures += not alive
                 self.rss_mb.append(self.running.rss_mb())
+                self.inference_s.append((start_s - began_s, self.running.busiest_threads_s(self.workers)))
+
+    def inference_share(self, duration_s: float) -> float:
+        """Of the workers' first `duration_s`, the part for which they had a processor."""
+        spent = [entry for entry in self.inference_s if entry[0] <= duration_s]
+        (first_s, before_s), (last_s, after_s) = spent[0], spent[-1]
+        return (after_s - before_s) / (last_s - first_s) / self.workers
 
 
 @dataclass
@@ -118,6 +134,14 @@ def report(clients: Sequence[Client], capacity_per_s: float, duration_s: float) 
     }
 
 
+def capacity(running: LiveServer, forms: Sequence[Form], workers: int) -> tuple[float, float]:
+    """Requests per second of eight clients, and the share of the time that the workers had a processor."""
+    before_s, start_s = running.busiest_threads_s(workers), time.perf_counter()
+    full = summarise(*asyncio.run(closed_loop(f"{running.url}/transcribe", forms, 8, CAPACITY_TEST_S)))
+    spent_s = running.busiest_threads_s(workers) - before_s
+    return full.requests_per_s, spent_s / (time.perf_counter() - start_s) / workers
+
+
 async def recovery(url: str, form: Form, usual_s: float) -> float:
     """Seconds until one request alone takes less than three times its usual time."""
     start_s = time.perf_counter()
@@ -149,25 +173,28 @@ def main() -> None:
     forms = [make_form(clip) for clip in cut_clips([3.0, 4.0, 5.0, 6.0, 7.0])[0]]
     audio_s = float(np.mean([form.clip.duration_s for form in forms]))
     service_cores, caller_cores = split_cores()
+    workers = len(service_cores)
     with on_cores(caller_cores):
         with started(given.model, given.models_dir, service_cores) as running:
-            url = f"{running.url}/transcribe"
-            asyncio.run(closed_loop(url, forms, 2, 2.0))
-            alone = summarise(*asyncio.run(closed_loop(url, forms, 1, 3.0)))
-            full = summarise(*asyncio.run(closed_loop(url, forms, 8, 8.0)))
-        capacity = full.requests_per_s
-        limit_s = round(capacity * audio_s * QUEUE_S)
+            asyncio.run(closed_loop(f"{running.url}/transcribe", forms, 2, 2.0))
+            at_first, _ = capacity(running, forms, workers)
+        limit_s = round(at_first * audio_s * QUEUE_S)
         limits = {"queue_limit_audio_s": limit_s, "request_timeout_s": DEADLINE_S}
         with started(given.model, given.models_dir, service_cores, **limits) as running:
             url = f"{running.url}/transcribe"
             asyncio.run(closed_loop(url, forms, 2, 2.0))
-            with Watch(running) as watch:
-                rate_per_s = given.factor * capacity
+            alone = summarise(*asyncio.run(closed_loop(url, forms, 1, 3.0)))
+            before, share_before = capacity(running, forms, workers)
+            with Watch(running, workers) as watch:
+                rate_per_s = given.factor * before
                 clients = asyncio.run(overload(url, forms, rate_per_s, given.seconds, given.tries))
             recovered_s = asyncio.run(recovery(url, forms[2], alone.p50_ms / 1000))
-    figures = report(clients, capacity, given.seconds)
+            after, share_after = capacity(running, forms, workers)
+    figures = report(clients, (before + after) / 2, given.seconds)
     figures |= {
-        "capacity_per_s": capacity,
+        "goodput_of_inference": 2 * watch.inference_share(given.seconds) / (share_before + share_after),
+        "capacity_before_per_s": before,
+        "capacity_after_per_s": after,
         "deadline_s": DEADLINE_S,
         "liveness_p99_ms": float(np.percentile(watch.latencies_ms, 99)),
         "liveness_failures": watch.failures,

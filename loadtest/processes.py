@@ -137,6 +137,11 @@ class LiveServer:
         """CPU seconds (user and system) of the process and its children so far."""
         return float(sum(sum(each.cpu_times()[:2]) for each in self._processes()))
 
+    def busiest_threads_s(self, count: int) -> float:
+        """CPU seconds so far of the `count` threads that used most: of the service, its inference workers."""
+        used = [thread.user_time + thread.system_time for thread in self.process.threads()]
+        return float(sum(sorted(used)[-count:]))
+
     def spool_files(self, folder: Path) -> list[str]:
         """Files of `folder` that it holds open, unlinked or not, and then those that lie there."""
         held = []
