@@ -119,12 +119,18 @@ def _texts(
     max_tokens = min(cut.max_tokens, log_probs.shape[1])
     cuts = (cut.token_floor, cut.blank_skip, math.exp(-cut.beam_floor), math.exp(-cut.hotword_floor))
     extras = hotwords is not None or guide is not None
-    if cut.guard_silence and extras and bool((log_probs.argmax(axis=1) == blank_id).all()):
+    if cut.guard_silence and extras and _silent(log_probs, blank_id):
         hotwords = guide = None
     found = search(log_probs, blank_id, beam, max_tokens, cuts, hotwords, guide)
     scores = found.scores
     best = np.argsort(-scores, kind="stable")[:n_best]
     return [(found.spell(entry), float(scores[entry])) for entry in best if scores[entry] > -math.inf]
+
+
+def _silent(log_probs: FloatArray, blank_id: int) -> bool:
+    """Whether the blank wins every frame."""
+    unsure = log_probs[log_probs[:, blank_id] < math.log(0.5)]  # elsewhere nothing can be more probable
+    return bool((unsure.argmax(axis=1) == blank_id).all())
 
 
 def warm_up(vocabulary: Vocabulary) -> None:

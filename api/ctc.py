@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from api.compiled import compiled
+from api.compiled import compiled, inner
 from api.frames import Frames
 
 FloatArray = NDArray[np.float32]
@@ -29,6 +29,9 @@ IntArray = NDArray[np.int32]
 
 # From this vocabulary size on numpy's argmax (SIMD over the vocabulary) beats the fused loop.
 FUSED_ARGMAX_MAX_VOCABULARY = 512
+
+# What an alignment may be behind the likeliest token of every frame before more of the states are looked at.
+SLACK_NATS = 32.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +141,11 @@ def align(log_probs: FloatArray, token_ids: IntArray, blank_id: int, score: floa
     states = 2 * len(tokens) + 1
     starts, ends = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.int32)
     sums = np.zeros(len(tokens), np.float32)
-    path_scores, steps = np.full(states, -np.inf), np.zeros((len(log_probs), states), np.uint8)
-    path = _viterbi(log_probs, tokens, blank_id, path_scores, steps, starts, ends, sums)
+    path_scores, steps = np.zeros(states), np.zeros((len(log_probs), states), np.uint8)
+    # Of a large vocabulary, only what the text is made of can be on its path.
+    possible = log_probs if log_probs.shape[1] <= states else log_probs[:, np.append(tokens, blank_id)]
+    likeliest = possible.max(axis=1)
+    path = _viterbi(log_probs, tokens, blank_id, likeliest, path_scores, steps, starts, ends, sums)
     if path == -math.inf:
         raise ValueError("the tokens are impossible under these log-probabilities")
     empty = float(log_probs[:, blank_id].sum(dtype=np.float64))
@@ -210,29 +216,29 @@ def _collapse(log_probs, winners, lengths, blank, counts, tokens, starts, ends, 
     return 0
 
 
-@compiled(
-    "float64(float32[:,::1], int32[::1], int64, float64[::1], uint8[:,::1], "
-    "int32[::1], int32[::1], float32[::1])"
-)
-def _viterbi(log_probs, tokens, blank, score, step, starts, ends, sums):  # type: ignore[no-untyped-def]
+@inner()
+def _forward(log_probs, tokens, blank, likeliest, slack, score, step):  # type: ignore[no-untyped-def]
     """Viterbi over the 2n+1 states blank, t0, blank, t1, ...; only states that can still reach the end.
 
-    Forward in place (states from high to low); ``step`` remembers how far back each state came from (0 to 2).
-    ``score`` comes filled with minus infinity, ``step``, ``ends`` and ``sums`` with zeros. The path's
-    log-probability.
+    In place (states from high to low); ``step`` remembers how far back each state came from (0 to 2). States
+    at both ends that are behind the likeliest tokens of all frames so far by more than ``slack`` are left
+    out: no path through one of them ends less far behind.
     """
     frames = log_probs.shape[0]
     count = len(tokens)
     states = 2 * count + 1
-    if frames > 0:
-        score[0] = log_probs[0, blank]
-        if count > 0:
-            score[1] = log_probs[0, tokens[0]]
+    score[:] = -np.inf
+    score[0] = log_probs[0, blank]
+    if count > 0:
+        score[1] = log_probs[0, tokens[0]]
+    first, end = 0, 2  # of the states that are not left out
+    least = likeliest[0] - slack
     for frame in range(1, frames):
-        left = max(0, states - 2 * (frames - frame))
-        right = min(states - 1, 2 * frame + 1)
+        least += likeliest[frame]
+        left = max(first, states - 2 * (frames - frame))
+        right = min(states - 1, end + 1)
         blank_value = log_probs[frame, blank]
-        if right & 1 == 0:  # the last blank
+        if right & 1 == 0:  # a blank whose token is out of reach, or the last one
             best = score[right]
             back = 0
             if right > 0 and score[right - 1] > best:
@@ -261,8 +267,36 @@ def _viterbi(log_probs, tokens, blank, score, step, starts, ends, sums):  # type
                 back = 1
             score[state] = best + blank_value
             step[frame, state] = back
+        first = 2 * (left >> 1)
+        end = right + 1
+        while end > first and score[end - 1] < least:
+            end -= 1
+            score[end] = -np.inf
+        while first < end and score[first] < least:
+            score[first] = -np.inf
+            first += 1
+        if first == end:
+            return False
+    return max(score[states - 1], score[states - 2] if count > 0 else -np.inf) >= least
+
+
+@compiled(
+    "float64(float32[:,::1], int32[::1], int64, float32[::1], float64[::1], uint8[:,::1], "
+    "int32[::1], int32[::1], float32[::1])"
+)
+def _viterbi(log_probs, tokens, blank, likeliest, score, step, starts, ends, sums):  # type: ignore[no-untyped-def]
+    """The best path: its log-probability, and where its tokens are.
+
+    ``likeliest``: per frame, no state of the text has more. ``ends`` and ``sums`` come filled with zeros.
+    """
+    frames = log_probs.shape[0]
+    count = len(tokens)
+    states = 2 * count + 1
     path = 0.0
     if frames > 0:
+        slack = SLACK_NATS
+        while not _forward(log_probs, tokens, blank, likeliest, slack, score, step) and slack < np.inf:
+            slack = 4.0 * slack if slack < 500.0 else np.inf
         state = states - 1
         if count > 0 and score[states - 2] > score[states - 1]:
             state = states - 2

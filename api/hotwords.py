@@ -8,7 +8,7 @@ A prefix of length n is worth n credits for as long as it can still become a hot
 credits are taken back; where it ends at a word boundary they stay. The search turns credits into a boost of
 ``boost`` nats each. So a hotword wins only where the audio gives it up to ``boost`` nats less per character
 than the best other reading, ``MOST_NATS`` in all, and is preferred as a whole word only. Credits that may
-still be taken back (``sure``) bring a reading into the beam and put no other one out of it: a hotword that
+still be taken back (``SURE``) bring a reading into the beam and put no other one out of it: a hotword that
 does not come true leaves the text as it is.
 
 Cost per step is independent of the number of hotwords: one hash look-up, and suffix links at word boundaries.
@@ -35,6 +35,7 @@ DEAD = -1
 SPACE = 0  # symbol of the word boundary
 
 CREDITS, TERMINAL, FAIL, KEPT = range(4)  # columns of the states
+SURE, REACH, SAFE_REACH = range(3)  # columns of their factors
 
 # Nats per character. On 50 utterances of LibriSpeech test-other, with the five rarest long words of each and
 # 100 distractors, 1.0 took WER from 13.3 to 10.1 % with 1 false hotword; 1.5 reached 10.0 % with 6, 3.0 lost
@@ -77,18 +78,17 @@ class HotwordAutomaton:
 
     ``edges`` int64 ``(slots, 2)``: open-addressed hash table of key and child.
     ``states`` int32 ``(states, 4)``: columns ``CREDITS``, ``TERMINAL``, ``FAIL`` and ``KEPT`` (see ``step``).
-    ``sure`` float64 ``(states,)``: what is left of a text's weight if the hotword does not come true.
-    ``reach`` float64 ``(2, states)``: no symbol multiplies a text's weight by more from there; in the second
-    row, no symbol but the space leaves more of it if the hotword does not come true. ``most``: the largest
-    of the first row.
+    ``factors`` float64 ``(states, 4)``, one line of memory for what every frame reads of an entry's state:
+    ``SURE``, what is left of a text's weight if the hotword does not come true; ``REACH``, no symbol
+    multiplies it by more from there; ``SAFE_REACH``, no symbol but the space leaves more of it if the hotword
+    does not come true. ``most``: the largest ``REACH``.
     ``unknown`` lists hotwords that the vocabulary cannot spell; they are left out.
     """
 
     symbols: Symbols
     edges: NDArray[np.int64]
     states: IntArray
-    sure: NDArray[np.float64]
-    reach: NDArray[np.float64]
+    factors: NDArray[np.float64]
     most: float
     boost: float
     unknown: tuple[str, ...]
@@ -145,10 +145,12 @@ def _build_cached(hotwords: tuple[str, ...], vocabulary: Vocabulary, boost: floa
     slots = 1 << max(4, int(2 * len(flat) + 1).bit_length())
     most = max(1, min(MOST_CREDITS, int(MOST_NATS / boost)))
     edges, states, gains = _build(flat, np.cumsum(lengths), symbols.count, slots, most)
-    sure = np.exp(-boost * (states[:, CREDITS] - states[:, KEPT]))
     reach = np.exp(boost * np.minimum(gains, POWERS))
     reach *= 1.0 + 1e-9  # products are rounded, and nothing within reach may be left out
-    return HotwordAutomaton(symbols, edges, states, sure, reach, float(reach[0].max()), boost, tuple(unknown))
+    factors = np.ones((len(states), 4))
+    factors[:, SURE] = np.exp(-boost * (states[:, CREDITS] - states[:, KEPT]))
+    factors[:, REACH], factors[:, SAFE_REACH] = reach
+    return HotwordAutomaton(symbols, edges, states, factors, float(reach[0].max()), boost, tuple(unknown))
 
 
 def _build(
@@ -188,10 +190,10 @@ def _spell(text: str, symbols: Symbols) -> list[int] | None:
 def edge_slot(node, symbol, count, edges):  # type: ignore[no-untyped-def]
     """Key of an edge, and its place in the hash table or the free place for it (Fibonacci hashing)."""
     key = np.int64(node) * count + symbol + 1
-    mask = edges.shape[0] - 1
-    index = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & mask
+    mask = np.uint64(edges.shape[0] - 1)
+    index = ((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & mask
     while edges[index, 0] != 0 and edges[index, 0] != key:
-        index = (index + 1) & mask
+        index = (index + np.uint64(1)) & mask
     return key, index
 
 

@@ -219,15 +219,16 @@ def _ones(word):  # type: ignore[no-untyped-def]
 def advance(state, symbol, masks, firsts, following, factors, fail, backoff):  # type: ignore[no-untyped-def]
     """State after one more symbol, and the factor that it costs."""
     factor = 1.0
-    column = symbol >> 6
+    column = np.uint64(symbol >> 6)
     bit = np.uint64(1) << np.uint64(symbol & 63)
     while True:
-        word = masks[state, column]
+        place = np.uint64(state)  # unsigned: numba looks where else an index may be below 0
+        word = masks[place, column]
         if word & bit != np.uint64(0):
-            edge = firsts[state, column] + _ones(word & (bit - np.uint64(1)))
+            edge = np.uint64(firsts[place, column] + _ones(word & (bit - np.uint64(1))))
             return following[edge], factor * factors[edge]
-        factor *= backoff[state]
-        state = fail[state]
+        factor *= backoff[place]
+        state = fail[place]
 
 
 @compiled(

@@ -22,12 +22,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api.compiled import compiled, inner
-from api.hotwords import DEAD, POWERS, ROOT, SPACE, HotwordAutomaton, Symbols, finish, step
+from api.hotwords import (
+    DEAD,
+    POWERS,
+    REACH,
+    ROOT,
+    SAFE_REACH,
+    SPACE,
+    SURE,
+    HotwordAutomaton,
+    Symbols,
+    finish,
+    step,
+)
 from api.ngram import NgramModel, advance
 
 _NO_SYMBOLS = Symbols(np.zeros(1, np.int32), np.zeros(1, np.int32), {})
+_0, _1 = np.uint64(0), np.uint64(1)  # numba looks where else an index may be below 0
 _ONE, _NONE = np.ones(1, np.float64), np.zeros(1, np.int32)
-_NO_TRIE = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32), _ONE, np.ones((2, 1), np.float64))
+_NO_TRIE = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32), np.ones((1, 4), np.float64))
 _NO_NGRAM = (np.zeros((1, 1), np.uint64), np.zeros((1, 1), np.int32), _NONE, _ONE, _NONE, _ONE, _ONE)
 
 
@@ -66,7 +79,7 @@ def search(
     symbols, trie, boost, most_gain, width = _NO_SYMBOLS, _NO_TRIE, 0.0, 1.0, beam
     ngram, start, most = _NO_NGRAM, 0, 1.0
     if hotwords is not None:
-        symbols, trie = hotwords.symbols, (hotwords.edges, hotwords.states, hotwords.sure, hotwords.reach)
+        symbols, trie = hotwords.symbols, (hotwords.edges, hotwords.states, hotwords.factors)
         boost, most_gain, width = hotwords.boost, hotwords.most, 2 * beam
     if guide is not None:
         symbols, start, most = guide.symbols, guide.start, guide.most
@@ -89,12 +102,14 @@ def search(
         *(guide is not None, start, most, *ngram),
         *(tree[0], tree[1], leaves, scores),
         np.zeros((9, width), np.float64),
-        np.zeros((12, width), np.int32),
+        np.zeros((16, width), np.int32),
         np.zeros((4, width), np.uint64),
         np.zeros((2, candidates), np.float64),
         np.zeros((5, candidates), np.int32),
         np.zeros(max_tokens + 1, np.int32),
         np.zeros(max_tokens + 1, np.float32),
+        np.zeros(log_probs.shape[1], np.float64),
+        np.full(log_probs.shape[1], -1, np.int32),
         np.ones(2 * POWERS + 1, np.float64),
     )
     return Prefixes(leaves[:entries], scores[:entries], tree[0], tree[1])
@@ -137,24 +152,34 @@ def _best_tokens(row, blank, limit, floor, chosen, values):  # type: ignore[no-u
 
 
 @inner(inline=True)
+def _posterior(row, token, frame, posteriors, posteriors_of):  # type: ignore[no-untyped-def]
+    """A token's posterior in this frame, computed once: many entries end in the same token."""
+    if posteriors_of[token] != frame:
+        posteriors[token] = math.exp(row[token])
+        posteriors_of[token] = frame
+    return posteriors[token]
+
+
+@inner(inline=True)
 def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untyped-def]
     """Keep the ``limit`` best (score, item) in a min-heap; the caller has checked that it gets in."""
     if size < limit:
-        position = size
-        while position > 0 and heap[(position - 1) >> 1] > score:
-            heap[position] = heap[(position - 1) >> 1]
-            heap_items[position] = heap_items[(position - 1) >> 1]
-            position = (position - 1) >> 1
+        position = np.uint64(size)
+        while position > _0 and heap[(position - _1) >> _1] > score:
+            heap[position] = heap[(position - _1) >> _1]
+            heap_items[position] = heap_items[(position - _1) >> _1]
+            position = (position - _1) >> _1
         heap[position] = score
         heap_items[position] = item
         return size + 1
-    position = 0
+    position = _0
+    end = np.uint64(size)
     while True:
-        child = 2 * position + 1
-        if child >= size:
+        child = (position << _1) + _1
+        if child >= end:
             break
-        if child + 1 < size and heap[child + 1] < heap[child]:
-            child += 1
+        if child + _1 < end and heap[child + _1] < heap[child]:
+            child += _1
         if heap[child] >= score:
             break
         heap[position] = heap[child]
@@ -168,26 +193,27 @@ def _push(heap, heap_items, size, limit, score, item):  # type: ignore[no-untype
 @compiled(
     "int64(float32[:,::1], int64, int64, int64, float64, float64, float64, float64, "
     "int32[::1], int32[::1], int64, "
-    "int64, float64, float64, int64[:,::1], int32[:,::1], float64[::1], float64[:,::1], "
+    "int64, float64, float64, int64[:,::1], int32[:,::1], float64[:,::1], "
     "int64, int64, float64, uint64[:,::1], int32[:,::1], int32[::1], float64[::1], int32[::1], float64[::1], "
     "float64[::1], "
     "int32[::1], int32[::1], int32[::1], float64[::1], "
     "float64[:,::1], int32[:,::1], uint64[:,::1], float64[:,::1], int32[:,::1], int32[::1], float32[::1], "
-    "float64[::1])"
+    "float64[::1], int32[::1], float64[::1])"
 )
 def _search(  # type: ignore[no-untyped-def]
     log_probs, blank, beam, max_tokens, token_floor, blank_skip, beam_cut, hotword_cut,
     flat, offsets, symbol_count,
-    boosted, boost, most_gain, edges, states, sure, hotword_reach,
+    boosted, boost, most_gain, edges, states, hotword_factors,
     guided, start, most, masks, firsts, following_gram, factors, fail, backoff, gram_reach,
     parents, tokens, leaves, scores,
-    floats, integers, hashes, likelihoods, origins, chosen, values, powers,
+    floats, integers, hashes, likelihoods, origins, chosen, values, posteriors, posteriors_of, powers,
 ):  # fmt: skip
     """All frames; how many entries are in the beam at the end. What comes last is room to work in.
 
     Arrays of entries have two rows, the current frame's and the next one's. ``ended``/``held``: probability
     of the prefix ending in blank / in its last token. ``weight``: e to the boosts, times the language model's
     factors. Both are rescaled by their largest value every frame; ``log_scale`` remembers by how much.
+    ``above``: the entry whose prefix is this one without its last token, -1 where that is not in the beam.
     ``safe`` scores, and their heap, are without the credits that may still be taken back.
     """
     frames = log_probs.shape[0]
@@ -195,12 +221,14 @@ def _search(  # type: ignore[no-untyped-def]
     candidate_ended, heap, safe_heap = floats[6], floats[7], floats[8]
     node, last, state, gram = integers[0:2], integers[2:4], integers[4:6], integers[6:8]
     heap_items, first_child, next_sibling, safe_items = integers[8], integers[9], integers[10], integers[11]
+    above, place, new_entries = integers[12:14], integers[14], integers[15]
     prefix_hash, parent_hash = hashes[0:2], hashes[2:4]
     candidate_probability, candidate_weight = likelihoods[0], likelihoods[1]
     candidate_state, candidate_gram, candidate_from, candidate_token, kept_already = (
         origins[0], origins[1], origins[2], origins[3], origins[4],
     )  # fmt: skip
     last[0, 0] = -1
+    above[0, 0] = -1
     state[0, 0] = ROOT
     gram[0, 0] = start
     weight[0, 0] = 1.0
@@ -227,35 +255,36 @@ def _search(  # type: ignore[no-untyped-def]
             for entry in range(entries):
                 total = ended[now, entry] + held[now, entry]
                 if held[now, entry] > 0.0:
-                    held[now, entry] *= math.exp(row[last[now, entry]])
+                    held[now, entry] *= _posterior(row, last[now, entry], frame, posteriors, posteriors_of)
                 ended[now, entry] = total * blank_probability
                 largest = max(largest, ended[now, entry] + held[now, entry])
             log_scale += math.log(largest)
+            scale = 1.0 / largest
             for entry in range(entries):
-                ended[now, entry] /= largest
-                held[now, entry] /= largest
+                ended[now, entry] *= scale
+                held[now, entry] *= scale
             continue
         # Entries that stay what they are, and extensions that lead to another entry of the beam.
         for entry in range(entries):
-            total = ended[now, entry] + held[now, entry]
-            candidate_ended[entry] = total * blank_probability
-            candidate_probability[entry] = 0.0
-            if last[now, entry] >= 0:
-                candidate_probability[entry] = held[now, entry] * math.exp(row[last[now, entry]])
             first_child[entry] = -1
-        for child in range(entries):
-            next_sibling[child] = -1
-            if last[now, child] < 0:
+            next_sibling[entry] = -1
+        for entry in range(entries):
+            candidate_ended[entry] = (ended[now, entry] + held[now, entry]) * blank_probability
+            candidate_probability[entry] = 0.0
+            token = last[now, entry]
+            if token < 0:
                 continue
-            for entry in range(entries):
-                if prefix_hash[now, entry] == parent_hash[now, child]:
-                    next_sibling[child] = first_child[entry]
-                    first_child[entry] = child
-                    source = ended[now, entry]
-                    if last[now, entry] != last[now, child]:
-                        source += held[now, entry]
-                    candidate_probability[child] += source * math.exp(row[last[now, child]])
-                    break
+            probability = held[now, entry]
+            source = above[now, entry]
+            if source >= 0:
+                next_sibling[entry] = first_child[source]
+                first_child[source] = entry
+                probability += ended[now, source]
+                if last[now, source] != token:
+                    probability += held[now, source]
+            candidate_probability[entry] = probability * _posterior(
+                row, token, frame, posteriors, posteriors_of
+            )
         best = 0.0
         safe_best = 0.0
         size = 0
@@ -268,7 +297,7 @@ def _search(  # type: ignore[no-untyped-def]
             if boosted:
                 kept_already[entry] = 0
                 if state[now, entry] != DEAD:
-                    score *= sure[state[now, entry]]
+                    score *= hotword_factors[state[now, entry], SURE]
                 safe_best = max(safe_best, score)
                 if safe_size < beam or score > safe_heap[0]:
                     safe_size = _push(safe_heap, safe_items, safe_size, beam, score, entry)
@@ -276,15 +305,15 @@ def _search(  # type: ignore[no-untyped-def]
         count = _best_tokens(row, blank, max_tokens, token_floor, chosen, values)
         candidates = entries
         for index in range(count):
-            values[index] = math.exp(values[index])
+            values[index] = _posterior(row, chosen[index], frame, posteriors, posteriors_of)
         winner = max(blank_probability, values[0]) if count > 0 else blank_probability
         for entry in range(entries):
             total = ended[now, entry] + held[now, entry]
             reach = 1.0
             safe_reach = 1.0
             if boosted and state[now, entry] != DEAD:  # else no first symbol gains
-                reach = hotword_reach[0, state[now, entry]]
-                safe_reach = hotword_reach[1, state[now, entry]]
+                reach = hotword_factors[state[now, entry], REACH]
+                safe_reach = hotword_factors[state[now, entry], SAFE_REACH]
             if longest > 1:
                 reach *= most_gain
                 safe_reach = reach
@@ -348,7 +377,7 @@ def _search(  # type: ignore[no-untyped-def]
                 score = probability * new_weight
                 safe_score = score
                 if boosted and following != DEAD:
-                    safe_score *= sure[following]
+                    safe_score *= hotword_factors[following, SURE]
                 if score <= bound and (not boosted or safe_score <= safe_bound):
                     continue
                 candidate_probability[candidates] = probability
@@ -373,6 +402,9 @@ def _search(  # type: ignore[no-untyped-def]
         kept = 0
         largest = 0.0
         largest_weight = 0.0
+        for entry in range(entries):
+            place[entry] = -1
+        added = 0
         for index in range(size + safe_size):
             if index < size:
                 if heap[index] < best * beam_cut or heap[index] <= 0.0:
@@ -394,6 +426,8 @@ def _search(  # type: ignore[no-untyped-def]
                 parent_hash[following_row, kept] = parent_hash[now, item]
                 state[following_row, kept] = state[now, item]
                 gram[following_row, kept] = gram[now, item]
+                above[following_row, kept] = above[now, item]
+                place[item] = kept
             else:
                 source_entry = candidate_from[item]
                 token = candidate_token[item]
@@ -403,20 +437,34 @@ def _search(  # type: ignore[no-untyped-def]
                 weight[following_row, kept] = candidate_weight[item]
                 node[following_row, kept] = nodes
                 last[following_row, kept] = token
-                above = prefix_hash[now, source_entry]
-                parent_hash[following_row, kept] = above
-                mixed = (above ^ np.uint64(token + 1)) * np.uint64(0x9E3779B97F4A7C15)
+                hashed = prefix_hash[now, source_entry]
+                parent_hash[following_row, kept] = hashed
+                mixed = (hashed ^ np.uint64(token + 1)) * np.uint64(0x9E3779B97F4A7C15)
                 prefix_hash[following_row, kept] = mixed ^ (mixed >> np.uint64(29))
                 state[following_row, kept] = candidate_state[item]
                 gram[following_row, kept] = candidate_gram[item]
+                above[following_row, kept] = source_entry
+                new_entries[added] = kept
+                added += 1
                 nodes += 1
             largest = max(largest, ended[following_row, kept] + held[following_row, kept])
             largest_weight = max(largest_weight, weight[following_row, kept])
             kept += 1
+        scale = 1.0 / largest
+        weight_scale = 1.0 / largest_weight
         for entry in range(kept):
-            ended[following_row, entry] /= largest
-            held[following_row, entry] /= largest
-            weight[following_row, entry] /= largest_weight
+            ended[following_row, entry] *= scale
+            held[following_row, entry] *= scale
+            weight[following_row, entry] *= weight_scale
+            source = above[following_row, entry]
+            if source >= 0:
+                source = place[source]
+            if source < 0 and last[following_row, entry] >= 0:  # it may be back
+                for index in range(added):
+                    if prefix_hash[following_row, new_entries[index]] == parent_hash[following_row, entry]:
+                        source = new_entries[index]
+                        break
+            above[following_row, entry] = source
         log_scale += math.log(largest) + math.log(largest_weight)
         entries = kept
         now = following_row

@@ -128,7 +128,8 @@ def test_what_the_library_would_misread_is_refused() -> None:
 
     log_probs, tokens = np.zeros((4, 2), np.float32), np.zeros(1, np.int32)
     rest = (
-        np.full(3, -np.inf),
+        np.zeros(4, np.float32),
+        np.zeros(3),
         np.zeros((4, 3), np.uint8),
         *np.zeros((2, 1), np.int32),
         np.zeros(1, np.float32),

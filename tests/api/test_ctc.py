@@ -167,6 +167,43 @@ def test_alignment_is_the_best_of_all_paths(
     )
 
 
+def viterbi_oracle(log_probs: np.ndarray, tokens: np.ndarray, blank: int) -> float:
+    """Score of the best path over all states, without leaving any out."""
+    labels = np.full(2 * len(tokens) + 1, blank)
+    labels[1::2] = tokens
+    may_skip = np.zeros(len(labels), bool)
+    may_skip[3::2] = labels[3::2] != labels[1:-2:2]
+    score = np.full(len(labels), -np.inf)
+    score[:2] = log_probs[0, labels[:2]]
+    for row in log_probs[1:].astype(float):
+        stepped = np.append(-np.inf, score[:-1])
+        skipped = np.where(may_skip, np.append([-np.inf, -np.inf], score)[: len(labels)], -np.inf)
+        score = np.maximum(np.maximum(score, stepped), skipped) + row[labels]
+    return float(score[-2:].max())
+
+
+@pytest.mark.parametrize("cost", [3.0, 15.0, 60.0, 1000.0])
+@pytest.mark.parametrize("vocabulary", [4, 90])
+def test_alignment_leaves_out_no_state_of_the_best_path(cost: float, vocabulary: int) -> None:
+    rng = np.random.default_rng(int(cost))
+    for _ in range(150):
+        frames = int(rng.integers(1, 60))
+        blank = int(rng.integers(vocabulary))
+        others = np.delete(np.arange(vocabulary), blank)[:4]
+        text = rng.choice(others, int(rng.integers(frames // 2 + 1))).astype(np.int32)
+        # Few tokens are probable at a time, so that paths fall behind one another and catch up.
+        scores = np.where(
+            rng.random((frames, vocabulary)) < 0.4, 0.0, -cost * rng.random((frames, vocabulary))
+        )
+        log_probs = log_softmax(scores)
+        aligned = align(log_probs, text, blank)
+        assert aligned.score == pytest.approx(viterbi_oracle(log_probs, text, blank), rel=1e-6, abs=1e-3)
+        path = np.full(frames, blank)
+        for token, start, end in zip(text, aligned.start_frames, aligned.end_frames, strict=True):
+            path[start:end] = token
+        assert log_probs[np.arange(frames), path].sum(dtype=float) == pytest.approx(aligned.score, abs=1e-3)
+
+
 @given(batches())
 def test_aligning_the_greedy_text_gives_the_greedy_path(case: tuple[np.ndarray, np.ndarray, int]) -> None:
     log_probs, lengths, blank = case
