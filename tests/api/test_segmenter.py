@@ -164,6 +164,28 @@ class TestServerVad:
         assert len(cut(floor, window_s=9, vad=VadOptions(threshold=0.5))) == 1
         assert cut(floor, window_s=9, vad=VadOptions(threshold=0.97)) == []
 
+    def test_packets_that_a_telephone_lost_do_not_hide_the_noise(self) -> None:
+        samples = np.concatenate([noise(1.0, 0.001, 9), bursts([1.0] * 4)]) + noise(8.5, 0.005, 8)
+        lost = np.random.default_rng(1).random(len(samples) // 320) < 0.02
+        samples[: len(lost) * 320].reshape(-1, 320)[lost] = 0.0
+        assert len(cut(samples, vad=VadOptions())) == 5
+
+    def test_quiet_syllables_in_noise_belong_to_their_word(self) -> None:
+        word = np.concatenate([noise(0.2, level, index) for index, level in enumerate([0.1, 0.02] * 6)])
+        parts = [noise(1.0, 0.001, 20), word, noise(1.0, 0.001, 21), word, noise(1.0, 0.001, 22)]
+        samples = np.concatenate(parts) + noise(3.0 + 2 * len(word) / RATE_HZ, 0.01, 23)
+        windows = cut(samples, vad=VadOptions(silence_duration_ms=200, prefix_padding_ms=0))
+        assert [len(window.samples) / RATE_HZ for window in windows] == pytest.approx([2.4, 2.4], abs=0.3)
+
+    def test_quiet_speech_is_heard(self) -> None:
+        samples = 0.004 * np.concatenate([noise(1.0, 0.01, 9), bursts([1.0, 1.0])])  # speech at -62 dBFS
+        assert len(cut(samples, vad=VadOptions())) == 3
+
+    def test_louder_noise_is_noise_after_a_while(self) -> None:
+        samples = np.concatenate([noise(2.0, 0.001, 9), noise(20.0, 0.02, 8)])
+        windows = cut(samples, window_s=30, vad=VadOptions())
+        assert sum(len(window.samples) for window in windows) < 12 * RATE_HZ
+
     @pytest.mark.parametrize(("duration_s", "windows"), [(0.02, 0), (0.05, 1)])
     def test_a_click_is_no_speech(self, duration_s: float, windows: int) -> None:
         samples = np.concatenate([noise(1.0, 0.001), noise(duration_s, 0.2), noise(1.0, 0.001)])
@@ -181,7 +203,7 @@ class TestServerVad:
         np.testing.assert_array_equal(window.samples, samples[window.start_sample : end_sample])
 
     def test_stretches_longer_than_the_window_are_cut(self) -> None:
-        samples = bursts([0.1] * 12)
+        samples = bursts([0.35] * 12)
         windows = cut(samples, vad=VadOptions())
         assert len(windows) >= 3
         np.testing.assert_array_equal(np.concatenate([window.samples for window in windows]), samples)
