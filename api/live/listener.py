@@ -93,8 +93,7 @@ class Listener:
 
     def clear(self) -> None:
         """Forget the open utterance."""
-        self._pcm.clear()
-        self._utterances.clear()
+        self._utterances.clear(len(self._pcm.clear()))
 
     def look(self, recogniser: Recogniser) -> Window | None:
         """What `recogniser` should look at now, if anything."""

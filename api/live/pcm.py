@@ -72,10 +72,10 @@ class PcmInput:
         self._resampler = self._new_resampler()
         return tail
 
-    def clear(self) -> None:
-        """Forget the resampler's last samples, and half a sample."""
+    def clear(self) -> FloatArray:
+        """As `flush`, and half a sample is forgotten."""
         self._odd = b""
-        self._resampler = self._new_resampler()
+        return self.flush()
 
     def _new_resampler(self) -> Resampler | None:
         input_rate_hz, sample_rate_hz = self._rates_hz

@@ -86,8 +86,9 @@ class Utterances:
             yield from self._end()
         self._begin_anew()
 
-    def clear(self) -> None:
-        """Forget the open utterance."""
+    def clear(self, unheard: int = 0) -> None:
+        """Forget the open utterance, and so many samples that were to come: times go on behind them."""
+        self.samples_heard += unheard
         self._stretch.take()
         self._begin_anew()
 

@@ -213,6 +213,16 @@ def test_clear_forgets() -> None:
     assert spoken([*ears.push(noise(0.5)), *ears.commit()]) == [(RATE_HZ, RATE_HZ + RATE_HZ // 2)]
 
 
+@pytest.mark.parametrize("rate_hz", [8000, 24_000, 44_100])
+def test_times_after_many_clears_are_those_of_the_recording(rate_hz: int) -> None:
+    pcm, ears = PcmInput("audio/pcm", rate_hz, RATE_HZ), utterances(None)
+    tenth = pcm16(noise(rate_hz / RATE_HZ / 10))
+    for _ in range(100):
+        list(ears.push(pcm.feed(tenth)))
+        ears.clear(len(pcm.clear()))
+    assert ears.samples_heard / RATE_HZ == pytest.approx(10.0, abs=0.01)
+
+
 def test_no_more_than_a_window_is_held() -> None:
     ears = utterances(None)
     pieces = [each for each in ears.push(noise(20.0)) if isinstance(each, Piece)]
