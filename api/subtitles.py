@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from api.transcript import Transcript
 from api.words import Word
 
-# Common subtitle practice (BBC and Netflix guidelines): two lines of 42 characters, at most 7 seconds.
+# Common subtitle practice (BBC and Netflix guidelines): two lines of 42 characters, at most 7 seconds, at least
+# 5/6, and no more than 17 characters a second where the pause behind leaves room.
 MAX_LINE_CHARACTERS = 42
 MAX_LINES = 2
 MAX_CUE_S = 7.0
-MIN_CUE_S = 0.5
+MIN_CUE_S = 5 / 6
+MAX_CHARACTERS_PER_S = 17.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,10 @@ def cues(transcript: Transcript) -> list[Cue]:
     for index, group in enumerate(groups):
         start_s, end_s = group[0].start_s, group[-1].end_s
         following_s = groups[index + 1][0].start_s if index + 1 < len(groups) else transcript.duration_s
-        end_s = max(end_s, min(start_s + MIN_CUE_S, following_s))
-        result.append(Cue(start_s, end_s, tuple(_lines(group))))
+        lines = tuple(_lines(group))
+        reading_s = max(MIN_CUE_S, sum(map(len, lines)) / MAX_CHARACTERS_PER_S)
+        end_s = max(end_s, min(start_s + reading_s, following_s))
+        result.append(Cue(start_s, end_s, lines))
     return result
 
 

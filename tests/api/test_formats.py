@@ -18,7 +18,16 @@ from api.ctc import greedy
 from api.frames import Frames
 from api.normalise import lower, normalise, upper
 from api.openai_format import delta_event, done_event, json_body, logprob_list, verbose_body
-from api.subtitles import MAX_CUE_S, MAX_LINE_CHARACTERS, MAX_LINES, MIN_CUE_S, cues, to_srt, to_vtt
+from api.subtitles import (
+    MAX_CHARACTERS_PER_S,
+    MAX_CUE_S,
+    MAX_LINE_CHARACTERS,
+    MAX_LINES,
+    MIN_CUE_S,
+    cues,
+    to_srt,
+    to_vtt,
+)
 from api.transcript import Segment, Token, Transcript, join_text, segments_of
 from api.vocabulary import Vocabulary
 from api.words import Word
@@ -52,16 +61,23 @@ class TestSubtitles:
             duration_s=3670,
         )
         assert to_srt(transcript) == (
-            "1\n00:00:00,500 --> 00:00:01,500\nhello world\n\n2\n01:01:01,250 --> 01:01:02,000\nlate\n"
+            "1\n00:00:00,500 --> 00:00:01,500\nhello world\n\n2\n01:01:01,250 --> 01:01:02,083\nlate\n"
         )
 
     def test_vtt_to_the_letter_with_markup_escaped(self) -> None:
         transcript = make_transcript(make_segment(Word("<b>&", 0.0, 0.7, 0.9)))
-        assert to_vtt(transcript) == "WEBVTT\n\n00:00:00.000 --> 00:00:00.700\n&lt;b&gt;&amp;\n"
+        assert to_vtt(transcript) == "WEBVTT\n\n00:00:00.000 --> 00:00:00.833\n&lt;b&gt;&amp;\n"
 
     def test_nothing_said(self) -> None:
         assert to_srt(make_transcript()) == ""
         assert to_vtt(make_transcript()) == "WEBVTT\n"
+
+    def test_a_cue_stays_to_be_read_where_nothing_follows(self) -> None:
+        hasty = [Word("x" * 10, index * 0.2, index * 0.2 + 0.2, 0.9) for index in range(4)]  # 43 characters
+        first, second = cues(make_transcript(make_segment(*hasty), make_segment(Word("end", 2.0, 2.1, 0.9))))
+        assert (first.end_s, second.end_s) == (2.0, pytest.approx(2.0 + MIN_CUE_S))
+        (alone,) = cues(make_transcript(make_segment(*hasty)))
+        assert alone.end_s == pytest.approx(42 / MAX_CHARACTERS_PER_S)
 
     @given(st.lists(st.text("abcdefghij", min_size=1, max_size=30), min_size=1, max_size=80))
     def test_cues_keep_all_words_in_order_and_stay_readable(self, texts: list[str]) -> None:
