@@ -15,6 +15,8 @@ expected.
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +116,7 @@ def load_bundle(models_dir: Path, name: str) -> Bundle:
         if actual != expected:
             problem = f"expected sha256 {expected}, the file has {actual}"
             raise BundleError(name, f"files[{file!r}]", expected, problem)
+    _check_external_data(folder, manifest)
     vocabulary = _vocabulary(folder, manifest)
     return Bundle(folder, manifest, vocabulary, _guide(folder, manifest, vocabulary))
 
@@ -194,6 +197,27 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
             raise BundleError(
                 name, "files", entry.name, "lies in the folder but is not listed with its sha256"
             )
+
+
+def _check_external_data(folder: Path, manifest: Manifest) -> None:
+    """No graph takes its weights from a file without a sha256.
+
+    ONNX lets a tensor name a file of the folder under the key `location`, and ONNX Runtime reads it. Both
+    stand in the graph as they are, so that it need not be parsed.
+    """
+    unlisted = [entry.name for entry in sorted(folder.iterdir()) if entry.name not in manifest.files]
+    for graph, entry in manifest.graphs.items():
+        with (folder / entry.file).open("rb") as stream:
+            if not os.fstat(stream.fileno()).st_size:
+                continue  # which cannot be mapped
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if content.find(b"location") < 0:
+                    continue
+                text = content[:].lower()  # some file systems do not tell A from a
+        for file in unlisted:
+            if os.fsencode(file).lower() in text:
+                problem = f"{entry.file} may read it, and it is not listed with its sha256"
+                raise BundleError(manifest.name, f"graphs.{graph}.file", file, problem)
 
 
 def _vocabulary(folder: Path, manifest: Manifest) -> Vocabulary:
