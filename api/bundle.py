@@ -162,6 +162,9 @@ def _manifest(folder: Path, name: str) -> Manifest:
         raise BundleError(name, field, value, first["msg"]) from error
     if manifest.name != name:
         raise BundleError(name, "name", manifest.name, f"expected {name!r}, the folder's name")
+    least, most = manifest.input.min_samples, int(manifest.max_window_s * manifest.sample_rate_hz)
+    if least > most:
+        raise BundleError(name, "input.min_samples", least, f"expected at most {most}, as max_window_s")
     return manifest
 
 

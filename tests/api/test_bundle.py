@@ -177,6 +177,8 @@ def put(*path: str, value: object) -> Change:
         (put("graphs", "float32", "file", value="other.onnx"), "graphs.float32.file", "`files` lists"),
         (put("vocabulary", "file", value="words.txt"), "vocabulary.file", "`files` lists"),
         (put("files", "model.onnx", value="zz"), "files.model.onnx", "pattern"),
+        (put("max_window_s", value=0.001), "max_window_s", "greater than or equal to 1"),
+        (put("input", "min_samples", value=10**12), "input.min_samples", "as max_window_s"),
     ],
 )
 def test_each_lie_names_its_field(models: Path, change: Change, field: str, words: str) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from api.bundle import Bundle, verify_bundle
+from api.commands.models import verify_models
+from api.settings import Settings
 from loadtest.processes import ROOT
 from tests.e2e.live import environment
 from tests.tiny_bundle import make_bundle, recite, sing, wav
@@ -173,6 +176,20 @@ def test_models_list_and_verify(tmp_path: Path) -> None:
     assert "tiny: ok" in verified.stdout
     assert "broken: REFUSED" in verified.stdout
     assert "sha256" in verified.stdout
+
+
+def test_what_nobody_foresaw_in_a_bundle_does_not_end_the_verification_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verify(_: Path, name: str) -> Bundle:
+        if name == "first":
+            raise MemoryError("7 TiB")
+        return verify_bundle(tmp_path, name)
+
+    make_bundle(tmp_path, "second")
+    monkeypatch.setattr("api.commands.models.verify_bundle", verify)
+    assert verify_models(Settings(models_dir=tmp_path), ["first", "second"]) == 1
+    assert capsys.readouterr().out.startswith("first: REFUSED: MemoryError: 7 TiB\nsecond: ok")
 
 
 def test_bench_ends_with_json(models_dir: Path) -> None:
