@@ -184,7 +184,7 @@ push: ## push the images under REGISTRY, tagged with VERSION
 sign: ## sign what was pushed, by digest, and attach the bill of materials
 	docker/sign.sh $(REGISTRY)
 
-.PHONY: up down deploy-compose rollback-compose forget-images scale-compose deploy-k8s rollback-k8s monitoring-k8s smoke smoke-k8s e2e e2e-k8s e2e-lambda sizing pin-images check-version github-release
+.PHONY: up down deploy-compose rollback-compose recover-compose forget-images scale-compose deploy-k8s rollback-k8s monitoring-k8s smoke smoke-k8s e2e e2e-k8s e2e-lambda sizing pin-images check-version github-release
 up: ## the whole stack on this machine with Compose; REPLICAS=3
 	docker/make_env.sh
 	ASR_API_IMAGE=$(REGISTRY_PREFIX)asr-api:$(VERSION) ASR_UI_IMAGE=$(REGISTRY_PREFIX)asr-ui:$(VERSION) docker/compose.sh up --detach --scale api=$(REPLICAS)
@@ -196,6 +196,8 @@ deploy-compose: ## this version to Compose here, replica by replica, back on fai
 	docker/deploy.sh deploy $(VERSION)
 rollback-compose: ## the version before
 	docker/deploy.sh rollback
+recover-compose: # take back a deployment that was broken off, if one was
+	docker/deploy.sh recover
 forget-images: # of VERSION, unless it is deployed here or would be gone back to
 	docker/deploy.sh forget $(VERSION)
 scale-compose: ## more or fewer replicas of the version that runs; REPLICAS=5

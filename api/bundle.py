@@ -15,6 +15,8 @@ expected.
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +116,7 @@ def load_bundle(models_dir: Path, name: str) -> Bundle:
         if actual != expected:
             problem = f"expected sha256 {expected}, the file has {actual}"
             raise BundleError(name, f"files[{file!r}]", expected, problem)
+    _check_external_data(folder, manifest)
     vocabulary = _vocabulary(folder, manifest)
     return Bundle(folder, manifest, vocabulary, _guide(folder, manifest, vocabulary))
 
@@ -159,6 +162,9 @@ def _manifest(folder: Path, name: str) -> Manifest:
         raise BundleError(name, field, value, first["msg"]) from error
     if manifest.name != name:
         raise BundleError(name, "name", manifest.name, f"expected {name!r}, the folder's name")
+    least, most = manifest.input.min_samples, int(manifest.max_window_s * manifest.sample_rate_hz)
+    if least > most:
+        raise BundleError(name, "input.min_samples", least, f"expected at most {most}, as max_window_s")
     return manifest
 
 
@@ -194,6 +200,27 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
             raise BundleError(
                 name, "files", entry.name, "lies in the folder but is not listed with its sha256"
             )
+
+
+def _check_external_data(folder: Path, manifest: Manifest) -> None:
+    """No graph takes its weights from a file without a sha256.
+
+    ONNX lets a tensor name a file of the folder under the key `location`, and ONNX Runtime reads it. Both
+    stand in the graph as they are, so that it need not be parsed.
+    """
+    unlisted = [entry.name for entry in sorted(folder.iterdir()) if entry.name not in manifest.files]
+    for graph, entry in manifest.graphs.items():
+        with (folder / entry.file).open("rb") as stream:
+            if not os.fstat(stream.fileno()).st_size:
+                continue  # which cannot be mapped
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if content.find(b"location") < 0:
+                    continue
+                text = content[:].lower()  # some file systems do not tell A from a
+        for file in unlisted:
+            if os.fsencode(file).lower() in text:
+                problem = f"{entry.file} may read it, and it is not listed with its sha256"
+                raise BundleError(manifest.name, f"graphs.{graph}.file", file, problem)
 
 
 def _vocabulary(folder: Path, manifest: Manifest) -> Vocabulary:

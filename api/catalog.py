@@ -31,7 +31,7 @@ class HubFiles:
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """One file at an address that names its version. ``sha256`` None: recorded at the first pull."""
+    """One file at an address that names its version. ``sha256`` None: recorded by the first good pull."""
 
     url: str
     file: str

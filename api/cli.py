@@ -51,8 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     transcribe = commands.add_parser("transcribe", help="transcribe files in this process, without a server")
-    transcribe.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    transcribe.add_argument("--format", choices=("text", "json", "srt", "vtt"), default="text")
+    transcribe.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="may be a pipe; - is standard input"
+    )
+    transcribe.add_argument(
+        "--format",
+        choices=("text", "json", "srt", "vtt"),
+        default="text",
+        help="json of several files: a line for each, with file, and error where there is no transcript",
+    )
     transcribe.add_argument(
         "--output", type=Path, metavar="DIR", help="write FILE.<format> there, not to stdout"
     )

@@ -104,7 +104,8 @@ class Manifest(_Strict):
     languages: tuple[Language, ...] = Field(min_length=1)
     sample_rate_hz: int = Field(ge=8_000, le=48_000)
     frame_stride_s: float = Field(gt=0, le=1)
-    max_window_s: float = Field(gt=0, le=3600)
+    max_window_s: float = Field(ge=1, le=3600)
+    """Shorter windows would cut through most words."""
     blank_id: int = Field(ge=0)
     vocabulary: VocabularyEntry
     text_normalisation: tuple[str, ...] = ()

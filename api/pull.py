@@ -2,7 +2,7 @@
 
 Downloads stay in ``<models>/.downloads/<name>/`` until the bundle stands, so an interrupted pull goes on
 where it stopped. ``<models>/.downloads/pins.json`` records commits and sha256 sums that the catalogue could
-not know.
+not know: a sum only once its file has become a bundle, because a login page arrives with status 200, too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import httpx
 
 from api.bundle import Bundle, sha256_of, verify_bundle
 from api.catalog import CATALOG, Archive, CatalogEntry, HubFiles
+from api.errors import BundleError
 
 DOWNLOADS = ".downloads"
 TIMEOUT_S = 30.0
@@ -73,12 +74,13 @@ def pull(
         if importlib.util.find_spec(module) is None:
             raise PullError(f"converting {entry.name} needs {module}: {EXTRA}")
     folder = models_dir / DOWNLOADS / entry.name
+    found: dict[Archive, str] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pins = Pins(models_dir / DOWNLOADS / "pins.json")
         for source in entry.sources:
             if isinstance(source, Archive):
-                _fetch_archive(source, folder, pins, say)
+                found[source] = _fetch_archive(source, folder, pins, say)
             else:
                 _fetch_hub(source, folder, pins, say)
     except OSError as error:
@@ -86,8 +88,18 @@ def pull(
     recordings = {"--calibration": calibration, "--validation": validation}
     options = [text for name, path in recordings.items() if path for text in (name, str(path))]
     options += ["--four-bits"] * four_bits
-    _convert(entry, folder, models_dir, pins, options, say)
-    bundle = verify_bundle(models_dir, entry.name)
+    unknown = [source for source in found if (source.sha256 or pins.get(source.url)) is None]
+    try:
+        _convert(entry, folder, models_dir, _revision(entry, pins, found), options, say)
+        bundle = verify_bundle(models_dir, entry.name)
+    except (PullError, BundleError):
+        for source in unknown:
+            (folder / source.file).unlink(missing_ok=True)
+            say(f"{source.file}: deleted, because its sha256 is not known and it may be something else")
+        raise
+    for source in unknown:
+        pins.record(source.url, found[source])
+        say(f"{source.file}: sha256 {found[source]}, recorded in {pins.path} for later pulls")
     shutil.rmtree(folder)
     return bundle
 
@@ -96,7 +108,7 @@ class Pins:
     """What the first pull found: commits by repository, sha256 by address."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         try:
             self._values: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -111,9 +123,9 @@ class Pins:
     def record(self, key: str, value: str) -> None:
         """Write a value, atomically."""
         self._values[key] = value
-        partial = self._path.with_suffix(".partial")
+        partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self._values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(self._path)
+        partial.replace(self.path)
 
 
 def _fetch_hub(source: HubFiles, folder: Path, pins: Pins, say: Say) -> None:
@@ -144,11 +156,10 @@ def _fetch_hub(source: HubFiles, folder: Path, pins: Pins, say: Say) -> None:
         raise PullError(_network_line(constants.ENDPOINT, source.repository, error)) from error
 
 
-def _fetch_archive(source: Archive, folder: Path, pins: Pins, say: Say) -> None:
-    """One file over HTTPS: resumed by range, its length and sha256 checked."""
+def _fetch_archive(source: Archive, folder: Path, pins: Pins, say: Say) -> str:
+    """One file over HTTPS: resumed by range, its length and sha256 checked. Returns the sha256."""
     target = folder / source.file
     partial = folder / f"{source.file}.partial"
-    expected = source.sha256 or pins.get(source.url)
     say(source.url)
     if not target.is_file():
         try:
@@ -156,13 +167,15 @@ def _fetch_archive(source: Archive, folder: Path, pins: Pins, say: Say) -> None:
         except httpx.HTTPError as error:
             raise PullError(_network_line(source.url, source.file, error)) from error
         partial.replace(target)
-    actual = sha256_of(target)
+    actual, recorded = sha256_of(target), pins.get(source.url)
+    expected = source.sha256 or recorded
     if expected is not None and actual != expected:
         target.unlink()
-        raise PullError(f"{source.file}: sha256 {actual}, expected {expected}; deleted it, pull again")
-    if expected is None:
-        pins.record(source.url, actual)
-        say(f"{source.file}: sha256 {actual}, recorded for later pulls")
+        where = "" if source.sha256 else f" (recorded in {pins.path} by an earlier pull)"
+        raise PullError(
+            f"{source.file}: sha256 {actual}, expected {expected}{where}; deleted the file, pull again"
+        )
+    return actual
 
 
 def _stream(url: str, partial: Path) -> None:
@@ -185,14 +198,15 @@ def _stream(url: str, partial: Path) -> None:
     return None
 
 
-def _convert(
-    entry: CatalogEntry, folder: Path, models_dir: Path, pins: Pins, options: list[str], say: Say
-) -> None:
+def _revision(entry: CatalogEntry, pins: Pins, found: dict[Archive, str]) -> str | None:
+    """What the manifest says the weights were: the archive's sha256, or the repository's commit."""
     first = entry.sources[0]
-    if isinstance(first, Archive):
-        revision = first.sha256 or pins.get(first.url)
-    else:
-        revision = first.revision or pins.get(first.repository)
+    return found[first] if isinstance(first, Archive) else first.revision or pins.get(first.repository)
+
+
+def _convert(
+    entry: CatalogEntry, folder: Path, models_dir: Path, revision: str | None, options: list[str], say: Say
+) -> None:
     command = [sys.executable, "-m", "training.convert", entry.family, str(folder / entry.weights)]
     command += ["--name", entry.name, "--models-dir", str(models_dir), "--language", *entry.languages]
     command += ["--title", entry.title, "--licence", entry.licence, "--url", entry.page]
@@ -201,7 +215,7 @@ def _convert(
     environment: dict[str, Any] = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     finished = subprocess.run(command, check=False, env=environment)
     if finished.returncode != 0:
-        raise PullError(f"the converter failed; its message is above, the downloads are in {folder}")
+        raise PullError(f"the converter failed; its message is above, downloads are in {folder}")
 
 
 def _network_line(address: str, what: str, error: Exception) -> str:

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Deploy one version to Docker Compose on this machine, replica by replica, and go back when that fails.
-# usage: docker/deploy.sh deploy VERSION | rollback | scale | status | keep VERSION | forget VERSION
+# usage: docker/deploy.sh deploy VERSION | rollback | recover | scale | status | keep VERSION | forget VERSION
 #   REGISTRY   where the images are, for example registry.example.org/asr (empty: local images)
 #   REPLICAS   API replicas (default 3)      PARTS   parts of the stack (default base,api,ui)
 #   ENV_FILE   settings (default .env)   DEPLOY_STATE  what is deployed (default build/deployed)
+# recover takes back a deployment that was broken off, and does nothing where none was: a pipeline may always call it.
 # scale starts or stops replicas of the version that runs, until there are REPLICAS. keep notes what `make up` started.
 # forget removes a version's images, unless it is deployed or would be gone back to. A deployment that succeeds forgets the
 # version two before it. Whatever goes back takes the settings of that time along; ENV_FILE is not written to.
@@ -239,11 +240,14 @@ case ${1:-} in
     fi
     exit 1
     ;;
-  rollback)
+  rollback | recover)
     kind=previous
     if [ -f "$state/before" ]; then
       kind=before
       echo "a deployment broke off; going back to what ran before it"
+    elif [ "$1" = recover ]; then
+      echo "no deployment broke off; $(read_state current) stays"
+      exit
     fi
     version=$(read_state "$kind")
     failed=$(read_state failed)
@@ -290,7 +294,7 @@ case ${1:-} in
     compose ps
     ;;
   *)
-    sed -n '2,13s/^# //p' "$0" >&2
+    sed -n '2,14s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

@@ -60,7 +60,8 @@ kube() {
 # Does it exist? Never true in a dry run, which does not ask the cluster.
 exists() { [ "$DRY_RUN" = 0 ] && kube get "$@" >/dev/null 2>&1; }
 
-# What a rollback goes back to: one line NAME UID REVISION for each deployment that was there before the apply.
+# What a rollback goes back to: one line NAME UID REVISION for each deployment that was there before the apply,
+# with "undone" behind it once a rollback has taken it back.
 # shellcheck disable=SC2034  # used where this is sourced
 DEPLOYMENTS=(asr-api asr-ui)
 REVISIONS_FILE=${REVISIONS_FILE:-build/k8s-revisions}

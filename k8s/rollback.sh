@@ -36,24 +36,32 @@ if [ "$DRY_RUN" = 1 ]; then
   done
   exit 0
 fi
-if [ ! -s "$REVISIONS_FILE" ]; then
+if [ ! -e "$REVISIONS_FILE" ]; then
   note "nothing to undo: the last k8s/setup.sh of this working tree applied nothing (no $REVISIONS_FILE)"
   note "to go back one revision all the same: kubectl -n asr-system rollout undo deployment/asr-api"
   exit 0
 fi
+[ -s "$REVISIONS_FILE" ] || fail "this was the first deployment: there is nothing to go back to, and it stays as it is;" \
+  "k8s/teardown.sh --only app takes it away"
+record=$(cat "$REVISIONS_FILE")
 undone=()
-while read -r name uid revision; do
+while read -r name uid revision state; do
   now=$(revision_of "$name")
   if [ "${now% *}" != "$uid" ]; then
     note "$name: another deployment than the one that was recorded; left alone"
+  elif [ "$state" = undone ]; then
+    note "$name: taken back before; only its rollout is waited for"
+    undone+=("$name")
   elif [ "${now#* }" = "$revision" ]; then
     note "$name: still at revision $revision; left alone"
   else
     note "$name: from revision ${now#* } back to $revision"
     kube --namespace asr-system rollout undo "deployment/$name" --to-revision="$revision"
+    # Kubernetes gives what it goes back to a new number: a rollback that is repeated would not find this one again.
+    sed -i "s/^$name .*/& undone/" "$REVISIONS_FILE"
     undone+=("$name")
   fi
-done <"$REVISIONS_FILE"
+done <<<"$record"
 # A rollout starts one pod before it takes one away: where no node has room for one more, it stands still.
 if [ "${#undone[@]}" -gt 0 ] && [ -n "$(kube --namespace asr-system get pods --output=jsonpath='{.items[*].status.conditions[?(@.reason=="Unschedulable")].reason}')" ]; then
   note "some pods find no node; if this stands still: docs/runbooks/AsrReplicaMissing.md says how to make room"

@@ -27,7 +27,7 @@ EOF
 }
 
 # A record of an earlier run must not be undone when this one fails before it applies anything.
-case " $* " in *' --dry-run '* | *' --help '*) ;; *) [ ! -e "$REVISIONS_FILE" ] || rm "$REVISIONS_FILE" ;; esac
+case " $* " in *' --dry-run '* | *' --help '* | *' -h '*) ;; *) [ ! -e "$REVISIONS_FILE" ] || rm "$REVISIONS_FILE" ;; esac
 overlay=production registry='' tag='' terraform=1 yes=0 timeout_s=600
 while [ $# -gt 0 ]; do
   case $1 in
@@ -138,11 +138,14 @@ manifests=$(kubectl kustomize "$render")
 if [ "$DRY_RUN" = 1 ]; then
   note "[dry-run] write the revisions of ${DEPLOYMENTS[*]} to $REVISIONS_FILE, for k8s/rollback.sh"
 else
-  mkdir -p "$(dirname "$REVISIONS_FILE")"
+  record=''
   for name in "${DEPLOYMENTS[@]}"; do
     found=$(revision_of "$name")
-    [ -z "$found" ] || echo "$name $found"
-  done >"$REVISIONS_FILE"
+    [ -z "$found" ] || record+="$name $found"$'\n'
+  done
+  # Written when all is known: an empty record says that this is the first deployment.
+  mkdir -p "$(dirname "$REVISIONS_FILE")"
+  printf %s "$record" >"$REVISIONS_FILE"
 fi
 apply_stdin <<<"$manifests"
 

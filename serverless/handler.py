@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from api.errors import NotReadyError
+from api.errors import NotReadyError, SettingsError
 from api.main import create_app
 from api.redaction import plain_keys
 from api.service import Service
@@ -32,6 +32,8 @@ class Function:
 
     def __init__(self, settings: Settings, *, output_prefix: str = "transcripts/") -> None:
         """Load and warm the models. Raises SettingsError, BundleError, NotReadyError."""
+        if not output_prefix:
+            raise SettingsError("ASR_OUTPUT_PREFIX: empty, every recording would be taken for a transcript")
         started_s = time.perf_counter()
         self.settings = settings
         self.output_prefix = output_prefix

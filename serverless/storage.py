@@ -68,25 +68,41 @@ async def transcribe_records(
     """Transcribe every created object of an event into `prefix` + key + `.json`, in the same bucket.
 
     A recording that is at fault (no audio, too long, too large) gets its error written in the transcript's
-    place, because trying again would not help; anything else is raised, so that Lambda tries again.
+    place, because trying again would not help. Anything else is raised once the other recordings are done, so
+    that Lambda tries again: one error as it is, several as an ExceptionGroup.
     """
-    done = []
+    done: list[dict[str, Any]] = []
+    errors: list[Exception] = []
     for record in event.get("Records") or []:
-        bucket = record["s3"]["bucket"]["name"]
-        key = unquote_plus(record["s3"]["object"]["key"])
-        # the console makes a folder as an empty object whose key ends in a slash
-        is_recording = record.get("eventName", "").startswith("ObjectCreated") and not key.endswith("/")
-        if not is_recording or key.startswith(prefix):
-            done.append({"key": key, "status": "skipped"})
-            continue
-        size_bytes = int(record["s3"]["object"].get("size", 0))
-        body, status = await _one(transcriber, store, bucket, key, size_bytes, max_bytes)
-        target = f"{prefix}{key}.json"
-        content = json.dumps(body, ensure_ascii=False).encode("utf-8")
-        store.put_object(Bucket=bucket, Key=target, Body=content, ContentType="application/json")
-        done.append({"key": key, "status": status, "transcript": target})
-        _log.info("object_transcribed", bucket=bucket, key=key, status=status, bytes=size_bytes)
+        try:
+            done.append(await _transcribe_record(record, transcriber, store, prefix, max_bytes))
+        except Exception as error:
+            errors.append(error)
+            key = record.get("s3", {}).get("object", {}).get("key")
+            _log.error("object_failed", key=key, error=f"{type(error).__name__}: {error}")
+    if len(errors) > 1:
+        raise ExceptionGroup(f"{len(errors)} of {len(errors) + len(done)} recordings failed", errors)
+    if errors:
+        raise errors[0]
     return {"objects": done}
+
+
+async def _transcribe_record(
+    record: dict[str, Any], transcriber: Transcriber, store: ObjectStore, prefix: str, max_bytes: int
+) -> dict[str, Any]:
+    bucket = record["s3"]["bucket"]["name"]
+    key = unquote_plus(record["s3"]["object"]["key"])
+    # the console makes a folder as an empty object whose key ends in a slash
+    is_recording = record.get("eventName", "").startswith("ObjectCreated") and not key.endswith("/")
+    if not is_recording or key.startswith(prefix):
+        return {"key": key, "status": "skipped"}
+    size_bytes = int(record["s3"]["object"].get("size", 0))
+    body, status = await _one(transcriber, store, bucket, key, size_bytes, max_bytes)
+    target = f"{prefix}{key}.json"
+    content = json.dumps(body, ensure_ascii=False).encode("utf-8")
+    store.put_object(Bucket=bucket, Key=target, Body=content, ContentType="application/json")
+    _log.info("object_transcribed", bucket=bucket, key=key, status=status, bytes=size_bytes)
+    return {"key": key, "status": status, "transcript": target}
 
 
 async def _one(

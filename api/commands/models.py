@@ -44,9 +44,10 @@ def verify_models(settings: Settings, names: list[str]) -> int:
     for name in names:
         try:
             bundle = verify_bundle(settings.models_dir, name)
-        except BundleError as error:
+        except Exception as error:  # no bundle keeps the others from being looked at
             refused += 1
-            print(f"{name}: REFUSED: {error}")
+            kind = "" if isinstance(error, BundleError) else f"{type(error).__name__}: "
+            print(f"{name}: REFUSED: {kind}{error}")
         else:
             graphs = ", ".join(sorted(bundle.manifest.graphs))
             print(f"{name}: ok ({len(bundle.manifest.files)} files, {graphs})")

@@ -177,6 +177,8 @@ def put(*path: str, value: object) -> Change:
         (put("graphs", "float32", "file", value="other.onnx"), "graphs.float32.file", "`files` lists"),
         (put("vocabulary", "file", value="words.txt"), "vocabulary.file", "`files` lists"),
         (put("files", "model.onnx", value="zz"), "files.model.onnx", "pattern"),
+        (put("max_window_s", value=0.001), "max_window_s", "greater than or equal to 1"),
+        (put("input", "min_samples", value=10**12), "input.min_samples", "as max_window_s"),
     ],
 )
 def test_each_lie_names_its_field(models: Path, change: Change, field: str, words: str) -> None:
@@ -246,6 +248,28 @@ def change_graph(models: Path, change: Callable[[onnx.ModelProto], None]) -> Non
     change(graph)
     path.write_bytes(graph.SerializeToString())
     change_manifest(models, put("files", "model.onnx", value=sha256_of(path)))
+
+
+@pytest.mark.parametrize("file", [".weights", "./.weights", "README.md", "model.onnx.data"])
+def test_weights_beside_the_graph_need_a_sha256_too(models: Path, file: str) -> None:
+    """Dot files and the model card need none, and ONNX Runtime would read them as weights."""
+    folder = models / "tiny"
+
+    def move_out(graph: onnx.ModelProto) -> None:
+        tensor = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        (folder / file).write_bytes(tensor.raw_data)
+        onnx.external_data_helper.set_external_data(tensor, file)
+        tensor.ClearField("raw_data")
+
+    change_graph(models, move_out)
+    listed = file == "model.onnx.data"
+    if listed:
+        change_manifest(models, put("files", file, value=sha256_of(folder / file)))
+        assert verify_bundle(models, "tiny").name == "tiny"
+    else:
+        error = refused(models)
+        assert (error.field, error.value) == ("graphs.float32.file", Path(file).name)
+        assert "not listed with its sha256" in error.problem
 
 
 def test_a_vocabulary_larger_than_the_graph_is_refused(models: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -389,16 +390,32 @@ def test_an_archive_that_changed_is_refused_and_deleted(hub: Hub, tmp_path: Path
     assert not (tmp_path / "en-tiny").exists()
 
 
-def test_the_first_pull_of_an_archive_pins_it_for_the_next(hub: Hub, tmp_path: Path) -> None:
-    hub.files["versions/1/tiny.nemo"] = b"no archive"
+def test_the_first_pull_of_an_archive_that_becomes_a_bundle_pins_it_for_the_next(
+    hub: Hub, tmp_path: Path
+) -> None:
+    content = tiny_nemo(tmp_path)
+    hub.files["versions/1/tiny.nemo"] = content
+    bundle = pull(archive_entry(hub), tmp_path, say=lambda _: None)
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert bundle.manifest.source.revision == sha256
+    pins = tmp_path / DOWNLOADS / "pins.json"
+    assert json.loads(pins.read_text()) == {f"{hub.url}/versions/1/tiny.nemo": sha256}
+    shutil.rmtree(tmp_path / "en-tiny")
+    hub.files["versions/1/tiny.nemo"] = b"another one"
+    with pytest.raises(PullError, match=f"expected {sha256} .recorded in {re.escape(str(pins))}"):
+        pull(archive_entry(hub), tmp_path, say=lambda _: None)
+
+
+def test_what_is_no_archive_is_not_trusted_and_not_in_the_way_of_the_right_one(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """A page to log in arrives with status 200."""
+    hub.files["versions/1/tiny.nemo"] = b"<html>Please log in</html>"
     with pytest.raises(PullError, match="converter failed"):
         pull(archive_entry(hub), tmp_path, say=lambda _: None)
-    pins = json.loads((tmp_path / DOWNLOADS / "pins.json").read_text())
-    assert pins == {f"{hub.url}/versions/1/tiny.nemo": hashlib.sha256(b"no archive").hexdigest()}
-    (tmp_path / DOWNLOADS / "en-tiny" / "tiny.nemo").unlink()
-    hub.files["versions/1/tiny.nemo"] = b"another one"
-    with pytest.raises(PullError, match="sha256"):
-        pull(archive_entry(hub), tmp_path, say=lambda _: None)
+    assert not (tmp_path / DOWNLOADS / "pins.json").exists()
+    hub.files["versions/1/tiny.nemo"] = tiny_nemo(tmp_path)
+    assert pull(archive_entry(hub), tmp_path, say=lambda _: None).name == "en-tiny"
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, hub: Hub) -> None:

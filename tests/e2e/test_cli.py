@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from api.bundle import Bundle, verify_bundle
+from api.commands.models import verify_models
+from api.settings import Settings
 from loadtest.processes import ROOT
 from tests.e2e.live import environment
 from tests.tiny_bundle import make_bundle, recite, sing, wav
@@ -88,6 +91,42 @@ def test_subtitles_of_many_files_are_not_run_together(
     result = asr(models_dir, "transcribe", files["one.wav"], files["long.wav"], "--format", output_format)
     assert (result.returncode, result.stdout) == (2, "")
     assert f"--format {output_format}: 2 files would run together" in result.stderr
+
+
+def test_json_of_many_files_is_a_line_for_each(models_dir: Path, files: dict[str, Path]) -> None:
+    order = [files["long.wav"], files["bad.wav"], files["one.wav"]]
+    result = asr(models_dir, "transcribe", *order, "--format", "json")
+    assert result.returncode == 1
+    bodies = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [body["file"] for body in bodies] == [str(path) for path in order]
+    assert "not audio that can be read" in bodies[1]["error"]
+    assert (bodies[2]["text"], len(bodies[2]["words"])) == ("abc de", 2)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("cat one.wav | {asr} transcribe -", "abc de\n"),
+        ("{asr} transcribe - <one.wav", "abc de\n"),
+        ("cat long.wav | {asr} transcribe /dev/stdin", "head bad cafe " * 4 + "head bad cafe\n"),
+        ("mkfifo a b; cat one.wav >b & cat one.wav >a & {asr} transcribe a b", "a: abc de\nb: abc de\n"),
+    ],
+)
+def test_pipes_are_transcribed(
+    models_dir: Path, files: dict[str, Path], tmp_path: Path, command: str, said: str
+) -> None:
+    result = subprocess.run(
+        command.format(asr=f"{sys.executable} -m api.cli"),
+        shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env=environment(models_dir) | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (result.returncode, result.stdout, result.stderr) == (0, said, "")
+
+
+def test_a_pipe_without_end_is_given_up(models_dir: Path) -> None:
+    result = asr(models_dir, "transcribe", "/dev/zero", max_audio_s=1)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "asr: /dev/zero: more than 384000 bytes, too many for ASR_MAX_AUDIO_S\n"
 
 
 def test_many_files_keep_their_order_and_one_failure_is_status_one(
@@ -173,6 +212,20 @@ def test_models_list_and_verify(tmp_path: Path) -> None:
     assert "tiny: ok" in verified.stdout
     assert "broken: REFUSED" in verified.stdout
     assert "sha256" in verified.stdout
+
+
+def test_what_nobody_foresaw_in_a_bundle_does_not_end_the_verification_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verify(_: Path, name: str) -> Bundle:
+        if name == "first":
+            raise MemoryError("7 TiB")
+        return verify_bundle(tmp_path, name)
+
+    make_bundle(tmp_path, "second")
+    monkeypatch.setattr("api.commands.models.verify_bundle", verify)
+    assert verify_models(Settings(models_dir=tmp_path), ["first", "second"]) == 1
+    assert capsys.readouterr().out.startswith("first: REFUSED: MemoryError: 7 TiB\nsecond: ok")
 
 
 def test_bench_ends_with_json(models_dir: Path) -> None:

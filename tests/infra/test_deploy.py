@@ -246,6 +246,16 @@ def test_images_go_once_no_rollback_needs_them(machine: Machine) -> None:
     assert machine.calls("image rm")[2:] == [f"image rm {name}" for name in names]
 
 
+def test_a_deployment_that_was_refused_is_no_reason_to_go_back(machine: Machine) -> None:
+    """A pipeline asks for it whatever ended a deployment: what runs has nothing to do with this one."""
+    for version in ("1", "2"):
+        assert machine.deploy(version, ASR_API_KEYS="me:0123456789abcdef").returncode == 0
+    assert machine.deploy("3").returncode == 1
+    done = machine.run("docker/deploy.sh", "recover")
+    assert (done.returncode, done.stdout) == (0, "no deployment broke off; 2 stays\n")
+    assert machine.images() == ["asr-api:2"] * 2
+
+
 def test_keys_that_are_asked_for_do_not_get_lost(machine: Machine, tmp_path: Path) -> None:
     """Jenkins deploys from a clean checkout, in which there is no .env."""
     keys = {"ASR_API_KEYS": "me:0123456789abcdef", "ASR_API_KEY": "0123456789abcdef"}
@@ -363,7 +373,10 @@ def test_make_up_can_be_taken_back_and_is_what_a_deployment_goes_back_to(
     assert machine.images() == ["asr-api:1"] * 2
 
 
-def test_a_deployment_that_was_broken_off_can_be_taken_back(machine: Machine, operator: Operator) -> None:
+@pytest.mark.parametrize("command", ["rollback", "recover"])
+def test_a_deployment_that_was_broken_off_can_be_taken_back(
+    machine: Machine, operator: Operator, command: str
+) -> None:
     """The version before is the one that was being replaced, not the one before that."""
     assert machine.deploy("1", ENV_FILE=operator.write("100")).returncode == 0
     assert machine.deploy("2", ENV_FILE=operator.write("200")).returncode == 0
@@ -386,8 +399,8 @@ def test_a_deployment_that_was_broken_off_can_be_taken_back(machine: Machine, op
         os.killpg(deploying.pid, signal.SIGTERM)
         deploying.communicate()
     assert deploying.returncode != 0
-    done = machine.rollback(ENV_FILE=settings)
+    done = machine.run("docker/deploy.sh", command, ENV_FILE=settings)
     assert done.returncode == 0, done.stderr
-    assert "broke off" in done.stdout
+    assert "a deployment broke off" in done.stdout
     assert machine.images() == ["asr-api:2"] * 2
     assert operator.running() == {"200"}

@@ -10,23 +10,35 @@ import pytest
 
 from tests.infra.render import ROOT
 
-# Deployments are files NAME with "UID REVISION". An apply counts up those in FAKE_CHANGES.
+# Deployments are files NAME with "UID REVISION", and history-NAME has the revisions that there are. An apply
+# counts up those in FAKE_CHANGES. What is gone back to gets a new number, as on Kubernetes.
 KUBECTL = """#!/bin/bash
 cd "$FAKE_CLUSTER" || exit
 line="$*"
+count_up() {
+  read -r uid revision <"deployment-$1"
+  echo "$uid $((revision + 1))" >"deployment-$1"
+  echo "$((revision + 1))" >>"history-$1"
+}
 case $line in
-  *'get deployment '*) name=${line##*get deployment }; cat "deployment-${name%% *}" 2>/dev/null; exit 0 ;;
+  *'get deployment '*)
+    [ -z "$FAKE_SILENT" ] || exit 1
+    name=${line##*get deployment }; cat "deployment-${name%% *}" 2>/dev/null; exit 0 ;;
   *'apply -f -'*)
     [[ $(cat) == *Deployment* ]] || exit 0
-    for name in $FAKE_CHANGES; do
-      read -r uid revision <"deployment-$name"
-      echo "$uid $((revision + 1))" >"deployment-$name"
-    done
+    for name in $FAKE_CHANGES; do count_up "$name"; done
     exit "${FAKE_STATUS:-0}" ;;
   *kustomize*namespaces*) echo 'kind: Namespace' ;;
   *kustomize*) echo 'kind: Deployment' ;;
   *'get pods'*) [ -e unschedulable ] && echo Unschedulable; exit 0 ;;
-  *'rollout undo'*) echo "${line#*rollout undo }" >>undone ;;
+  *'rollout undo'*)
+    name=${line##*deployment/} name=${name%% *} wanted=${line##*--to-revision=}
+    [ "$name" != "$FAKE_NO_UNDO" ] || exit 1
+    grep -qx "$wanted" "history-$name" || { echo "unable to find specified revision $wanted" >&2; exit 1; }
+    sed -i "/^$wanted\\$/d" "history-$name"
+    count_up "$name"
+    echo "${line#*rollout undo }" >>undone ;;
+  *'rollout status'*) name=${line##*deployment/}; echo "${name%% *}" >>waited; [ -z "$FAKE_STUCK" ] ;;
 esac
 """
 
@@ -42,6 +54,7 @@ class Cluster:
         (folder / "config").touch()
         for name, revision in (("asr-api", 7), ("asr-ui", 4)):
             (folder / f"deployment-{name}").write_text(f"uid-{name} {revision}\n")
+            (folder / f"history-{name}").write_text(f"{revision}\n")
 
     def make(self, target: str, **environment: str) -> subprocess.CompletedProcess[str]:
         overlay = environment.pop("OVERLAY", "production")
@@ -56,7 +69,10 @@ class Cluster:
         )  # fmt: skip
 
     def undone(self) -> list[str]:
-        file = self.folder / "undone"
+        return self.lines("undone")
+
+    def lines(self, name: str) -> list[str]:
+        file = self.folder / name
         return file.read_text().splitlines() if file.exists() else []
 
 
@@ -106,9 +122,42 @@ def test_a_rollback_says_what_to_do_where_no_node_has_room_for_its_first_pod(
     assert (ROOT / "docs/runbooks/AsrReplicaMissing.md").read_text().count('"maxReplicas": N') == 1
 
 
+@pytest.mark.parametrize("trouble", [{"FAKE_NO_UNDO": "asr-ui"}, {"FAKE_STUCK": "1"}])
+def test_a_rollback_that_broke_off_can_be_repeated(cluster: Cluster, trouble: dict[str, str]) -> None:
+    """What was undone has another number by then, and is only waited for."""
+    cluster.make("deploy-k8s", FAKE_CHANGES="asr-api asr-ui")
+    assert cluster.make("rollback-k8s", **trouble).returncode != 0
+    (cluster.folder / "waited").unlink()
+    done = cluster.make("rollback-k8s")
+    assert done.returncode == 0, done.stderr
+    assert cluster.undone() == ["deployment/asr-api --to-revision=7", "deployment/asr-ui --to-revision=4"]
+    assert cluster.lines("waited") == ["asr-api", "asr-ui"]
+    assert "nothing to undo" in cluster.make("rollback-k8s").stdout
+
+
 def test_a_first_deployment_has_no_revision_to_go_back_to(cluster: Cluster) -> None:
+    """As with docker/deploy.sh, that is a failure: what was to be taken away still runs."""
     for name in ("asr-api", "asr-ui"):
         (cluster.folder / f"deployment-{name}").unlink()
     cluster.make("deploy-k8s")
-    assert cluster.make("rollback-k8s").returncode == 0
+    done = cluster.make("rollback-k8s")
+    assert done.returncode != 0
+    assert "first deployment" in done.stderr
+    assert "k8s/teardown.sh --only app" in done.stderr
     assert cluster.undone() == []
+
+
+def test_a_cluster_that_does_not_answer_makes_no_record_of_a_first_deployment(cluster: Cluster) -> None:
+    assert cluster.make("deploy-k8s", FAKE_SILENT="1").returncode != 0
+    done = cluster.make("rollback-k8s")
+    assert done.returncode == 0, done.stderr
+    assert "applied nothing" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_asking_setup_for_help_forgets_no_record(tmp_path: Path, option: str) -> None:
+    record = tmp_path / "revisions"
+    record.write_text("asr-api uid-asr-api 7\n")
+    environment = {**os.environ, "REVISIONS_FILE": str(record)}
+    subprocess.run([ROOT / "k8s/setup.sh", option], env=environment, capture_output=True, check=True)
+    assert record.exists()

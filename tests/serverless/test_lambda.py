@@ -176,6 +176,23 @@ def test_s3_missing_object_is_tried_again_by_lambda(function: LambdaService) -> 
     assert answer["errorType"] == "ClientError"
 
 
+def test_s3_recordings_behind_one_that_fails_are_transcribed(
+    function: LambdaService, storage: Bucket
+) -> None:
+    made = event("s3")
+    keys = ["incoming/gone.wav", "incoming/there.wav", "incoming/gone-too.wav"]
+    first = made["Records"][0]
+    made["Records"] = [copy.deepcopy(first) for _ in keys]
+    for record, key in zip(made["Records"], keys, strict=True):
+        record["s3"]["object"]["key"] = key
+    storage.objects["recordings/incoming/there.wav"] = wav(sing("abc def"))
+    kind, answer = function.invoke(made)
+    assert (kind, answer["errorType"]) == ("error", "ExceptionGroup")
+    assert "2 of 3 recordings failed" in answer["errorMessage"]
+    stored = json.loads(storage.objects["recordings/transcripts/incoming/there.wav.json"])
+    assert stored["text"] == "abc def"
+
+
 def test_a_folder_made_in_the_console_is_no_recording(function: LambdaService, storage: Bucket) -> None:
     made = event("s3")
     made["Records"][0]["s3"]["object"] |= {"key": "incoming/meetings/", "size": 0}
@@ -212,6 +229,7 @@ def test_other_events_are_refused_and_the_function_lives_on(function: LambdaServ
     [
         ({"ASR_API_KEYS": ""}, "SettingsError", "ASR_API_KEYS"),
         ({"ASR_MODELS": "absent"}, "NotReadyError", "absent"),
+        ({"ASR_OUTPUT_PREFIX": ""}, "SettingsError", "ASR_OUTPUT_PREFIX"),
     ],
 )
 def test_a_bad_start_is_reported(models: Path, changes: dict[str, str], kind: str, message: str) -> None:

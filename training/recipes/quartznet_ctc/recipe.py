@@ -45,7 +45,7 @@ class QuartzNetSettings(Section):
         default=0.02, gt=0, description="With transfer_from: the archive's output stride."
     )
     max_window_s: float = Field(
-        default=30.0, gt=0, description="Longest window the service gives the network at once."
+        default=30.0, ge=1, description="Longest window the service gives the network at once."
     )
 
 

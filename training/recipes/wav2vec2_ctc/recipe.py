@@ -41,7 +41,7 @@ class Wav2Vec2Settings(Section):
     mask_share: float = Field(
         default=0.05, ge=0, lt=1, description="Share of the frames masked while training."
     )
-    max_window_s: float = Field(default=30.0, gt=0, description="Longest window the service gives at once.")
+    max_window_s: float = Field(default=30.0, ge=1, description="Longest window the service gives at once.")
 
     @model_validator(mode="after")
     def _of_a_shape(self) -> Wav2Vec2Settings:
