@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from training.config import Section
-from training.pretrained import fill, from_hub, read_weights
+from training.pretrained import fill, model_from_hub, read_weights
 from training.recipes.wav2vec2_ctc.export import export_graph
 from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc, from_published
 from training.stages.recipe import Facts, Recipe, Waveforms
@@ -73,7 +72,10 @@ class Wav2Vec2Recipe(Recipe):
             return network
         from transformers import Wav2Vec2Model
 
-        model = from_hub(Wav2Vec2Model, self.settings.base, self.settings.revision, dtype=torch.float32)
+        # HuBERT (Hsu et al. 2021) is the same network, taught otherwise
+        model = model_from_hub(
+            Wav2Vec2Model, self.settings.base, self.settings.revision, "wav2vec2", "hubert"
+        )
         network = self._made(Wav2Vec2Config.from_transformers(model.config), codec)
         fill(network, from_published(model.state_dict()), new=("head.",), optional=("masked",))
         if self.settings.frozen_features:
