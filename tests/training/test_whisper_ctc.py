@@ -210,6 +210,15 @@ def test_more_outputs_than_tokens(base: Path) -> None:
         ByteLevelCodec(tokenizer, outputs=100)
 
 
+def test_a_folder_without_its_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
+    """`transformers` makes an empty tokenizer of it, and training would learn from empty texts."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r"base: the tokenizer lacks 256 of 256 bytes; tokenizer\.json"):
+        ByteLevelCodec(load_tokenizer(str(folder)))
+
+
 CONFIG = """
 name: vi-published
 language: vi
