@@ -89,6 +89,12 @@ class FrozenNorms(nn.Module):
         return self
 
 
+def rest_if_frozen(part: nn.Module) -> None:
+    """Evaluation mode for what does not learn: no dropout, and no new statistics of its normalisations."""
+    if not any(parameter.requires_grad for parameter in part.parameters()):
+        part.eval()
+
+
 def fill(
     network: nn.Module,
     state: Mapping[str, Tensor],
