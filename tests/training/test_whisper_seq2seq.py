@@ -28,7 +28,7 @@ name: az-tiny
 language: az
 data: {{manifest: {manifest}}}
 model: {{base: {base}}}
-training: {{max_batch_s: 10, workers: 0, device: cpu}}
+training: {{max_batch_s: 90, workers: 0, device: cpu}}
 bundle: {{licence: Apache-2.0}}
 """
 

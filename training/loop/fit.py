@@ -115,6 +115,22 @@ class Patience(EarlyStopping):
         self.best_loss = state_dict.get("best_loss", self.best_loss)
 
 
+class LastBatch(Callback):
+    """The size of the batch that is worked on."""
+
+    items, samples = 0, 0
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
+        """Keep a batch's."""
+        self.items, self.samples = batch["waveform"].shape
+
+    def on_validation_batch_start(
+        self, trainer: lightning.Trainer, pl_module: Any, batch: Any, *_: Any
+    ) -> None:
+        """Keep a batch's."""
+        self.items, self.samples = batch["waveform"].shape
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of torch or Python says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -153,7 +169,9 @@ def fit(
     )
     # `save_last` would write only when a best one is kept, and a killed run would go back to that epoch
     last = Checkpoints(dirpath=folder.checkpoints, filename="last", enable_version_counter=False)
+    worked_on = LastBatch()
     watchers: list[Callback] = [
+        worked_on,
         best,
         last,
         Records(folder),
@@ -201,9 +219,13 @@ def fit(
             if not is_out_of_memory(error):
                 raise
             gc.collect()
+            dataset: Any = training.dataset
+            each_s = dataset.padded_s or worked_on.samples / dataset.sample_rate_hz
             raise OutOfMemoryError(
-                f"memory ran out at epoch {trainer.current_epoch}, step {trainer.global_step}: lower "
-                f"training.max_batch_s (now {settings.max_batch_s:g}) and raise training.accumulation (now "
+                f"memory ran out at epoch {trainer.current_epoch}, step {trainer.global_step}, in a batch of "
+                f"{worked_on.items} x {each_s:.1f} s: lower training.max_batch_s (now "
+                f"{settings.max_batch_s:g}) below {worked_on.items * each_s:.1f} or training.max_items (now "
+                f"{settings.max_items}) below {worked_on.items}, and raise training.accumulation (now "
                 f"{settings.accumulation}), then run the same command again: it goes on from "
                 f"{folder.resume_from() or 'the start'}"
             ) from error

@@ -44,8 +44,9 @@ def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -
         if augment and augment.waveform
         else None
     )
-    training = UtteranceDataset(rows["train"], codec.encode, facts.sample_rate_hz, changed)
-    validation = UtteranceDataset(rows["validation"], codec.encode, facts.sample_rate_hz)
+    rate_hz, padded_s = facts.sample_rate_hz, facts.padded_s
+    training = UtteranceDataset(rows["train"], codec.encode, rate_hz, changed, padded_s)
+    validation = UtteranceDataset(rows["validation"], codec.encode, rate_hz, None, padded_s)
     best = fit(
         recipe.module(network, codec),
         make_loader(training, settings, training=True),

@@ -91,7 +91,8 @@ class WhisperCtcRecipe(Recipe):
 
     def facts(self) -> Facts:
         """20 ms per frame, 30 s of positions."""
-        return Facts(FRAME_STRIDE_S, MAX_WINDOW_S, MIN_SAMPLES, longest_s=MAX_WINDOW_S)
+        padded_s = MAX_WINDOW_S if self.settings.fixed else None
+        return Facts(FRAME_STRIDE_S, MAX_WINDOW_S, MIN_SAMPLES, longest_s=MAX_WINDOW_S, padded_s=padded_s)
 
     def network(self, codec: TokenCodec) -> nn.Module:
         """The base's encoder with a new head, or encoder and head of a published checkpoint."""

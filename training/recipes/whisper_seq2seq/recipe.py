@@ -163,6 +163,7 @@ class WhisperSeq2SeqRecipe(Recipe):
             max_window_s=MAX_WINDOW_S,
             min_samples=MIN_SAMPLES,
             longest_s=MAX_WINDOW_S,
+            padded_s=MAX_WINDOW_S if self.settings.length == "fixed30" else None,
             decoder=True,
         )
 
