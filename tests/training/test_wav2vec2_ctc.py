@@ -304,6 +304,16 @@ def test_facts_are_those_of_the_shape(tmp_path: Path) -> None:
     assert facts.frame_stride_s == pytest.approx(0.04)
 
 
+def test_a_recording_has_room_for_as_many_tokens_as_it_has_frames(tmp_path: Path) -> None:
+    recipe = from_random(tmp_path, tmp_path / "manifest.jsonl")
+    network = recipe.network(recipe.codec())
+    lengths = list(range(400, 1500, 7))
+    assert [recipe.room(length) for length in lengths] == network.frame_lengths(
+        torch.tensor(lengths)
+    ).tolist()
+    assert recipe.room(399) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -96,6 +96,12 @@ class Wav2Vec2Config:
             need = (need - 1) * stride + kernel
         return need
 
+    def frames(self, samples: int) -> int:
+        """Frames of so many samples."""
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            samples = (samples - kernel) // stride + 1
+        return max(0, samples)
+
 
 class FeatureEncoderLayer(nn.Module):
     """Convolution without padding, layer normalisation over channels, GELU."""

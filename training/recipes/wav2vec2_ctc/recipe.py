@@ -56,12 +56,21 @@ class Wav2Vec2Recipe(Recipe):
     settings_type = Wav2Vec2Settings
     settings: Wav2Vec2Settings
 
+    @property
+    def _convolved(self) -> Wav2Vec2Config:
+        """A shape with the right convolutions: every published variant has the same."""
+        return self.settings.shape or Wav2Vec2Config()
+
     def facts(self) -> Facts:
-        """Every published variant has the same convolutions: 20 ms per frame, 25 ms for the first."""
-        config = self.settings.shape or Wav2Vec2Config()
+        """20 ms per frame, 25 ms for the first."""
+        config = self._convolved
         return Facts(
             config.stride_samples / 16_000, self.settings.max_window_s, min_samples=config.min_samples
         )
+
+    def room(self, samples: int) -> int:
+        """Without padding, the last frame needs all of its samples."""
+        return self._convolved.frames(samples)
 
     def network(self, codec: TokenCodec) -> nn.Module:
         """The pre-trained network with a new head, or a new network."""
