@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from training.errors import ConfigError, DiskFullError, EmptyManifestError, OutOfMemoryError
-from training.files import full_disk, is_full_disk
+from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
+from training.files import naming_full_disk
 from training.loop.divergence import StopWhereDiverged
 from training.loop.module import SpeechModule
 from training.loop.plots import plot_history
@@ -205,7 +205,8 @@ def fit(
         # Lightning keeps the mode that modules are in; `train` is where networks put frozen parts to rest
         module.train()
         try:
-            trainer.fit(module, training, validation, ckpt_path=state, weights_only=True)
+            with naming_full_disk(folder.path):  # TensorBoard writes there, too
+                trainer.fit(module, training, validation, ckpt_path=state, weights_only=True)
         except SIGTERMException as error:
             # Lightning's has status 0, and whoever ended the job would take the training for a finished one
             raise SystemExit(128 + signal.SIGTERM) from error
@@ -214,8 +215,6 @@ def fit(
                 raise
             raise SystemExit(128 + signal.SIGINT) from error
         except Exception as error:
-            if is_full_disk(error) and not isinstance(error, DiskFullError):
-                raise full_disk(folder.path, 0) from error  # TensorBoard names no file
             if not is_out_of_memory(error):
                 raise
             gc.collect()
