@@ -12,7 +12,7 @@ conversion. The fourfold subsampling of Conformer-CTC, which `transformers` does
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderSubsam
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
 from training.frontend import FrontendConfig, LogMel
 from training.masks import frame_mask
-from training.pretrained import FrozenNorms
+from training.pretrained import FrozenNorms, rest_if_frozen
 from training.transformer import check_heads
 
 Subsampling = Literal["striding", "dw_striding"]
@@ -139,6 +139,12 @@ class ConformerCtc(FrozenNorms):
         """Sinusoids of the distances from frames - 1 down to 1 - frames, (2 * frames - 1, width)."""
         out: Tensor = self.network.encoder.encode_positions(torch.zeros(1, frames, self.config.width))[0]
         return out
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; an encoder that does not learn stays in evaluation mode."""
+        super().train(mode)
+        rest_if_frozen(self.network.encoder)
+        return self
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, samples), (batch,) -> log_probs (batch, frames, vocabulary), frame lengths (batch,)."""

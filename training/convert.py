@@ -72,11 +72,19 @@ def from_wav2vec2(weights: Path) -> Exported:
 
 
 def wav2vec2_vocabulary(folder: Path, outputs: int, config: dict[str, Any]) -> Vocabulary:
-    """Characters by id; the word delimiter becomes the space, the pad token is the blank."""
+    """Characters by id; the word delimiter becomes the space, the pad token is the blank.
+
+    Raises CheckpointError.
+    """
     tokens: list[str] = [f"<unused_{index}>" for index in range(outputs)]
     special = set(range(outputs))
     for token, index in _read_json(folder / "vocab.json").items():
-        if isinstance(index, int) and index < outputs:
+        if not isinstance(index, int):
+            raise CheckpointError(
+                f"vocab.json: {token!r} has {type(index).__name__}, no id; where it holds a vocabulary per "
+                "language, leave the one that the network writes"
+            )
+        if index < outputs:
             tokens[index] = token
             if not (len(token) > 1 and token[0] in "<[" and token[-1] in ">]"):
                 special.discard(index)
@@ -88,6 +96,8 @@ def wav2vec2_vocabulary(folder: Path, outputs: int, config: dict[str, Any]) -> V
         raise CheckpointError(
             f"the pad token {name!r} is not one of the {outputs} outputs; it is the CTC blank"
         )
+    if special >= set(range(outputs)) - {blank}:
+        raise CheckpointError(f"vocab.json: names no character for any of the {outputs} outputs")
     tokens[blank] = BLANK_TOKEN
     tokens = [SPACE_MARK if token == "|" else token for token in tokens]  # noqa: S105
     return Vocabulary(tuple(tokens), blank, "chars", frozenset(special - {blank}))

@@ -42,6 +42,17 @@ def written_whole(path: Path, needs_bytes: int = 0) -> Iterator[Path]:
         raise full_disk(path, max(needs_bytes, written)) from error
 
 
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """While others write to `path`, who name no file in their errors. Raises DiskFullError."""
+    try:
+        yield
+    except Exception as error:
+        if is_full_disk(error) and not isinstance(error, DiskFullError):
+            raise full_disk(path, 0) from error
+        raise
+
+
 def full_disk(path: Path, needs_bytes: int) -> DiskFullError:
     """The error for a file or folder that has no room for so many bytes, 0 where nobody knows how many."""
     needs = f"about {needs_bytes / 1e6:.1f} MB are needed and " if needs_bytes else ""

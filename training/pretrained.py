@@ -6,19 +6,61 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.errors import CheckpointError
 
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+"""What `transformers` raises for a folder that it did not expect, depending on what it looks at first."""
+_MADE = ("masked_spec_embed", "proj_out.weight")
+"""What may be missing: who fine-tunes without masks has not the one, the other is the embedding again."""
+
 
 def from_hub(kind: Any, source: str, revision: str | None, **options: Any) -> Any:
     """`kind.from_pretrained` of a folder or of a name on the hub. Raises CheckpointError."""
     try:
         return kind.from_pretrained(source, revision=revision or "main", **options)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: no {kind.__name__} there: {str(error).splitlines()[0]}") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{source}: no {kind.__name__} there: {_first_line(error)}") from error
+
+
+def config_from_hub(kind: Any, source: str, revision: str | None, *families: str) -> Any:
+    """`kind`, a configuration, of a folder or of a name on the hub. Raises CheckpointError.
+
+    `families`: the `model_type`s that it may have; `transformers` reads any file as any configuration, and a
+    folder without one as the default configuration.
+    """
+    try:
+        described, _ = kind.get_config_dict(source, revision=revision or "main")
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{source}: no config.json there: {_first_line(error)}") from error
+    if not described:
+        raise CheckpointError(f"{source}: no config.json there")
+    if (family := described.get("model_type")) not in families:
+        raise CheckpointError(f"{source}: config.json says model_type {family!r}, expected {families[0]!r}")
+    return from_hub(kind, source, revision)
+
+
+def model_from_hub(
+    kind: Any, source: str, revision: str | None, *families: str, unused: tuple[str, ...] = ()
+) -> Any:
+    """`kind`, a model, in float32, of a folder or of a name on the hub. Raises CheckpointError.
+
+    `families`: see `config_from_hub`. `unused`: beginnings of the names of tensors that nobody will look at.
+    What the checkpoint lacks of the others `transformers` fills with random numbers; here it is an error.
+    """
+    config_from_hub(kind.config_class, source, revision, *families)
+    model, found = from_hub(kind, source, revision, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(name for name in found["missing_keys"] if not name.startswith((*_MADE, *unused))):
+        raise CheckpointError(f"{source}: its weights lack {missing[0]} ({len(missing)} in all)")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -45,6 +87,12 @@ class FrozenNorms(nn.Module):
                 if isinstance(module, nn.BatchNorm1d):
                     module.eval()
         return self
+
+
+def rest_if_frozen(part: nn.Module) -> None:
+    """Evaluation mode for what does not learn: no dropout, and no new statistics of its normalisations."""
+    if not any(parameter.requires_grad for parameter in part.parameters()):
+        part.eval()
 
 
 def fill(

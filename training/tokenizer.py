@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokenizers.pre_tokenizers import ByteLevel
+
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from training.errors import CheckpointError
 from training.pretrained import from_hub
@@ -34,6 +36,13 @@ class ByteLevelCodec:
         Raises CheckpointError where they do not fit each other.
         """
         self.tokenizer = tokenizer
+        known = tokenizer.get_vocab()
+        if missing := sum(symbol not in known for symbol in ByteLevel.alphabet()):
+            # transformers makes an empty tokenizer of a folder without its files, and texts then have no ids
+            raise CheckpointError(
+                f"{tokenizer.name_or_path}: the tokenizer lacks {missing} of 256 bytes; tokenizer.json, or "
+                "vocab.json and merges.txt, belong beside config.json"
+            )
         size = outputs if outputs is not None else len(tokenizer)
         blank = blank_id if blank_id is not None else tokenizer.pad_token_id
         if blank is None or not 0 <= blank < size:

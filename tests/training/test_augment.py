@@ -84,6 +84,17 @@ def test_nothing_becomes_longer_than_allowed() -> None:
     assert len(WaveformAugment(slow, RATE_HZ, 1.9 * duration_s)(samples, random)) == len(samples)
 
 
+@pytest.mark.parametrize(
+    ("duration_s", "longest_s", "expected_s"),
+    [(27.0, 30.0, 30.0), (29.5, 30.0, 29.5), (29.5, None, 29.5 / 0.9), (31.0, 30.0, 31.0)],
+)
+def test_it_says_how_long_things_may_become(
+    duration_s: float, longest_s: float | None, expected_s: float
+) -> None:
+    augment = WaveformAugment(WaveformAugmentConfig(), RATE_HZ, longest_s)
+    assert augment.longest_of(duration_s) == pytest.approx(expected_s)
+
+
 def test_noise_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no recordings"):
         WaveformAugment(WaveformAugmentConfig(noise_folder=tmp_path), RATE_HZ)

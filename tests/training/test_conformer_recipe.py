@@ -83,6 +83,16 @@ def test_only_what_shall_learn_learns(archive: Path) -> None:
     assert all(weight.requires_grad for weight in free.parameters())
 
 
+def test_a_frozen_encoder_rests(archive: Path) -> None:
+    """Its normalisations would go on with new statistics, and dropout would hide what it hears."""
+    network = recipe(transfer_from=archive, shape=SHAPE, frozen_encoder=True).network(CODEC).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    given = torch.randn(2, 8000), torch.tensor([8000, 6000])
+    assert network.training
+    assert torch.equal(network(*given)[0], network(*given)[0])
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_a_new_network_lets_its_input_through() -> None:
     """With the start of transformers it varies by 1e-6 over time, and nothing is learned from it for long."""
     torch.manual_seed(0)

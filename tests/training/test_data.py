@@ -420,12 +420,13 @@ def test_validation_says_why(tmp_path: Path) -> None:
         Utterance(tone(tmp_path / "empty.wav"), "?!"),
         Utterance(tone(tmp_path / "foreign.wav"), "a b7 ж ж"),
         Utterance(tone(tmp_path / "dense.wav"), "aa" * 30),
+        Utterance(tone(tmp_path / "mute.wav"), "c"),
     ]
     kept, report = validate(
         rows,
         normalise=normaliser("xx"),
         outside=codec.outside,
-        frames_needed=lambda text: ctc_frames_needed(codec.encode(text)),
+        frames_needed=lambda text: ctc_frames_needed(codec.encode(text.replace("c", ""))),
         frames_of=lambda samples: samples // 320,
         limits=Limits(max_duration_s=3.0),
     )
@@ -440,12 +441,13 @@ def test_validation_says_why(tmp_path: Path) -> None:
         "empty": "empty_text",
         "foreign": "outside_vocabulary",
         "dense": "text_too_long",
+        "mute": "no_tokens",
     }
     assert dict(report.outside) == {"7": 1, "ж": 1}
     report.write(tmp_path / "report.json")
     stored = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert stored["kept"] == 1
-    assert stored["dropped"] == 8
+    assert stored["dropped"] == 9
     assert stored["reasons"]["silent"]["count"] == 1
 
 

@@ -348,14 +348,30 @@ def test_out_of_memory_says_what_to_change_and_keeps_the_state(rows: list[Uttera
                 torch.empty(2**50, dtype=torch.uint8)
             return super().forward(waveform, lengths)
 
-    with pytest.raises(
-        OutOfMemoryError, match=r"lower training\.max_batch_s \(now 12\).*goes on from .*ckpt"
-    ):
+    longest_s = max(row.duration_s or 0.0 for row in rows)
+    with pytest.raises(OutOfMemoryError, match=r"goes on from .*ckpt") as ended:
         run(rows, tmp_path, settings(), network=Greedy())
+    size = re.search(
+        r"a batch of (\d) x (\d\.\d) s: lower training\.max_batch_s \(now 12\) below (\d+\.\d) or "
+        r"training\.max_items \(now 64\) below (\d), and raise",
+        str(ended.value),
+    )
+    assert size is not None, ended.value
+    items, each_s, together_s = (float(number) for number in size.groups()[:3])
+    assert size[1] == size[4]
+    assert each_s <= longest_s + 0.05
+    assert 0 < together_s <= 12
+    assert together_s == pytest.approx(items * each_s, abs=0.05 * items + 0.05)
     steps = Steps()
     run(rows, tmp_path, settings(max_batch_s=6.0, accumulation=2), (steps,))
     assert steps.seen[0] == 2, "two steps were done before, the first of the next two batches adds none"
     assert len(read_metrics(tmp_path / "metrics.csv")) == 2
+
+
+def test_a_network_that_pads_by_itself_has_few_in_a_batch(rows: list[Utterance]) -> None:
+    dataset = UtteranceDataset(rows, CODEC.encode, padded_s=30.0)
+    loader = make_loader(dataset, settings(max_batch_s=65.0), training=True)
+    assert {len(batch) for batch in loader.batch_sampler or ()} == {2}
 
 
 def no_room_for(path: Path) -> None:

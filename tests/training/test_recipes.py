@@ -6,10 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from api.bundle import load_bundle
 from training.config import load_config
 from training.data.manifest import Utterance, read_manifest, spread, write_manifest
-from training.errors import CheckpointError, ConfigError, QualityGateError
+from training.errors import CheckpointError, ConfigError, DiskFullError, QualityGateError
 from training.evaluate import greedy_text
 from training.inference import compare, cpu_session, run_graph
 from training.loop.dataset import UtteranceDataset, collate
@@ -477,6 +478,44 @@ def test_recordings_in_two_given_parts_are_refused(
     config.write_text(yaml.safe_dump(values))
     assert run(config, tmp_path / "run", "prepare") == 2
     assert f"1 recordings are in {shared[0]} and in {shared[1]}" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_graph_and_no_candidates(
+    corpus: Callable[[str], Path], tmp_path: Path
+) -> None:
+    class Full(QuartzNetRecipe):
+        def quantized(
+            self, graph: Path, out: Path, calibration: Sequence[np.ndarray]
+        ) -> Iterator[tuple[str, Path]]:
+            shutil.copyfile(graph, out / "first.onnx")
+            yield "first", out / "first.onnx"
+            Path("/dev/full").write_bytes(b"second")
+
+    recipe, folder = Full(load_config(tiny_config(tmp_path, corpus("ru")))), RunFolder(tmp_path / "run")
+    rows = prepare(recipe, folder)
+    convert(recipe, rows, folder)
+    graphs = folder.path / "export"
+    graphs.mkdir()
+    no_room = graphs / ".model.onnx.partial.partial"
+    no_room.symlink_to("/dev/full")
+    with pytest.raises(DiskFullError, match=r"model\.onnx\.partial: the disk is full: about \d\.\d MB"):
+        export(recipe, rows, folder)
+    assert not list(graphs.iterdir())
+    export(recipe, rows, folder)
+    with pytest.raises(DiskFullError, match="candidates: the disk is full"):
+        quantize(recipe, rows, folder)
+    assert [path.name for path in graphs.iterdir()] == ["model.onnx"]
+
+
+def test_weights_that_are_cut_off_are_one_line(
+    corpus: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = tiny_config(tmp_path, corpus("ru")), tmp_path / "run"
+    assert run(config, folder, "convert") == 0
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert run(config, folder, "export") == 2
+    assert "weights.safetensors: no weights can be read" in capsys.readouterr().err
 
 
 def test_stages_in_the_wrong_order_say_what_is_missing(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +11,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    HubertModel,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForPreTraining,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
+)
 from transformers import Wav2Vec2Config as TheirConfig
-from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Model
 
 from training.config import load_config
+from training.convert import wav2vec2_vocabulary
 from training.errors import CheckpointError, ConfigError
 from training.inference import compare, cpu_session, run_graph
 from training.pretrained import fill
@@ -152,8 +165,89 @@ def test_masks_while_training_only(network: Wav2Vec2Ctc, recordings: list[np.nda
 def test_published_shape() -> None:
     config = Wav2Vec2Config()
     assert (config.stride_samples, config.min_samples) == (320, 400)
-    with pytest.raises(CheckpointError, match="only the XLSR kind"):
-        Wav2Vec2Config.from_transformers(TheirConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"do_stable_layer_norm": False}, "do_stable_layer_norm is False, not True"),
+        ({"adapter_attn_dim": 16}, "adapter_attn_dim is 16, not None"),
+        ({"add_adapter": True}, "add_adapter is True, not False"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', not 'gelu'"),
+        ({"feat_extract_activation": "relu"}, "feat_extract_activation is 'relu', not 'gelu'"),
+    ],
+)
+def test_other_kinds_are_refused(base: Path, change: dict[str, object], problem: str) -> None:
+    theirs = TheirConfig.from_pretrained(base, **change)
+    with pytest.raises(CheckpointError, match=f"only the XLSR kind is known; of this checkpoint {problem}"):
+        Wav2Vec2Config.from_transformers(theirs)
+
+
+def test_tensors_without_a_place_are_refused_unless_pre_training_left_them(base: Path) -> None:
+    """An adapter that is dropped makes another network, and PyTorch and ONNX would agree on it."""
+    theirs = Wav2Vec2ForPreTraining(TheirConfig.from_pretrained(base))
+    state = theirs.state_dict()
+    assert {name.partition(".")[0] for name in state} > {"quantizer", "project_hid", "project_q"}
+    kept = from_published(state)
+    assert set(kept) == set(from_published(theirs.wav2vec2.state_dict()))
+    adapter = "encoder.layers.0.adapter_layer.norm.weight"
+    with pytest.raises(CheckpointError, match=f"{adapter}: the XLSR kind has no such tensor"):
+        from_published({**state, f"wav2vec2.{adapter}": torch.zeros(1)})
+
+
+def test_a_base_of_another_family_or_with_missing_weights_is_refused(base: Path, tmp_path: Path) -> None:
+    """`transformers` would read it, and fill what it does not find with random numbers."""
+
+    def problem(folder: Path) -> str:
+        recipe = from_random(tmp_path, tmp_path / "manifest.jsonl", f"model={{base: {folder}}}")
+        with pytest.raises(CheckpointError) as refused:
+            recipe.network(recipe.codec())
+        return str(refused.value).removeprefix(str(folder))
+
+    shape = {**TheirConfig.from_pretrained(base).to_dict(), "vocab_size": 35}
+    shape.pop("model_type")
+    WavLMModel(WavLMConfig(**shape)).save_pretrained(tmp_path / "wavlm")
+    assert problem(tmp_path / "wavlm") == ": config.json says model_type 'wavlm', expected 'wav2vec2'"
+    HubertForCTC(HubertConfig(**shape)).save_pretrained(tmp_path / "hubert")
+    assert ": its weights lack encoder.layer_norm.bias (" in problem(tmp_path / "hubert")
+    half = shutil.copytree(base, tmp_path / "half")
+    state = load_file(half / "model.safetensors")
+    del state["encoder.layers.1.feed_forward.output_dense.weight"]
+    save_file(state, half / "model.safetensors", metadata={"format": "pt"})
+    assert problem(half).endswith("lack encoder.layers.1.feed_forward.output_dense.weight (1 in all)")
+    (half / "config.json").unlink()
+    assert problem(half) == ": no config.json there"
+
+
+def test_hubert_is_the_same_network(base: Path, tmp_path: Path) -> None:
+    shape = TheirConfig.from_pretrained(base).to_dict()
+    shape.pop("model_type")
+    theirs = HubertModel(HubertConfig(**shape)).eval()
+    theirs.save_pretrained(tmp_path / "hubert")
+    changes = f"model={{base: {tmp_path / 'hubert'}}}"
+    recipe = from_random(tmp_path, tmp_path / "manifest.jsonl", changes)
+    network = recipe.network(recipe.codec()).eval()
+    waveform = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (1, 16_000)).astype(np.float32))
+    waveform = (waveform - waveform.mean()) / waveform.std(correction=0)
+    with torch.inference_mode():
+        expected = torch.log_softmax(network.head(theirs(waveform).last_hidden_state), dim=-1)
+        found, _ = network(waveform, torch.tensor([16_000]))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "problem"),
+    [
+        ({"eng": {"<pad>": 0, "a": 1}, "kir": {"<pad>": 0, "a": 1}}, "'eng' has dict, no id; where it holds"),
+        ({"<pad>": 0, "<s>": 1}, "names no character for any of the 3 outputs"),
+    ],
+)
+def test_a_vocabulary_without_characters_is_refused(
+    tmp_path: Path, vocabulary: dict[str, object], problem: str
+) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(CheckpointError, match=rf"vocab\.json: {problem}"):
+        wav2vec2_vocabulary(tmp_path, 3, {"pad_token_id": 0})
 
 
 def test_missing_and_foreign_tensors_are_named(base: Path, network: Wav2Vec2Ctc) -> None:
@@ -208,6 +302,16 @@ def test_facts_are_those_of_the_shape(tmp_path: Path) -> None:
     strides = "model.shape.strides=[5, 2, 2, 2, 2, 2, 4]"
     facts = from_random(tmp_path, tmp_path / "manifest.jsonl", strides).facts()
     assert facts.frame_stride_s == pytest.approx(0.04)
+
+
+def test_a_recording_has_room_for_as_many_tokens_as_it_has_frames(tmp_path: Path) -> None:
+    recipe = from_random(tmp_path, tmp_path / "manifest.jsonl")
+    network = recipe.network(recipe.codec())
+    lengths = list(range(400, 1500, 7))
+    assert [recipe.room(length) for length in lengths] == network.frame_lengths(
+        torch.tensor(lengths)
+    ).tolist()
+    assert recipe.room(399) == 0
 
 
 @pytest.mark.parametrize(

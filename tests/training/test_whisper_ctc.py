@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import onnx
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import WhisperFeatureExtractor, WhisperModel, WhisperProcessor
 
 from api.bundle import load_bundle, verify_bundle
@@ -27,7 +28,7 @@ from training.data.manifest import Utterance, write_manifest
 from training.errors import CheckpointError, ConfigError
 from training.inference import compare, cpu_session, run_graph
 from training.loop.run_folder import RunFolder
-from training.recipes.rehearsal import tiny_whisper
+from training.recipes.rehearsal import tiny_wav2vec2, tiny_whisper
 from training.recipes.whisper_ctc.export import export_graph
 from training.recipes.whisper_ctc.model import EncoderConfig, WhisperCtc, read_openai, sinusoids
 from training.recipes.whisper_ctc.recipe import WhisperCtcRecipe
@@ -209,6 +210,15 @@ def test_more_outputs_than_tokens(base: Path) -> None:
         ByteLevelCodec(tokenizer, outputs=100)
 
 
+def test_a_folder_without_its_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
+    """`transformers` makes an empty tokenizer of it, and training would learn from empty texts."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r"base: the tokenizer lacks 256 of 256 bytes; tokenizer\.json"):
+        ByteLevelCodec(load_tokenizer(str(folder)))
+
+
 CONFIG = """
 name: vi-published
 language: vi
@@ -289,6 +299,33 @@ def test_a_configuration_of_a_smaller_network_is_refused(
     assert convert.main([*arguments, "--models-dir", str(tmp_path / "models")]) == 2
     assert "encoder.layers.1.self_attn.q_proj.weight: the network has no such" in capsys.readouterr().err
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "fits"), [("encoder.layers.1.fc2.weight", False), ("decoder.layers.0.fc1.weight", True)]
+)
+def test_a_base_that_lacks_a_weight_of_the_encoder_is_refused(
+    base: Path, tmp_path: Path, missing: str, fits: bool
+) -> None:
+    """`transformers` would fill it with random numbers."""
+    folder, config = shutil.copytree(base, tmp_path / "base"), tmp_path / "config.yaml"
+    state = load_file(folder / "model.safetensors")
+    del state[f"model.{missing}"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config.write_text(CONFIG.format(manifest="none", base=folder, checkpoint="null"))
+    recipe = WhisperCtcRecipe(load_config(config))
+    codec = recipe.codec()
+    with nullcontext() if fits else pytest.raises(CheckpointError, match=f"base: its weights lack {missing}"):
+        recipe.network(codec)
+
+
+def test_a_base_of_another_family_is_one_line(
+    tmp_path: Path, corpus: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, config = tiny_wav2vec2(tmp_path / "base"), tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(manifest=corpus("vi"), base=folder, checkpoint="null"))
+    assert main(WhisperCtcRecipe, ["prepare", "--config", str(config), "--run", str(tmp_path / "run")]) == 2
+    assert f"error: {folder}: no AutoTokenizer there" in capsys.readouterr().err
 
 
 # --- from random weights -----------------------------------------------------------------------------

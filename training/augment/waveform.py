@@ -122,6 +122,11 @@ class WaveformAugment:
             if not self.noises:
                 raise ConfigError(f"augment.noise_folder: no recordings in {config.noise_folder}")
 
+    def longest_of(self, duration_s: float) -> float:
+        """Seconds at most that a recording of `duration_s` has when it is changed."""
+        changed = (duration_s / factor for factor in self.config.speeds)
+        return max((s if s <= self.longest_s else duration_s for s in changed), default=duration_s)
+
     def __call__(self, samples: Samples, random: np.random.Generator) -> Samples:
         """A changed copy."""
         config = self.config

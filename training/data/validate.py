@@ -27,6 +27,7 @@ REASONS = {
     "too_long": "longer than max_duration_s",
     "empty_text": "nothing is left of the text after normalisation",
     "outside_vocabulary": "the text has characters that the vocabulary has not",
+    "no_tokens": "the tokenizer makes nothing of the text",
     "text_too_long": "more tokens than the model has output frames",
 }
 
@@ -128,6 +129,8 @@ def validate(
         checked = replace(row, text=text, duration_s=samples / limits.sample_rate_hz)
         if not reason and frames_needed is not None and frames_of is not None:
             needed, there = frames_needed(text), frames_of(samples)
+            if needed < 1:
+                return checked, "no_tokens", repr(text)
             if needed > there:
                 return checked, "text_too_long", f"{needed} tokens in {there} frames"
         return checked, reason, detail

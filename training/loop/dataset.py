@@ -43,7 +43,10 @@ class Example:
 
 
 class UtteranceDataset(Dataset[Example]):
-    """Decodes and augments on access; the recordings are not kept in memory."""
+    """Decodes and augments on access; the recordings are not kept in memory.
+
+    `padded_s`: what the network pads each of them to by itself.
+    """
 
     def __init__(
         self,
@@ -51,11 +54,20 @@ class UtteranceDataset(Dataset[Example]):
         encode: Callable[[str], list[int]],
         sample_rate_hz: int = 16_000,
         augment: WaveformAugment | None = None,
+        padded_s: float | None = None,
     ) -> None:
         self.rows = rows
         self.encode = encode
         self.sample_rate_hz = sample_rate_hz
         self.augment = augment
+        self.padded_s = padded_s
+
+    def longest_s(self, row: Utterance) -> float:
+        """Seconds at most that the network works on for a row."""
+        if self.padded_s is not None:
+            return self.padded_s
+        duration_s = row.duration_s or 0.0
+        return self.augment.longest_of(duration_s) if self.augment is not None else duration_s
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,12 +102,8 @@ def make_loader(
     dataset: UtteranceDataset, settings: TrainingSettings, *, training: bool
 ) -> DataLoader[Example]:
     """Batches by total seconds; shuffled and augmented for training, in a fixed order otherwise."""
-    slowest = 1.0
-    if training and dataset.augment is not None and dataset.augment.config.speeds:
-        slowest = min(dataset.augment.config.speeds)
-    durations_s = [(row.duration_s or 0.0) / slowest for row in dataset.rows]
     sampler = DurationBatchSampler(
-        durations_s,
+        [dataset.longest_s(row) for row in dataset.rows],
         settings.max_batch_s,
         max_items=settings.max_items,
         shuffle=training,

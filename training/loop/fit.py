@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from training.errors import ConfigError, DiskFullError, EmptyManifestError, OutOfMemoryError
-from training.files import full_disk, is_full_disk
+from training.errors import ConfigError, EmptyManifestError, OutOfMemoryError
+from training.files import naming_full_disk
 from training.loop.divergence import StopWhereDiverged
 from training.loop.module import SpeechModule
 from training.loop.plots import plot_history
@@ -115,6 +115,22 @@ class Patience(EarlyStopping):
         self.best_loss = state_dict.get("best_loss", self.best_loss)
 
 
+class LastBatch(Callback):
+    """The size of the batch that is worked on."""
+
+    items, samples = 0, 0
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
+        """Keep a batch's."""
+        self.items, self.samples = batch["waveform"].shape
+
+    def on_validation_batch_start(
+        self, trainer: lightning.Trainer, pl_module: Any, batch: Any, *_: Any
+    ) -> None:
+        """Keep a batch's."""
+        self.items, self.samples = batch["waveform"].shape
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of torch or Python says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -153,7 +169,9 @@ def fit(
     )
     # `save_last` would write only when a best one is kept, and a killed run would go back to that epoch
     last = Checkpoints(dirpath=folder.checkpoints, filename="last", enable_version_counter=False)
+    worked_on = LastBatch()
     watchers: list[Callback] = [
+        worked_on,
         best,
         last,
         Records(folder),
@@ -187,7 +205,8 @@ def fit(
         # Lightning keeps the mode that modules are in; `train` is where networks put frozen parts to rest
         module.train()
         try:
-            trainer.fit(module, training, validation, ckpt_path=state, weights_only=True)
+            with naming_full_disk(folder.path):  # TensorBoard writes there, too
+                trainer.fit(module, training, validation, ckpt_path=state, weights_only=True)
         except SIGTERMException as error:
             # Lightning's has status 0, and whoever ended the job would take the training for a finished one
             raise SystemExit(128 + signal.SIGTERM) from error
@@ -196,14 +215,16 @@ def fit(
                 raise
             raise SystemExit(128 + signal.SIGINT) from error
         except Exception as error:
-            if is_full_disk(error) and not isinstance(error, DiskFullError):
-                raise full_disk(folder.path, 0) from error  # TensorBoard names no file
             if not is_out_of_memory(error):
                 raise
             gc.collect()
+            dataset: Any = training.dataset
+            each_s = dataset.padded_s or worked_on.samples / dataset.sample_rate_hz
             raise OutOfMemoryError(
-                f"memory ran out at epoch {trainer.current_epoch}, step {trainer.global_step}: lower "
-                f"training.max_batch_s (now {settings.max_batch_s:g}) and raise training.accumulation (now "
+                f"memory ran out at epoch {trainer.current_epoch}, step {trainer.global_step}, in a batch of "
+                f"{worked_on.items} x {each_s:.1f} s: lower training.max_batch_s (now "
+                f"{settings.max_batch_s:g}) below {worked_on.items * each_s:.1f} or training.max_items (now "
+                f"{settings.max_items}) below {worked_on.items}, and raise training.accumulation (now "
                 f"{settings.accumulation}), then run the same command again: it goes on from "
                 f"{folder.resume_from() or 'the start'}"
             ) from error

@@ -28,7 +28,10 @@ class TrainingSettings(BaseModel):
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's, on matrices and kernels only.")
     betas: tuple[float, float] = Field(default=(0.9, 0.98), description="AdamW's.")
     max_batch_s: float = Field(
-        default=240.0, gt=0, description="Padded audio-seconds per batch; memory grows with it."
+        default=240.0,
+        gt=0,
+        description="Padded audio-seconds per batch; memory grows with it. A Whisper that pads to 30 s "
+        "counts them for every utterance.",
     )
     max_items: int = Field(default=64, ge=1, description="Utterances per batch at most.")
     accumulation: int = Field(default=1, ge=1, description="Batches per optimiser step.")

@@ -13,6 +13,7 @@ from training.data.audio import load_waveform
 from training.data.manifest import Utterance, spread
 from training.errors import QualityGateError
 from training.exported import View, as_it_is
+from training.files import written_whole
 from training.inference import Agreement, Waveform, compare, cpu_session, run_graph
 from training.loop.run_folder import FLOAT32, RunFolder
 from training.stages.recipe import Recipe
@@ -37,7 +38,7 @@ def load_part(
 
 
 def export(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -> Path:
-    """Write `export/model.onnx`. Raises QualityGateError when it disagrees with the network.
+    """Write `export/model.onnx`. Raises QualityGateError when it disagrees with the network, DiskFullError.
 
     Until it agrees there is no graph, neither this one nor an earlier one.
     """
@@ -47,9 +48,9 @@ def export(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) 
     network = trained(recipe, codec, folder)
     model = recipe.export(network)
     onnx.checker.check_model(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    onnx.save(model, partial)
+    with written_whole(partial, model.ByteSize()) as unfinished:
+        onnx.save(model, unfinished)
     clips = load_part(rows["validation"], recipe.facts().sample_rate_hz, limit=4)
     agreement = agree(network, partial, [clip for clip, _ in clips], recipe.compared)
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")

@@ -15,6 +15,7 @@ from onnxruntime import InferenceSession
 from training.data.manifest import Utterance
 from training.errors import CheckpointError
 from training.evaluate import ErrorRates, greedy_rates
+from training.files import naming_full_disk
 from training.inference import Waveform, clip_of, compare, cpu_session, in_turns_s, run_graph
 from training.loop.run_folder import FLOAT32, INT8, RunFolder
 from training.stages.export import load_part
@@ -59,7 +60,7 @@ def quantize(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder
 
     The gate: faster than float32, and a WER on validation that is higher by `benchmark.max_wer_loss` at most.
     None when nothing passes; `quantize.json` says what was tried and what each gave. Raises CheckpointError
-    where there is no float32 graph.
+    where there is no float32 graph, DiskFullError.
     """
     settings, rate_hz = recipe.config.benchmark, recipe.facts().sample_rate_hz
     graph, target = folder.path / FLOAT32, folder.path / INT8
@@ -70,11 +71,15 @@ def quantize(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder
     calibration = calibration_clips(rows, rate_hz)
     work = folder.path / "export" / "candidates"
     work.mkdir(parents=True, exist_ok=True)
-    files = dict(recipe.quantized(graph, work, calibration))
-    candidates = [gate.measure(how, path) for how, path in files.items()]
-    best = choose(candidates)
-    if best is not None:
-        shutil.copyfile(files[best.how], target)
+    try:
+        with naming_full_disk(work):
+            files = dict(recipe.quantized(graph, work, calibration))
+        candidates = [gate.measure(how, path) for how, path in files.items()]
+        best = choose(candidates)
+        if best is not None:
+            files[best.how].replace(target)
+    finally:
+        shutil.rmtree(work)
     folder.write_json(
         "quantize.json",
         {
@@ -86,7 +91,6 @@ def quantize(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder
             "candidates": [asdict(candidate) for candidate in candidates],
         },
     )
-    shutil.rmtree(work)
     return target if best else None
 
 

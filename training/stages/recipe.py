@@ -32,6 +32,8 @@ class Facts:
     sample_rate_hz: int = 16_000
     longest_s: float | None = None
     """Longest recording that the network can hear at all; None: any."""
+    padded_s: float | None = None
+    """What the network pads every recording to; None: the longest of its batch."""
     decoder: bool = False
     """Whether the graph searches with a decoder network."""
 

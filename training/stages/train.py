@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from training.augment.waveform import WaveformAugment
@@ -16,6 +16,7 @@ from training.graph import MOST_BYTES
 from training.loop.dataset import UtteranceDataset, make_loader
 from training.loop.fit import fit
 from training.loop.run_folder import WEIGHTS, RunFolder, read_metrics
+from training.pretrained import read_weights
 from training.stages.recipe import Recipe
 from training.vocabulary import TokenCodec
 
@@ -44,8 +45,9 @@ def train(recipe: Recipe, rows: dict[str, list[Utterance]], folder: RunFolder) -
         if augment and augment.waveform
         else None
     )
-    training = UtteranceDataset(rows["train"], codec.encode, facts.sample_rate_hz, changed)
-    validation = UtteranceDataset(rows["validation"], codec.encode, facts.sample_rate_hz)
+    rate_hz, padded_s = facts.sample_rate_hz, facts.padded_s
+    training = UtteranceDataset(rows["train"], codec.encode, rate_hz, changed, padded_s)
+    validation = UtteranceDataset(rows["validation"], codec.encode, rate_hz, None, padded_s)
     best = fit(
         recipe.module(network, codec),
         make_loader(training, settings, training=True),
@@ -97,8 +99,9 @@ def load_weights(network: nn.Module, path: Path) -> nn.Module:
     """Put stored weights into a network, in evaluation mode. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no trained weights; run the train stage first")
+    weights = read_weights(path)
     try:
-        network.load_state_dict(load_file(path))
+        network.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: does not fit the network of this configuration: {error}") from error
     return network.eval()

@@ -18,6 +18,17 @@ from training.errors import CheckpointError
 from training.masks import frame_mask
 from training.transformer import EncoderLayer, check_heads, key_bias
 
+_XLSR_KIND = {
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "conv_bias": True,
+    "feat_extract_activation": "gelu",
+    "hidden_act": "gelu",
+    "add_adapter": False,
+    "adapter_attn_dim": None,
+}
+"""What a `transformers.Wav2Vec2Config` says of it."""
+
 
 @dataclass(frozen=True)
 class Wav2Vec2Config:
@@ -45,13 +56,17 @@ class Wav2Vec2Config:
 
     @classmethod
     def from_transformers(cls, config: Any) -> Wav2Vec2Config:
-        """From a `transformers.Wav2Vec2Config`. Raises CheckpointError for wav2vec2-base's variant."""
-        if config.feat_extract_norm != "layer" or not config.do_stable_layer_norm or not config.conv_bias:
-            raise CheckpointError(
-                "only the XLSR kind is known (feat_extract_norm 'layer', do_stable_layer_norm, conv_bias); "
-                f"this checkpoint has {config.feat_extract_norm!r}, {config.do_stable_layer_norm}, "
-                f"{config.conv_bias}"
-            )
+        """From a `transformers.Wav2Vec2Config`. Raises CheckpointError for other kinds.
+
+        Those are wav2vec2-base's, and networks with adapters (MMS).
+        """
+        others = [
+            f"{name} is {found!r}, not {expected!r}"
+            for name, expected in _XLSR_KIND.items()
+            if (found := getattr(config, name)) != expected
+        ]
+        if others:
+            raise CheckpointError(f"only the XLSR kind is known; of this checkpoint {', '.join(others)}")
         return cls(
             width=config.hidden_size,
             layers=config.num_hidden_layers,
@@ -80,6 +95,12 @@ class Wav2Vec2Config:
         for kernel, stride in zip(reversed(self.kernels), reversed(self.strides), strict=True):
             need = (need - 1) * stride + kernel
         return need
+
+    def frames(self, samples: int) -> int:
+        """Frames of so many samples."""
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            samples = (samples - kernel) // stride + 1
+        return max(0, samples)
 
 
 class FeatureEncoderLayer(nn.Module):
@@ -168,10 +189,12 @@ class Wav2Vec2Ctc(nn.Module):
 
 _PLACES = {
     "masked_spec_embed": "masked",
+    "feature_extractor.conv_layers.": "features.",
     "feature_projection.layer_norm.": "projection_norm.",
     "feature_projection.projection.": "projection.",
     "encoder.layer_norm.": "layer_norm.",
-    "encoder.pos_conv_embed.conv.bias": "positions.bias",
+    "encoder.pos_conv_embed.conv.": "positions.",
+    "lm_head.": "head.",
 }
 _PARTS = {
     "attention.": "self_attn.",
@@ -180,40 +203,34 @@ _PARTS = {
     "feed_forward.output_dense.": "fc2.",
     "final_layer_norm.": "final_layer_norm.",
 }
+_NORMALISED = (("weight_g", "weight_v"), tuple(f"parametrizations.weight.original{part}" for part in (0, 1)))
+"""Magnitude and direction of the position convolution, as torch called them first and as it does now."""
+_OF_PRE_TRAINING = ("quantizer.", "project_hid.", "project_q.")
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a `transformers.Wav2Vec2Model` (or of a ForCTC with its prefix) under our names.
 
-    The position convolution's weight normalisation is multiplied out; the rest is dropped.
+    The position convolution's weight normalisation is multiplied out; what only pre-training uses is dropped.
+    Raises CheckpointError for any other tensor that the network has no place for.
     """
     plain = {name.removeprefix("wav2vec2."): value for name, value in state.items()}
-    out: dict[str, Tensor] = {}
-    magnitude = direction = None
-    for name, value in plain.items():
-        if name.startswith("encoder.pos_conv_embed.conv.") and not name.endswith("bias"):
-            if name.endswith(("original0", "weight_g")):
-                magnitude = value
-            elif name.endswith(("original1", "weight_v")):
-                direction = value
-            else:
-                out["positions.weight"] = value
-        elif name.startswith("feature_extractor.conv_layers."):
-            out["features." + name.removeprefix("feature_extractor.conv_layers.")] = value
-        elif name.startswith("encoder.layers."):
-            _, _, index, rest = name.split(".", 3)
-            for theirs, ours in _PARTS.items():
-                if rest.startswith(theirs):
-                    out[f"layers.{index}.{ours}{rest.removeprefix(theirs)}"] = value
-                    break
-        elif name.startswith("lm_head."):
-            out["head." + name.removeprefix("lm_head.")] = value
-        else:
-            for theirs, ours in _PLACES.items():
-                if name.startswith(theirs):
-                    out[ours + name.removeprefix(theirs)] = value
-                    break
-    if magnitude is not None and direction is not None:
-        norm = direction.float().norm(dim=(0, 1), keepdim=True)
-        out["positions.weight"] = direction.float() * (magnitude.float() / norm)
+    out = {_place(name): value for name, value in plain.items() if not name.startswith(_OF_PRE_TRAINING)}
+    for names in _NORMALISED:
+        magnitude, direction = (out.pop(f"positions.{name}", None) for name in names)
+        if magnitude is not None and direction is not None:
+            norm = direction.float().norm(dim=(0, 1), keepdim=True)
+            out["positions.weight"] = direction.float() * (magnitude.float() / norm)
     return out
+
+
+def _place(name: str) -> str:
+    """Our name of a tensor. Raises CheckpointError."""
+    places, before, rest = _PLACES, "", name
+    if name.startswith("encoder.layers."):
+        _, _, index, rest = name.split(".", 3)
+        places, before = _PARTS, f"layers.{index}."
+    for theirs, ours in places.items():
+        if rest.startswith(theirs):
+            return before + ours + rest.removeprefix(theirs)
+    raise CheckpointError(f"{name}: the XLSR kind has no such tensor, and without it the network is another")

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from training.config import Section
-from training.pretrained import fill, from_hub, read_weights
+from training.pretrained import fill, model_from_hub, read_weights
 from training.recipes.wav2vec2_ctc.export import export_graph
 from training.recipes.wav2vec2_ctc.model import Wav2Vec2Config, Wav2Vec2Ctc, from_published
 from training.stages.recipe import Facts, Recipe, Waveforms
@@ -57,12 +56,21 @@ class Wav2Vec2Recipe(Recipe):
     settings_type = Wav2Vec2Settings
     settings: Wav2Vec2Settings
 
+    @property
+    def _convolved(self) -> Wav2Vec2Config:
+        """A shape with the right convolutions: every published variant has the same."""
+        return self.settings.shape or Wav2Vec2Config()
+
     def facts(self) -> Facts:
-        """Every published variant has the same convolutions: 20 ms per frame, 25 ms for the first."""
-        config = self.settings.shape or Wav2Vec2Config()
+        """20 ms per frame, 25 ms for the first."""
+        config = self._convolved
         return Facts(
             config.stride_samples / 16_000, self.settings.max_window_s, min_samples=config.min_samples
         )
+
+    def room(self, samples: int) -> int:
+        """Without padding, the last frame needs all of its samples."""
+        return self._convolved.frames(samples)
 
     def network(self, codec: TokenCodec) -> nn.Module:
         """The pre-trained network with a new head, or a new network."""
@@ -73,7 +81,10 @@ class Wav2Vec2Recipe(Recipe):
             return network
         from transformers import Wav2Vec2Model
 
-        model = from_hub(Wav2Vec2Model, self.settings.base, self.settings.revision, dtype=torch.float32)
+        # HuBERT (Hsu et al. 2021) is the same network, taught otherwise
+        model = model_from_hub(
+            Wav2Vec2Model, self.settings.base, self.settings.revision, "wav2vec2", "hubert"
+        )
         network = self._made(Wav2Vec2Config.from_transformers(model.config), codec)
         fill(network, from_published(model.state_dict()), new=("head.",), optional=("masked",))
         if self.settings.frozen_features:

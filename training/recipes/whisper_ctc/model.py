@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from torch.nn import functional
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
 from training.errors import CheckpointError
 from training.masks import frame_mask
+from training.pretrained import rest_if_frozen
 from training.recipes.whisper_ctc.frontend import WhisperLogMel
 from training.restricted_pickle import load_state_dict
 from training.transformer import EncoderLayer, check_heads, key_bias
@@ -198,11 +199,10 @@ class WhisperCtc(nn.Module):
             hidden, counts = self.encoder(features, counts, fixed=self.fixed)
         return functional.log_softmax(self.ctc_head(hidden).float(), dim=-1), counts
 
-    def train(self, mode: bool = True) -> WhisperCtc:
+    def train(self, mode: bool = True) -> Self:
         """Training mode; an encoder that does not learn stays in evaluation mode."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
-            self.encoder.eval()
+        rest_if_frozen(self.encoder)
         return self
 
 

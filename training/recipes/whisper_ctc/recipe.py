@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from training.config import Section
-from training.pretrained import fill, from_hub
+from training.pretrained import config_from_hub, fill, model_from_hub
 from training.recipes.whisper_ctc.export import export_graph
 from training.recipes.whisper_ctc.model import (
     FRAME_STRIDE_S,
@@ -92,7 +91,8 @@ class WhisperCtcRecipe(Recipe):
 
     def facts(self) -> Facts:
         """20 ms per frame, 30 s of positions."""
-        return Facts(FRAME_STRIDE_S, MAX_WINDOW_S, MIN_SAMPLES, longest_s=MAX_WINDOW_S)
+        padded_s = MAX_WINDOW_S if self.settings.fixed else None
+        return Facts(FRAME_STRIDE_S, MAX_WINDOW_S, MIN_SAMPLES, longest_s=MAX_WINDOW_S, padded_s=padded_s)
 
     def network(self, codec: TokenCodec) -> nn.Module:
         """The base's encoder with a new head, or encoder and head of a published checkpoint."""
@@ -124,8 +124,9 @@ class WhisperCtcRecipe(Recipe):
         from transformers import WhisperConfig, WhisperModel
 
         if self.settings.checkpoint is not None:
-            return EncoderConfig.from_transformers(from_hub(WhisperConfig, source, revision)), None
-        model = from_hub(WhisperModel, source, revision, dtype=torch.float32)
+            config = config_from_hub(WhisperConfig, source, revision, "whisper")
+            return EncoderConfig.from_transformers(config), None
+        model = model_from_hub(WhisperModel, source, revision, "whisper", unused=("decoder.",))
         return EncoderConfig.from_transformers(model.config), model.encoder.state_dict()
 
     def export(self, network: nn.Module) -> onnx.ModelProto:

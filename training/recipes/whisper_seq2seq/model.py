@@ -9,7 +9,7 @@ listened when it wrote it: some heads of its attention follow the speech.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from training.augment.spectrogram import SpecAugment, SpecAugmentConfig
 from training.masks import frame_mask
+from training.pretrained import rest_if_frozen
 from training.recipes.whisper_ctc.frontend import WhisperLogMel
 from training.recipes.whisper_ctc.model import EncoderConfig, WhisperEncoder
 from training.transformer import Attention, key_bias
@@ -239,6 +240,12 @@ class WhisperSeq2Seq(nn.Module):
         suppress[:, list(prompt.suppressed)] = -1e9
         suppress[1, list(prompt.suppressed_first)] = -1e9
         self.register_buffer("suppress", suppress, persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; an encoder that does not learn stays in evaluation mode."""
+        super().train(mode)
+        rest_if_frozen(self.encoder)
+        return self
 
     def listen(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Audio states (batch, frames, width), frames per item, and the bias of attention over them."""

@@ -20,7 +20,7 @@ from training.loop.dataset import Batch
 from training.loop.module import SpeechModule
 from training.loop.settings import TrainingSettings
 from training.masks import frame_mask
-from training.pretrained import fill, from_hub
+from training.pretrained import config_from_hub, fill, model_from_hub
 from training.recipes.whisper_ctc.model import MAX_WINDOW_S, MIN_SAMPLES, EncoderConfig
 from training.recipes.whisper_seq2seq.export import FRAME_STRIDE_S, export_graph
 from training.recipes.whisper_seq2seq.model import DecoderConfig, Prompt, WhisperSeq2Seq
@@ -149,7 +149,7 @@ class WhisperSeq2SeqRecipe(Recipe):
         """Read once: `room` is asked for every recording, and the hub may be asked on every reading."""
         from transformers import WhisperConfig
 
-        return from_hub(WhisperConfig, self.settings.base, self.settings.revision)
+        return config_from_hub(WhisperConfig, self.settings.base, self.settings.revision, "whisper")
 
     @cached_property
     def _end(self) -> int:
@@ -163,6 +163,7 @@ class WhisperSeq2SeqRecipe(Recipe):
             max_window_s=MAX_WINDOW_S,
             min_samples=MIN_SAMPLES,
             longest_s=MAX_WINDOW_S,
+            padded_s=MAX_WINDOW_S if self.settings.length == "fixed30" else None,
             decoder=True,
         )
 
@@ -178,9 +179,7 @@ class WhisperSeq2SeqRecipe(Recipe):
         from transformers import WhisperForConditionalGeneration
 
         settings = self.settings
-        return from_hub(
-            WhisperForConditionalGeneration, settings.base, settings.revision, dtype=torch.float32
-        )
+        return model_from_hub(WhisperForConditionalGeneration, settings.base, settings.revision, "whisper")
 
     def network(self, codec: TokenCodec) -> WhisperSeq2Seq:
         """The base with all its weights."""

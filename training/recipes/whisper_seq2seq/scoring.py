@@ -26,8 +26,8 @@ def score(
     settings = recipe.config.training
     device = "cuda" if choose_device(settings)[0] == "gpu" else "cpu"
     network = network.to(device)
-    codec, normalise = recipe.codec(), recipe.normaliser()
-    dataset = UtteranceDataset(rows, codec.encode, recipe.facts().sample_rate_hz)
+    codec, normalise, facts = recipe.codec(), recipe.normaliser(), recipe.facts()
+    dataset = UtteranceDataset(rows, codec.encode, facts.sample_rate_hz, padded_s=facts.padded_s)
     loader = make_loader(dataset, settings, training=False)
     batches = list(loader.batch_sampler or ())
     texts = [""] * len(rows)
