@@ -97,6 +97,11 @@ ChunkingStrategy = Annotated[
     Annotated[Literal["auto"], Tag("text")] | Annotated[ServerVad, Tag("object")],
     Discriminator(_kind_of_strategy),
 ]
+_CHUNKING = "auto cuts only where the model's window ends; server_vad cuts at pauses."
+
+
+def _vad_of(strategy: Literal["auto"] | ServerVad) -> VadOptions | None:
+    return strategy.options() if isinstance(strategy, ServerVad) else None
 
 
 class TranscribeForm(_Fields):
@@ -116,11 +121,13 @@ class TranscribeForm(_Fields):
     )
     format: OutputFormat = Field("json", description="verbose_json is the same as json here.")
     stream: Flag = Field(False, description="Server-sent events: each piece of text as soon as it is done.")
+    chunking_strategy: ChunkingStrategy = Field("auto", description=_CHUNKING)
 
     def options(self, settings: Settings) -> Options:
         """What the transcriber takes. Raises InvalidValueError where a limit of the settings is passed."""
+        vad = _vad_of(self.chunking_strategy)
         return check_options(
-            settings, self.language, self.beam, self.hotwords, None, hotwords_field="hotwords"
+            settings, self.language, self.beam, self.hotwords, vad, hotwords_field="hotwords"
         )
 
 
@@ -142,14 +149,11 @@ class OpenAIForm(_Fields):
     )
     include: tuple[Literal["logprobs"], ...] = Field((), description="logprobs: log-posterior of each token.")
     stream: Flag = Field(False, description="Server-sent events; ignores response_format.")
-    chunking_strategy: ChunkingStrategy = Field(
-        "auto", description="auto cuts only where the model's window ends; server_vad cuts at pauses."
-    )
+    chunking_strategy: ChunkingStrategy = Field("auto", description=_CHUNKING)
 
     def options(self, settings: Settings) -> Options:
         """What the transcriber takes. Raises InvalidValueError where a limit of the settings is passed."""
-        strategy = self.chunking_strategy
-        vad = strategy.options() if isinstance(strategy, ServerVad) else None
+        vad = _vad_of(self.chunking_strategy)
         return check_options(settings, self.language, None, self.keywords, vad, hotwords_field="keywords")
 
 

@@ -66,8 +66,11 @@ class TestFields:
             ],
         ],
     )
-    def test_server_vad_reaches_the_transcriber(self, fields: list[tuple[str, str]]) -> None:
-        form = parse_form(OpenAIForm, [("model", "m"), *fields])
+    @pytest.mark.parametrize("kind", [OpenAIForm, TranscribeForm])
+    def test_server_vad_reaches_the_transcriber(
+        self, kind: type[OpenAIForm | TranscribeForm], fields: list[tuple[str, str]]
+    ) -> None:
+        form = parse_form(kind, [("model", "m"), *fields])
         assert isinstance(form.chunking_strategy, ServerVad)
         assert form.options(SETTINGS).vad == VadOptions(0.7, 100, 900)
 
