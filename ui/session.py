@@ -14,7 +14,7 @@ from ui.client import Options
 from ui.service import Service, look
 from ui.settings import UiSettings
 from ui.strings import Strings
-from ui.work import Work
+from ui.work import Task, Work
 
 _KEY = "asr_session"
 LOOK_AGAIN_S = 5.0
@@ -25,6 +25,7 @@ class Session:
     """``uploads``: how often the upload box has been emptied; ``taken``: digests of recordings already sent.
 
     ``edits`` and ``references``: what was typed for each result, because Streamlit forgets hidden widgets.
+    ``shown``: the task on the screen; ``awaited``: those to look at next, once they are over.
     """
 
     settings: UiSettings
@@ -37,6 +38,7 @@ class Session:
     edits: dict[str, str] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
     shown: str | None = None
+    awaited: list[str] = field(default_factory=list)
     service: Service | None = None
     looked_at: float = 0.0
 
@@ -47,6 +49,15 @@ class Session:
             self.service = self.background.call(look(self.background.client))
             self.looked_at = time.monotonic()
         return self.service
+
+    def await_(self, task: Task) -> None:
+        """Show ``task`` once it is over, or say that it is where a text must stay on the screen."""
+        self.awaited = [*(one for one in self.awaited if one != task.id), task.id]
+
+    def show(self, task: Task) -> None:
+        """Put ``task`` on the screen."""
+        self.shown = task.id
+        self.awaited = [one for one in self.awaited if one != task.id]
 
 
 def session_for(settings: UiSettings, background: Background) -> Session:

@@ -209,7 +209,23 @@ def test_other_options_offer_to_transcribe_again(opened: Opened, service: Servic
     button(page, ENGLISH["options.again"]).click().run()
     settle(page)
     assert b"vi-tiny" in service.sent[1].content
-    assert only_task(page).state is State.DONE
+    assert ENGLISH["options.again"] not in [item.label for item in page.button], "it was sent with these"
+    first, second = page.session_state["asr_session"].work.tasks
+    assert (first.state, second.state) == (State.DONE, State.DONE)
+
+
+def test_a_text_and_its_correction_outlive_a_new_attempt_that_fails(opened: Opened, service: Service) -> None:
+    page = sample(opened())
+    page.text_area[0].set_value("the quick brown dog").run()
+    page.selectbox[1].select("vi-tiny").run()
+    service.transcribe = envelope(500, "internal_error")
+    button(page, ENGLISH["options.again"]).click().run()
+    settle(page)
+    first, second = page.session_state["asr_session"].work.tasks
+    assert (first.state, second.state) == (State.DONE, State.FAILED)
+    assert page.text_area[0].value == "the quick brown dog"
+    page.selectbox(key="choose").set_value(second.id).run()
+    assert ENGLISH["problem.server"] in page.error[0].value
 
 
 def test_a_file_that_is_dropped_is_sent_at_once(opened: Opened, service: Service) -> None:
@@ -280,29 +296,52 @@ def test_files_of_one_name_can_be_told_apart(opened: Opened) -> None:
     box = page.selectbox(key="choose")
     assert box.options == ["sample.flac (2) – done", "sample.flac – done"]
     first, second = page.session_state["asr_session"].work.tasks
-    assert box.value == second.id
-    assert box.set_value(first.id).run().selectbox(key="choose").value == first.id
+    assert box.value == first.id
+    assert box.set_value(second.id).run().selectbox(key="choose").value == second.id
 
 
-@pytest.mark.parametrize("another_chosen", [False, True])
-def test_a_third_file_is_shown_once_it_is_done_unless_another_was_chosen(
-    opened: Opened, service: Service, another_chosen: bool
-) -> None:
-    page, done = sample(sample(opened())), threading.Event()
+def slow(service: Service) -> threading.Event:
+    """The next answer comes when the event is set."""
+    go = threading.Event()
 
     async def slowly() -> AsyncIterator[bytes]:
-        await asyncio.to_thread(done.wait, 30)
+        await asyncio.to_thread(go.wait, 30)
         yield DONE
 
     service.transcribe = httpx.Response(200, content=slowly())
+    return go
+
+
+def test_a_text_on_the_screen_stays_when_another_file_is_done(opened: Opened, service: Service) -> None:
+    page = sample(opened())
+    go = slow(service)
     button(page, ENGLISH["input.sample"]).click().run()
-    first, second, third = page.session_state["asr_session"].work.tasks
+    first, second = page.session_state["asr_session"].work.tasks
+    show = ENGLISH["result.show"].format(name=plain("sample.flac"), state=ENGLISH["state.done"])
+    assert page.text_area[0].key.startswith(f"edit.{first.id}")
+    assert show not in [item.label for item in page.button]
+    go.set()
+    settle(page)
+    assert page.selectbox(key="choose").value == first.id
+    assert page.text_area[0].key.startswith(f"edit.{first.id}")
+    button(page, show).click().run()
     assert page.selectbox(key="choose").value == second.id
-    assert not third.over
-    if another_chosen:
-        page.selectbox(key="choose").set_value(first.id).run()
-    done.set()
-    assert settle(page).selectbox(key="choose").value == (first.id if another_chosen else third.id)
+    assert page.text_area[0].key.startswith(f"edit.{second.id}")
+    assert show not in [item.label for item in page.button]
+
+
+def test_a_failure_on_the_screen_makes_way_for_the_file_that_is_done(
+    opened: Opened, service: Service
+) -> None:
+    service.transcribe = envelope(500, "internal_error")
+    page = sample(opened())
+    go = slow(service)
+    button(page, ENGLISH["input.sample"]).click().run()
+    assert page.error
+    go.set()
+    settle(page)
+    second = page.session_state["asr_session"].work.tasks[1]
+    assert page.selectbox(key="choose").value == second.id
 
 
 def test_another_session_sees_nothing_of_it(opened: Opened) -> None:

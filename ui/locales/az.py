@@ -30,6 +30,7 @@ STRINGS: dict[str, str] = {
     "progress.cancel": "Ləğv et",
     "progress.cancel_all": "Hamısını ləğv et",
     "result.choose": "Fayl",
+    "result.show": "{name}: {state} – göstər",
     "result.title": "{name} faylının mətni",
     "result.summary": "{duration} səs, {seconds} saniyəyə · {model} · {language}",
     "result.cancelled": "Ləğv edildi. Heç nə saxlanmadı.",

@@ -34,6 +34,7 @@ STRINGS: dict[str, str] = {
     "progress.cancel_all": "Cancel everything",
     # result
     "result.choose": "File",
+    "result.show": "{name}: {state} – show it",
     "result.title": "Transcript of {name}",
     "result.summary": "{duration} of sound in {seconds} s · {model} · {language}",
     "result.cancelled": "Cancelled. Nothing was kept.",

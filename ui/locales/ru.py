@@ -30,6 +30,7 @@ STRINGS: dict[str, str] = {
     "progress.cancel": "Отменить",
     "progress.cancel_all": "Отменить всё",
     "result.choose": "Файл",
+    "result.show": "{name}: {state} – показать",
     "result.title": "Расшифровка: {name}",
     "result.summary": "{duration} звука за {seconds} с · {model} · {language}",
     "result.cancelled": "Отменено. Ничего не сохранено.",

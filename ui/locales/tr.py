@@ -30,6 +30,7 @@ STRINGS: dict[str, str] = {
     "progress.cancel": "İptal",
     "progress.cancel_all": "Hepsini iptal et",
     "result.choose": "Dosya",
+    "result.show": "{name}: {state} – göster",
     "result.title": "{name} dosyasının metni",
     "result.summary": "{seconds} saniyede {duration} ses · {model} · {language}",
     "result.cancelled": "İptal edildi. Hiçbir şey saklanmadı.",

@@ -30,6 +30,7 @@ STRINGS: dict[str, str] = {
     "progress.cancel": "Hủy",
     "progress.cancel_all": "Hủy tất cả",
     "result.choose": "Tệp",
+    "result.show": "{name}: {state} – xem",
     "result.title": "Lời trong {name}",
     "result.summary": "{duration} âm thanh trong {seconds} giây · {model} · {language}",
     "result.cancelled": "Đã hủy. Không giữ lại gì.",

@@ -24,7 +24,8 @@ def render(session: Session, service: Service) -> None:
     tasks = [task for task in reversed(session.work.tasks) if task.over]
     if not tasks:
         return
-    task = _choose(session, tasks)
+    with st.container():  # keeps its place while results come and go
+        task = _choose(session, tasks)
     if task.state is State.DONE and task.transcript is not None:
         _transcript(session, task, task.transcript)
     elif task.error is not None:
@@ -35,34 +36,56 @@ def render(session: Session, service: Service) -> None:
     _leave(session, task)
 
 
+def _on_screen(session: Session, tasks: list[Task]) -> Task:
+    """Which of ``tasks``, the newest first, to show: what was sent last, as soon as it is over.
+
+    A text stays until the person chooses another: a box of text keeps to itself what is typed until it is
+    left, and would lose it with the result that it stands in.
+    """
+    shown = next((task for task in tasks if task.id == session.shown), None)
+    if shown is None or not (shown.transcript or shown.text):
+        shown = _news(session, tasks) or shown or tasks[0]
+    session.show(shown)
+    return shown
+
+
+def _news(session: Session, tasks: list[Task]) -> Task | None:
+    """The awaited task that is over and has not been shown."""
+    over = {task.id: task for task in tasks}
+    return next((over[task_id] for task_id in session.awaited if task_id in over), None)
+
+
 def _choose(session: Session, tasks: list[Task]) -> Task:
     strings = session.strings
-    if session.work.find(session.shown) is None:  # it was removed
-        session.shown = tasks[0].id
+    shown = _on_screen(session, tasks)
     if len(tasks) == 1:
-        return tasks[0]
-    ids = [task.id for task in tasks]
+        return shown
     key = "choose"
-    # What is on its way is shown as soon as it is done, unless the person chooses another one meanwhile.
-    if session.shown in ids:
-        st.session_state[key] = session.shown
-    elif st.session_state.get(key) not in ids:
-        st.session_state[key] = ids[0]
-
+    st.session_state[key] = shown.id
     labels = _labels(session.work.tasks, strings)
+    if (news := _news(session, tasks)) is not None:
+        st.button(
+            strings("result.show", name=plain(news.name), state=strings(f"state.{news.state}")),
+            icon=":material/visibility:",
+            key="show",
+            on_click=session.show,
+            args=(news,),
+        )
 
     def choose() -> None:
-        session.shown = st.session_state[key]
+        chosen = session.work.find(st.session_state[key])
+        if chosen is not None:
+            session.show(chosen)
 
-    chosen = st.selectbox(
+    st.selectbox(
         strings("result.choose"),
-        ids,
+        [task.id for task in tasks],
         format_func=lambda task_id: labels.get(task_id, task_id),
         key=key,
         on_change=choose,
     )
     downloads.zip_of_all(session, tasks[::-1])
-    return next(task for task in tasks if task.id == chosen)
+    return shown
 
 
 def _labels(tasks: Sequence[Task], strings: Strings) -> dict[str, str]:
@@ -128,7 +151,7 @@ def _again(session: Session, task: Task) -> None:
     if task.audio is None:
         return
     if st.button(session.strings("problem.retry"), icon=":material/replay:", key=f"again.{task.id}"):
-        session.work.again(task, session.options)
+        session.await_(session.work.again(task, session.options))
         st.rerun()
 
 
