@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import streamlit as st
@@ -18,6 +19,7 @@ from ui.work import Task, Work
 
 _KEY = "asr_session"
 LOOK_AGAIN_S = 5.0
+PATIENCE_S = 0.5
 
 
 @dataclass
@@ -40,14 +42,22 @@ class Session:
     shown: str | None = None
     awaited: list[str] = field(default_factory=list)
     service: Service | None = None
+    looking: Future[Service] | None = None
     looked_at: float = 0.0
 
     def look_at_service(self, *, max_age_s: float = LOOK_AGAIN_S) -> Service:
-        """The service as it was at most ``max_age_s`` seconds ago; one that was unusable is asked anew."""
-        fresh = time.monotonic() - self.looked_at < max_age_s
-        if self.service is None or not fresh or not self.service.usable:
+        """The service as it was ``max_age_s`` seconds ago, or as it was seen last where it is slow to answer.
+
+        A look goes on beside the page then: a service that hangs must not hold up what does not need it.
+        """
+        if self.service is None:
             self.service = self.background.call(look(self.background.client))
             self.looked_at = time.monotonic()
+        elif self.looking is None and time.monotonic() - self.looked_at >= max_age_s:
+            self.looking = self.background.start(look(self.background.client))
+        if self.looking is not None and wait([self.looking], PATIENCE_S).done:
+            seen, self.looking, self.looked_at = self.looking, None, time.monotonic()
+            self.service = seen.result()
         return self.service
 
     def await_(self, task: Task) -> None:

@@ -18,11 +18,13 @@ from streamlit.testing.v1 import AppTest
 from tests.ui.service import TRANSCRIPT, envelope, sse
 from ui.background import Background
 from ui.client import Options
+from ui.problems import explain_state
+from ui.session import Session
 from ui.settings import UiSettings
 from ui.strings import NAMES, TABLES, Strings
 from ui.views.format import plain
 from ui.views.overview import _recent
-from ui.work import State, Task
+from ui.work import State, Task, Work
 
 ENGLISH = TABLES["en"]
 DONE = sse(
@@ -54,6 +56,7 @@ class Service:
             },
             {"name": "vi-tiny", "languages": ["vi", "en"], "default": False},
         ]
+        self.key = ""
         self.sent: list[httpx.Request] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -65,6 +68,8 @@ class Service:
             "/metrics": self.metrics,
             "/transcribe": self.transcribe,
         }
+        if self.key and request.url.path != "/health":
+            return envelope(401, "invalid_api_key")
         if request.method == "POST":
             self.sent.append(request)
         answer = answers[request.url.path]
@@ -367,6 +372,32 @@ def test_a_service_that_cannot_be_used_is_said(
     assert button(page, ENGLISH["input.sample"]).disabled
 
 
+def test_a_service_that_hangs_does_not_hold_up_the_page() -> None:
+    silent, answer = False, asyncio.Event()
+
+    async def handler(request: httpx.Request) -> httpx.Response:
+        if silent:
+            await answer.wait()
+            raise httpx.ReadTimeout("silent")
+        return Service()(request)
+
+    async def give_up() -> None:
+        answer.set()
+
+    settings = UiSettings(api_url="http://service.test")
+    background = Background(settings, httpx.MockTransport(handler))
+    session = Session(settings, background, Work(background, 1))
+    assert session.look_at_service().usable
+    silent = True
+    assert session.look_at_service(max_age_s=0).usable, "as it was seen last"
+    background.call(give_up())
+    while (seen := session.look_at_service(max_age_s=0)).usable:  # pytest-timeout ends what never ends
+        pass
+    problem = explain_state(seen.state, seen.problem, Strings())
+    assert (problem.title, problem.advice) == (ENGLISH["problem.late"], ENGLISH["problem.hung_do"])
+    background.close()
+
+
 @pytest.mark.parametrize("state", ["starting", "draining"])
 def test_a_service_that_is_not_ready_is_a_warning_and_goes_away(
     opened: Opened, service: Service, state: str
@@ -375,6 +406,7 @@ def test_a_service_that_is_not_ready_is_a_warning_and_goes_away(
     page = opened()
     assert ENGLISH[f"problem.{state}"] in page.warning[0].value
     service.health = httpx.Response(200, json={"status": "ready"})
+    page.session_state["asr_session"].looked_at = 0.0  # a moment later
     page.run()
     assert not page.warning
     assert not button(page, ENGLISH["input.sample"]).disabled
@@ -505,6 +537,7 @@ def test_the_overview_says_failures_in_the_words_of_the_page(opened: Opened, ser
         (httpx.Response(200, json={"status": "ready"}), envelope(404, "not_found"), "overview.ready"),
         (httpx.Response(503, json={"status": "draining"}), httpx.ReadTimeout("slow"), "overview.draining"),
         (httpx.ConnectError("refused"), httpx.ConnectError("refused"), "overview.down"),
+        (httpx.ReadTimeout("slow"), httpx.ReadTimeout("slow"), "overview.late"),
     ],
 )
 def test_the_overview_tells_the_state_without_the_metrics(
@@ -519,6 +552,18 @@ def test_the_overview_tells_the_state_without_the_metrics(
     assert shown[ENGLISH["overview.state"]] == ENGLISH[state]
     for key in ("queue", "inflight", "busy", "requests", "rejections", "speed"):
         assert shown[ENGLISH[f"overview.{key}"]] == "–"
+
+
+def test_the_overview_says_that_the_key_is_wrong_though_health_needs_none(
+    opened: Opened, service: Service
+) -> None:
+    service.key = "sesame"
+    page = opened()
+    assert ENGLISH["problem.access"] in page.error[0].value
+    page.session_state["tabs.en"] = ENGLISH["tab.overview"]
+    page.run()
+    shown = {metric.label: metric.value for metric in page.metric}
+    assert shown[ENGLISH["overview.state"]] == ENGLISH["overview.access"]
 
 
 def test_word_error_rates_say_how_they_were_decoded(opened: Opened, service: Service) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone, tzinfo
@@ -9,7 +10,7 @@ from typing import Any
 
 import streamlit as st
 
-from ui.errors import ApiError
+from ui.errors import AccessError, ApiError, ApiTimeoutError, DeadlineError
 from ui.load import Load
 from ui.problems import explain_file
 from ui.session import Session
@@ -49,7 +50,7 @@ def _now(session: Session) -> None:
     strings = session.strings
     state, load = _look(session)
     first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
-    known = {"ready", "starting", "draining", "down"}
+    known = {"ready", "starting", "draining", "down", "access", "late"}
     first.metric(strings("overview.state"), strings(f"overview.{state}") if state in known else state)
     second.metric(strings("overview.queue"), _queue(load, strings), help=strings("overview.queue_help"))
     third.metric(strings("overview.inflight"), _number(load.inflight))
@@ -67,15 +68,17 @@ def _now(session: Session) -> None:
 
 def _look(session: Session) -> tuple[str, Load]:
     """The state, and the load where it is told: a gateway or a setting may withhold ``/metrics``."""
-    background = session.background
-    try:
-        state = background.call(background.client.health()).state
-    except ApiError:
+    service, background = session.look_at_service(max_age_s=REFRESH_S / 2), session.background
+    if isinstance(service.problem, AccessError):
+        return "access", Load()
+    if isinstance(service.problem, ApiTimeoutError | DeadlineError):
+        return "late", Load()
+    if service.problem is not None:
         return "down", Load()
     try:
-        return state, background.call(background.client.load())
-    except ApiError:
-        return state, Load()
+        return service.state, background.call(asyncio.wait_for(background.client.load(), REFRESH_S / 2))
+    except (ApiError, TimeoutError):
+        return service.state, Load()
 
 
 def _queue(load: Load, strings: Strings) -> str:
