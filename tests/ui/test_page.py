@@ -446,6 +446,22 @@ def test_each_failure_of_a_file_is_said(
         assert "by itself" not in page.error[0].value, "no file is sent again by itself"
 
 
+def test_a_service_that_dies_leaves_the_text_it_has_given(opened: Opened, service: Service) -> None:
+    async def dying() -> AsyncIterator[bytes]:
+        yield sse({"type": "transcript.text.delta", "delta": "the quick ", "end": 0.8})[
+            : -len("data: [DONE]\n\n")
+        ]
+        raise httpx.ReadError("gone")
+
+    service.transcribe = httpx.Response(200, content=dying())
+    page = sample(opened())
+    assert only_task(page).state is State.FAILED
+    assert ENGLISH["result.heard"] in texts(page)
+    assert [code.value for code in page.code] == ["the quick"]
+    assert [item.label for item in page.get("download_button")] == ["TXT"]
+    button(page, ENGLISH["problem.retry"])
+
+
 def test_trying_again_after_a_failure(opened: Opened, service: Service) -> None:
     good, service.transcribe = service.transcribe, envelope(500, "internal_error")
     page = sample(opened())

@@ -64,6 +64,21 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
             )
 
 
+def text_only(session: Session, task: Task, text: str) -> None:
+    """The text of a file that has no transcript."""
+    mime, _ = FORMATS["txt"]
+    st.download_button(
+        "TXT",
+        f"{text}\n",
+        file_name=f"{stem(task.name)}.txt",
+        mime=mime,
+        help=session.strings("result.download_one", format="TXT"),
+        icon=":material/download:",
+        on_click="ignore",
+        key=f"download.heard.{task.id}",
+    )
+
+
 def zip_of_all(session: Session, tasks: list[Task]) -> None:
     """One ZIP of every finished file, corrected texts included."""
     done = [(task, task.transcript) for task in tasks if task.transcript is not None]

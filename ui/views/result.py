@@ -18,6 +18,8 @@ from ui.views import compare, details, downloads
 from ui.views.format import duration, plain
 from ui.work import State, Task
 
+_HEARD_HEIGHT = 320
+
 
 def render(session: Session, service: Service) -> None:
     """Show the chosen task's result, and a choice of task where there are several."""
@@ -33,6 +35,7 @@ def render(session: Session, service: Service) -> None:
     else:
         st.info(session.strings("result.cancelled"), icon=":material/cancel:")
         _again(session, task)
+        _heard(session, task)
     _leave(session, task)
 
 
@@ -145,6 +148,17 @@ def _problem(session: Session, task: Task, error: ApiError, service: Service) ->
     st.error("\n\n".join(lines), icon=":material/error:")
     if problem.can_retry:
         _again(session, task)
+    _heard(session, task)
+
+
+def _heard(session: Session, task: Task) -> None:
+    """The text of a file that did not come to its end."""
+    text = task.text.strip()
+    if not text:
+        return
+    st.caption(session.strings("result.heard"))
+    st.code(text, language=None, wrap_lines=True, height=_HEARD_HEIGHT if len(text) > 1000 else "content")
+    downloads.text_only(session, task, text)
 
 
 def _again(session: Session, task: Task) -> None:
