@@ -291,7 +291,8 @@ def test_history_survives_reruns_and_can_be_removed(opened: Opened) -> None:
     assert len(work.tasks) == 2
     page.run()
     assert len(page.session_state["asr_session"].work.tasks) == 2
-    button(page, ENGLISH["result.clear"]).click().run()
+    assert ENGLISH["result.clear"] not in [item.label for item in page.button], "one click does not do it"
+    button(page, ENGLISH["result.clear_yes"].format(count=2)).click().run()
     assert work.tasks == []
     assert not page.subheader
 
@@ -299,10 +300,35 @@ def test_history_survives_reruns_and_can_be_removed(opened: Opened) -> None:
 def test_files_of_one_name_can_be_told_apart(opened: Opened) -> None:
     page = sample(sample(opened()))
     box = page.selectbox(key="choose")
-    assert box.options == ["sample.flac (2) – done", "sample.flac – done"]
+    assert box.options == ["done – sample.flac (2)", "done – sample.flac"]
     first, second = page.session_state["asr_session"].work.tasks
     assert box.value == first.id
     assert box.set_value(second.id).run().selectbox(key="choose").value == second.id
+
+
+def test_long_names_are_told_apart_by_their_ends(opened: Opened) -> None:
+    page, beginning = opened(), "interview with the head of the department, "
+    names = [f"{beginning}part {part}, 2026-01-0{part}.wav" for part in (1, 2)]
+    page.file_uploader[0].set_value([(name, b"RIFF" + name.encode(), "audio/wav") for name in names])
+    settle(page.run())
+    assert page.selectbox(key="choose").options == [
+        "done – interview with the …rt 2, 2026-01-02.wav",
+        "done – interview with the …rt 1, 2026-01-01.wav",
+    ]
+
+
+def test_files_that_failed_are_counted_and_named(opened: Opened, service: Service) -> None:
+    page = sample(sample(opened()))
+    assert not page.warning
+    service.transcribe = envelope(400, "undecodable_audio")
+    page.file_uploader[0].set_value([(f"{name}.wav", b"RIFF", "audio/wav") for name in "abcd"])
+    settle(page.run())
+    assert page.warning[0].value == ENGLISH["result.failed"].format(
+        failed=4, total=6, names=plain("a.wav, b.wav, c.wav …")
+    )
+    assert ENGLISH["result.download_zip"].format(count=2) in [
+        item.label for item in page.get("download_button")
+    ]
 
 
 def slow(service: Service) -> threading.Event:

@@ -35,6 +35,7 @@ STRINGS: dict[str, str] = {
     # result
     "result.choose": "File",
     "result.show": "{name}: {state} – show it",
+    "result.failed": "{failed} of {total} files failed: {names}",
     "result.title": "Transcript of {name}",
     "result.summary": "{duration} of sound in {seconds} s · {model} · {language}",
     "result.cancelled": "Cancelled.",
@@ -48,9 +49,11 @@ STRINGS: dict[str, str] = {
     "result.changed": "Downloads below hold your corrected text.",
     "result.download": "Take it away",
     "result.download_one": "{format} file",
-    "result.download_zip": "All files as ZIP",
+    "result.download_zip": "{count} transcripts as ZIP",
     "result.remove": "Remove this result",
     "result.clear": "Remove all results",
+    "result.clear_ask": "Recordings, texts and your corrections will be gone.",
+    "result.clear_yes": "Yes, remove all {count}",
     # comparison
     "compare.title": "Compare with the right text",
     "compare.reference": "Paste what was really said",

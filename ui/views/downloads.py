@@ -80,7 +80,7 @@ def text_only(session: Session, task: Task, text: str) -> None:
 
 
 def zip_of_all(session: Session, tasks: list[Task]) -> None:
-    """One ZIP of every finished file, corrected texts included."""
+    """One ZIP of every file that has a transcript, corrected texts included."""
     done = [(task, task.transcript) for task in tasks if task.transcript is not None]
     if len(done) < 2:
         return
@@ -89,7 +89,7 @@ def zip_of_all(session: Session, tasks: list[Task]) -> None:
         return to_zip((task.name, final(session, task, transcript)) for task, transcript in done)
 
     st.download_button(
-        session.strings("result.download_zip"),
+        session.strings("result.download_zip", count=len(done)),
         _latest(session, archive),
         file_name="transcripts.zip",
         mime="application/zip",

@@ -15,10 +15,11 @@ from ui.sound import media_type
 from ui.strings import Strings, language_name
 from ui.transcript import Transcript
 from ui.views import compare, details, downloads
-from ui.views.format import duration, plain
+from ui.views.format import duration, plain, shortened
 from ui.work import State, Task
 
 _HEARD_HEIGHT = 320
+_NAMED = 3
 
 
 def render(session: Session, service: Service) -> None:
@@ -66,9 +67,10 @@ def _choose(session: Session, tasks: list[Task]) -> Task:
     key = "choose"
     st.session_state[key] = shown.id
     labels = _labels(session.work.tasks, strings)
+    _failures(session.work.tasks, strings)
     if (news := _news(session, tasks)) is not None:
         st.button(
-            strings("result.show", name=plain(news.name), state=strings(f"state.{news.state}")),
+            strings("result.show", name=plain(shortened(news.name)), state=strings(f"state.{news.state}")),
             icon=":material/visibility:",
             key="show",
             on_click=session.show,
@@ -91,17 +93,27 @@ def _choose(session: Session, tasks: list[Task]) -> Task:
     return shown
 
 
+def _failures(tasks: Sequence[Task], strings: Strings) -> None:
+    """Which files have no text; the ZIP of the others is without them."""
+    failed = [shortened(task.name) for task in tasks if task.state is State.FAILED]
+    if failed:
+        names = ", ".join(failed[:_NAMED]) + (" …" if len(failed) > _NAMED else "")
+        said = strings("result.failed", failed=len(failed), total=len(tasks), names=plain(names))
+        st.warning(said, icon=":material/warning:")
+
+
 def _labels(tasks: Sequence[Task], strings: Strings) -> dict[str, str]:
     """Task id -> label, no two alike: Streamlit tells the options of a box apart by their labels only."""
     labels: dict[str, str] = {}
     names: set[str] = set()
     for task in tasks:
-        name, number = task.name, 1
+        short, number = shortened(task.name), 1
+        name = short
         while name in names:
             number += 1
-            name = f"{task.name} ({number})"
+            name = f"{short} ({number})"
         names.add(name)
-        labels[task.id] = f"{name} – {strings(f'state.{task.state}')}"
+        labels[task.id] = f"{strings(f'state.{task.state}')} – {name}"
     return labels
 
 
@@ -177,9 +189,12 @@ def _leave(session: Session, task: Task) -> None:
             session.work.remove(task)
             st.rerun()
     with every:
-        if len(session.work.tasks) > 1 and st.button(
-            strings("result.clear"), icon=":material/delete_sweep:", key="clear"
-        ):
-            for other in list(session.work.tasks):
-                session.work.remove(other)
-            st.rerun()
+        tasks = list(session.work.tasks)
+        if len(tasks) < 2:
+            return
+        with st.popover(strings("result.clear"), icon=":material/delete_sweep:"):
+            st.markdown(strings("result.clear_ask"))
+            if st.button(strings("result.clear_yes", count=len(tasks)), type="primary", key="clear"):
+                for other in tasks:
+                    session.work.remove(other)
+                st.rerun()
