@@ -57,6 +57,7 @@ class Service:
             {"name": "vi-tiny", "languages": ["vi", "en"], "default": False},
         ]
         self.key = ""
+        self.max_upload_bytes = 26_214_400
         self.sent: list[httpx.Request] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -64,7 +65,7 @@ class Service:
             "/health": self.health,
             "/models": httpx.Response(200, json={"models": self.models}),
             "/languages": httpx.Response(200, json={"languages": [{"code": "en", "models": ["en-small"]}]}),
-            "/": httpx.Response(200, json={"limits": {"max_upload_bytes": 26_214_400}}),
+            "/": httpx.Response(200, json={"limits": {"max_upload_bytes": self.max_upload_bytes}}),
             "/metrics": self.metrics,
             "/transcribe": self.transcribe,
         }
@@ -182,6 +183,16 @@ def test_the_sample_becomes_a_transcript(opened: Opened, service: Service) -> No
     body = service.sent[0].content
     assert b'name="stream"' in body
     assert b"en-small" in body
+
+
+@pytest.mark.parametrize(
+    ("limit_bytes", "said"), [(26_214_400, "13:39"), (16_000_044, "8:20"), (64_044, "2.0 s")]
+)
+def test_the_longest_recording_is_told_beforehand(
+    opened: Opened, service: Service, limit_bytes: int, said: str
+) -> None:
+    service.max_upload_bytes = limit_bytes
+    assert ENGLISH["input.record_limit"].format(duration=said) in texts(opened())
 
 
 def test_options_are_sent(opened: Opened, service: Service) -> None:
