@@ -40,7 +40,7 @@ def render(settings: UiSettings, background: Background) -> None:
     )
     if look.open:
         with look:
-            overview.render(session)
+            overview.render(session, service)
     with transcribe:  # always drawn: Streamlit forgets what was typed into widgets that are not
         new = inputs.render(session, service)
         session.options = options.render(session, service)

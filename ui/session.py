@@ -46,19 +46,25 @@ class Session:
     looked_at: float = 0.0
 
     def look_at_service(self, *, max_age_s: float = LOOK_AGAIN_S) -> Service:
-        """The service as it was ``max_age_s`` seconds ago, or as it was seen last where it is slow to answer.
+        """The service as it was at most ``max_age_s`` seconds ago, or as it was seen last while it is slow.
 
-        A look goes on beside the page then: a service that hangs must not hold up what does not need it.
+        The look goes on beside the page then: a service that hangs must not hold up what does not need it.
         """
         if self.service is None:
-            self.service = self.background.call(look(self.background.client))
             self.looked_at = time.monotonic()
-        elif self.looking is None and time.monotonic() - self.looked_at >= max_age_s:
+            self.service = self.background.call(look(self.background.client))
+        self._take_look()
+        if self.looking is None and time.monotonic() - self.looked_at >= max_age_s:
+            self.looked_at = time.monotonic()
             self.looking = self.background.start(look(self.background.client))
-        if self.looking is not None and wait([self.looking], PATIENCE_S).done:
-            seen, self.looking, self.looked_at = self.looking, None, time.monotonic()
-            self.service = seen.result()
+            wait([self.looking], PATIENCE_S)
+            self._take_look()
         return self.service
+
+    def _take_look(self) -> None:
+        if self.looking is not None and self.looking.done():
+            seen, self.looking = self.looking, None
+            self.service = seen.result()
 
     def await_(self, task: Task) -> None:
         """Show ``task`` once it is over, or say that it is where a text must stay on the screen."""

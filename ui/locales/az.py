@@ -11,7 +11,7 @@ STRINGS: dict[str, str] = {
     "input.upload": "Səs və ya video fayllarını buraya atın",
     "input.upload_help": "Bütün geniş yayılmış formatlar: wav, mp3, m4a, flac, ogg, opus, webm, mp4. Eyni anda bir neçəsi ola bilər.",
     "input.record": "Və ya özünüz yazın",
-    "input.record_limit": "Bir dəfəyə ən çox {duration}. Daha uzun yazı qəbul olunmur və itir.",
+    "input.record_limit": "Bir dəfəyə ən çox {duration}; daha uzun yazı itir.",
     "input.sample": "Nümunəni sına",
     "input.sample_help": "Bu səhifə ilə gələn bir neçə saniyəlik süni nitq",
     "input.privacy": "Heç nə saxlanmır: səhifəni bağlayanda yazılar və mətnlər silinir.",

@@ -12,7 +12,7 @@ STRINGS: dict[str, str] = {
     "input.upload": "Drop audio or video files here",
     "input.upload_help": "Any common format: wav, mp3, m4a, flac, ogg, opus, webm, mp4. Several at once are fine.",
     "input.record": "Or record yourself",
-    "input.record_limit": "Up to {duration} at a time. A longer recording is not taken in and is lost.",
+    "input.record_limit": "Up to {duration} at a time; a longer recording is lost.",
     "input.sample": "Try a sample",
     "input.sample_help": "A few seconds of synthetic speech that come with this page",
     "input.privacy": "Nothing is stored: recordings and texts are gone when you close this page.",

@@ -11,7 +11,7 @@ STRINGS: dict[str, str] = {
     "input.upload": "Ses veya video dosyalarını buraya bırakın",
     "input.upload_help": "Yaygın her biçim: wav, mp3, m4a, flac, ogg, opus, webm, mp4. Aynı anda birden fazla olabilir.",
     "input.record": "Ya da kendiniz kaydedin",
-    "input.record_limit": "Bir seferde en çok {duration}. Daha uzun bir kayıt alınmaz ve kaybolur.",
+    "input.record_limit": "Bir seferde en çok {duration}; daha uzun kayıt kaybolur.",
     "input.sample": "Örneği dene",
     "input.sample_help": "Bu sayfayla gelen birkaç saniyelik yapay konuşma",
     "input.privacy": "Hiçbir şey saklanmaz: sayfayı kapattığınızda kayıtlar ve metinler silinir.",

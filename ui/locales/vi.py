@@ -11,7 +11,7 @@ STRINGS: dict[str, str] = {
     "input.upload": "Thả tệp âm thanh hoặc video vào đây",
     "input.upload_help": "Mọi định dạng thông dụng: wav, mp3, m4a, flac, ogg, opus, webm, mp4. Có thể gửi nhiều tệp cùng lúc.",
     "input.record": "Hoặc tự ghi âm",
-    "input.record_limit": "Mỗi lần tối đa {duration}. Bản ghi dài hơn sẽ không được nhận và bị mất.",
+    "input.record_limit": "Mỗi lần tối đa {duration}; bản ghi dài hơn sẽ bị mất.",
     "input.sample": "Thử với bản mẫu",
     "input.sample_help": "Vài giây giọng nói tổng hợp đi kèm trang này",
     "input.privacy": "Không có gì được lưu lại: bản ghi và văn bản sẽ mất khi bạn đóng trang.",

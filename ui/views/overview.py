@@ -13,6 +13,7 @@ import streamlit as st
 from ui.errors import AccessError, ApiError, ApiTimeoutError, DeadlineError
 from ui.load import Load
 from ui.problems import explain_file
+from ui.service import Service
 from ui.session import Session
 from ui.strings import Strings, language_name
 from ui.transcript import Model
@@ -24,16 +25,15 @@ _SHOWN_CHARACTERS = 120
 _LONG_CHARACTERS = 40
 
 
-def render(session: Session) -> None:
+def render(session: Session, service: Service) -> None:
     """Draw the overview; the upper part refreshes itself."""
     strings = session.strings
-    _now(session)
+    _now(session, service)
     st.caption(strings("overview.refresh", seconds=f"{REFRESH_S:g}"))
     if session.settings.grafana_url:
         st.link_button(
             strings("details.grafana"), session.settings.grafana_url, icon=":material/open_in_new:"
         )
-    service = session.look_at_service()
     st.subheader(strings("overview.models"), anchor=False)
     st.html(_models(service.models, strings))
     st.subheader(strings("overview.recent"), anchor=False)
@@ -46,9 +46,12 @@ def render(session: Session) -> None:
 
 
 @st.fragment(run_every=REFRESH_S)
-def _now(session: Session) -> None:
+def _now(session: Session, drawn: Service) -> None:
     strings = session.strings
-    state, load = _look(session)
+    service = session.look_at_service(max_age_s=REFRESH_S / 2)
+    if service.usable != drawn.usable:
+        st.rerun()  # with the notice on top, or without
+    state, load = _look(session, service)
     first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
     known = {"ready", "starting", "draining", "down", "access", "late"}
     first.metric(strings("overview.state"), strings(f"overview.{state}") if state in known else state)
@@ -66,9 +69,9 @@ def _now(session: Session) -> None:
     )
 
 
-def _look(session: Session) -> tuple[str, Load]:
+def _look(session: Session, service: Service) -> tuple[str, Load]:
     """The state, and the load where it is told: a gateway or a setting may withhold ``/metrics``."""
-    service, background = session.look_at_service(max_age_s=REFRESH_S / 2), session.background
+    background = session.background
     if isinstance(service.problem, AccessError):
         return "access", Load()
     if isinstance(service.problem, ApiTimeoutError | DeadlineError):

@@ -54,9 +54,9 @@ def _on_screen(session: Session, tasks: list[Task]) -> Task:
 
 
 def _news(session: Session, tasks: list[Task]) -> Task | None:
-    """The awaited task that is over and has not been shown."""
+    """The last awaited task that is over and has not been shown."""
     over = {task.id: task for task in tasks}
-    return next((over[task_id] for task_id in session.awaited if task_id in over), None)
+    return next((over[task_id] for task_id in reversed(session.awaited) if task_id in over), None)
 
 
 def _choose(session: Session, tasks: list[Task]) -> Task:
