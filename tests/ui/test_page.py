@@ -266,6 +266,8 @@ def test_a_name_is_shown_letter_by_letter(opened: Opened, service: Service) -> N
     service.transcribe = envelope(400, "undecodable_audio", "Not *sound*.")
     page.file_uploader[0].upload(name, b"RIFF,,,,", "audio/wav")
     settle(page.run())
+    assert plain(name) in page.warning[0].value
+    button(page, ENGLISH["result.show"].format(name=plain(name), state=ENGLISH["state.failed"])).click().run()
     assert plain(name) in page.error[0].value
     assert plain("Not *sound*.") in page.error[0].value
 
