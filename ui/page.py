@@ -30,8 +30,9 @@ def render(settings: UiSettings, background: Background) -> None:
     _heading(session)
     service = session.look_at_service()
     strings = session.strings
-    if not service.usable:
-        notice.render(session, service)
+    with st.container():  # keeps its place while it comes and goes
+        if not service.usable:
+            notice.render(session, service)
     transcribe, look = st.tabs(
         [strings("tab.transcribe"), strings("tab.overview")],
         key=f"tabs.{strings.language}",
@@ -39,15 +40,16 @@ def render(settings: UiSettings, background: Background) -> None:
     )
     if look.open:
         with look:
-            overview.render(session)
+            overview.render(session, service)
     with transcribe:  # always drawn: Streamlit forgets what was typed into widgets that are not
         new = inputs.render(session, service)
         session.options = options.render(session, service)
         if new:
-            session.shown = session.work.add(new, session.options)[0].id
+            session.await_(session.work.add(new, session.options)[0])
             st.rerun()  # with an empty upload box
-        if any(session.work.running):
-            progress.render(session)
+        with st.container():  # keeps its place, or what somebody types in below would be built anew
+            if any(session.work.running):
+                progress.render(session)
         result.render(session, service)
 
 

@@ -75,6 +75,8 @@ def explain_file(
 
 def explain_state(state: str, error: errors.ApiError | None, strings: Strings) -> Problem:
     """Words for a service that cannot be used now."""
+    if isinstance(error, errors.ApiTimeoutError | errors.DeadlineError):
+        return Problem(strings("problem.late"), strings("problem.hung_do"))
     if error is not None:
         return explain(error, strings)
     key = {"draining": "draining", "closing": "draining", "failed": "failed"}.get(state, "starting")

@@ -102,16 +102,22 @@ class Work:
         self._make_room()
         return new
 
-    def again(self, task: Task, options: Options) -> None:
-        """Send a finished task's file once more, where its sound is still there."""
+    def again(self, task: Task, options: Options) -> Task:
+        """Send a task's file once more, where its sound is still there; the task that does it.
+
+        A transcript stays, beside the new one: it may have been corrected, and the new attempt may fail.
+        """
+        if task.transcript is not None and task.audio is not None:
+            return self.add([task.audio], options)[0]
         with self._lock:
             if task.audio is None or not task.over:
-                return
+                return task
             task.options = options
             task.attempt += 1
-            task.state, task.error, task.transcript = State.WAITING, None, None
+            task.state, task.error = State.WAITING, None
             task.text, task.heard_s, task.retry_at = "", None, None
         self._begin(task)
+        return task
 
     def cancel(self, *tasks: Task) -> None:
         """Stop them: their connections are closed, and the service drops what it was doing."""

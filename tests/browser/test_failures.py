@@ -88,7 +88,9 @@ def test_a_busy_service_is_asked_again_when_it_says(browser: Browser, tones: Pat
             drop(seen.page, ("first.wav", SONG), ("second.wav", SONG))
             expect(seen.page.get_by_text(re.compile(r"second\.wav.*asking again in \d+ s"))).to_be_visible()
             seen.shot("busy")
-            expect(seen.page.get_by_role("button", name=ENGLISH["result.download_zip"])).to_be_visible()
+            expect(
+                seen.page.get_by_role("button", name=ENGLISH["result.download_zip"].format(count=2))
+            ).to_be_visible()
     finally:
         live.kill()
 

@@ -112,13 +112,32 @@ def test_a_correction_is_in_the_srt_that_is_downloaded(desk: Visit) -> None:
     desk.shot("corrected")
 
 
+def test_words_that_are_being_typed_outlive_another_file(desk: Visit) -> None:
+    drop(desk.page, ("a.wav", wav(sing("head"))))
+    heard(desk.page)
+    expand(desk.page, "result.correct")
+    box = desk.page.get_by_label(ENGLISH["result.correct"]).last
+    box.press_sequentially(" my")  # and the box is not left
+    drop(desk.page, ("b.wav", wav(sing("dad"))))
+    show = desk.page.get_by_role("button", name="b.wav: done")
+    expect(show).to_be_visible()
+    box.press_sequentially(" cafe")
+    expect(box).to_have_value("head my cafe")
+    desk.shot("news")
+    show.click()
+    expect(words(desk.page)).to_have_text(["dad"])
+    desk.page.get_by_label(ENGLISH["result.choose"], exact=True).click()
+    desk.page.get_by_role("option", name=re.compile("a.wav")).click()
+    expect(words(desk.page)).to_have_text(["head", "my", "cafe"])
+
+
 def test_many_files_come_as_one_zip(desk: Visit) -> None:
     texts = ["head", "bad", "cafe", "dad"]
     drop(desk.page, *[(f"{text}.wav", wav(sing(text))) for text in texts], ("broken.wav", b"no sound"))
     choice = desk.page.get_by_label(ENGLISH["result.choose"], exact=True)
     expect(choice).to_be_visible()
     expect(desk.page.get_by_role("button", name=ENGLISH["progress.cancel"])).to_have_count(0)
-    archive = zipfile.ZipFile(io.BytesIO(download(desk.page, ENGLISH["result.download_zip"])))
+    archive = zipfile.ZipFile(io.BytesIO(download(desk.page, ENGLISH["result.download_zip"].format(count=4))))
     assert sorted(archive.namelist()) == sorted(
         f"{t}.{e}" for t in texts for e in ("txt", "srt", "vtt", "json")
     )

@@ -18,11 +18,13 @@ from streamlit.testing.v1 import AppTest
 from tests.ui.service import TRANSCRIPT, envelope, sse
 from ui.background import Background
 from ui.client import Options
+from ui.problems import explain_state
+from ui.session import Session
 from ui.settings import UiSettings
 from ui.strings import NAMES, TABLES, Strings
 from ui.views.format import plain
 from ui.views.overview import _recent
-from ui.work import State, Task
+from ui.work import State, Task, Work
 
 ENGLISH = TABLES["en"]
 DONE = sse(
@@ -54,6 +56,8 @@ class Service:
             },
             {"name": "vi-tiny", "languages": ["vi", "en"], "default": False},
         ]
+        self.key = ""
+        self.max_upload_bytes = 26_214_400
         self.sent: list[httpx.Request] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -61,10 +65,12 @@ class Service:
             "/health": self.health,
             "/models": httpx.Response(200, json={"models": self.models}),
             "/languages": httpx.Response(200, json={"languages": [{"code": "en", "models": ["en-small"]}]}),
-            "/": httpx.Response(200, json={"limits": {"max_upload_bytes": 26_214_400}}),
+            "/": httpx.Response(200, json={"limits": {"max_upload_bytes": self.max_upload_bytes}}),
             "/metrics": self.metrics,
             "/transcribe": self.transcribe,
         }
+        if self.key and request.url.path != "/health":
+            return envelope(401, "invalid_api_key")
         if request.method == "POST":
             self.sent.append(request)
         answer = answers[request.url.path]
@@ -179,6 +185,16 @@ def test_the_sample_becomes_a_transcript(opened: Opened, service: Service) -> No
     assert b"en-small" in body
 
 
+@pytest.mark.parametrize(
+    ("limit_bytes", "said"), [(26_214_400, "13:39"), (16_000_044, "8:20"), (64_044, "2.0 s")]
+)
+def test_the_longest_recording_is_told_beforehand(
+    opened: Opened, service: Service, limit_bytes: int, said: str
+) -> None:
+    service.max_upload_bytes = limit_bytes
+    assert ENGLISH["input.record_limit"].format(duration=said) in texts(opened())
+
+
 def test_options_are_sent(opened: Opened, service: Service) -> None:
     page = opened()
     page.selectbox[1].select("vi-tiny").run()
@@ -209,7 +225,23 @@ def test_other_options_offer_to_transcribe_again(opened: Opened, service: Servic
     button(page, ENGLISH["options.again"]).click().run()
     settle(page)
     assert b"vi-tiny" in service.sent[1].content
-    assert only_task(page).state is State.DONE
+    assert ENGLISH["options.again"] not in [item.label for item in page.button], "it was sent with these"
+    first, second = page.session_state["asr_session"].work.tasks
+    assert (first.state, second.state) == (State.DONE, State.DONE)
+
+
+def test_a_text_and_its_correction_outlive_a_new_attempt_that_fails(opened: Opened, service: Service) -> None:
+    page = sample(opened())
+    page.text_area[0].set_value("the quick brown dog").run()
+    page.selectbox[1].select("vi-tiny").run()
+    service.transcribe = envelope(500, "internal_error")
+    button(page, ENGLISH["options.again"]).click().run()
+    settle(page)
+    first, second = page.session_state["asr_session"].work.tasks
+    assert (first.state, second.state) == (State.DONE, State.FAILED)
+    assert page.text_area[0].value == "the quick brown dog"
+    page.selectbox(key="choose").set_value(second.id).run()
+    assert ENGLISH["problem.server"] in page.error[0].value
 
 
 def test_a_file_that_is_dropped_is_sent_at_once(opened: Opened, service: Service) -> None:
@@ -234,6 +266,8 @@ def test_a_name_is_shown_letter_by_letter(opened: Opened, service: Service) -> N
     service.transcribe = envelope(400, "undecodable_audio", "Not *sound*.")
     page.file_uploader[0].upload(name, b"RIFF,,,,", "audio/wav")
     settle(page.run())
+    assert plain(name) in page.warning[0].value
+    button(page, ENGLISH["result.show"].format(name=plain(name), state=ENGLISH["state.failed"])).click().run()
     assert plain(name) in page.error[0].value
     assert plain("Not *sound*.") in page.error[0].value
 
@@ -270,7 +304,8 @@ def test_history_survives_reruns_and_can_be_removed(opened: Opened) -> None:
     assert len(work.tasks) == 2
     page.run()
     assert len(page.session_state["asr_session"].work.tasks) == 2
-    button(page, ENGLISH["result.clear"]).click().run()
+    assert ENGLISH["result.clear"] not in [item.label for item in page.button], "one click does not do it"
+    button(page, ENGLISH["result.clear_yes"].format(count=2)).click().run()
     assert work.tasks == []
     assert not page.subheader
 
@@ -278,31 +313,79 @@ def test_history_survives_reruns_and_can_be_removed(opened: Opened) -> None:
 def test_files_of_one_name_can_be_told_apart(opened: Opened) -> None:
     page = sample(sample(opened()))
     box = page.selectbox(key="choose")
-    assert box.options == ["sample.flac (2) – done", "sample.flac – done"]
+    assert box.options == ["done – sample.flac (2)", "done – sample.flac"]
     first, second = page.session_state["asr_session"].work.tasks
-    assert box.value == second.id
-    assert box.set_value(first.id).run().selectbox(key="choose").value == first.id
+    assert box.value == first.id
+    assert box.set_value(second.id).run().selectbox(key="choose").value == second.id
 
 
-@pytest.mark.parametrize("another_chosen", [False, True])
-def test_a_third_file_is_shown_once_it_is_done_unless_another_was_chosen(
-    opened: Opened, service: Service, another_chosen: bool
-) -> None:
-    page, done = sample(sample(opened())), threading.Event()
+def test_long_names_are_told_apart_by_their_ends(opened: Opened) -> None:
+    page, beginning = opened(), "interview with the head of the department, "
+    names = [f"{beginning}part {part}, 2026-01-0{part}.wav" for part in (1, 2)]
+    page.file_uploader[0].set_value([(name, b"RIFF" + name.encode(), "audio/wav") for name in names])
+    settle(page.run())
+    assert page.selectbox(key="choose").options == [
+        "done – interview with the …rt 2, 2026-01-02.wav",
+        "done – interview with the …rt 1, 2026-01-01.wav",
+    ]
+
+
+def test_files_that_failed_are_counted_and_named(opened: Opened, service: Service) -> None:
+    page = sample(sample(opened()))
+    assert not page.warning
+    service.transcribe = envelope(400, "undecodable_audio")
+    page.file_uploader[0].set_value([(f"{name}.wav", b"RIFF", "audio/wav") for name in "abcd"])
+    settle(page.run())
+    assert page.warning[0].value == ENGLISH["result.failed"].format(
+        failed=4, total=6, names=plain("a.wav, b.wav, c.wav …")
+    )
+    assert ENGLISH["result.download_zip"].format(count=2) in [
+        item.label for item in page.get("download_button")
+    ]
+
+
+def slow(service: Service) -> threading.Event:
+    """The next answer comes when the event is set."""
+    go = threading.Event()
 
     async def slowly() -> AsyncIterator[bytes]:
-        await asyncio.to_thread(done.wait, 30)
+        await asyncio.to_thread(go.wait, 30)
         yield DONE
 
     service.transcribe = httpx.Response(200, content=slowly())
+    return go
+
+
+def test_a_text_on_the_screen_stays_when_another_file_is_done(opened: Opened, service: Service) -> None:
+    page = sample(opened())
+    go = slow(service)
     button(page, ENGLISH["input.sample"]).click().run()
-    first, second, third = page.session_state["asr_session"].work.tasks
+    first, second = page.session_state["asr_session"].work.tasks
+    show = ENGLISH["result.show"].format(name=plain("sample.flac"), state=ENGLISH["state.done"])
+    assert page.text_area[0].key.startswith(f"edit.{first.id}")
+    assert show not in [item.label for item in page.button]
+    go.set()
+    settle(page)
+    assert page.selectbox(key="choose").value == first.id
+    assert page.text_area[0].key.startswith(f"edit.{first.id}")
+    button(page, show).click().run()
     assert page.selectbox(key="choose").value == second.id
-    assert not third.over
-    if another_chosen:
-        page.selectbox(key="choose").set_value(first.id).run()
-    done.set()
-    assert settle(page).selectbox(key="choose").value == (first.id if another_chosen else third.id)
+    assert page.text_area[0].key.startswith(f"edit.{second.id}")
+    assert show not in [item.label for item in page.button]
+
+
+def test_a_failure_on_the_screen_makes_way_for_the_file_that_is_done(
+    opened: Opened, service: Service
+) -> None:
+    service.transcribe = envelope(500, "internal_error")
+    page = sample(opened())
+    go = slow(service)
+    button(page, ENGLISH["input.sample"]).click().run()
+    assert page.error
+    go.set()
+    settle(page)
+    second = page.session_state["asr_session"].work.tasks[1]
+    assert page.selectbox(key="choose").value == second.id
 
 
 def test_another_session_sees_nothing_of_it(opened: Opened) -> None:
@@ -328,6 +411,32 @@ def test_a_service_that_cannot_be_used_is_said(
     assert button(page, ENGLISH["input.sample"]).disabled
 
 
+def test_a_service_that_hangs_does_not_hold_up_the_page() -> None:
+    silent, answer = False, asyncio.Event()
+
+    async def handler(request: httpx.Request) -> httpx.Response:
+        if silent:
+            await answer.wait()
+            raise httpx.ReadTimeout("silent")
+        return Service()(request)
+
+    async def give_up() -> None:
+        answer.set()
+
+    settings = UiSettings(api_url="http://service.test")
+    background = Background(settings, httpx.MockTransport(handler))
+    session = Session(settings, background, Work(background, 1))
+    assert session.look_at_service().usable
+    silent = True
+    assert session.look_at_service(max_age_s=0).usable, "as it was seen last"
+    background.call(give_up())
+    while (seen := session.look_at_service(max_age_s=0)).usable:  # pytest-timeout ends what never ends
+        pass
+    problem = explain_state(seen.state, seen.problem, Strings())
+    assert (problem.title, problem.advice) == (ENGLISH["problem.late"], ENGLISH["problem.hung_do"])
+    background.close()
+
+
 @pytest.mark.parametrize("state", ["starting", "draining"])
 def test_a_service_that_is_not_ready_is_a_warning_and_goes_away(
     opened: Opened, service: Service, state: str
@@ -336,6 +445,7 @@ def test_a_service_that_is_not_ready_is_a_warning_and_goes_away(
     page = opened()
     assert ENGLISH[f"problem.{state}"] in page.warning[0].value
     service.health = httpx.Response(200, json={"status": "ready"})
+    page.session_state["asr_session"].looked_at = 0.0  # a moment later
     page.run()
     assert not page.warning
     assert not button(page, ENGLISH["input.sample"]).disabled
@@ -373,6 +483,22 @@ def test_each_failure_of_a_file_is_said(
     if key in ("problem.down", "problem.starting", "problem.draining"):
         assert ENGLISH["problem.back_do"] in page.error[0].value
         assert "by itself" not in page.error[0].value, "no file is sent again by itself"
+
+
+def test_a_service_that_dies_leaves_the_text_it_has_given(opened: Opened, service: Service) -> None:
+    async def dying() -> AsyncIterator[bytes]:
+        yield sse({"type": "transcript.text.delta", "delta": "the quick ", "end": 0.8})[
+            : -len("data: [DONE]\n\n")
+        ]
+        raise httpx.ReadError("gone")
+
+    service.transcribe = httpx.Response(200, content=dying())
+    page = sample(opened())
+    assert only_task(page).state is State.FAILED
+    assert ENGLISH["result.heard"] in texts(page)
+    assert [code.value for code in page.code] == ["the quick"]
+    assert [item.label for item in page.get("download_button")] == ["TXT"]
+    button(page, ENGLISH["problem.retry"])
 
 
 def test_trying_again_after_a_failure(opened: Opened, service: Service) -> None:
@@ -466,6 +592,7 @@ def test_the_overview_says_failures_in_the_words_of_the_page(opened: Opened, ser
         (httpx.Response(200, json={"status": "ready"}), envelope(404, "not_found"), "overview.ready"),
         (httpx.Response(503, json={"status": "draining"}), httpx.ReadTimeout("slow"), "overview.draining"),
         (httpx.ConnectError("refused"), httpx.ConnectError("refused"), "overview.down"),
+        (httpx.ReadTimeout("slow"), httpx.ReadTimeout("slow"), "overview.late"),
     ],
 )
 def test_the_overview_tells_the_state_without_the_metrics(
@@ -480,6 +607,18 @@ def test_the_overview_tells_the_state_without_the_metrics(
     assert shown[ENGLISH["overview.state"]] == ENGLISH[state]
     for key in ("queue", "inflight", "busy", "requests", "rejections", "speed"):
         assert shown[ENGLISH[f"overview.{key}"]] == "–"
+
+
+def test_the_overview_says_that_the_key_is_wrong_though_health_needs_none(
+    opened: Opened, service: Service
+) -> None:
+    service.key = "sesame"
+    page = opened()
+    assert ENGLISH["problem.access"] in page.error[0].value
+    page.session_state["tabs.en"] = ENGLISH["tab.overview"]
+    page.run()
+    shown = {metric.label: metric.value for metric in page.metric}
+    assert shown[ENGLISH["overview.state"]] == ENGLISH["overview.access"]
 
 
 def test_word_error_rates_say_how_they_were_decoded(opened: Opened, service: Service) -> None:

@@ -179,6 +179,19 @@ def test_a_cancelled_file_can_be_sent_again_with_other_options() -> None:
     assert b"other" in script.requests[1].content
 
 
+def test_a_text_that_is_sent_again_stays_beside_the_new_one() -> None:
+    script = Script(finished(), envelope(500, "internal_error"))
+    with working(script) as made:
+        (task,) = made.add([FILE], Options())
+        made.wait()
+        new = made.again(task, Options(model="other"))
+        made.wait()
+        assert made.tasks == [task, new]
+        assert new.audio is task.audio
+    assert task.transcript is not None
+    assert (task.state, new.state) == (State.DONE, State.FAILED)
+
+
 def test_patience_is_shown_while_the_service_is_busy() -> None:
     script = Script(envelope(429, "queue_full", **{"retry-after-ms": "600"}), finished())
     with working(script) as made:

@@ -64,8 +64,23 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
             )
 
 
+def text_only(session: Session, task: Task, text: str) -> None:
+    """The text of a file that has no transcript."""
+    mime, _ = FORMATS["txt"]
+    st.download_button(
+        "TXT",
+        f"{text}\n",
+        file_name=f"{stem(task.name)}.txt",
+        mime=mime,
+        help=session.strings("result.download_one", format="TXT"),
+        icon=":material/download:",
+        on_click="ignore",
+        key=f"download.heard.{task.id}",
+    )
+
+
 def zip_of_all(session: Session, tasks: list[Task]) -> None:
-    """One ZIP of every finished file, corrected texts included."""
+    """One ZIP of every file that has a transcript, corrected texts included."""
     done = [(task, task.transcript) for task in tasks if task.transcript is not None]
     if len(done) < 2:
         return
@@ -74,7 +89,7 @@ def zip_of_all(session: Session, tasks: list[Task]) -> None:
         return to_zip((task.name, final(session, task, transcript)) for task, transcript in done)
 
     st.download_button(
-        session.strings("result.download_zip"),
+        session.strings("result.download_zip", count=len(done)),
         _latest(session, archive),
         file_name="transcripts.zip",
         mime="application/zip",

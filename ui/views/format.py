@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ui.strings import Strings
 
+NAME_CHARACTERS = 40
+
 
 def clock(seconds: float) -> str:
     """``1:05`` or ``1:01:05``."""
@@ -36,6 +38,14 @@ def count(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.3g} {unit}"
     return f"{number:g}"
+
+
+def shortened(name: str) -> str:
+    """A long file name without its middle: files of one series differ at the end."""
+    if len(name) <= NAME_CHARACTERS:
+        return name
+    half = NAME_CHARACTERS // 2
+    return f"{name[: half - 1]}…{name[-half:]}"
 
 
 def plain(text: str) -> str:

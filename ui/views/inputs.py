@@ -11,8 +11,11 @@ import streamlit as st
 from ui.client import AudioFile
 from ui.service import Service
 from ui.session import Session
+from ui.views.format import duration
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "en.flac"
+_RATE_HZ = 16_000
+_WAV_HEADER_BYTES = 44
 
 
 def render(session: Session, service: Service) -> list[AudioFile]:
@@ -27,7 +30,8 @@ def render(session: Session, service: Service) -> list[AudioFile]:
             key=f"upload.{session.uploads}",
         )
     with right:
-        recording = st.audio_input(strings("input.record"), key="recording", sample_rate=16_000)
+        recording = st.audio_input(strings("input.record"), key="recording", sample_rate=_RATE_HZ)
+        st.caption(strings("input.record_limit", duration=duration(longest_recording_s(service), strings)))
         sample = st.button(
             strings("input.sample"),
             help=strings("input.sample_help"),
@@ -47,6 +51,14 @@ def render(session: Session, service: Service) -> list[AudioFile]:
     if sample:
         new.append(AudioFile("sample.flac", SAMPLE.read_bytes(), "audio/flac"))
     return new
+
+
+def longest_recording_s(service: Service) -> float:
+    """How long one may speak: a longer recording is refused as a whole, and only after it was spoken."""
+    limit_bytes = int(st.get_option("server.maxUploadSize")) * 2**20
+    if service.max_upload_bytes:
+        limit_bytes = min(limit_bytes, service.max_upload_bytes)
+    return max(0, limit_bytes - _WAV_HEADER_BYTES) / (2 * _RATE_HZ)  # mono, 16 bits
 
 
 def _file(upload: Any) -> AudioFile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from ui.problems import explain_state
-from ui.service import Service, look
+from ui.service import Service
 from ui.session import Session
 
 LOOK_EVERY_S = 2.0
@@ -16,12 +16,11 @@ def render(session: Session, service: Service) -> None:
     problem = explain_state(service.state, service.problem, session.strings)
     show = st.error if service.state in ("down", "failed") else st.warning
     show(f"**{problem.title}** {problem.advice}", icon=":material/cloud_off:")
-    _watch(session, service.state)
+    _watch(session, service)
 
 
 @st.fragment(run_every=LOOK_EVERY_S)
-def _watch(session: Session, state: str) -> None:
-    now = session.background.call(look(session.background.client))
-    if now.state != state:
-        session.service = now
+def _watch(session: Session, shown: Service) -> None:
+    now = session.look_at_service(max_age_s=LOOK_EVERY_S / 2)
+    if (now.state, type(now.problem)) != (shown.state, type(shown.problem)):
         st.rerun()

@@ -8,6 +8,7 @@ from ui.client import Options
 from ui.service import Service
 from ui.session import Session
 from ui.strings import language_name
+from ui.work import Task
 
 
 def render(session: Session, service: Service) -> Options:
@@ -42,11 +43,19 @@ def render(session: Session, service: Service) -> Options:
         )
         options = Options(model or None, language, () if decoder else parse_hotwords(hotwords))
         task = session.work.find(session.shown)
-        other = task is not None and task.over and task.audio is not None and task.options != options
-        if task is not None and other and st.button(strings("options.again"), icon=":material/replay:"):
-            session.work.again(task, options)
+        offer = task is not None and _differs(session, task, options)
+        if task is not None and offer and st.button(strings("options.again"), icon=":material/replay:"):
+            session.await_(session.work.again(task, options))
             st.rerun()
     return options
+
+
+def _differs(session: Session, task: Task, options: Options) -> bool:
+    """Whether this sound is still there and has not been sent with these options."""
+    if not task.over or task.audio is None:
+        return False
+    same = (other for other in session.work.tasks if other.audio is task.audio)
+    return all(other.options != options for other in same)
 
 
 def parse_hotwords(text: str) -> tuple[str, ...]:

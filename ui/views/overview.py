@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone, tzinfo
@@ -9,9 +10,10 @@ from typing import Any
 
 import streamlit as st
 
-from ui.errors import ApiError
+from ui.errors import AccessError, ApiError, ApiTimeoutError, DeadlineError
 from ui.load import Load
 from ui.problems import explain_file
+from ui.service import Service
 from ui.session import Session
 from ui.strings import Strings, language_name
 from ui.transcript import Model
@@ -23,16 +25,15 @@ _SHOWN_CHARACTERS = 120
 _LONG_CHARACTERS = 40
 
 
-def render(session: Session) -> None:
+def render(session: Session, service: Service) -> None:
     """Draw the overview; the upper part refreshes itself."""
     strings = session.strings
-    _now(session)
+    _now(session, service)
     st.caption(strings("overview.refresh", seconds=f"{REFRESH_S:g}"))
     if session.settings.grafana_url:
         st.link_button(
             strings("details.grafana"), session.settings.grafana_url, icon=":material/open_in_new:"
         )
-    service = session.look_at_service()
     st.subheader(strings("overview.models"), anchor=False)
     st.html(_models(service.models, strings))
     st.subheader(strings("overview.recent"), anchor=False)
@@ -45,11 +46,14 @@ def render(session: Session) -> None:
 
 
 @st.fragment(run_every=REFRESH_S)
-def _now(session: Session) -> None:
+def _now(session: Session, drawn: Service) -> None:
     strings = session.strings
-    state, load = _look(session)
+    service = session.look_at_service(max_age_s=REFRESH_S / 2)
+    if service.usable != drawn.usable:
+        st.rerun()  # with the notice on top, or without
+    state, load = _look(session, service)
     first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
-    known = {"ready", "starting", "draining", "down"}
+    known = {"ready", "starting", "draining", "down", "access", "late"}
     first.metric(strings("overview.state"), strings(f"overview.{state}") if state in known else state)
     second.metric(strings("overview.queue"), _queue(load, strings), help=strings("overview.queue_help"))
     third.metric(strings("overview.inflight"), _number(load.inflight))
@@ -65,17 +69,19 @@ def _now(session: Session) -> None:
     )
 
 
-def _look(session: Session) -> tuple[str, Load]:
+def _look(session: Session, service: Service) -> tuple[str, Load]:
     """The state, and the load where it is told: a gateway or a setting may withhold ``/metrics``."""
     background = session.background
-    try:
-        state = background.call(background.client.health()).state
-    except ApiError:
+    if isinstance(service.problem, AccessError):
+        return "access", Load()
+    if isinstance(service.problem, ApiTimeoutError | DeadlineError):
+        return "late", Load()
+    if service.problem is not None:
         return "down", Load()
     try:
-        return state, background.call(background.client.load())
-    except ApiError:
-        return state, Load()
+        return service.state, background.call(asyncio.wait_for(background.client.load(), REFRESH_S / 2))
+    except (ApiError, TimeoutError):
+        return service.state, Load()
 
 
 def _queue(load: Load, strings: Strings) -> str:

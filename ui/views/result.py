@@ -15,8 +15,11 @@ from ui.sound import media_type
 from ui.strings import Strings, language_name
 from ui.transcript import Transcript
 from ui.views import compare, details, downloads
-from ui.views.format import duration, plain
+from ui.views.format import duration, plain, shortened
 from ui.work import State, Task
+
+_HEARD_HEIGHT = 320
+_NAMED = 3
 
 
 def render(session: Session, service: Service) -> None:
@@ -24,7 +27,8 @@ def render(session: Session, service: Service) -> None:
     tasks = [task for task in reversed(session.work.tasks) if task.over]
     if not tasks:
         return
-    task = _choose(session, tasks)
+    with st.container():  # keeps its place while results come and go
+        task = _choose(session, tasks)
     if task.state is State.DONE and task.transcript is not None:
         _transcript(session, task, task.transcript)
     elif task.error is not None:
@@ -32,37 +36,70 @@ def render(session: Session, service: Service) -> None:
     else:
         st.info(session.strings("result.cancelled"), icon=":material/cancel:")
         _again(session, task)
+        _heard(session, task)
     _leave(session, task)
+
+
+def _on_screen(session: Session, tasks: list[Task]) -> Task:
+    """Which of ``tasks``, the newest first, to show: what was sent last, as soon as it is over.
+
+    A text stays until the person chooses another: a box of text keeps to itself what is typed until it is
+    left, and would lose it with the result that it stands in.
+    """
+    shown = next((task for task in tasks if task.id == session.shown), None)
+    if shown is None or not (shown.transcript or shown.text):
+        shown = _news(session, tasks) or shown or tasks[0]
+    session.show(shown)
+    return shown
+
+
+def _news(session: Session, tasks: list[Task]) -> Task | None:
+    """The last awaited task that is over and has not been shown."""
+    over = {task.id: task for task in tasks}
+    return next((over[task_id] for task_id in reversed(session.awaited) if task_id in over), None)
 
 
 def _choose(session: Session, tasks: list[Task]) -> Task:
     strings = session.strings
-    if session.work.find(session.shown) is None:  # it was removed
-        session.shown = tasks[0].id
+    shown = _on_screen(session, tasks)
     if len(tasks) == 1:
-        return tasks[0]
-    ids = [task.id for task in tasks]
+        return shown
     key = "choose"
-    # What is on its way is shown as soon as it is done, unless the person chooses another one meanwhile.
-    if session.shown in ids:
-        st.session_state[key] = session.shown
-    elif st.session_state.get(key) not in ids:
-        st.session_state[key] = ids[0]
-
+    st.session_state[key] = shown.id
     labels = _labels(session.work.tasks, strings)
+    _failures(session.work.tasks, strings)
+    if (news := _news(session, tasks)) is not None:
+        st.button(
+            strings("result.show", name=plain(shortened(news.name)), state=strings(f"state.{news.state}")),
+            icon=":material/visibility:",
+            key="show",
+            on_click=session.show,
+            args=(news,),
+        )
 
     def choose() -> None:
-        session.shown = st.session_state[key]
+        chosen = session.work.find(st.session_state[key])
+        if chosen is not None:
+            session.show(chosen)
 
-    chosen = st.selectbox(
+    st.selectbox(
         strings("result.choose"),
-        ids,
+        [task.id for task in tasks],
         format_func=lambda task_id: labels.get(task_id, task_id),
         key=key,
         on_change=choose,
     )
     downloads.zip_of_all(session, tasks[::-1])
-    return next(task for task in tasks if task.id == chosen)
+    return shown
+
+
+def _failures(tasks: Sequence[Task], strings: Strings) -> None:
+    """Which files have no text; the ZIP of the others is without them."""
+    failed = [shortened(task.name) for task in tasks if task.state is State.FAILED]
+    if failed:
+        names = ", ".join(failed[:_NAMED]) + (" …" if len(failed) > _NAMED else "")
+        said = strings("result.failed", failed=len(failed), total=len(tasks), names=plain(names))
+        st.warning(said, icon=":material/warning:")
 
 
 def _labels(tasks: Sequence[Task], strings: Strings) -> dict[str, str]:
@@ -70,12 +107,13 @@ def _labels(tasks: Sequence[Task], strings: Strings) -> dict[str, str]:
     labels: dict[str, str] = {}
     names: set[str] = set()
     for task in tasks:
-        name, number = task.name, 1
+        short, number = shortened(task.name), 1
+        name = short
         while name in names:
             number += 1
-            name = f"{task.name} ({number})"
+            name = f"{short} ({number})"
         names.add(name)
-        labels[task.id] = f"{name} – {strings(f'state.{task.state}')}"
+        labels[task.id] = f"{strings(f'state.{task.state}')} – {name}"
     return labels
 
 
@@ -122,13 +160,24 @@ def _problem(session: Session, task: Task, error: ApiError, service: Service) ->
     st.error("\n\n".join(lines), icon=":material/error:")
     if problem.can_retry:
         _again(session, task)
+    _heard(session, task)
+
+
+def _heard(session: Session, task: Task) -> None:
+    """The text of a file that did not come to its end."""
+    text = task.text.strip()
+    if not text:
+        return
+    st.caption(session.strings("result.heard"))
+    st.code(text, language=None, wrap_lines=True, height=_HEARD_HEIGHT if len(text) > 1000 else "content")
+    downloads.text_only(session, task, text)
 
 
 def _again(session: Session, task: Task) -> None:
     if task.audio is None:
         return
     if st.button(session.strings("problem.retry"), icon=":material/replay:", key=f"again.{task.id}"):
-        session.work.again(task, session.options)
+        session.await_(session.work.again(task, session.options))
         st.rerun()
 
 
@@ -140,9 +189,12 @@ def _leave(session: Session, task: Task) -> None:
             session.work.remove(task)
             st.rerun()
     with every:
-        if len(session.work.tasks) > 1 and st.button(
-            strings("result.clear"), icon=":material/delete_sweep:", key="clear"
-        ):
-            for other in list(session.work.tasks):
-                session.work.remove(other)
-            st.rerun()
+        tasks = list(session.work.tasks)
+        if len(tasks) < 2:
+            return
+        with st.popover(strings("result.clear"), icon=":material/delete_sweep:"):
+            st.markdown(strings("result.clear_ask"))
+            if st.button(strings("result.clear_yes", count=len(tasks)), type="primary", key="clear"):
+                for other in tasks:
+                    session.work.remove(other)
+                st.rerun()
