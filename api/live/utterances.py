@@ -52,6 +52,7 @@ class Utterances:
         self._vad = vad
         self._began_at = 0
         self._stretch = Stretch(sample_rate_hz=sample_rate_hz, max_window_s=max_window_s)
+        self._activity: VoiceActivity | None = None
         self._begin_anew()
 
     @property
@@ -98,7 +99,8 @@ class Utterances:
 
     def _begin_anew(self) -> None:
         self._origin = self.samples_heard
-        self._activity = VoiceActivity(self.sample_rate_hz, self._vad) if self._vad is not None else None
+        if self._vad is not None:
+            self._activity = VoiceActivity(self.sample_rate_hz, self._vad, self._activity)
 
     def _append(self, start_sample: int, samples: NDArray[np.float32]) -> Iterator[Happening]:
         if not self.is_open:

@@ -223,6 +223,15 @@ def test_times_after_many_clears_are_those_of_the_recording(rate_hz: int) -> Non
     assert ears.samples_heard / RATE_HZ == pytest.approx(10.0, abs=0.01)
 
 
+def test_the_noise_is_known_after_clear() -> None:
+    ears = utterances(VadOptions())
+    list(ears.push(noise(15.0, 0.03)))  # loud enough to pass for speech at first
+    assert not ears.is_open
+    ears.clear()
+    list(ears.push(noise(1.0, 0.03, seed=2)))
+    assert not ears.is_open
+
+
 def test_no_more_than_a_window_is_held() -> None:
     ears = utterances(None)
     pieces = [each for each in ears.push(noise(20.0)) if isinstance(each, Piece)]
