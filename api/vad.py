@@ -70,7 +70,7 @@ class VoiceActivity:
     def __init__(self, sample_rate_hz: int, options: VadOptions, after: VoiceActivity | None = None) -> None:
         self._frame = int(FRAME_S * sample_rate_hz)
         self._stricter_db = _SLOPE_DB * math.log(options.threshold / (1 - options.threshold))
-        self._levels = after._levels if after is not None else _Levels()
+        self._levels: _Levels = after._levels if after is not None else _Levels()
         self._padding_frames = round(options.prefix_padding_ms / 1000 / FRAME_S)
         self._silence_frames = max(1, round(options.silence_duration_ms / 1000 / FRAME_S))
         self._tail_frames = min(self._silence_frames, round(_TAIL_S / FRAME_S))
