@@ -22,6 +22,9 @@ def list_models(settings: Settings) -> int:
         except BundleError as error:
             print(f"{name:<24} refused: {error.field}: {error.problem}")
             continue
+        except OSError as error:
+            print(f"{name:<24} refused: {error}")
+            continue
         manifest = bundle.manifest
         size_mb = sum((bundle.path / file).stat().st_size for file in manifest.files) / 1e6
         languages, graphs = ",".join(manifest.languages), ",".join(sorted(manifest.graphs))
