@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import streamlit as st
 
@@ -49,33 +50,36 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
     if changed:
         st.caption(strings("result.changed"))
     columns = st.columns(len(FORMATS))
-    for column, (ending, (mime, write)) in zip(columns, FORMATS.items(), strict=True):
+    for column, (ending, (_, write)) in zip(columns, FORMATS.items(), strict=True):
         with column:
-            st.download_button(
-                ending.upper(),
-                _latest(session, partial(_written, write, session, task, transcript)),
-                file_name=f"{stem(task.name)}.{ending}",
-                mime=mime,
-                help=strings("result.download_one", format=ending.upper()),
-                icon=":material/download:",
-                on_click="ignore",
-                key=f"download.{ending}.{task.id}",
-                width="stretch",
-            )
+            content = _latest(session, partial(_written, write, session, task, transcript))
+            _button(session, task, ending, content, key=f"download.{ending}.{task.id}", width="stretch")
 
 
 def text_only(session: Session, task: Task, text: str) -> None:
     """The text of a file that has no transcript."""
-    mime, _ = FORMATS["txt"]
+    _button(session, task, "txt", f"{text}\n", key=f"download.heard.{task.id}")
+
+
+def _button(
+    session: Session,
+    task: Task,
+    ending: str,
+    content: str | Callable[[], str | bytes],
+    *,
+    key: str,
+    width: Literal["content", "stretch"] = "content",
+) -> None:
     st.download_button(
-        "TXT",
-        f"{text}\n",
-        file_name=f"{stem(task.name)}.txt",
-        mime=mime,
-        help=session.strings("result.download_one", format="TXT"),
+        ending.upper(),
+        content,
+        file_name=f"{stem(task.name)}.{ending}",
+        mime=FORMATS[ending][0],
+        help=session.strings("result.download_one", format=ending.upper()),
         icon=":material/download:",
         on_click="ignore",
-        key=f"download.heard.{task.id}",
+        key=key,
+        width=width,
     )
 
 
