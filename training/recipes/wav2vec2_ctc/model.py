@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.nn import functional
 from training.errors import CheckpointError
 from training.masks import frame_mask
 from training.transformer import EncoderLayer, check_heads, key_bias
+
+Count = TypeVar("Count", int, Tensor)
 
 _XLSR_KIND = {
     "feat_extract_norm": "layer",
@@ -96,11 +98,11 @@ class Wav2Vec2Config:
             need = (need - 1) * stride + kernel
         return need
 
-    def frames(self, samples: int) -> int:
-        """Frames of so many samples."""
+    def frames(self, samples: Count) -> Count:
+        """Frames of so many samples; 0 or less where they are too few for one."""
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
             samples = (samples - kernel) // stride + 1
-        return max(0, samples)
+        return samples
 
 
 class FeatureEncoderLayer(nn.Module):
@@ -151,9 +153,7 @@ class Wav2Vec2Ctc(nn.Module):
 
     def frame_lengths(self, lengths: Tensor) -> Tensor:
         """Frames per item; int64 (batch,)."""
-        for kernel, stride in zip(self.config.kernels, self.config.strides, strict=True):
-            lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
-        return lengths
+        return self.config.frames(lengths)
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, samples), (batch,) -> log_probs (batch, frames, vocabulary), frame lengths (batch,)."""

@@ -70,7 +70,7 @@ class Wav2Vec2Recipe(Recipe):
 
     def room(self, samples: int) -> int:
         """Without padding, the last frame needs all of its samples."""
-        return self._convolved.frames(samples)
+        return max(0, self._convolved.frames(samples))
 
     def network(self, codec: TokenCodec) -> nn.Module:
         """The pre-trained network with a new head, or a new network."""
