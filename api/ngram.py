@@ -222,7 +222,7 @@ def advance(state, symbol, masks, firsts, following, factors, fail, backoff):  #
     column = np.uint64(symbol >> 6)
     bit = np.uint64(1) << np.uint64(symbol & 63)
     while True:
-        place = np.uint64(state)  # unsigned: numba looks where else an index may be below 0
+        place = np.uint64(state)  # numba asks of every signed index whether it is below 0
         word = masks[place, column]
         if word & bit != np.uint64(0):
             edge = np.uint64(firsts[place, column] + _ones(word & (bit - np.uint64(1))))

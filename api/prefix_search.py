@@ -38,7 +38,7 @@ from api.hotwords import (
 from api.ngram import NgramModel, advance
 
 _NO_SYMBOLS = Symbols(np.zeros(1, np.int32), np.zeros(1, np.int32), {})
-_0, _1 = np.uint64(0), np.uint64(1)  # numba looks where else an index may be below 0
+_0, _1 = np.uint64(0), np.uint64(1)  # of indices: numba asks of every signed one whether it is below 0
 _ONE, _NONE = np.ones(1, np.float64), np.zeros(1, np.int32)
 _NO_TRIE = (np.zeros((2, 2), np.int64), np.full((1, 4), DEAD, np.int32), np.ones((1, 4), np.float64))
 _NO_NGRAM = (np.zeros((1, 1), np.uint64), np.zeros((1, 1), np.int32), _NONE, _ONE, _NONE, _ONE, _ONE)

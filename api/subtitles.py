@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from api.transcript import Transcript
 from api.words import Word
 
-# Common subtitle practice (BBC and Netflix guidelines): two lines of 42 characters, at most 7 seconds; where$
+# Common subtitle practice (BBC and Netflix guidelines): two lines of 42 characters, at most 7 seconds; where
 # the pause behind leaves room, at least 5/6 of a second, and no more than 17 characters in each.
 MAX_LINE_CHARACTERS = 42
 MAX_LINES = 2

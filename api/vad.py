@@ -31,6 +31,7 @@ _FIRST_NOISE_DBFS = -45.0  # at most, so that speech from the first frame is hea
 _FIRST_RANGE_DB = 25.0  # from noise to speech, before there was any
 _FORGET_DB = 0.005  # the loudest sound counts for so much less with every frame
 _SILENCE_DBFS = -70.0  # nothing below this is speech, whatever the noise
+_LEAST_OVER_NOISE_DB = 1.0  # however low the threshold: the noise itself is no speech
 _SLOPE_DB = 2.0  # the probability of speech rises from 1/2 to 3/4 in 2.2 dB
 _ONSET_FRAMES = 2 + _LEVEL_FRAMES  # speech must last 30 ms to count, a click does not
 _TAIL_S = 0.2  # kept after the last speech frame: final consonants are quiet
@@ -132,8 +133,8 @@ class VoiceActivity:
     def _is_speech(self, power: float) -> bool:
         level_dbfs, noise_dbfs, loudest_dbfs = self._levels.push(power)
         gate = _GO_ON if self._in_speech else _BEGIN
-        over_noise_db = max(1.0, gate.over_noise_db(loudest_dbfs - noise_dbfs) + self._stricter_db)
-        return level_dbfs > max(_SILENCE_DBFS, noise_dbfs + over_noise_db)
+        over_noise_db = gate.over_noise_db(loudest_dbfs - noise_dbfs) + self._stricter_db
+        return level_dbfs > max(_SILENCE_DBFS, noise_dbfs + max(_LEAST_OVER_NOISE_DB, over_noise_db))
 
 
 class _Levels:

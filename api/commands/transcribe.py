@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import stat
 import sys
 import tempfile
@@ -68,10 +67,14 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 def _taken_in(path: Path, most_bytes: int) -> Source | None:
     """All of a pipe or a terminal, as a file that can be wound back, or why not; None for what is a file."""
     try:
-        mode = os.fstat(0).st_mode if str(path) == STDIN else path.stat().st_mode
-        if str(path) != STDIN and not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-            return None
-        with open(0, "rb", closefd=False) if str(path) == STDIN else path.open("rb") as pipe:
+        if str(path) == STDIN:
+            opened = open(0, "rb", closefd=False)  # noqa: SIM115  closed below
+        else:
+            mode = path.stat().st_mode
+            if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+                return None
+            opened = path.open("rb")
+        with opened as pipe:
             spool = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115  closed once it is read
             while block := pipe.read(_BLOCK_BYTES):
                 if spool.tell() + len(block) > most_bytes:
