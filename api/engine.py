@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from api.batching import BatchLimits, bucket_of
 from api.bundle import Bundle, check_outputs, check_session
 from api.errors import BundleError, InferenceError, SettingsError
+from api.exact_products import make_products_exact
 from api.frames import Frames
 from api.kernels import PLACES, ROWS, Kernels, instructions, open_sessions, outputs_of
 from api.manifest import GraphChoice
@@ -49,12 +50,6 @@ PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
     "openvino": {"device_type": "CPU"},
 }
 
-EXACT_PRODUCTS = ("session.x64quantprecision", "1")
-"""Session option: products of bytes are exact on every CPU.
-
-Without VNNI ONNX Runtime adds two products of unsigned and signed bytes in 16 bits, which two large ones
-overflow: it cuts them off without a word. With this it widens first; elsewhere nothing changes.
-"""
 WIDE_MAX_BYTES = 128 * 2**20  # the wide session holds the weights once more
 BUCKET_RATIOS = (1.05, 1.1, 1.2, 1.5)  # fine buckets waste least, coarse ones warm fastest
 WARM_UP_BUDGET_S = 2.0
@@ -395,7 +390,7 @@ def _session(path: str, provider: str, options: ort.SessionOptions, threads: int
 def session_options(threads: int, *, plan_shapes: bool = False, exact: bool = True) -> ort.SessionOptions:
     """Fresh options as every session of the service has them; ``threads`` inside one inference.
 
-    ``plan_shapes``: remember where in memory everything goes, for each shape. ``exact``: `EXACT_PRODUCTS`.
+    ``plan_shapes``: remember where in memory everything goes, for each shape. ``exact``: products of bytes.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -407,7 +402,7 @@ def session_options(threads: int, *, plan_shapes: bool = False, exact: bool = Tr
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if exact:
-        options.add_session_config_entry(*EXACT_PRODUCTS)
+        make_products_exact(options)
     return options
 
 

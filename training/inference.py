@@ -14,7 +14,8 @@ import onnx
 import onnxruntime
 from tqdm import tqdm
 
-from api.engine import EXACT_PRODUCTS, session_options
+from api.engine import session_options
+from api.exact_products import make_products_exact
 from api.kernels import open_sessions
 from training.graph import as_file, fits_one_file
 
@@ -55,7 +56,7 @@ def cpu_session(graph: onnx.ModelProto | bytes | Path, threads: int = 1) -> onnx
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry(*EXACT_PRODUCTS)
+    make_products_exact(options)
     content = str(graph) if isinstance(graph, Path) else graph
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 

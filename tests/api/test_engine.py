@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from structlog.testing import capture_logs
 
+from api import exact_products
 from api.bundle import Bundle, list_bundles, load_bundle
 from api.calibration import ALONE, ALONE_WIDE, calibrate, choose
 from api.ctc import greedy_of
@@ -32,6 +33,7 @@ from api.engine import (
     verify_provider,
 )
 from api.errors import BundleError, InferenceError, SettingsError
+from api.exact_products import WIDEN, has_vnni
 from api.frames import Frames
 from tests.tiny_bundle import FRAME, MAX_WINDOW_S, SAMPLE_RATE_HZ, make_bundle, sing
 
@@ -322,7 +324,37 @@ def test_products_that_share_weights_are_exact_or_it_is_told(tmp_path: Path) -> 
         (session,), _ = _cpu_sessions(str(tmp_path / "shared.onnx"), [1], None)
     (sums,) = session.run(["again"], {"x": np.full((5, 8), 255, np.uint8)})
     exact = sums[0].tolist() == [8 * 255 * 127, -8 * 255 * 128, 8 * 255 * 127]
-    assert [line["event"] for line in logs] == ([] if exact else ["products_inexact"])
+    assert exact or [line["event"] for line in logs] == ["products_inexact"]
+    assert not (logs and has_vnni())
+
+
+CORE = "processor : 0\nmodel name : Some CPU\nflags : fpu avx2{more}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        (CORE.format(more=" avx512f avx512_vnni"), True),
+        (CORE.format(more=" avx_vnni"), True),
+        (CORE.format(more=" avx512f avx512_vnnix"), False),
+        (CORE.format(more=" avx_vnni") + CORE.format(more=""), False),
+        ("processor : 0\nFeatures : asimd\n", False),
+        (None, False),
+    ],
+)
+def test_vnni_is_what_every_processor_says(tmp_path: Path, cpuinfo: str | None, *, found: bool) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert has_vnni(tmp_path / "cpuinfo") is found
+
+
+def test_products_that_are_exact_anyway_are_not_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widening halves the speed of INT8 where there is VNNI."""
+    monkeypatch.setattr(exact_products, "has_vnni", lambda: False)
+    assert session_options(1).get_session_config_entry(WIDEN) == "1"
+    monkeypatch.setattr(exact_products, "has_vnni", lambda: True)
+    with pytest.raises(Exception, match=WIDEN):
+        session_options(1).get_session_config_entry(WIDEN)
 
 
 def test_what_cannot_be_opened_either_way_is_refused_once(tmp_path: Path) -> None:

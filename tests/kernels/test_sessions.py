@@ -20,7 +20,8 @@ import soundfile
 from structlog.testing import capture_logs
 
 from api.bundle import load_bundle
-from api.engine import EXACT_PRODUCTS, Engine
+from api.engine import Engine
+from api.exact_products import make_products_exact
 from api.kernels import four_bits, graph, instructions, library, open_sessions, sessions
 from api.kernels.model import model_class
 from api.kernels.rows import give_rows
@@ -34,7 +35,7 @@ def make_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    options.add_session_config_entry(*EXACT_PRODUCTS)
+    make_products_exact(options)
     return options
 
 
