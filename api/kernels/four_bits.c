@@ -11,6 +11,7 @@ enum { VALUES, SCALES, OFFSETS, FOUR_BITS_INPUTS };
 enum {
   ROOM = 1 << 17, /* bytes of x per task, which stay in the second cache */
   PANELS = 24,    /* blocks of channels per task: x becomes bytes once for all of them */
+  FEW = 3,        /* rows that are done one by one */
 };
 
 static_assert(ROOM / MAX_DEPTH_FOUR_BITS >= FOUR_BITS_ROWS, "the rows of a group of the deepest");
@@ -31,18 +32,20 @@ void four_bits_task(void *data, size_t task) {
   int32_t middles[ROOM / SET];
   four_bits_bytes(call->x + start * weights->depth, rows, weights->depth, (Bytes){values, levels, middles});
   for (int64_t block = first; block < last; block++) {
+    const uint8_t *packed = weights->packed + block * weights->block_bytes;
     const int64_t width = weights->channels - block * LANES;
-    four_bits_unpack(weights->packed + block * weights->block_bytes, weights->block_bytes, w);
-    for (int64_t row = 0, done; row < rows; row += done) {
+    if (rows > FEW) four_bits_unpack(packed, weights->block_bytes, w);
+    for (int64_t row = 0, done = 1; row < rows; row += done) {
       const Bytes x = {values + row * sets * SET, levels + row * sets, middles + row * sets};
       float *y = call->y + (start + row) * weights->channels + block * LANES;
-      if (width >= LANES) {
-        done = kernel->run(kernel, block, w, &x, rows - row, y, weights->channels);
-      } else {
-        float out[FOUR_BITS_ROWS][LANES];
-        done = kernel->run(kernel, block, w, &x, rows - row, out[0], LANES);
-        for (int64_t i = 0; i < done; i++) memcpy(y + i * weights->channels, out[i], (size_t)width * sizeof *y);
-      }
+      float out[FOUR_BITS_ROWS][LANES];
+      float *to = width < LANES ? out[0] : y;
+      if (rows > FEW)
+        done = kernel->run(kernel, block, w, &x, rows - row, to, width < LANES ? LANES : weights->channels);
+      else
+        kernel->run_row(kernel, block, packed, &x, to);
+      if (width >= LANES) continue;
+      for (int64_t i = 0; i < done; i++) memcpy(y + i * weights->channels, out[i], (size_t)width * sizeof *y);
     }
   }
 }
@@ -93,6 +96,7 @@ static OrtStatus *prepare(FourBits *kernel, const OrtKernelInfo *info) {
     if (bias != NULL) kernel->bias[channel] = bias[channel];
   }
   kernel->run = is_vnni() ? four_bits_vnni : four_bits_avx2;
+  kernel->run_row = is_vnni() ? four_bits_row_vnni : four_bits_row_avx2;
   return NULL;
 }
 

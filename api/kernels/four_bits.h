@@ -32,6 +32,10 @@ typedef struct FourBits FourBits;
 typedef int64_t FourBitsRows(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int64_t end,
                              float *y, int64_t stride);
 
+/* One row times a block of channels to y (LANES), from the weights as they are packed: a decoder's token waits for them to
+ * be read, and unpacking pays for several rows only. */
+typedef void FourBitsRow(const FourBits *kernel, int64_t block, const uint8_t *packed, const Bytes *x, float *y);
+
 struct FourBits {
   const OrtApi *api;
   const Weights *weights;
@@ -39,6 +43,7 @@ struct FourBits {
   float *scale; /* (blocks, sets, LANES) */
   float *bias;  /* (blocks, LANES) */
   FourBitsRows *run;
+  FourBitsRow *run_row;
 };
 
 typedef struct {
@@ -58,5 +63,6 @@ void four_bits_bytes(const float *x, int64_t rows, int64_t depth, Bytes to);
 void four_bits_unpack(const uint8_t *packed, int64_t bytes, uint8_t *to);
 
 FourBitsRows four_bits_avx2, four_bits_vnni;
+FourBitsRow four_bits_row_avx2, four_bits_row_vnni;
 
 #endif

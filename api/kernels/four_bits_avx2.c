@@ -127,3 +127,36 @@ AVX2 int64_t four_bits_avx2(const FourBits *kernel, int64_t block, const uint8_t
     run(kernel, block, w, x, 1, y, stride);
   return end >= ROWS ? ROWS : 1;
 }
+
+AVX2 void four_bits_row_avx2(const FourBits *kernel, int64_t block, const uint8_t *packed, const Bytes *x, float *y) {
+  const __m256i lower = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const float *scale = kernel->scale + block * kernel->sets * LANES;
+  const int8_t *values = x->values;
+  __m256 totals[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  for (int64_t set = 0; set < kernel->sets; set++, scale += LANES) {
+    __m256i sums[2] = {_mm256_set1_epi32(x->middles[set]), _mm256_set1_epi32(x->middles[set])};
+    for (int k = 0; k < SET; k += QUAD * PAIRS) {
+      __m256i pairs[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+      UNROLL for (int pair = 0; pair < PAIRS; pair += 2, values += 2 * QUAD, packed += QUAD * LANES) {
+        const __m256i one = four(values), two = four(values + QUAD);
+        UNROLL for (int half = 0; half < 2; half++) {
+          const __m256i both = _mm256_load_si256((const __m256i *)packed + half);
+          const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(both, 4), lower);
+          pairs[half] = _mm256_add_epi16(pairs[half], _mm256_maddubs_epi16(_mm256_and_si256(both, lower), one));
+          pairs[half] = _mm256_add_epi16(pairs[half], _mm256_maddubs_epi16(upper, two));
+        }
+      }
+      UNROLL for (int half = 0; half < 2; half++)
+        sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs[half], ones));
+    }
+    const __m256 level = _mm256_set1_ps(x->levels[set]);
+    UNROLL for (int half = 0; half < 2; half++) {
+      const __m256 factor = _mm256_mul_ps(level, _mm256_loadu_ps(scale + half * HALF));
+      totals[half] = _mm256_add_ps(totals[half], _mm256_mul_ps(factor, _mm256_cvtepi32_ps(sums[half])));
+    }
+  }
+  UNROLL for (int half = 0; half < 2; half++) {
+    const __m256 bias = _mm256_loadu_ps(kernel->bias + block * LANES + half * HALF);
+    _mm256_storeu_ps(y + half * HALF, _mm256_add_ps(totals[half], bias));
+  }
+}

@@ -52,3 +52,25 @@ VNNI int64_t four_bits_vnni(const FourBits *kernel, int64_t block, const uint8_t
     run(kernel, block, w, x, 1, y, stride);
   return rows;
 }
+
+VNNI void four_bits_row_vnni(const FourBits *kernel, int64_t block, const uint8_t *packed, const Bytes *x, float *y) {
+  const __m512i lower = _mm512_set1_epi8(15);
+  const float *scale = kernel->scale + block * kernel->sets * LANES;
+  const int8_t *values = x->values;
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t set = 0; set < kernel->sets; set++, scale += LANES) {
+    /* Four, because the next product for a sum has to wait for the one before. */
+    __m512i sums[4] = {_mm512_set1_epi32(x->middles[set])};
+    for (int k = 0; k < SET; k += 4 * QUAD, values += 4 * QUAD, packed += 2 * QUAD * LANES) {
+      const __m512i one = _mm512_load_si512(packed), two = _mm512_load_si512(packed + QUAD * LANES);
+      ADD_PRODUCTS(sums[0], _mm512_and_si512(one, lower), four(values));
+      ADD_PRODUCTS(sums[1], _mm512_and_si512(_mm512_srli_epi16(one, 4), lower), four(values + QUAD));
+      ADD_PRODUCTS(sums[2], _mm512_and_si512(two, lower), four(values + 2 * QUAD));
+      ADD_PRODUCTS(sums[3], _mm512_and_si512(_mm512_srli_epi16(two, 4), lower), four(values + 3 * QUAD));
+    }
+    const __m512i left = _mm512_add_epi32(sums[0], sums[1]), right = _mm512_add_epi32(sums[2], sums[3]);
+    const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(x->levels[set]), _mm512_loadu_ps(scale));
+    total = _mm512_add_ps(total, _mm512_mul_ps(factor, _mm512_cvtepi32_ps(_mm512_add_epi32(left, right))));
+  }
+  _mm512_storeu_ps(y, _mm512_add_ps(total, _mm512_loadu_ps(kernel->bias + block * LANES)));
+}

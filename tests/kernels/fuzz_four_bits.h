@@ -24,10 +24,10 @@ static float product(const int8_t *q, const float *level, const int8_t *w, const
 
 static float any(void) { return (float)(rand() % 20001 - 10000) / 10000; }
 
-static int check_four_bits(FourBitsRows *run) {
+static int check_four_bits(FourBitsRows *run, FourBitsRow *run_row) {
   const int64_t depth = rand() % 64 == 0 ? MAX_DEPTH_FOUR_BITS - rand() % 8 : pick(rand() % 4 ? 140 : 700);
   const int64_t channels = pick(depth > 1000 ? 20 : rand() % 8 ? 40 : 500);
-  const int64_t rows = pick(rand() % 4 ? 30 : 400), sets = (depth + SET - 1) / SET;
+  const int64_t rows = rand() % 4 ? pick(rand() % 4 ? 30 : 400) : 1 + rand() % 4, sets = (depth + SET - 1) / SET;
   const int extreme = rand() % 4 == 0; /* all sums as large as they can be */
   float *x = malloc((size_t)(rows * depth) * sizeof *x), *y = malloc((size_t)(rows * channels) * sizeof *y);
   int8_t *w = malloc((size_t)(channels * depth));
@@ -38,7 +38,7 @@ static int check_four_bits(FourBitsRows *run) {
   for (int64_t i = 0; i < channels * sets; i++) scale[i] = any();
   for (int64_t i = 0; i < channels; i++) bias[i] = any();
   const int64_t id = asr_keep_weights("four_bits", w, channels * depth, channels, depth);
-  FourBits kernel = {.weights = weights_take(id), .sets = sets, .run = run};
+  FourBits kernel = {.weights = weights_take(id), .sets = sets, .run = run, .run_row = run_row};
   asr_let_go_of_weights(id);
   if (kernel.weights == NULL) return puts("no weights"), 1;
   const size_t lanes = (size_t)kernel.weights->blocks * LANES;

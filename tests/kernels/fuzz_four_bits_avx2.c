@@ -2,7 +2,7 @@
 
 #include "fuzz_four_bits.h"
 
-static int check(void) { return check_four_bits(four_bits_avx2); }
+static int check(void) { return check_four_bits(four_bits_avx2, four_bits_row_avx2); }
 
 int main(int count, char **arguments) {
   if (!is_avx2()) return puts("skipped: this processor has no AVX2"), 1;

@@ -124,7 +124,7 @@ class TestComputes:
         channels=st.integers(1, 500),
         depth=st.integers(1, 700),
         bias=st.booleans(),
-        rows=st.integers(1, 300),
+        rows=st.integers(1, 5) | st.integers(1, 300),
         seed=st.integers(0, 1000),
     )
     def test_the_bits_of_the_definition(
