@@ -3,7 +3,8 @@
 Two ways to cut, both causal and independent of how the stream was split into blocks:
 
 - **whole** (``vad=None``): the audio stays in one piece up to the model's window; longer audio is cut at the
-  quietest place in the window's second half, so no sample is lost and none is given twice.
+  quietest place in the window's second half, so no sample is lost and none is given twice. For models that
+  scale a window as a whole, it is also cut in pauses between voices of different loudness.
 - **server_vad**: only stretches of speech are kept, each with its padding; a pause of
   ``silence_duration_ms`` ends one.
 
@@ -15,21 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from api.vad import VadOptions, VoiceActivity
+from api.vad import BEGIN, VadOptions, VoiceActivity
 
 FloatArray = NDArray[np.float32]
 
 FRAME_S = 0.02
-_SMOOTHING_S = 0.2  # a cut needs this much quiet; the gaps inside words are shorter
+_SMOOTHING_FRAMES = 10  # a cut needs 0.2 s of quiet; the gaps inside words are shorter
 _QUIET_MARGIN_DB = 3.0  # frames this close to the quietest count as equally quiet
 SILENCE_DBFS = -65.0  # loudest frame of a silent window
 STEADY_RANGE_DB = 3.0  # loudest frame minus the 10th percentile; white noise has 1.6, noisy speech 5 and more
 _SHORTEST_JUDGED_S = 0.5  # below this a window has too few frames to be called steady
 _FLOOR = 1e-10  # -100 dBFS, keeps the logarithm finite
+# Voices of different loudness; what was measured is in docs/experiments.md, 30 November 2026.
+_UNLIKE_DB = 10.0
+_PAUSE_FRAMES = 15  # 0.3 s between them
+_VOICE_FRAMES = 15  # a shorter sound says little about a voice's loudness
+_SPEECH_FRAMES = 3  # power is averaged over 60 ms to tell speech from pauses
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +94,17 @@ class Stretch:
 class Segmenter:
     """Push blocks in, take windows out; holds at most one window and one block."""
 
-    def __init__(self, *, sample_rate_hz: int, max_window_s: float, vad: VadOptions | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        sample_rate_hz: int,
+        max_window_s: float,
+        vad: VadOptions | None = None,
+        scales_windows: bool = False,
+    ) -> None:
+        """``scales_windows``: the model does, and misses a quiet voice beside a loud one."""
         self.sample_rate_hz = sample_rate_hz
+        self._scales_windows = scales_windows and vad is None
         self._activity = VoiceActivity(sample_rate_hz, vad) if vad is not None else None
         self._stretch = Stretch(sample_rate_hz=sample_rate_hz, max_window_s=max_window_s)
 
@@ -109,24 +125,37 @@ class Segmenter:
     def _append(self, pieces: Iterable[tuple[int, FloatArray, bool]]) -> Iterator[Window]:
         for start_sample, samples, is_last in pieces:
             for window in self._stretch.append(start_sample, samples):
-                if may_be_speech(window.samples, self.sample_rate_hz):
-                    yield window
+                yield from self._heard(window)
             if is_last:
                 yield from self._rest()
 
     def _rest(self) -> Iterator[Window]:
         window = self._stretch.take()
-        if window is not None and may_be_speech(window.samples, self.sample_rate_hz):
-            yield window
+        if window is not None:
+            yield from self._heard(window)
+
+    def _heard(self, window: Window) -> Iterator[Window]:
+        """The window, or its parts, without those that cannot be speech."""
+        samples, rate_hz = window.samples, self.sample_rate_hz
+        power = frame_power(samples, rate_hz)
+        cuts = cuts_between_voices(power) if self._scales_windows else []
+        if not cuts:
+            if _may_be_speech(power, len(samples), rate_hz):
+                yield window
+            return
+        frame = int(FRAME_S * rate_hz)
+        for start, end in pairwise([0, *(cut * frame for cut in cuts), len(samples)]):
+            if may_be_speech(samples[start:end], rate_hz):
+                yield Window(window.start_sample + start, samples[start:end])
 
 
 def quietest_cut(samples: FloatArray, sample_rate_hz: int) -> int:
     """Sample index in the second half of float32 (n,) ``samples`` where a cut does least harm.
 
-    The level is smoothed over 200 ms; of all places that are as quiet as the quietest, the middle of the
+    The level is smoothed over 0.2 s; of all places that are as quiet as the quietest, the middle of the
     longest run is taken, and of equally long runs the last.
     """
-    levels = frame_levels_dbfs(samples, sample_rate_hz, smoothing_s=_SMOOTHING_S)
+    levels = _dbfs(_smoothed(frame_power(samples, sample_rate_hz), _SMOOTHING_FRAMES))
     first = len(levels) // 2
     quiet = levels[first:] <= levels[first:].min() + _QUIET_MARGIN_DB
     edges = np.flatnonzero(np.diff(np.concatenate(([0], quiet.view(np.int8), [0]))))
@@ -136,22 +165,57 @@ def quietest_cut(samples: FloatArray, sample_rate_hz: int) -> int:
     return int(min(max(middle_frame * FRAME_S * sample_rate_hz, 1), len(samples)))
 
 
+def cuts_between_voices(power: FloatArray) -> list[int]:
+    """Frames between stretches of speech that differ much in loudness; ``power`` as `frame_power` gives it.
+
+    Each is in the middle of a pause. A stretch is compared with the loudest one since the last cut.
+    """
+    levels = _dbfs(_smoothed(power, _SPEECH_FRAMES))
+    twentieth = (len(levels) - 1) // 20
+    noise_dbfs = float(np.partition(levels, twentieth)[twentieth])
+    speech = levels > noise_dbfs + BEGIN.over_noise_db(float(levels.max()) - noise_dbfs)
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], speech.view(np.int8), [0]))))
+    starts, ends = edges[0::2], edges[1::2]
+    if not len(starts):
+        return []
+    paused = starts[1:] - ends[:-1] >= _PAUSE_FRAMES
+    cuts = []
+    loudest_dbfs: float | None = None
+    after = 0  # end of the stretch before
+    for start, end in zip(starts[np.append(True, paused)], ends[np.append(paused, True)], strict=True):
+        if end - start >= _VOICE_FRAMES:
+            ninth = (end - start) * 9 // 10
+            loudness_dbfs = float(np.partition(levels[start:end], ninth)[ninth])
+            if loudest_dbfs is None:
+                loudest_dbfs = loudness_dbfs
+            elif abs(loudness_dbfs - loudest_dbfs) > _UNLIKE_DB:
+                cuts.append(int(after + start) // 2)
+                loudest_dbfs = loudness_dbfs
+            loudest_dbfs = max(loudness_dbfs, loudest_dbfs)
+        after = end
+    return cuts
+
+
 def may_be_speech(samples: FloatArray, sample_rate_hz: int) -> bool:
     """False for float32 (n,) ``samples`` that are silent or steady from end to end."""
-    levels = frame_levels_dbfs(samples, sample_rate_hz)
+    return _may_be_speech(frame_power(samples, sample_rate_hz), len(samples), sample_rate_hz)
+
+
+def _may_be_speech(power: FloatArray, length: int, sample_rate_hz: int) -> bool:
+    levels = _dbfs(power)
     if levels.max() < SILENCE_DBFS:
         return False
-    if len(samples) < _SHORTEST_JUDGED_S * sample_rate_hz:
+    if length < _SHORTEST_JUDGED_S * sample_rate_hz:
         return True
     tenth = (len(levels) - 1) // 10
     return bool(levels.max() - np.partition(levels, tenth)[tenth] >= STEADY_RANGE_DB)
 
 
-def frame_levels_dbfs(samples: FloatArray, sample_rate_hz: int, smoothing_s: float = 0.0) -> FloatArray:
-    """Level of each 20 ms frame of float32 (n,) ``samples`` in dB under full scale, float32 (frames,).
+def frame_power(samples: FloatArray, sample_rate_hz: int) -> FloatArray:
+    """Mean square of each 20 ms frame of float32 (n,) ``samples``, float32 (frames,).
 
-    An incomplete last frame counts as a frame. With ``smoothing_s`` the power is averaged around each frame.
-    The mean of ``samples`` does not count: the constant offset of a cheap converter would cover quiet speech.
+    An incomplete last frame counts as a frame. The mean of ``samples`` does not count: the constant offset of
+    a cheap converter would cover quiet speech.
     """
     samples = samples - samples.mean()
     frame = max(1, int(FRAME_S * sample_rate_hz))
@@ -161,8 +225,14 @@ def frame_levels_dbfs(samples: FloatArray, sample_rate_hz: int, smoothing_s: flo
     rest = samples[whole * frame :]
     if len(rest):
         power = np.append(power, np.dot(rest, rest) / len(rest))
-    if smoothing_s:
-        width = max(1, round(smoothing_s / FRAME_S))
-        padded = np.pad(power, (width // 2, width - 1 - width // 2), mode="edge")
-        power = np.convolve(padded, np.full(width, 1 / width, dtype=np.float32), mode="valid")
+    return np.asarray(power, dtype=np.float32)
+
+
+def _smoothed(power: FloatArray, frames: int) -> FloatArray:
+    """Averaged over so many frames around each."""
+    padded = np.pad(power, (frames // 2, frames - 1 - frames // 2), mode="edge")
+    return np.convolve(padded, np.full(frames, 1 / frames, dtype=np.float32), mode="valid")
+
+
+def _dbfs(power: FloatArray) -> FloatArray:
     return np.asarray(10 * np.log10(power + _FLOOR), dtype=np.float32)

@@ -171,11 +171,17 @@ class Transcriber:
     def _open(self, file: BinaryIO, options: Options, progress: Progress) -> WindowReader:
         manifest = self.model.bundle.manifest
         rate_hz = manifest.sample_rate_hz
+        segmenter = Segmenter(
+            sample_rate_hz=rate_hz,
+            max_window_s=manifest.max_window_s,
+            vad=options.vad,
+            scales_windows=not manifest.decoder,
+        )
         return WindowReader(
             file,
             sample_rate_hz=rate_hz,
             max_audio_s=self._settings.max_audio_s,
-            segmenter=Segmenter(sample_rate_hz=rate_hz, max_window_s=manifest.max_window_s, vad=options.vad),
+            segmenter=segmenter,
             progress=progress,
             telemetry=self._telemetry,
         )

@@ -38,7 +38,7 @@ _TAIL_S = 0.2  # kept after the last speech frame: final consonants are quiet
 
 
 @dataclass(frozen=True, slots=True)
-class _Gate:
+class Gate:
     """How far over the noise is speech: a share of the range up to the loudest sound, within bounds (dB)."""
 
     share: float
@@ -46,11 +46,12 @@ class _Gate:
     most_db: float
 
     def over_noise_db(self, range_db: float) -> float:
+        """Where ``range_db`` is from the noise to the loudest sound."""
         return min(max(self.share * range_db, self.least_db), self.most_db)
 
 
-_BEGIN = _Gate(0.35, 7.0, 12.0)
-_GO_ON = _Gate(0.2, 3.5, 8.0)
+BEGIN = Gate(0.35, 7.0, 12.0)
+_GO_ON = Gate(0.2, 3.5, 8.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class VoiceActivity:
 
     def _is_speech(self, power: float) -> bool:
         level_dbfs, noise_dbfs, loudest_dbfs = self._levels.push(power)
-        gate = _GO_ON if self._in_speech else _BEGIN
+        gate = _GO_ON if self._in_speech else BEGIN
         over_noise_db = gate.over_noise_db(loudest_dbfs - noise_dbfs) + self._stricter_db
         return level_dbfs > max(_SILENCE_DBFS, noise_dbfs + max(_LEAST_OVER_NOISE_DB, over_noise_db))
 

@@ -129,6 +129,55 @@ def test_silent_windows_of_a_long_file_are_dropped_and_times_kept() -> None:
     assert last.start_sample + len(last.samples) == len(samples)
 
 
+class TestVoicesOfDifferentLoudness:
+    """For models that scale a window as a whole."""
+
+    def windows(self, samples: NDArray[np.float32], *, block: int = 7_001) -> list[Window]:
+        segmenter = Segmenter(sample_rate_hz=RATE_HZ, max_window_s=30.0, scales_windows=True)
+        windows = []
+        for start in range(0, len(samples), block):
+            windows += list(segmenter.push(samples[start : start + block]))
+        return [*windows, *segmenter.finish()]
+
+    def turns(self, *levels_db: float, gap_s: float = 0.5) -> NDArray[np.float32]:
+        """Two bursts each."""
+        parts = [noise(0.3, 0.001, 50)]
+        for index, level_db in enumerate(levels_db):
+            scale = np.float32(10 ** (level_db / 20))
+            for place in range(2):
+                parts += [scale * noise(0.8, 0.2, 2 * index + place), noise(gap_s, 0.001, 60 + index)]
+        return np.concatenate(parts)
+
+    def test_each_has_windows_of_its_own_and_nothing_is_lost(self) -> None:
+        samples = self.turns(0, -16, -14, -1)
+        windows = self.windows(samples)
+        np.testing.assert_array_equal(np.concatenate([window.samples for window in windows]), samples)
+        starts_s = [window.start_sample / RATE_HZ for window in windows]
+        turn_s = 2 * (0.8 + 0.5)
+        assert starts_s == pytest.approx([0.0, 0.3 + turn_s - 0.25, 0.3 + 3 * turn_s - 0.25], abs=0.05)
+        other = self.windows(samples, block=900)
+        assert [window.start_sample for window in other] == [window.start_sample for window in windows]
+
+    @pytest.mark.parametrize(
+        ("levels_db", "gap_s"),
+        [((0, -7, 0, -8), 0.5), ((0, -16, 0), 0.15), ((-16, -22, -12), 0.5)],
+        ids=["nearly as loud", "without a pause", "all quiet"],
+    )
+    def test_what_belongs_together_stays_together(self, levels_db: tuple[float, ...], gap_s: float) -> None:
+        assert len(self.windows(self.turns(*levels_db, gap_s=gap_s))) == 1
+
+    def test_a_click_is_no_voice(self) -> None:
+        samples = np.concatenate([noise(0.1, 0.2, 70), noise(0.5, 0.001, 71), self.turns(-16, -16)])
+        assert len(self.windows(samples)) == 1
+
+    @pytest.mark.parametrize("level", [0.0, 1e-4, 0.1])
+    def test_no_speech_gives_no_window(self, level: float) -> None:
+        assert self.windows(noise(5.0, level)) == []
+
+    def test_other_models_hear_all_of_it_at_once(self) -> None:
+        assert len(cut(self.turns(0, -16, 0), window_s=30.0)) == 1
+
+
 class TestServerVad:
     """The three parameters of ``server_vad`` change what they name."""
 
