@@ -339,6 +339,7 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
     - A handshake that is none is counted, and answered also where its head is too much for the parser.
     - No line of log repeats the address with its query, where a key may stand.
     - A caller that sends faster than it is heard is not taken for dead: its pong waits behind its messages.
+    - A refused handshake is no error of ours.
     - The application is told how a connection ended: uvicorn says 1005 of each that ended without a close.
     """
 
@@ -402,6 +403,11 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
         if self.handshake_complete and not self.close_sent and self.conn.close_rcvd is None:
             self.queue.put_nowait({"type": "websocket.disconnect", "code": CloseCode.ABNORMAL_CLOSURE})
         super().connection_lost(exc)
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True
 
     async def run_asgi(self) -> None:
         await super().run_asgi()

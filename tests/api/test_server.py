@@ -17,8 +17,10 @@ import uvicorn
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 from uvicorn.server import ServerState
 from websockets.asyncio.client import connect as connect_socket
+from websockets.exceptions import InvalidStatus
 
 from api.server import GuardedProtocol, GuardedWebSocket
 
@@ -422,3 +424,14 @@ async def test_a_connection_that_breaks_off_is_lost_and_not_closed() -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.close()
         assert await asyncio.wait_for(app.ended, 10) == 1006
+
+
+async def test_a_refused_handshake_is_no_error_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await WebSocket(scope, receive, send).send_denial_response(Response(b"no", 404))
+
+    async with serving(refuse) as port:
+        with pytest.raises(InvalidStatus) as caught:
+            await connect_socket(f"ws://127.0.0.1:{port}", proxy=None)
+    assert (caught.value.response.status_code, caught.value.response.body) == (404, b"no")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
