@@ -19,6 +19,7 @@ from api.live.pcm import PcmInput, check_rate
 from api.live.realtime_session import Session, updated
 from api.live.recogniser import AGREE_S, AGREE_SHARE, Recogniser, StableWords
 from api.live.utterances import Began, Ended, Happening, Piece, Utterances
+from api.live.vosk import Pace
 from api.segmenter import Window
 from api.telemetry import Telemetry
 from api.transcriber import Options, Transcriber
@@ -302,6 +303,46 @@ class TestLooks:
         assert not recogniser.wants_look(0.5)
         await recogniser.add(Window(0, np.zeros(22 * RATE_HZ, np.float32)))
         assert recogniser.wants_look(0.5)
+
+
+class TestPace:
+    """When a Vosk session looks."""
+
+    @pytest.mark.parametrize("piece_s", [0.1, 3.0])
+    def test_who_speaks_sees_every_look_however_long_they_take(self, piece_s: float) -> None:
+        pace, chance = Pace(), np.random.default_rng(1)
+        for number in range(600):
+            arrives_s = 50.0 + number * piece_s + chance.uniform(0, 0.4)  # so much late
+            pace.heard(piece_s, arrives_s)
+            assert pace.may_look(arrives_s)
+            pace.looked(arrives_s, arrives_s + 0.9 * piece_s)
+
+    def test_who_is_ahead_sees_one_after_as_long_as_the_last_took(self) -> None:
+        pace = Pace()
+        for _ in range(20):
+            pace.heard(0.1, 50.0)
+        assert pace.may_look(50.0)
+        pace.looked(50.0, 50.01)
+        assert [pace.may_look(at_s) for at_s in (50.1, 50.22)] == [False, True]
+        pace.looked(50.3, 51.0)
+        assert [pace.may_look(at_s) for at_s in (51.6, 51.8)] == [False, True]
+
+    def test_who_waits_for_the_time_he_was_ahead_speaks_again(self) -> None:
+        pace = Pace()
+        pace.heard(5.0, 50.0)
+        pace.heard(0.1, 50.0)
+        pace.looked(50.0, 54.0)
+        assert not pace.may_look(54.1)
+        pace.heard(0.1, 54.1)
+        assert pace.may_look(54.1)
+
+    def test_a_silence_is_no_credit(self) -> None:
+        pace = Pace()
+        pace.heard(0.1, 50.0)
+        for _ in range(2):
+            pace.heard(2.0, 500.0)
+        pace.looked(500.0, 500.1)
+        assert not pace.may_look(500.1)
 
 
 def recogniser_of(model: SimpleNamespace) -> Recogniser:

@@ -386,6 +386,17 @@ def test_vosk_answers_each_message_with_a_partial_or_a_text(server: LiveServer) 
     assert all(any(text.startswith(partial[:1]) for text in WORDS) for partial in partials)
 
 
+def test_vosk_looks_seldom_where_the_caller_does_not_wait_for_it(server: LiveServer) -> None:
+    """Looks at every chance would decode each second of these utterances about six times."""
+    data = pcm(*(part for word in ("head", "bad", "cafe", "dead") * 8 for part in (sing(word + " "), 0.2)))
+    series = 'asr_audio_computed_seconds_total{model="tiny"}'
+    with server.client() as http:
+        before_s = metric(http, series)
+        vosk(server, data, {"sample_rate": SAMPLE_RATE_HZ}, step=3200)
+        computed_s = metric(http, series) - before_s
+    assert computed_s < 3 * len(data) / 2 / SAMPLE_RATE_HZ
+
+
 def test_vosk_tells_at_the_end_what_no_pause_ended(server: LiveServer) -> None:
     config = {"sample_rate": SAMPLE_RATE_HZ, "words": False}
     answers = vosk(server, pcm(0.5, sing("bad cafe")), config)
