@@ -101,6 +101,11 @@ class Listener:
         return self._utterances.so_far() if recogniser.wants_look(heard_s) else None
 
     @property
+    def model_name(self) -> str:
+        """Of the model that hears."""
+        return self._transcriber.model.name
+
+    @property
     def is_open(self) -> bool:
         """Whether an utterance has begun and not ended."""
         return self._utterances.is_open

@@ -127,6 +127,7 @@ class Vosk:
             self._listener = await Listener.open(
                 self._service, self._model, self._options, self._form, VadOptions()
             )
+            self._connection.model = self._listener.model_name
         happenings = await self._listener.feed(data)
         self._pace.heard(self._listener.heard_s - self._connection.audio_s, time.perf_counter())
         self._connection.audio_s = self._listener.heard_s
@@ -159,13 +160,14 @@ class Vosk:
         for happening in happenings:
             if isinstance(happening, Began):
                 self._recogniser = listener.new_recogniser()
+                self._connection.utterance_began(self._recogniser)
             elif self._recogniser is None:
                 raise RuntimeError("an utterance went on that never began")
             elif isinstance(happening, Piece):
                 try:
                     await self._recogniser.add(happening.window)
                 except AsrError as error:
-                    self._connection.utterance_ended(self._recogniser.model_name, heard_s, error)
+                    self._connection.utterance_ended(self._recogniser, heard_s, error)
                     raise
             else:
                 audio_s = listener.seconds(happening.samples)
@@ -173,7 +175,7 @@ class Vosk:
                 if transcript.text:
                     self._recogniser.told()
                 ended.append(transcript)
-                self._connection.utterance_ended(self._recogniser.model_name, heard_s)
+                self._connection.utterance_ended(self._recogniser, heard_s)
                 self._recogniser, self._partial = None, ""
         return ended
 

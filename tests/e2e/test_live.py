@@ -571,11 +571,73 @@ def test_each_utterance_counts_as_a_request(models_dir: Path, tmp_path: Path, la
         assert f'asr_requests_total{{model="tiny",outcome="ok",route="{route}"}} 3.0' in metrics
         assert f'asr_request_duration_seconds_count{{model="tiny",route="{route}"}} 3.0' in metrics
     lines = [line for line in live.log_lines() if line["event"] == "stream"]
-    assert [(line["protocol"], line["utterances"], line["end"]) for line in lines] == [
-        ("realtime", 3, "closed"),
-        ("vosk", 3, "closed"),
+    assert [(line["protocol"], line["model"], line["utterances"], line["end"]) for line in lines] == [
+        ("realtime", "tiny", 3, "closed"),
+        ("vosk", "tiny", 3, "closed"),
     ]
     assert all(word not in live.log for word in WORDS)
+
+
+def break_off(socket: ClientConnection) -> None:
+    socket.socket.shutdown(2)
+
+
+ENDS: dict[str, tuple[str, Callable[[ClientConnection], object], str, int | None]] = {
+    "good-bye": ("/v1/realtime", lambda socket: socket.close(), "closed", 1000),
+    "leaving a page": ("/v1/realtime", lambda socket: socket.close(1001), "closed", 1001),
+    "late pong": ("/vosk", lambda socket: socket.close(1011), "ping_timeout", 1011),
+    "broken off": ("/v1/realtime", break_off, "lost", 1006),
+    "too large": ("/vosk", lambda socket: socket.send(bytes(5_000_000)), "message_too_large", 1009),
+    "no frame": ("/vosk", lambda socket: socket.socket.sendall(b"\xff\xff"), "protocol_error", 1002),
+    "eof": ("/vosk", lambda socket: socket.send('{"eof": 1}'), "closed", None),
+    "nonsense": ("/vosk", lambda socket: socket.send("{"), "invalid", None),
+}
+
+
+@pytest.mark.parametrize(("path", "leave", "end", "code"), ENDS.values(), ids=ENDS)
+def test_operators_see_how_a_session_ended(
+    server: LiveServer, path: str, leave: Callable[[ClientConnection], object], end: str, code: int | None
+) -> None:
+    protocol = path.rpartition("/")[2]
+    series = f'asr_stream_sessions_ended_total{{end="{end}",protocol="{protocol}"}}'
+    with server.client() as http:
+        wait_for_sessions(http, 0)
+        before, seen = metric(http, series), len(server.log_lines())
+        with connect(socket_url(server, path), proxy=None) as socket, contextlib.suppress(ConnectionClosed):
+            leave(socket)
+            while True:
+                socket.recv(timeout=60)
+        wait_for_sessions(http, 0)
+        assert metric(http, series) == before + 1
+    (line,) = [line for line in server.log_lines()[seen:] if line["event"] == "stream"]
+    assert line["end"] == ("invalid_request" if end == "invalid" else end)
+    assert line.get("close_code") == code
+
+
+@pytest.mark.parametrize("path", ["/v1/realtime", "/vosk"])
+def test_an_utterance_whose_caller_has_left_is_cancelled(server: LiveServer, path: str) -> None:
+    series = f'asr_requests_total{{model="tiny",outcome="cancelled",route="{path}"}}'
+    with server.client() as http:
+        wait_for_sessions(http, 0)
+        before = metric(http, series)
+        for leave in (break_off, ClientConnection.close):
+            with connect(socket_url(server, path), proxy=None) as socket:
+                if path == "/vosk":
+                    socket.send(json.dumps({"config": {"sample_rate": SAMPLE_RATE_HZ}}))
+                    socket.send(pcm(0.5, sing("head")))
+                    assert "partial" in json.loads(socket.recv(timeout=60))
+                else:
+                    session = Session(socket)
+                    assert session.receive()["type"] == "session.created"
+                    session.listen()
+                    session.append(pcm(0.5, sing("head")))
+                    session.until("input_audio_buffer.speech_started")
+                    session.send("input_audio_buffer.clear")  # asked for, so not counted
+                    session.append(pcm(0.5, sing("head")))
+                    session.until("input_audio_buffer.speech_started")
+                leave(socket)
+        wait_for_sessions(http, 0)
+        assert metric(http, series) == before + 2
 
 
 @pytest.mark.parametrize(
