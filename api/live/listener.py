@@ -37,12 +37,14 @@ class Listener:
         pcm: PcmInput,
         utterances: Utterances,
         new_recogniser: Callable[[], Recogniser],
+        ended_before: list[Happening],
     ) -> None:
         self._service = service
         self._transcriber = transcriber
         self._pcm = pcm
         self._utterances = utterances
         self.new_recogniser = new_recogniser  # for one more utterance
+        self.ended_before = ended_before  # with the listener before this one, whose times they have
 
     @classmethod
     async def open(
@@ -55,22 +57,27 @@ class Listener:
         *,
         after: Listener | None = None,
     ) -> Self:
-        """`after` listened to the same recording until now.
+        """`after` listened to the same recording until now, and ends where nothing is raised.
 
-        Raises ModelNotFoundError, InvalidValueError (language).
+        What that brought is in ``ended_before``. Raises ModelNotFoundError, InvalidValueError (language).
         """
         transcriber = service.transcriber(model)
         new_recogniser = await _recognisers(service, transcriber, options)
         manifest = transcriber.model.bundle.manifest
-        rate_hz = manifest.sample_rate_hz
+        ended_before = after._end() if after is not None else []  # before anybody asks how much it heard
         utterances = Utterances(
-            sample_rate_hz=rate_hz,
+            sample_rate_hz=manifest.sample_rate_hz,
             max_window_s=manifest.max_window_s,
             vad=vad,
-            samples_heard=round(after.heard_s * rate_hz) if after is not None else 0,
+            after=after._utterances if after is not None else None,
         )
-        pcm = PcmInput(form.encoding, form.rate_hz, rate_hz, after._pcm if after is not None else None)
-        return cls(service, transcriber, pcm, utterances, new_recogniser)
+        pcm = PcmInput(
+            form.encoding,
+            form.rate_hz,
+            manifest.sample_rate_hz,
+            after._pcm if after is not None else None,
+        )
+        return cls(service, transcriber, pcm, utterances, new_recogniser, ended_before)
 
     async def change(self, options: Options) -> None:
         """Use `options` for what begins from here on. Raises InvalidValueError (language)."""
@@ -90,6 +97,12 @@ class Listener:
         if not self._utterances.is_open:
             return []
         return [*self._utterances.push(self._pcm.flush()), *self._utterances.commit()]
+
+    def _end(self) -> list[Happening]:
+        """The open utterance ends here, and with or without one all that came is heard."""
+        happenings = self.commit()
+        self._utterances.clear(len(self._pcm.flush()))
+        return happenings
 
     def clear(self) -> None:
         """Forget the open utterance."""

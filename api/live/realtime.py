@@ -150,7 +150,7 @@ class Realtime:
             await listener.change(session.options(self._service.settings))
         else:
             old, listener = listener, await self._listen(session, after=listener)
-            await self._happened(old, old.commit())
+            await self._happened(old, listener.ended_before)
         self._session = session
         await self._send("session.updated", session=self._described())
         return listener

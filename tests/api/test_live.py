@@ -141,8 +141,8 @@ def test_a_sample_rate_out_of_range_is_refused_by_name(rate: object) -> None:
 # -- utterances
 
 
-def utterances(vad: VadOptions | None, **more: int) -> Utterances:
-    return Utterances(sample_rate_hz=RATE_HZ, max_window_s=4.0, vad=vad, **more)
+def utterances(vad: VadOptions | None, after: Utterances | None = None) -> Utterances:
+    return Utterances(sample_rate_hz=RATE_HZ, max_window_s=4.0, vad=vad, after=after)
 
 
 def spoken(happenings: list[Happening]) -> list[tuple[int, int]]:
@@ -231,6 +231,19 @@ def test_the_noise_is_known_after_clear() -> None:
     ears.clear()
     list(ears.push(noise(1.0, 0.03, seed=2)))
     assert not ears.is_open
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_the_noise_is_known_to_who_listens_next(between: bool) -> None:
+    ears = utterances(VadOptions())
+    list(ears.push(noise(15.0, 0.03)))
+    heard = ears.samples_heard
+    if between:
+        ears = utterances(None, after=ears)
+    other = utterances(VadOptions(silence_duration_ms=300), after=ears)
+    assert other.samples_heard == heard
+    list(other.push(noise(1.0, 0.03, seed=2)))
+    assert not other.is_open
 
 
 def test_no_more_than_a_window_is_held() -> None:

@@ -234,6 +234,17 @@ def test_a_change_of_the_session_loses_nothing_that_was_heard(server: LiveServer
         assert [session.transcript(), session.transcript()] == ["bad", "cafe"]
 
 
+def test_changes_of_the_session_shift_no_time_that_comes_after(server: LiveServer) -> None:
+    with realtime(server) as session:
+        for number in range(30):
+            detection = {"type": "server_vad", "silence_duration_ms": 500 + number}
+            session.listen(format={"type": "audio/pcm", "rate": 24_000}, turn_detection=detection)
+            session.append(bytes(4800))
+        session.append(pcm(soxr.resample(sing("cafe"), SAMPLE_RATE_HZ, 24_000)))
+        start_ms = session.until("input_audio_buffer.speech_started")["audio_start_ms"]
+    assert start_ms == pytest.approx(3000 - 100, abs=60)  # what came before the last update is no padding
+
+
 def test_an_update_that_changes_nothing_of_how_it_is_heard_commits_nothing(server: LiveServer) -> None:
     data = pcm(sing("dead bee"))
     half = len(data) // 4 * 2 + 1
