@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
+import structlog
+
 from api.live.pcm import Encoding, PcmInput
 from api.live.recogniser import Recogniser
 from api.live.utterances import Happening, Utterances
@@ -15,6 +17,8 @@ from api.segmenter import Window
 from api.service import Service
 from api.transcriber import Options, Transcriber
 from api.vad import VadOptions
+
+_log = structlog.get_logger("api.live")
 
 _LONG_BYTES = 32_000  # resampling and finding speech in more than this is left to a thread
 
@@ -138,11 +142,23 @@ async def _recognisers(
 ) -> Callable[[], Recogniser]:
     """What makes one for each utterance. Raises InvalidValueError (language)."""
     transcriber.language_of(options.language)
+    hotwords = await transcriber.hotwords(options)
+    unspellable = len(hotwords.unknown) if hotwords is not None else 0
+    has_decoder = transcriber.model.bundle.manifest.decoder
+    if options.hotwords and (unspellable or has_decoder):
+        # No event of either protocol takes a warning. The words themselves are the caller's.
+        _log.info(
+            "hotwords_without_effect",
+            model=transcriber.model.name,
+            given=len(options.hotwords),
+            unspellable=unspellable,
+            decoder=has_decoder,
+        )
     return partial(
         Recogniser,
         transcriber,
         options,
-        await transcriber.hotwords(options),
+        hotwords,
         service.telemetry,
         service.settings.request_timeout_s,
     )

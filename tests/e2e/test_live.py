@@ -651,6 +651,21 @@ def test_an_utterance_whose_caller_has_left_is_cancelled(server: LiveServer, pat
         assert metric(http, series) == before + 2
 
 
+def test_hotwords_that_the_model_cannot_spell_are_told_in_the_log_only(server: LiveServer) -> None:
+    seen = len(server.log_lines())
+    with realtime(server) as session:
+        session.listen(transcription={"keywords": ["cafe", "Nguyen"]})
+        session.listen(transcription={"keywords": ["cafe"]})
+    with connect(socket_url(server, "/vosk"), proxy=None) as socket:
+        socket.send(json.dumps({"config": {"phrase_list": ["Nguyen"]}}))
+        socket.send(bytes(1000))
+        assert "partial" in json.loads(socket.recv(timeout=60))
+    lines = [line for line in server.log_lines()[seen:] if line["event"] == "hotwords_without_effect"]
+    told = [(line["model"], line["given"], line["unspellable"], line["decoder"]) for line in lines]
+    assert told == [("tiny", 2, 1, False), ("tiny", 1, 1, False)]
+    assert "Nguyen" not in server.log
+
+
 @pytest.mark.parametrize(
     ("path", "secret", "origin", "status", "code", "outcome"),
     [
