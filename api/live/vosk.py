@@ -1,8 +1,8 @@
 """Vosk's protocol: every message of audio gets one answer, a partial text or the text of an utterance.
 
-``{"config": ...}`` first (no answer), then 16-bit little-endian mono. ``{"eof": 1}`` gives the rest and ends
-the session, ``{"reset": 1}`` gives the rest and goes on. A second config adds to the first; after the first
-audio only its ``words`` still count.
+``{"config": ...}`` first (no answer), then 16-bit little-endian mono; a null in it is as if it was not there.
+``{"eof": 1}`` gives the rest and ends the session, ``{"reset": 1}`` gives the rest and goes on; either may
+stand beside a config. A second config adds to the first; after the first audio only its ``words`` counts.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ class Vosk:
         command = json_object(message, "The message is neither audio nor valid JSON.")
         if "config" in command:
             self._configure(command["config"])
-        elif command.get("eof"):
+        if command.get("eof"):
             await self._connection.send(await self._rest())
             return True
-        elif command.get("reset"):
+        if command.get("reset"):
             await self._connection.send(await self._rest())
-        else:
+        elif "config" not in command:
             raise InvalidRequestError("A text message is {'config': {...}}, {'eof': 1} or {'reset': 1}.")
         return False
 
@@ -104,7 +104,10 @@ class Vosk:
         """Take over what `config` names; it is checked at once, and used when the audio begins."""
         if not isinstance(config, dict):
             raise InvalidRequestError("config is not an object.", param="config")
+        config = {name: value for name, value in config.items() if value is not None}
         if "words" in config:
+            if config["words"] not in (True, False):  # 1 and 0 are equal to them
+                raise InvalidRequestError("words is neither true nor false.", param="words")
             self._shows_words = bool(config["words"])
         if self._listener is not None:
             return

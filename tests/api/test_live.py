@@ -450,11 +450,49 @@ def test_noise_reduction_is_accepted_and_told_back() -> None:
         assert told == ({"strength": None, **chosen} if chosen is not None else None)
 
 
+def test_a_null_that_says_nothing_is_as_if_it_was_not_there() -> None:
+    chosen = {
+        "format": {"type": "audio/pcm", "rate": 16000},
+        "transcription": {"model": "small", "language": "en", "keywords": ["bee"]},
+        "turn_detection": {"type": "server_vad", "threshold": 0.3, "silence_duration_ms": 300},
+    }
+    session = updated(Session(), {"audio": {"input": chosen}})
+    pauses = {"type": None, "threshold": None, "prefix_padding_ms": None, "silence_duration_ms": None}
+    for nothing in (
+        {"type": None, "audio": None},
+        {"audio": {"input": None}},
+        {"audio": {"input": {"format": None, "transcription": None}}},
+        {"audio": {"input": {"transcription": {"model": None, "keywords": None}, "turn_detection": pauses}}},
+    ):
+        assert updated(session, nothing) == session
+    anew = updated(Session(), {"audio": {"input": {"turn_detection": pauses, "format": {"type": None}}}})
+    assert (anew.vad, anew.audio_form) == (VadOptions(), Session().audio_form)
+    assert updated(session, {"audio": {"input": {"turn_detection": None}}}).vad is None
+    assert updated(session, {"audio": {"input": {"transcription": {"language": None}}}}).transcription == (
+        session.transcription.model_copy(update={"language": None})
+    )
+
+
+def test_a_field_of_openai_that_is_not_offered_is_refused_with_what_to_do() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        updated(Session(), {"audio": {"input": {"transcription": {"languages": ["en", "vi"]}}}})
+    assert caught.value.param == "session.audio.input.transcription.languages"
+    assert "one language is taken, in the field 'language'" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "changes", [{"voice": None}, {"audio": {"input": {"transcription": {"voice": None}}}}]
+)
+def test_an_unknown_field_is_refused_also_with_null(changes: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequestError, match="voice"):
+        updated(Session(), changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "told"),
     [
         ({"turn_detection": {"idle_timeout_ms": 5000}}, "turn_detection.idle_timeout_ms", "null"),
-        ({"transcription": None}, "transcription", "an object"),
+        ({"transcription": 1}, "transcription", "an object"),
         ({"transcription": {"keywords": "Nguyen"}}, "transcription.keywords", "a list"),
     ],
 )

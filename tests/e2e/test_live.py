@@ -468,6 +468,23 @@ def test_vosk_names_what_is_wrong_in_a_config(
         assert all(part in error["message"] for part in named)
 
 
+def test_vosk_answers_an_eof_beside_a_config_whose_nulls_say_nothing(server: LiveServer) -> None:
+    with connect(socket_url(server, "/vosk"), proxy=None) as socket:
+        nothing = {"words": None, "phrase_list": None, "model": None}
+        socket.send(json.dumps({"config": {"sample_rate": SAMPLE_RATE_HZ, **nothing}}))
+        socket.send(pcm(0.5, sing("cafe")))
+        assert "partial" in json.loads(socket.recv(timeout=60))
+        socket.send(json.dumps({"config": {"words": False}, "reset": 1}))
+        assert json.loads(socket.recv(timeout=60)) == {"text": "cafe"}
+        socket.send(pcm(0.5, sing("bad")))
+        assert "partial" in json.loads(socket.recv(timeout=60))
+        socket.send(json.dumps({"config": {"words": True}, "eof": 1}))
+        answer = json.loads(socket.recv(timeout=60))
+        assert (answer["text"], [word["word"] for word in answer["result"]]) == ("bad", ["bad"])
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=60)
+
+
 def test_vosk_half_a_sample_before_a_reset_shifts_nothing(server: LiveServer) -> None:
     data = pcm(0.5, sing("bad cafe"))
     with connect(socket_url(server, "/vosk"), proxy=None) as socket:
@@ -495,6 +512,8 @@ def test_vosk_half_a_sample_before_a_reset_shifts_nothing(server: LiveServer) ->
         ('{"config": {"model": "../tiny"}}', "model_not_found"),
         ('{"config": {"phrase_list": "cafe"}}', "invalid_request"),
         ('{"config": {"model": 1}}', "invalid_request"),
+        ('{"config": {"words": "false"}}', "invalid_request"),
+        ('{"config": {"words": []}}', "invalid_request"),
     ],
 )
 def test_vosk_says_what_is_wrong_and_closes(
