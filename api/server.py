@@ -41,6 +41,7 @@ from websockets.frames import CloseCode, Frame
 from websockets.http11 import Request
 
 from api.errors import AsrError, InvalidRequestError, RetryLaterError
+from api.live.connection import PING_TIMEOUT
 from api.service import Service
 from api.settings import Settings
 from api.telemetry import Telemetry
@@ -396,7 +397,8 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
             self._extra_frames, self._heard_of = 0, False
             self.pong_timer = self.loop.call_later(self.ping_timeout, self.keepalive_timeout)
         else:
-            self.queue.put_nowait({"type": "websocket.disconnect", "code": CloseCode.INTERNAL_ERROR})
+            code = CloseCode.INTERNAL_ERROR
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": PING_TIMEOUT})
             super().keepalive_timeout()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -33,6 +33,10 @@ _log = structlog.get_logger("api.live")
 NORMAL, POLICY, FAILED, RESTART = 1000, 1008, 1011, 1012
 """Close codes of RFC 6455, section 7.4.1, and of its registry at IANA."""
 
+PING_TIMEOUT = "keepalive ping timeout"
+"""The reason beside 1011 where a pong did not come: ours, and that of Python's `websockets`, which leaves
+with 1011 after any exception."""
+
 _ENDS = {
     1002: "protocol_error",
     1003: "protocol_error",
@@ -40,11 +44,10 @@ _ENDS = {
     1007: "protocol_error",
     1008: "protocol_error",
     1009: "message_too_large",
-    1011: "ping_timeout",
     1012: "draining",
 }
-"""What the server closes with where it is not the application that closes, 1006 for no close at all. Python's
-`websockets` closes with 1011 where our pong is late. All other codes are the caller's, and a good-bye."""
+"""What the server closes with where it is not the application that closes, 1006 for no close at all. All
+other codes are the caller's, and a good-bye."""
 
 _WRITE_TIMEOUT_S = 60.0  # a caller that does not read is let go
 _FIND_END_S = 0.1
@@ -169,7 +172,8 @@ class Connection:
     def _left(self, message: Mapping[str, Any]) -> None:
         """Keep how the connection ended, of ASGI's ``websocket.disconnect``."""
         code = self._close_code = int(message.get("code", 1005))
-        self._end = _ENDS.get(code, "closed")
+        is_late = code == FAILED and message.get("reason") == PING_TIMEOUT
+        self._end = "ping_timeout" if is_late else _ENDS.get(code, "closed")
 
     def _count(self, error: BaseException | None) -> None:
         """The end, and the utterances that nobody waited for."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from api.live.connection import PING_TIMEOUT
 from loadtest.processes import LiveServer
 from tests.e2e.live import start
 from tests.tiny_bundle import SAMPLE_RATE_HZ, sing
@@ -615,7 +616,8 @@ def break_off(socket: ClientConnection) -> None:
 ENDS: dict[str, tuple[str, Callable[[ClientConnection], object], str, int | None]] = {
     "good-bye": ("/v1/realtime", lambda socket: socket.close(), "closed", 1000),
     "leaving a page": ("/v1/realtime", lambda socket: socket.close(1001), "closed", 1001),
-    "late pong": ("/vosk", lambda socket: socket.close(1011), "ping_timeout", 1011),
+    "failing": ("/v1/realtime", lambda socket: socket.close(1011), "closed", 1011),
+    "late pong": ("/vosk", lambda socket: socket.close(1011, PING_TIMEOUT), "ping_timeout", 1011),
     "broken off": ("/v1/realtime", break_off, "lost", 1006),
     "too large": ("/vosk", lambda socket: socket.send(bytes(5_000_000)), "message_too_large", 1009),
     "no frame": ("/vosk", lambda socket: socket.socket.sendall(b"\xff\xff"), "protocol_error", 1002),
