@@ -122,10 +122,13 @@ async def read_form(request: Request, limits: Limits) -> Form:
 
 
 def refuse_not_offered(field: str) -> None:
-    """Raise InvalidRequestError where OpenAI has a field of this name and this service does not."""
-    reason = _NOT_OFFERED.get(field.removesuffix("[]"))
-    if reason is not None:
-        raise InvalidRequestError(f"Field {field!r} is not offered: {reason}.", param=field)
+    """Raise InvalidRequestError where OpenAI has a field of this name and this service does not.
+
+    `field` may be a path with points, of a live session's field.
+    """
+    name = field.removesuffix("[]").rpartition(".")[2]
+    if name in _NOT_OFFERED:
+        raise InvalidRequestError(f"Field {field!r} is not offered: {_NOT_OFFERED[name]}.", param=field)
 
 
 def refuse_file_without_name(field: str) -> None:

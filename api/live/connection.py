@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from itertools import chain
 from types import TracebackType
 from typing import Any, Self
@@ -24,14 +24,33 @@ from api.errors import (
     public,
 )
 from api.keys import KEY_SUBPROTOCOL
+from api.live.recogniser import Recogniser
 from api.service import Service
+from api.telemetry.metrics import SESSION_ENDS
 
 _log = structlog.get_logger("api.live")
 
 NORMAL, POLICY, FAILED, RESTART = 1000, 1008, 1011, 1012
 """Close codes of RFC 6455, section 7.4.1, and of its registry at IANA."""
 
+PING_TIMEOUT = "keepalive ping timeout"
+"""The reason beside 1011 where a pong did not come: ours, and that of Python's `websockets`, which leaves
+with 1011 after any exception."""
+
+_ENDS = {
+    1002: "protocol_error",
+    1003: "protocol_error",
+    1006: "lost",
+    1007: "protocol_error",
+    1008: "protocol_error",
+    1009: "message_too_large",
+    1012: "draining",
+}
+"""What the server closes with where it is not the application that closes, 1006 for no close at all. All
+other codes are the caller's, and a good-bye."""
+
 _WRITE_TIMEOUT_S = 60.0  # a caller that does not read is let go
+_FIND_END_S = 0.1
 
 
 class Connection:
@@ -51,7 +70,9 @@ class Connection:
     ) -> None:
         self.id = f"sess_{uuid.uuid4().hex}"
         self.audio_s = 0.0
+        self.model: str | None = None
         self._utterances = 0
+        self._open: set[Recogniser] = set()
         self._counted: AsrError | None = None
         self._websocket = websocket
         self._service = service
@@ -62,6 +83,7 @@ class Connection:
         self._start_s = time.monotonic()
         self._closing: asyncio.Task[Any] | None = None
         self._end = "closed"
+        self._close_code: int | None = None
 
     async def __aenter__(self) -> Self:
         self._service.enter_stream(self)
@@ -82,11 +104,14 @@ class Connection:
                 await self._close(NORMAL)
             elif isinstance(error, Exception):
                 await self._fail(error)
+            else:
+                self._end = "error"
         finally:
             if self._closing is not None:
                 self._closing.cancel()
             self._service.telemetry.metrics.stream_sessions.labels(self._protocol).dec()
             self._service.leave_stream(self)
+            self._count(error)
             self._log()
         return isinstance(error, Exception)
 
@@ -101,27 +126,67 @@ class Connection:
         keys = (name for name in offered if name.startswith(KEY_SUBPROTOCOL))
         return next(chain(ours, keys), None)
 
-    def utterance_ended(self, model: str, ended_s: float, error: AsrError | None = None) -> None:
+    def utterance_began(self, recogniser: Recogniser) -> None:
+        """It ends with ``utterance_ended`` or ``utterance_dropped``; otherwise the caller left too early."""
+        self._open.add(recogniser)
+
+    def utterance_dropped(self, recogniser: Recogniser) -> None:
+        """The caller wants no transcript."""
+        self._open.discard(recogniser)
+
+    def utterance_ended(self, recogniser: Recogniser, ended_s: float, error: AsrError | None = None) -> None:
         """Count one that is about to be told, or has failed; ``ended_s`` is of ``time.perf_counter``."""
+        self._open.discard(recogniser)
         self._utterances += 1
         self._counted = error
         status, code = (200, None) if error is None else (error.status, error.code)
         elapsed_s = time.perf_counter() - ended_s
         self._service.telemetry.utterance_ended(
-            self._protocol, model, elapsed_s=elapsed_s, status=status, code=code
+            self._protocol, recogniser.model_name, elapsed_s=elapsed_s, status=status, code=code
         )
 
     async def _fail(self, error: Exception) -> None:
         if not isinstance(error, AsrError):
             _log.error("unhandled_exception", exc_info=error)
         shown = public(error, self.id)
-        self._end = shown.code
+        if isinstance(error, ClientDisconnected):
+            await self._find_end()
+        else:
+            self._end = shown.code
         if shown is not self._counted and not isinstance(shown, _NO_FAILURES):
             self._service.telemetry.session_failed(self._protocol, shown.status, shown.code)
         with contextlib.suppress(ClientDisconnected):
             if not isinstance(error, ClientDisconnected):  # otherwise nobody reads: the server closes
                 await self.send(self._error_message(shown))
                 await self._close(_CLOSE_CODES.get(type(shown), POLICY if shown.status < 500 else FAILED))
+
+    async def _find_end(self) -> None:
+        """Why what was sent reached nobody: it is told behind the messages that wait to be read."""
+        self._end = "unread"
+        with contextlib.suppress(TimeoutError, RuntimeError):
+            async with asyncio.timeout(_FIND_END_S):
+                while (message := await self._websocket.receive())["type"] != "websocket.disconnect":
+                    pass
+                self._left(message)
+
+    def _left(self, message: Mapping[str, Any]) -> None:
+        """Keep how the connection ended, of ASGI's ``websocket.disconnect``."""
+        code = self._close_code = int(message.get("code", 1005))
+        is_late = code == FAILED and message.get("reason") == PING_TIMEOUT
+        self._end = "ping_timeout" if is_late else _ENDS.get(code, "closed")
+
+    def _count(self, error: BaseException | None) -> None:
+        """The end, and the utterances that nobody waited for."""
+        telemetry, end = self._service.telemetry, self._end
+        if end not in SESSION_ENDS:
+            end = "invalid" if isinstance(error, AsrError) and error.status < 500 else "error"
+        telemetry.session_ended(self._protocol, end)
+        if error is None or isinstance(error, ClientDisconnected):
+            gone = ClientDisconnected()
+            for recogniser in self._open:
+                telemetry.utterance_ended(
+                    self._protocol, recogniser.model_name, elapsed_s=0.0, status=gone.status, code=gone.code
+                )
 
     async def messages(self) -> AsyncIterator[str | bytes]:
         """What the caller sends, until it leaves.
@@ -139,6 +204,7 @@ class Connection:
             if message is None:
                 raise StreamTimeoutError(f"Nothing came for {idle_s:g} seconds.")
             if message["type"] == "websocket.disconnect":
+                self._left(message)
                 return
             data = message.get("bytes")
             yield data if data is not None else message.get("text", "")
@@ -180,6 +246,10 @@ class Connection:
         caller = self._websocket.scope.get("state", {}).get("key_name")
         if caller is not None:
             fields["caller"] = caller
+        if self.model is not None:
+            fields["model"] = self.model
+        if self._close_code is not None:
+            fields["close_code"] = self._close_code
         _log.info(
             "stream",
             duration_s=round(time.monotonic() - self._start_s, 2),

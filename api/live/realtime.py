@@ -150,7 +150,7 @@ class Realtime:
             await listener.change(session.options(self._service.settings))
         else:
             old, listener = listener, await self._listen(session, after=listener)
-            await self._happened(old, old.commit())
+            await self._happened(old, listener.ended_before)
         self._session = session
         await self._send("session.updated", session=self._described())
         return listener
@@ -179,6 +179,7 @@ class Realtime:
     async def _clear(self, listener: Listener, _: dict[str, Any]) -> None:
         listener.clear()
         if self._item is not None:
+            self._connection.utterance_dropped(self._item.recogniser)
             self._item.dropped, self._item = True, None  # what waits for it is left undone
         await self._send("input_audio_buffer.cleared")
 
@@ -186,7 +187,7 @@ class Realtime:
 
     async def _listen(self, session: Session, after: Listener | None = None) -> Listener:
         """Raises what a wrong model, language or hotword does."""
-        return await Listener.open(
+        listener = await Listener.open(
             self._service,
             session.transcription.model,
             session.options(self._service.settings),
@@ -194,6 +195,8 @@ class Realtime:
             session.vad,
             after=after,
         )
+        self._connection.model = listener.model_name
+        return listener
 
     def _is_heard_alike(self, session: Session) -> bool:
         """Whether the open utterance can go on in `session`. Raises ModelNotFoundError."""
@@ -210,6 +213,7 @@ class Realtime:
         for happening in happenings:
             if isinstance(happening, Began):
                 self._item = Item(listener.new_recogniser())
+                self._connection.utterance_began(self._item.recogniser)
                 await self._send_speech("started", "audio_start_ms", listener, happening.at_sample)
             elif self._item is None:
                 raise RuntimeError("an utterance went on that never began")
@@ -271,7 +275,7 @@ class Realtime:
                 item.failure = public(error, self._connection.id)  # told when the utterance has ended
 
     async def _complete(self, item: Item, audio_s: float) -> None:
-        self._connection.utterance_ended(item.recogniser.model_name, item.ended_s, item.failure)
+        self._connection.utterance_ended(item.recogniser, item.ended_s, item.failure)
         if item.failure is not None:
             error = item.failure.to_body()["error"]
             await self._send(f"{_TRANSCRIPTION}.failed", item_id=item.id, content_index=0, error=error)

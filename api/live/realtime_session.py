@@ -11,6 +11,7 @@ from api.errors import InvalidRequestError, from_validation
 from api.forms import Hotword, LanguageCode, Pauses, check_options
 from api.live.listener import AudioForm
 from api.live.pcm import Encoding
+from api.multipart import refuse_not_offered
 from api.settings import Settings
 from api.transcriber import Options
 from api.vad import VadOptions
@@ -21,6 +22,13 @@ _KINDS = {
     "tuple_type": "Input should be a list",
 }
 """pydantic's types of error -> what a caller is told, who sent JSON and not Python."""
+
+_NULL_IS_ABSENT = frozenset(
+    {
+        *("type", "audio", "input", "format", "transcription", "model", "keywords"),
+        *("threshold", "prefix_padding_ms", "silence_duration_ms"),
+    }
+)
 
 
 class _Shape(BaseModel):
@@ -147,14 +155,20 @@ class Session(_Shape):
 def updated(session: Session, changes: object) -> Session:
     """`session` with what `changes` names; the rest stays, as with OpenAI.
 
+    A null is as if the field was not there, unless it says something (``turn_detection``).
     Raises InvalidRequestError (no object, unknown field, wrong type) or InvalidValueError (out of range).
     """
     if not isinstance(changes, dict):
         raise InvalidRequestError("session.update needs session, an object.", param="session")
     try:
-        return Session.model_validate(_merged(session.model_dump(exclude_unset=True), changes))
+        return Session.model_validate(
+            _merged(session.model_dump(exclude_unset=True), _without_nulls(changes))
+        )
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
+        for one in found:
+            if one["type"] == "extra_forbidden":
+                refuse_not_offered(_name_of(one["loc"]))
         raise from_validation([_in_words_of_json(dict(one)) for one in found]) from None
 
 
@@ -162,6 +176,26 @@ def _in_words_of_json(error: dict[str, Any]) -> dict[str, Any]:
     """pydantic's `error` with its place in the event, and JSON's kinds of values by their names there."""
     message = _KINDS.get(error["type"], error["msg"])
     return {**error, "loc": ("session", *error["loc"]), "msg": message}
+
+
+def _name_of(place: tuple[int | str, ...]) -> str:
+    return ".".join(["session", *map(str, place)])
+
+
+def _without_nulls(changes: dict[str, Any], depth: int = 4) -> dict[str, Any]:
+    """`changes` without what OpenAI's types let a client send as null for nothing.
+
+    `depth` objects are looked into, as many as a session has within each other.
+    """
+    given = {
+        name: value for name, value in changes.items() if value is not None or name not in _NULL_IS_ABSENT
+    }
+    if depth == 1:
+        return given
+    return {
+        name: _without_nulls(value, depth - 1) if isinstance(value, dict) else value
+        for name, value in given.items()
+    }
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -42,17 +42,29 @@ Happening = Began | Piece | Ended
 
 
 class Utterances:
-    """Push samples in, take out what happens; holds at most one window of the model."""
+    """Push samples in, take out what happens; holds at most one window of the model.
+
+    `after` has heard the same recording until now: how long it was, and how loud its room is, is known.
+    """
 
     def __init__(
-        self, *, sample_rate_hz: int, max_window_s: float, vad: VadOptions | None, samples_heard: int = 0
+        self,
+        *,
+        sample_rate_hz: int,
+        max_window_s: float,
+        vad: VadOptions | None,
+        after: Utterances | None = None,
     ) -> None:
         self.sample_rate_hz = sample_rate_hz
-        self.samples_heard = samples_heard
+        self.samples_heard = 0
         self._vad = vad
         self._began_at = 0
         self._stretch = Stretch(sample_rate_hz=sample_rate_hz, max_window_s=max_window_s)
         self._activity: VoiceActivity | None = None
+        self._last_activity: VoiceActivity | None = None  # of whoever listened for speech last
+        if after is not None:
+            self.samples_heard = round(after.samples_heard / after.sample_rate_hz * sample_rate_hz)
+            self._last_activity = after._last_activity
         self._begin_anew()
 
     @property
@@ -100,7 +112,8 @@ class Utterances:
     def _begin_anew(self) -> None:
         self._origin = self.samples_heard
         if self._vad is not None:
-            self._activity = VoiceActivity(self.sample_rate_hz, self._vad, self._activity)
+            self._activity = VoiceActivity(self.sample_rate_hz, self._vad, self._last_activity)
+            self._last_activity = self._activity
 
     def _append(self, start_sample: int, samples: NDArray[np.float32]) -> Iterator[Happening]:
         if not self.is_open:

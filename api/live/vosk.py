@@ -1,12 +1,13 @@
 """Vosk's protocol: every message of audio gets one answer, a partial text or the text of an utterance.
 
-``{"config": ...}`` first (no answer), then 16-bit little-endian mono. ``{"eof": 1}`` gives the rest and ends
-the session, ``{"reset": 1}`` gives the rest and goes on. A second config adds to the first; after the first
-audio only its ``words`` still count.
+``{"config": ...}`` first (no answer), then 16-bit little-endian mono; a null in it is as if it was not there.
+``{"eof": 1}`` gives the rest and ends the session, ``{"reset": 1}`` gives the rest and goes on; either may
+stand beside a config. A second config adds to the first; after the first audio only its ``words`` counts.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from api.forms import MAX_HOTWORD_CHARACTERS, check_options
 from api.live.connection import Connection, json_object
 from api.live.listener import AudioForm, Listener
 from api.live.pcm import check_rate
-from api.live.recogniser import Recogniser
+from api.live.recogniser import LOOK_EVERY_S, Recogniser
 from api.live.utterances import Began, Happening, Piece
 from api.service import Service
 from api.transcriber import Options
@@ -23,6 +24,34 @@ from api.transcript import Transcript
 from api.vad import VadOptions
 
 _DEFAULT_RATE_HZ = 8000  # as Vosk's own server
+_AHEAD_S = 1.0  # more than piles up in a network on the way from somebody who speaks
+
+
+class Pace:
+    """Whether a look is worth its time. Times are those of one clock, in seconds.
+
+    Every message is answered before the next is read, so a look is time in which nothing is heard. Who speaks
+    wants to see each; who sends a recording as fast as it is taken wants its end.
+    """
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0  # by so much is the sound before the last piece longer than the time it took
+        self._piece_s = 0.0
+        self._heard_at_s = 0.0
+        self._due_at_s = -math.inf
+
+    def heard(self, audio_s: float, now_s: float) -> None:
+        """So much sound has come. Time in which none came is no credit for later."""
+        self._ahead_s = max(0.0, self._ahead_s + self._piece_s - (now_s - self._heard_at_s))
+        self._piece_s, self._heard_at_s = audio_s, now_s
+
+    def may_look(self, now_s: float) -> bool:
+        """Always at the speed of speech; of somebody who is ahead, as much later as the last look took."""
+        return self._ahead_s <= _AHEAD_S or now_s >= self._due_at_s
+
+    def looked(self, began_s: float, ended_s: float) -> None:
+        """A look took from then to then."""
+        self._due_at_s = ended_s + max(LOOK_EVERY_S, ended_s - began_s)
 
 
 class Vosk:
@@ -38,6 +67,7 @@ class Vosk:
         self._listener: Listener | None = None
         self._recogniser: Recogniser | None = None
         self._partial = ""
+        self._pace = Pace()
 
     @staticmethod
     def error_message(error: AsrError) -> dict[str, Any]:
@@ -61,12 +91,12 @@ class Vosk:
         command = json_object(message, "The message is neither audio nor valid JSON.")
         if "config" in command:
             self._configure(command["config"])
-        elif command.get("eof"):
+        if command.get("eof"):
             await self._connection.send(await self._rest())
             return True
-        elif command.get("reset"):
+        if command.get("reset"):
             await self._connection.send(await self._rest())
-        else:
+        elif "config" not in command:
             raise InvalidRequestError("A text message is {'config': {...}}, {'eof': 1} or {'reset': 1}.")
         return False
 
@@ -74,7 +104,10 @@ class Vosk:
         """Take over what `config` names; it is checked at once, and used when the audio begins."""
         if not isinstance(config, dict):
             raise InvalidRequestError("config is not an object.", param="config")
+        config = {name: value for name, value in config.items() if value is not None}
         if "words" in config:
+            if config["words"] not in (True, False):  # 1 and 0 are equal to them
+                raise InvalidRequestError("words is neither true nor false.", param="words")
             self._shows_words = bool(config["words"])
         if self._listener is not None:
             return
@@ -97,15 +130,25 @@ class Vosk:
             self._listener = await Listener.open(
                 self._service, self._model, self._options, self._form, VadOptions()
             )
+            self._connection.model = self._listener.model_name
         happenings = await self._listener.feed(data)
+        self._pace.heard(self._listener.heard_s - self._connection.audio_s, time.perf_counter())
         self._connection.audio_s = self._listener.heard_s
         if ended := await self._follow(self._listener, happenings):
             return self._result(ended)
-        if self._recogniser is not None and (window := self._listener.look(self._recogniser)):
-            self._partial = await self._recogniser.look(window)
-            if self._partial:
-                self._recogniser.told()
+        if self._recogniser is not None:
+            await self._look(self._listener, self._recogniser)
         return {"partial": self._partial}
+
+    async def _look(self, listener: Listener, recogniser: Recogniser) -> None:
+        """Decode the open utterance as far as it goes, where that is worth it."""
+        began_s = time.perf_counter()
+        if not self._pace.may_look(began_s) or (window := listener.look(recogniser)) is None:
+            return
+        self._partial = await recogniser.look(window)
+        self._pace.looked(began_s, time.perf_counter())
+        if self._partial:
+            recogniser.told()
 
     async def _rest(self) -> dict[str, Any]:
         """What is left, as an utterance."""
@@ -120,13 +163,14 @@ class Vosk:
         for happening in happenings:
             if isinstance(happening, Began):
                 self._recogniser = listener.new_recogniser()
+                self._connection.utterance_began(self._recogniser)
             elif self._recogniser is None:
                 raise RuntimeError("an utterance went on that never began")
             elif isinstance(happening, Piece):
                 try:
                     await self._recogniser.add(happening.window)
                 except AsrError as error:
-                    self._connection.utterance_ended(self._recogniser.model_name, heard_s, error)
+                    self._connection.utterance_ended(self._recogniser, heard_s, error)
                     raise
             else:
                 audio_s = listener.seconds(happening.samples)
@@ -134,7 +178,7 @@ class Vosk:
                 if transcript.text:
                     self._recogniser.told()
                 ended.append(transcript)
-                self._connection.utterance_ended(self._recogniser.model_name, heard_s)
+                self._connection.utterance_ended(self._recogniser, heard_s)
                 self._recogniser, self._partial = None, ""
         return ended
 

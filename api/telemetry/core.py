@@ -352,6 +352,11 @@ class Telemetry:
         self._count(LIVE_ROUTES[protocol], UNKNOWN, outcome_of(status, code), code)
         self.scrapes.changed()
 
+    def session_ended(self, protocol: str, end: str) -> None:
+        """Count a live session that was open; `end` is one of ``metrics.SESSION_ENDS``."""
+        self.metrics.stream_sessions_ended.labels(protocol, end).inc()
+        self.scrapes.changed()
+
     def refused(self, status: int, code: str) -> None:
         """Count a request that was refused before the application saw it, with `status` and error `code`.
 

@@ -84,6 +84,21 @@ def is_transcription(scope: Mapping[str, Any]) -> bool:
 # end. A session that is refused, or ends with an error of its own, is a request, too.
 LIVE_ROUTES = {"realtime": "/v1/realtime", "vosk": "/vosk"}
 
+# How a live session ended. `closed`: it was done, or the caller said good-bye; `lost`: the connection broke
+# off; `unread`: the caller did not read what it was sent; `protocol_error`: frames that are none, or a flood.
+SESSION_ENDS = (
+    "closed",
+    "lost",
+    "unread",
+    "ping_timeout",
+    "message_too_large",
+    "protocol_error",
+    "draining",
+    "stream_timeout",
+    "invalid",
+    "error",
+)
+
 # Where no route was found, or the request was refused before anybody looked for one.
 UNMATCHED_ROUTE = "unmatched"
 # How a request ends that is refused before the application sees it: malformed or too large a head, all
@@ -221,6 +236,9 @@ class Metrics:
         self.stream_sessions = gauge(
             "asr_stream_sessions", "Open streaming answers and live sessions.", "protocol"
         )
+        self.stream_sessions_ended = counter(
+            "asr_stream_sessions_ended_total", "Live sessions by how they ended.", "protocol", "end"
+        )
 
         # Audio and models
         self.audio_duration = histogram(
@@ -324,6 +342,9 @@ class Metrics:
         self.stages = {stage: self.stage_duration.labels(stage) for stage in STAGES}
         for protocol in PROTOCOLS:
             self.stream_sessions.labels(protocol)
+        for protocol in LIVE_ROUTES:
+            for end in SESSION_ENDS:
+                self.stream_sessions_ended.labels(protocol, end)
         for result in ("exported", "failed", "dropped"):
             self.trace_spans.labels(result)
 

@@ -19,6 +19,7 @@ from api.live.pcm import PcmInput, check_rate
 from api.live.realtime_session import Session, updated
 from api.live.recogniser import AGREE_S, AGREE_SHARE, Recogniser, StableWords
 from api.live.utterances import Began, Ended, Happening, Piece, Utterances
+from api.live.vosk import Pace
 from api.segmenter import Window
 from api.telemetry import Telemetry
 from api.transcriber import Options, Transcriber
@@ -140,8 +141,8 @@ def test_a_sample_rate_out_of_range_is_refused_by_name(rate: object) -> None:
 # -- utterances
 
 
-def utterances(vad: VadOptions | None, **more: int) -> Utterances:
-    return Utterances(sample_rate_hz=RATE_HZ, max_window_s=4.0, vad=vad, **more)
+def utterances(vad: VadOptions | None, after: Utterances | None = None) -> Utterances:
+    return Utterances(sample_rate_hz=RATE_HZ, max_window_s=4.0, vad=vad, after=after)
 
 
 def spoken(happenings: list[Happening]) -> list[tuple[int, int]]:
@@ -232,6 +233,19 @@ def test_the_noise_is_known_after_clear() -> None:
     assert not ears.is_open
 
 
+@pytest.mark.parametrize("between", [False, True])
+def test_the_noise_is_known_to_who_listens_next(between: bool) -> None:
+    ears = utterances(VadOptions())
+    list(ears.push(noise(15.0, 0.03)))
+    heard = ears.samples_heard
+    if between:
+        ears = utterances(None, after=ears)
+    other = utterances(VadOptions(silence_duration_ms=300), after=ears)
+    assert other.samples_heard == heard
+    list(other.push(noise(1.0, 0.03, seed=2)))
+    assert not other.is_open
+
+
 def test_no_more_than_a_window_is_held() -> None:
     ears = utterances(None)
     pieces = [each for each in ears.push(noise(20.0)) if isinstance(each, Piece)]
@@ -302,6 +316,46 @@ class TestLooks:
         assert not recogniser.wants_look(0.5)
         await recogniser.add(Window(0, np.zeros(22 * RATE_HZ, np.float32)))
         assert recogniser.wants_look(0.5)
+
+
+class TestPace:
+    """When a Vosk session looks."""
+
+    @pytest.mark.parametrize("piece_s", [0.1, 3.0])
+    def test_who_speaks_sees_every_look_however_long_they_take(self, piece_s: float) -> None:
+        pace, chance = Pace(), np.random.default_rng(1)
+        for number in range(600):
+            arrives_s = 50.0 + number * piece_s + chance.uniform(0, 0.4)  # so much late
+            pace.heard(piece_s, arrives_s)
+            assert pace.may_look(arrives_s)
+            pace.looked(arrives_s, arrives_s + 0.9 * piece_s)
+
+    def test_who_is_ahead_sees_one_after_as_long_as_the_last_took(self) -> None:
+        pace = Pace()
+        for _ in range(20):
+            pace.heard(0.1, 50.0)
+        assert pace.may_look(50.0)
+        pace.looked(50.0, 50.01)
+        assert [pace.may_look(at_s) for at_s in (50.1, 50.22)] == [False, True]
+        pace.looked(50.3, 51.0)
+        assert [pace.may_look(at_s) for at_s in (51.6, 51.8)] == [False, True]
+
+    def test_who_waits_for_the_time_he_was_ahead_speaks_again(self) -> None:
+        pace = Pace()
+        pace.heard(5.0, 50.0)
+        pace.heard(0.1, 50.0)
+        pace.looked(50.0, 54.0)
+        assert not pace.may_look(54.1)
+        pace.heard(0.1, 54.1)
+        assert pace.may_look(54.1)
+
+    def test_a_silence_is_no_credit(self) -> None:
+        pace = Pace()
+        pace.heard(0.1, 50.0)
+        for _ in range(2):
+            pace.heard(2.0, 500.0)
+        pace.looked(500.0, 500.1)
+        assert not pace.may_look(500.1)
 
 
 def recogniser_of(model: SimpleNamespace) -> Recogniser:
@@ -396,11 +450,49 @@ def test_noise_reduction_is_accepted_and_told_back() -> None:
         assert told == ({"strength": None, **chosen} if chosen is not None else None)
 
 
+def test_a_null_that_says_nothing_is_as_if_it_was_not_there() -> None:
+    chosen = {
+        "format": {"type": "audio/pcm", "rate": 16000},
+        "transcription": {"model": "small", "language": "en", "keywords": ["bee"]},
+        "turn_detection": {"type": "server_vad", "threshold": 0.3, "silence_duration_ms": 300},
+    }
+    session = updated(Session(), {"audio": {"input": chosen}})
+    pauses = {"type": None, "threshold": None, "prefix_padding_ms": None, "silence_duration_ms": None}
+    for nothing in (
+        {"type": None, "audio": None},
+        {"audio": {"input": None}},
+        {"audio": {"input": {"format": None, "transcription": None}}},
+        {"audio": {"input": {"transcription": {"model": None, "keywords": None}, "turn_detection": pauses}}},
+    ):
+        assert updated(session, nothing) == session
+    anew = updated(Session(), {"audio": {"input": {"turn_detection": pauses, "format": {"type": None}}}})
+    assert (anew.vad, anew.audio_form) == (VadOptions(), Session().audio_form)
+    assert updated(session, {"audio": {"input": {"turn_detection": None}}}).vad is None
+    assert updated(session, {"audio": {"input": {"transcription": {"language": None}}}}).transcription == (
+        session.transcription.model_copy(update={"language": None})
+    )
+
+
+def test_a_field_of_openai_that_is_not_offered_is_refused_with_what_to_do() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        updated(Session(), {"audio": {"input": {"transcription": {"languages": ["en", "vi"]}}}})
+    assert caught.value.param == "session.audio.input.transcription.languages"
+    assert "one language is taken, in the field 'language'" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "changes", [{"voice": None}, {"audio": {"input": {"transcription": {"voice": None}}}}]
+)
+def test_an_unknown_field_is_refused_also_with_null(changes: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequestError, match="voice"):
+        updated(Session(), changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "told"),
     [
         ({"turn_detection": {"idle_timeout_ms": 5000}}, "turn_detection.idle_timeout_ms", "null"),
-        ({"transcription": None}, "transcription", "an object"),
+        ({"transcription": 1}, "transcription", "an object"),
         ({"transcription": {"keywords": "Nguyen"}}, "transcription.keywords", "a list"),
     ],
 )

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import json
+import socket
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 import uvicorn
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 from uvicorn.server import ServerState
+from websockets.asyncio.client import connect as connect_socket
+from websockets.exceptions import InvalidStatus
 
-from api.server import GuardedProtocol
+from api.live.connection import PING_TIMEOUT
+from api.server import GuardedProtocol, GuardedWebSocket
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -337,3 +344,98 @@ async def test_a_connection_that_is_gone_is_freed_without_a_collection(sent: byt
     left = weakref.ref(protocol)
     del protocol, wire
     assert left() is None
+
+
+# -- WebSockets
+
+
+class GuardedSocket(GuardedWebSocket):
+    telemetry: Refusals = Refusals()  # type: ignore[assignment]
+
+
+@contextlib.asynccontextmanager
+async def serving(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
+    """The port of a real server with `app`, on this loop."""
+    config = uvicorn.Config(
+        app, ws=GuardedSocket, log_config=None, lifespan="off", timeout_graceful_shutdown=1, **options
+    )
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await task
+
+
+class Slowly:
+    """Takes so long for each message, and keeps how the session ended."""
+
+    def __init__(self, message_s: float = 0.0) -> None:
+        self.message_s = message_s
+        self.heard = 0
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.reason = ""
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await asyncio.sleep(self.message_s)
+            self.heard += 1
+        self.reason = message.get("reason", "")
+        self.ended.set_result(message["code"])
+
+
+OPENING = (
+    b"GET / HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+PINGS_S = {"ws_ping_interval": 0.1, "ws_ping_timeout": 0.2}
+
+
+async def test_a_caller_that_sends_faster_than_it_is_heard_is_not_taken_for_dead() -> None:
+    app = Slowly(message_s=0.05)
+    async with serving(app, **PINGS_S) as port:
+        async with connect_socket(f"ws://127.0.0.1:{port}", proxy=None, ping_interval=None) as caller:
+            for _ in range(30):
+                await caller.send(bytes(200_000))
+        assert await asyncio.wait_for(app.ended, 10) == 1000
+    assert app.heard == 30
+
+
+@pytest.mark.parametrize("messages", [0, 10])
+async def test_a_dead_peer_is_let_go_also_where_its_messages_waited(messages: int) -> None:
+    app = Slowly(message_s=0.05)
+    async with serving(app, **PINGS_S) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(OPENING)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"\x82\x81\0\0\0\0x" * messages)
+        assert await asyncio.wait_for(app.ended, 10) == 1011
+        assert app.reason == PING_TIMEOUT
+        assert (await asyncio.wait_for(reader.read(), 10)).endswith(PING_TIMEOUT.encode())
+        writer.close()
+    assert app.heard == messages
+
+
+async def test_a_connection_that_breaks_off_is_lost_and_not_closed() -> None:
+    app = Slowly()
+    async with serving(app) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(OPENING)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        assert await asyncio.wait_for(app.ended, 10) == 1006
+
+
+async def test_a_refused_handshake_is_no_error_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await WebSocket(scope, receive, send).send_denial_response(Response(b"no", 404))
+
+    async with serving(refuse) as port:
+        with pytest.raises(InvalidStatus) as caught:
+            await connect_socket(f"ws://127.0.0.1:{port}", proxy=None)
+    assert (caught.value.response.status_code, caught.value.response.body) == (404, b"no")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

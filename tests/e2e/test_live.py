@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from api.live.connection import PING_TIMEOUT
 from loadtest.processes import LiveServer
 from tests.e2e.live import start
 from tests.tiny_bundle import SAMPLE_RATE_HZ, sing
@@ -234,6 +235,17 @@ def test_a_change_of_the_session_loses_nothing_that_was_heard(server: LiveServer
         assert [session.transcript(), session.transcript()] == ["bad", "cafe"]
 
 
+def test_changes_of_the_session_shift_no_time_that_comes_after(server: LiveServer) -> None:
+    with realtime(server) as session:
+        for number in range(30):
+            detection = {"type": "server_vad", "silence_duration_ms": 500 + number}
+            session.listen(format={"type": "audio/pcm", "rate": 24_000}, turn_detection=detection)
+            session.append(bytes(4800))
+        session.append(pcm(soxr.resample(sing("cafe"), SAMPLE_RATE_HZ, 24_000)))
+        start_ms = session.until("input_audio_buffer.speech_started")["audio_start_ms"]
+    assert start_ms == pytest.approx(3000 - 100, abs=60)  # what came before the last update is no padding
+
+
 def test_an_update_that_changes_nothing_of_how_it_is_heard_commits_nothing(server: LiveServer) -> None:
     data = pcm(sing("dead bee"))
     half = len(data) // 4 * 2 + 1
@@ -386,6 +398,17 @@ def test_vosk_answers_each_message_with_a_partial_or_a_text(server: LiveServer) 
     assert all(any(text.startswith(partial[:1]) for text in WORDS) for partial in partials)
 
 
+def test_vosk_looks_seldom_where_the_caller_does_not_wait_for_it(server: LiveServer) -> None:
+    """Looks at every chance would decode each second of these utterances about six times."""
+    data = pcm(*(part for word in ("head", "bad", "cafe", "dead") * 8 for part in (sing(word + " "), 0.2)))
+    series = 'asr_audio_computed_seconds_total{model="tiny"}'
+    with server.client() as http:
+        before_s = metric(http, series)
+        vosk(server, data, {"sample_rate": SAMPLE_RATE_HZ}, step=3200)
+        computed_s = metric(http, series) - before_s
+    assert computed_s < 3 * len(data) / 2 / SAMPLE_RATE_HZ
+
+
 def test_vosk_tells_at_the_end_what_no_pause_ended(server: LiveServer) -> None:
     config = {"sample_rate": SAMPLE_RATE_HZ, "words": False}
     answers = vosk(server, pcm(0.5, sing("bad cafe")), config)
@@ -446,6 +469,23 @@ def test_vosk_names_what_is_wrong_in_a_config(
         assert all(part in error["message"] for part in named)
 
 
+def test_vosk_answers_an_eof_beside_a_config_whose_nulls_say_nothing(server: LiveServer) -> None:
+    with connect(socket_url(server, "/vosk"), proxy=None) as socket:
+        nothing = {"words": None, "phrase_list": None, "model": None}
+        socket.send(json.dumps({"config": {"sample_rate": SAMPLE_RATE_HZ, **nothing}}))
+        socket.send(pcm(0.5, sing("cafe")))
+        assert "partial" in json.loads(socket.recv(timeout=60))
+        socket.send(json.dumps({"config": {"words": False}, "reset": 1}))
+        assert json.loads(socket.recv(timeout=60)) == {"text": "cafe"}
+        socket.send(pcm(0.5, sing("bad")))
+        assert "partial" in json.loads(socket.recv(timeout=60))
+        socket.send(json.dumps({"config": {"words": True}, "eof": 1}))
+        answer = json.loads(socket.recv(timeout=60))
+        assert (answer["text"], [word["word"] for word in answer["result"]]) == ("bad", ["bad"])
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=60)
+
+
 def test_vosk_half_a_sample_before_a_reset_shifts_nothing(server: LiveServer) -> None:
     data = pcm(0.5, sing("bad cafe"))
     with connect(socket_url(server, "/vosk"), proxy=None) as socket:
@@ -473,6 +513,8 @@ def test_vosk_half_a_sample_before_a_reset_shifts_nothing(server: LiveServer) ->
         ('{"config": {"model": "../tiny"}}', "model_not_found"),
         ('{"config": {"phrase_list": "cafe"}}', "invalid_request"),
         ('{"config": {"model": 1}}', "invalid_request"),
+        ('{"config": {"words": "false"}}', "invalid_request"),
+        ('{"config": {"words": []}}', "invalid_request"),
     ],
 )
 def test_vosk_says_what_is_wrong_and_closes(
@@ -560,11 +602,89 @@ def test_each_utterance_counts_as_a_request(models_dir: Path, tmp_path: Path, la
         assert f'asr_requests_total{{model="tiny",outcome="ok",route="{route}"}} 3.0' in metrics
         assert f'asr_request_duration_seconds_count{{model="tiny",route="{route}"}} 3.0' in metrics
     lines = [line for line in live.log_lines() if line["event"] == "stream"]
-    assert [(line["protocol"], line["utterances"], line["end"]) for line in lines] == [
-        ("realtime", 3, "closed"),
-        ("vosk", 3, "closed"),
+    assert [(line["protocol"], line["model"], line["utterances"], line["end"]) for line in lines] == [
+        ("realtime", "tiny", 3, "closed"),
+        ("vosk", "tiny", 3, "closed"),
     ]
     assert all(word not in live.log for word in WORDS)
+
+
+def break_off(socket: ClientConnection) -> None:
+    socket.socket.shutdown(2)
+
+
+ENDS: dict[str, tuple[str, Callable[[ClientConnection], object], str, int | None]] = {
+    "good-bye": ("/v1/realtime", lambda socket: socket.close(), "closed", 1000),
+    "leaving a page": ("/v1/realtime", lambda socket: socket.close(1001), "closed", 1001),
+    "failing": ("/v1/realtime", lambda socket: socket.close(1011), "closed", 1011),
+    "late pong": ("/vosk", lambda socket: socket.close(1011, PING_TIMEOUT), "ping_timeout", 1011),
+    "broken off": ("/v1/realtime", break_off, "lost", 1006),
+    "too large": ("/vosk", lambda socket: socket.send(bytes(5_000_000)), "message_too_large", 1009),
+    "no frame": ("/vosk", lambda socket: socket.socket.sendall(b"\xff\xff"), "protocol_error", 1002),
+    "eof": ("/vosk", lambda socket: socket.send('{"eof": 1}'), "closed", None),
+    "nonsense": ("/vosk", lambda socket: socket.send("{"), "invalid", None),
+}
+
+
+@pytest.mark.parametrize(("path", "leave", "end", "code"), ENDS.values(), ids=ENDS)
+def test_operators_see_how_a_session_ended(
+    server: LiveServer, path: str, leave: Callable[[ClientConnection], object], end: str, code: int | None
+) -> None:
+    protocol = path.rpartition("/")[2]
+    series = f'asr_stream_sessions_ended_total{{end="{end}",protocol="{protocol}"}}'
+    with server.client() as http:
+        wait_for_sessions(http, 0)
+        before, seen = metric(http, series), len(server.log_lines())
+        with connect(socket_url(server, path), proxy=None) as socket, contextlib.suppress(ConnectionClosed):
+            leave(socket)
+            while True:
+                socket.recv(timeout=60)
+        wait_for_sessions(http, 0)
+        assert metric(http, series) == before + 1
+    (line,) = [line for line in server.log_lines()[seen:] if line["event"] == "stream"]
+    assert line["end"] == ("invalid_request" if end == "invalid" else end)
+    assert line.get("close_code") == code
+
+
+@pytest.mark.parametrize("path", ["/v1/realtime", "/vosk"])
+def test_an_utterance_whose_caller_has_left_is_cancelled(server: LiveServer, path: str) -> None:
+    series = f'asr_requests_total{{model="tiny",outcome="cancelled",route="{path}"}}'
+    with server.client() as http:
+        wait_for_sessions(http, 0)
+        before = metric(http, series)
+        for leave in (break_off, ClientConnection.close):
+            with connect(socket_url(server, path), proxy=None) as socket:
+                if path == "/vosk":
+                    socket.send(json.dumps({"config": {"sample_rate": SAMPLE_RATE_HZ}}))
+                    socket.send(pcm(0.5, sing("head")))
+                    assert "partial" in json.loads(socket.recv(timeout=60))
+                else:
+                    session = Session(socket)
+                    assert session.receive()["type"] == "session.created"
+                    session.listen()
+                    session.append(pcm(0.5, sing("head")))
+                    session.until("input_audio_buffer.speech_started")
+                    session.send("input_audio_buffer.clear")  # asked for, so not counted
+                    session.append(pcm(0.5, sing("head")))
+                    session.until("input_audio_buffer.speech_started")
+                leave(socket)
+        wait_for_sessions(http, 0)
+        assert metric(http, series) == before + 2
+
+
+def test_hotwords_that_the_model_cannot_spell_are_told_in_the_log_only(server: LiveServer) -> None:
+    seen = len(server.log_lines())
+    with realtime(server) as session:
+        session.listen(transcription={"keywords": ["cafe", "Nguyen"]})
+        session.listen(transcription={"keywords": ["cafe"]})
+    with connect(socket_url(server, "/vosk"), proxy=None) as socket:
+        socket.send(json.dumps({"config": {"phrase_list": ["Nguyen"]}}))
+        socket.send(bytes(1000))
+        assert "partial" in json.loads(socket.recv(timeout=60))
+    lines = [line for line in server.log_lines()[seen:] if line["event"] == "hotwords_without_effect"]
+    told = [(line["model"], line["given"], line["unspellable"], line["decoder"]) for line in lines]
+    assert told == [("tiny", 2, 1, False), ("tiny", 1, 1, False)]
+    assert "Nguyen" not in server.log
 
 
 @pytest.mark.parametrize(

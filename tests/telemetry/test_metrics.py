@@ -47,6 +47,7 @@ DOCUMENTED = {
     "asr_worker_busy_ratio": set(),
     "asr_time_to_first_result_seconds": {"transport"},
     "asr_stream_sessions": {"protocol"},
+    "asr_stream_sessions_ended_total": {"protocol", "end"},
     "asr_confidence": {"model", "language"},
     "asr_model_loaded": {"model"},
     "asr_model_load_seconds": {"model"},
