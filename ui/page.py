@@ -13,6 +13,7 @@ from pathlib import Path
 import streamlit as st
 
 from ui.background import Background
+from ui.components.announcer import announce
 from ui.components.document import document
 from ui.session import Session, session_for
 from ui.settings import UiSettings
@@ -28,6 +29,7 @@ def render(settings: UiSettings, background: Background) -> None:
     st.html(_COMPONENTS / "page.css")
     session = session_for(settings, background)
     _heading(session)
+    spoken = st.container(key="spoken")
     service = session.look_at_service()
     strings = session.strings
     with st.container():  # keeps its place while it comes and goes
@@ -51,6 +53,9 @@ def render(settings: UiSettings, background: Background) -> None:
             if any(session.work.running):
                 progress.render(session)
         result.render(session, service)
+    session.announcements.look(session.work.tasks, strings)  # after the results: what it says is on the page
+    with spoken:
+        announce(session.announcements.text, session.announcements.number)
 
 
 def _heading(session: Session) -> None:

@@ -10,6 +10,7 @@ import streamlit as st
 from streamlit import runtime
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
+from ui.announcements import Announcements
 from ui.background import Background
 from ui.client import Options
 from ui.service import Service, look
@@ -41,6 +42,7 @@ class Session:
     references: dict[str, str] = field(default_factory=dict)
     shown: str | None = None
     awaited: list[str] = field(default_factory=list)
+    announcements: Announcements = field(default_factory=Announcements)
     service: Service | None = None
     looking: Future[Service] | None = None
     looked_at: float = 0.0

@@ -113,3 +113,36 @@ def test_the_page_speaks_the_browsers_language(browser: Browser, tone_page: str,
             drop(seen.page, ("song.wav", wav(sing(TEXT))))
             heard(seen.page)
             seen.shot("vietnamese")
+
+
+# Notes what live regions come to hold; an alert is also told where it comes with its text.
+LISTEN = """() => {
+    window.spoken = [];
+    const note = (node) => {
+        const region = (node.closest ? node : node.parentElement)?.closest("[aria-live], [role=alert]");
+        if (region && region.textContent.trim()) window.spoken.push(region.textContent.trim());
+    };
+    new MutationObserver((changes) => changes.forEach((change) => {
+        note(change.target);
+        change.addedNodes.forEach((node) => node.querySelectorAll?.("[role=alert]").forEach(note));
+    })).observe(document.body, { subtree: true, childList: true, characterData: true });
+}"""
+
+
+def test_what_appears_by_itself_is_announced(desk: Visit) -> None:
+    """WCAG 2.2, success criterion 4.1.3."""
+    desk.page.evaluate(LISTEN)
+    one, several = (ENGLISH[key] for key in ("result.ready", "result.ready_of"))
+    for count in (1, 2):  # the same words once more are said once more
+        drop(desk.page, ("song.wav", wav(sing(TEXT))))
+        desk.page.wait_for_function(
+            "([text, count]) => window.spoken.filter((said) => said === text).length === count",
+            arg=[one.format(name="song.wav"), count],
+        )
+    drop(desk.page, *[(f"{text}.wav", wav(sing(text))) for text in ("head", "bad", "cafe")])
+    desk.page.wait_for_function(
+        "(text) => window.spoken.includes(text)", arg=several.format(ready=3, total=3)
+    )
+    drop(desk.page, ("letter.wav", b"Dear Sir, this is text.\n" * 50))
+    desk.page.wait_for_function("() => window.spoken.some((said) => said.includes('letter.wav'))")
+    expect(desk.page.locator(".asr-spoken")).to_have_count(1)

@@ -33,6 +33,8 @@ STRINGS: dict[str, str] = {
     "result.choose": "Fayl",
     "result.show": "{name}: {state} – göstər",
     "result.failed": "{total} fayldan {failed} alınmadı: {names}",
+    "result.ready": "{name} faylının mətni hazırdır.",
+    "result.ready_of": "{total} mətndən {ready} hazırdır.",
     "result.title": "{name} faylının mətni",
     "result.summary": "{duration} səs, {seconds} saniyəyə · {model} · {language}",
     "result.cancelled": "Ləğv edildi.",

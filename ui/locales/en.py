@@ -37,6 +37,8 @@ STRINGS: dict[str, str] = {
     "result.choose": "File",
     "result.show": "{name}: {state} – show it",
     "result.failed": "{failed} of {total} files failed: {names}",
+    "result.ready": "Transcript of {name} is ready.",
+    "result.ready_of": "{ready} of {total} transcripts are ready.",
     "result.title": "Transcript of {name}",
     "result.summary": "{duration} of sound in {seconds} s · {model} · {language}",
     "result.cancelled": "Cancelled.",

@@ -33,6 +33,8 @@ STRINGS: dict[str, str] = {
     "result.choose": "Файл",
     "result.show": "{name}: {state} – показать",
     "result.failed": "Не удалось расшифровать {failed} из {total}: {names}",
+    "result.ready": "Расшифровка файла {name} готова.",
+    "result.ready_of": "Готово расшифровок: {ready} из {total}.",
     "result.title": "Расшифровка: {name}",
     "result.summary": "{duration} звука за {seconds} с · {model} · {language}",
     "result.cancelled": "Отменено.",

@@ -33,6 +33,8 @@ STRINGS: dict[str, str] = {
     "result.choose": "Dosya",
     "result.show": "{name}: {state} – göster",
     "result.failed": "{total} dosyadan {failed} tanesi başarısız oldu: {names}",
+    "result.ready": "{name} dosyasının metni hazır.",
+    "result.ready_of": "{total} metinden {ready} tanesi hazır.",
     "result.title": "{name} dosyasının metni",
     "result.summary": "{seconds} saniyede {duration} ses · {model} · {language}",
     "result.cancelled": "İptal edildi.",

@@ -33,6 +33,8 @@ STRINGS: dict[str, str] = {
     "result.choose": "Tệp",
     "result.show": "{name}: {state} – xem",
     "result.failed": "{failed} trên {total} tệp bị lỗi: {names}",
+    "result.ready": "Bản chép lời của {name} đã sẵn sàng.",
+    "result.ready_of": "Đã sẵn sàng {ready} trên {total} bản chép lời.",
     "result.title": "Lời trong {name}",
     "result.summary": "{duration} âm thanh trong {seconds} giây · {model} · {language}",
     "result.cancelled": "Đã hủy.",
