@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, expect
 
+from loadtest.processes import LiveServer
 from tests.browser.page_server import (
     ENGLISH,
     PHONE,
@@ -127,6 +129,24 @@ LISTEN = """() => {
         change.addedNodes.forEach((node) => node.querySelectorAll?.("[role=alert]").forEach(note));
     })).observe(document.body, { subtree: true, childList: true, characterData: true });
 }"""
+
+
+def test_each_file_on_its_way_is_heard_by_its_name(desk: Visit, tone_service: LiveServer) -> None:
+    song = wav(sing(TEXT))
+    tone_service.process.send_signal(signal.SIGSTOP)  # held back, or it is done before anybody can look
+    try:
+        drop(desk.page, ("a.wav", song), ("b & <b>.wav", song))
+        for name in ("a.wav", "b & <b>.wav"):
+            expect(desk.page.get_by_role("progressbar", name=name)).to_have_count(1)
+            cancel = desk.page.get_by_role("button", name=ENGLISH["progress.cancel_one"].format(name=name))
+            expect(cancel).to_have_count(1)
+        expect(desk.page.get_by_role("progressbar")).to_have_count(3)  # and one for both together
+        desk.shot("two_on_their_way")
+        cancel.click()
+        expect(desk.page.get_by_role("button", name=ENGLISH["progress.cancel"], exact=True)).to_be_visible()
+    finally:
+        tone_service.process.send_signal(signal.SIGCONT)
+    assert heard(desk.page) == TEXT
 
 
 def test_what_appears_by_itself_is_announced(desk: Visit) -> None:

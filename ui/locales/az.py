@@ -29,6 +29,7 @@ STRINGS: dict[str, str] = {
     "progress.heard": "{total} səsdən {heard} dinlənilib",
     "progress.retry": "xidmət məşğuldur; {seconds} saniyədən sonra yenidən soruşulacaq",
     "progress.cancel": "Ləğv et",
+    "progress.cancel_one": "Ləğv et: {name}",
     "progress.cancel_all": "Hamısını ləğv et",
     "result.choose": "Fayl",
     "result.show": "{name}: {state} – göstər",

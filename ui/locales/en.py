@@ -32,6 +32,7 @@ STRINGS: dict[str, str] = {
     "progress.heard": "{heard} of {total} heard",
     "progress.retry": "the service is busy; asking again in {seconds} s",
     "progress.cancel": "Cancel",
+    "progress.cancel_one": "Cancel {name}",
     "progress.cancel_all": "Cancel everything",
     # result
     "result.choose": "File",

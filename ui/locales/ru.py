@@ -29,6 +29,7 @@ STRINGS: dict[str, str] = {
     "progress.heard": "прослушано {heard} из {total}",
     "progress.retry": "сервис занят; повтор через {seconds} с",
     "progress.cancel": "Отменить",
+    "progress.cancel_one": "Отменить: {name}",
     "progress.cancel_all": "Отменить всё",
     "result.choose": "Файл",
     "result.show": "{name}: {state} – показать",

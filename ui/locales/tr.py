@@ -29,6 +29,7 @@ STRINGS: dict[str, str] = {
     "progress.heard": "{total} içinde {heard} dinlendi",
     "progress.retry": "hizmet meşgul; {seconds} sn sonra yeniden sorulacak",
     "progress.cancel": "İptal",
+    "progress.cancel_one": "İptal et: {name}",
     "progress.cancel_all": "Hepsini iptal et",
     "result.choose": "Dosya",
     "result.show": "{name}: {state} – göster",

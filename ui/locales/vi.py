@@ -29,6 +29,7 @@ STRINGS: dict[str, str] = {
     "progress.heard": "đã nghe {heard} trên {total}",
     "progress.retry": "dịch vụ đang bận; sẽ hỏi lại sau {seconds} giây",
     "progress.cancel": "Hủy",
+    "progress.cancel_one": "Hủy {name}",
     "progress.cancel_all": "Hủy tất cả",
     "result.choose": "Tệp",
     "result.show": "{name}: {state} – xem",
