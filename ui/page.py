@@ -71,7 +71,7 @@ def _heading(session: Session) -> None:
             key=key,
         )
     session.strings = Strings(code)
-    document(code, session.strings("page.title"))
+    document(code, session.strings("page.title"), session.vanished)
     with title:
         st.title(session.strings("page.title"), anchor=False)
         st.markdown(session.strings("page.subtitle"))

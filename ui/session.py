@@ -28,6 +28,7 @@ class Session:
     """``uploads``: how often the upload box has been emptied; ``taken``: digests of recordings already sent.
 
     ``edits`` and ``references``: what was typed for each result, because Streamlit forgets hidden widgets.
+    ``vanished``: how often a button was pressed that takes itself off the page.
     ``shown``: the task on the screen; ``awaited``: those to look at next, once they are over.
     """
 
@@ -37,6 +38,7 @@ class Session:
     strings: Strings = field(default_factory=Strings)
     options: Options = field(default_factory=Options)
     uploads: int = 0
+    vanished: int = 0
     taken: set[str] = field(default_factory=set)
     edits: dict[str, str] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)

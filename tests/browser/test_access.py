@@ -131,6 +131,23 @@ LISTEN = """() => {
 }"""
 
 
+def test_the_focus_outlives_the_button_that_held_it(desk: Visit, tone_service: LiveServer) -> None:
+    """WCAG 2.2, success criterion 2.4.3: who works without a mouse does not begin anew at the top."""
+    heading = desk.page.get_by_role("heading", level=1)
+    tone_service.process.send_signal(signal.SIGSTOP)
+    try:
+        drop(desk.page, ("song.wav", wav(sing(TEXT))))
+        desk.page.get_by_role("button", name=ENGLISH["progress.cancel"], exact=True).press("Enter")
+        expect(desk.page.get_by_text(ENGLISH["result.cancelled"])).to_be_visible()
+        expect(heading).to_be_focused()
+    finally:
+        tone_service.process.send_signal(signal.SIGCONT)
+    remove = desk.page.get_by_role("button", name=ENGLISH["result.remove"])
+    remove.press("Enter")
+    expect(remove).to_have_count(0)
+    expect(heading).to_be_focused()
+
+
 def test_each_file_on_its_way_is_heard_by_its_name(desk: Visit, tone_service: LiveServer) -> None:
     song = wav(sing(TEXT))
     tone_service.process.send_signal(signal.SIGSTOP)  # held back, or it is done before anybody can look

@@ -41,6 +41,7 @@ def _running(session: Session, over_before: int) -> None:
             strings("progress.cancel_all"), icon=":material/cancel:", key="cancel_all"
         ):
             session.work.cancel_all()
+            session.vanished += 1
             st.rerun()
 
 
@@ -66,6 +67,7 @@ def _one(session: Session, task: Task, *, alone: bool) -> None:
         cancel = st.button(label, icon=":material/cancel:", key=f"cancel.{task.id}", width="stretch")
     if cancel:
         session.work.cancel(task)
+        session.vanished += 1
         st.rerun()
 
 
