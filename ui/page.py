@@ -33,7 +33,9 @@ def render(settings: UiSettings, background: Background) -> None:
     service = session.look_at_service()
     strings = session.strings
     with st.container():  # keeps its place while it comes and goes
-        if not service.usable:
+        if service.usable:
+            notice.watch(session, service)
+        else:
             notice.render(session, service)
     transcribe, look = st.tabs(
         [strings("tab.transcribe"), strings("tab.overview")],
