@@ -114,6 +114,8 @@ def test_the_page_speaks_the_browsers_language(browser: Browser, tone_page: str,
         if language == "vi":
             drop(seen.page, ("song.wav", wav(sing(TEXT))))
             heard(seen.page)
+            expect(seen.page.locator(".player .clock")).to_have_text(re.compile(r"^0:00,0 / 0:0\d,\d$"))
+            assert "0,5×" in seen.page.locator(".player .speed select").inner_text()
             seen.shot("vietnamese")
 
 

@@ -6,6 +6,7 @@ STRINGS: dict[str, str] = {
     "page.language": "Səhifənin dili",
     "tab.transcribe": "Mətnə çevir",
     "tab.overview": "İcmal",
+    "unit.point": ",",
     "unit.s": "san",
     "unit.ms": "ms",
     "input.upload": "Səs və ya video fayllarını buraya atın",

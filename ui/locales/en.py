@@ -6,6 +6,7 @@ STRINGS: dict[str, str] = {
     "page.language": "Language of this page",
     "tab.transcribe": "Transcribe",
     "tab.overview": "Overview",
+    "unit.point": ".",
     "unit.s": "s",
     "unit.ms": "ms",
     # input

@@ -6,6 +6,7 @@ STRINGS: dict[str, str] = {
     "page.language": "Язык страницы",
     "tab.transcribe": "Расшифровать",
     "tab.overview": "Обзор",
+    "unit.point": ",",
     "unit.s": "с",
     "unit.ms": "мс",
     "input.upload": "Перетащите сюда аудио- или видеофайлы",

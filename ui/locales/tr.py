@@ -6,6 +6,7 @@ STRINGS: dict[str, str] = {
     "page.language": "Sayfanın dili",
     "tab.transcribe": "Yazıya dök",
     "tab.overview": "Genel bakış",
+    "unit.point": ",",
     "unit.s": "sn",
     "unit.ms": "ms",
     "input.upload": "Ses veya video dosyalarını buraya bırakın",

@@ -6,6 +6,7 @@ STRINGS: dict[str, str] = {
     "page.language": "Ngôn ngữ của trang",
     "tab.transcribe": "Chép lời",
     "tab.overview": "Tổng quan",
+    "unit.point": ",",
     "unit.s": "giây",
     "unit.ms": "ms",
     "input.upload": "Thả tệp âm thanh hoặc video vào đây",

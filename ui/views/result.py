@@ -129,7 +129,7 @@ def _transcript(session: Session, task: Task, transcript: Transcript) -> None:
         strings(
             "result.summary",
             duration=duration(transcript.duration_s, strings),
-            seconds=f"{task.elapsed_s:.2f}",
+            seconds=strings.number(task.elapsed_s, ".2f"),
             model=transcript.model,
             language=language_name(transcript.language) if transcript.language else "–",
         )
