@@ -68,6 +68,17 @@ def test_it_fits_a_phone(browser: Browser, tone_page: str) -> None:
         phone.shot("phone")
 
 
+def test_the_segments_fit_a_narrow_phone_in_long_words(browser: Browser, tone_page: str) -> None:
+    """WCAG 2.2, success criterion 1.4.10: nothing is reached by scrolling sideways only at 320 pixels."""
+    with visit(new_context(browser, (320, 700), locale="ru"), tone_page) as phone:
+        drop(phone.page, ("song.wav", wav(sing(TEXT))))
+        heard(phone.page)
+        table = phone.page.locator(".player .scroll")
+        table.scroll_into_view_if_needed()
+        phone.shot("narrow")
+        assert table.evaluate("node => node.scrollWidth - node.clientWidth") <= 0
+
+
 def test_every_control_has_a_name(desk: Visit) -> None:
     drop(desk.page, ("song.wav", wav(sing(TEXT))))
     heard(desk.page)

@@ -1,7 +1,7 @@
 // The player: sound, picture and words on one clock. Everything it shows comes in `data`, as text, never as HTML.
 // `data`: id, language, point, audio_url, duration_s, words [{text, start_s, end_s, confidence}],
-// segments [{text, start_s, end_s, confidence}], picture {peaks (base64 bytes), tiles [url], columns_per_s, columns_per_tile} or null,
-// sure_from, fair_from, strings.
+// segments [{text, start_s, end_s, confidence}], picture {peaks (base64 bytes), tiles [url], columns_per_s,
+// columns_per_tile} or null, sure_from, fair_from, strings.
 
 const players = new WeakMap();
 let point = "."; // the decimal sign of the page's language
