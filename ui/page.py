@@ -13,6 +13,7 @@ from pathlib import Path
 import streamlit as st
 
 from ui.background import Background
+from ui.components.announcer import announce
 from ui.components.document import document
 from ui.session import Session, session_for
 from ui.settings import UiSettings
@@ -28,10 +29,13 @@ def render(settings: UiSettings, background: Background) -> None:
     st.html(_COMPONENTS / "page.css")
     session = session_for(settings, background)
     _heading(session)
+    spoken = st.container(key="spoken")
     service = session.look_at_service()
     strings = session.strings
     with st.container():  # keeps its place while it comes and goes
-        if not service.usable:
+        if service.usable:
+            notice.watch(session, service)
+        else:
             notice.render(session, service)
     transcribe, look = st.tabs(
         [strings("tab.transcribe"), strings("tab.overview")],
@@ -51,6 +55,9 @@ def render(settings: UiSettings, background: Background) -> None:
             if any(session.work.running):
                 progress.render(session)
         result.render(session, service)
+    session.announcements.look(session.work.tasks, strings)  # after the results: what it says is on the page
+    with spoken:
+        announce(session.announcements.text, session.announcements.number)
 
 
 def _heading(session: Session) -> None:
@@ -66,7 +73,7 @@ def _heading(session: Session) -> None:
             key=key,
         )
     session.strings = Strings(code)
-    document(code, session.strings("page.title"))
+    document(code, session.strings("page.title"), session.vanished)
     with title:
         st.title(session.strings("page.title"), anchor=False)
         st.markdown(session.strings("page.subtitle"))

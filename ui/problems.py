@@ -49,7 +49,7 @@ def explain(error: errors.ApiError, strings: Strings, max_upload_bytes: int | No
     advice_key = f"problem.{key}_do"
     if key == "too_large":
         if max_upload_bytes:
-            values["limit"] = f"{max_upload_bytes / 2**20:.4g}"
+            values["limit"] = strings.number(max_upload_bytes / 2**20, ".4g")
         else:
             advice_key = "problem.too_large_unknown_do"
     told = isinstance(error, errors.BadRequestError | errors.InvalidValueError | errors.UnknownModelError)

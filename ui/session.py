@@ -10,6 +10,7 @@ import streamlit as st
 from streamlit import runtime
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
+from ui.announcements import Announcements
 from ui.background import Background
 from ui.client import Options
 from ui.service import Service, look
@@ -27,6 +28,7 @@ class Session:
     """``uploads``: how often the upload box has been emptied; ``taken``: digests of recordings already sent.
 
     ``edits`` and ``references``: what was typed for each result, because Streamlit forgets hidden widgets.
+    ``vanished``: how often a button was pressed that takes itself off the page.
     ``shown``: the task on the screen; ``awaited``: those to look at next, once they are over.
     """
 
@@ -36,11 +38,13 @@ class Session:
     strings: Strings = field(default_factory=Strings)
     options: Options = field(default_factory=Options)
     uploads: int = 0
+    vanished: int = 0
     taken: set[str] = field(default_factory=set)
     edits: dict[str, str] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
     shown: str | None = None
     awaited: list[str] = field(default_factory=list)
+    announcements: Announcements = field(default_factory=Announcements)
     service: Service | None = None
     looking: Future[Service] | None = None
     looked_at: float = 0.0

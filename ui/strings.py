@@ -36,6 +36,10 @@ class Strings:
     def __call__(self, key: str, **values: object) -> str:
         return self._table[key].format_map(values) if values else self._table[key]
 
+    def number(self, value: float, form: str) -> str:
+        """``value`` in Python's format ``form``, with the decimal sign that people of this language read."""
+        return format(value, form).replace(".", self._table["unit.point"])
+
 
 def language_for(locale: str | None) -> str:
     """The interface language for a browser's locale such as ``vi-VN``; English where there is none."""

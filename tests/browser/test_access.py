@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, expect
 
+from loadtest.processes import LiveServer
 from tests.browser.page_server import (
     ENGLISH,
     PHONE,
@@ -66,6 +68,17 @@ def test_it_fits_a_phone(browser: Browser, tone_page: str) -> None:
         phone.shot("phone")
 
 
+def test_the_segments_fit_a_narrow_phone_in_long_words(browser: Browser, tone_page: str) -> None:
+    """WCAG 2.2, success criterion 1.4.10: nothing is reached by scrolling sideways only at 320 pixels."""
+    with visit(new_context(browser, (320, 700), locale="ru"), tone_page) as phone:
+        drop(phone.page, ("song.wav", wav(sing(TEXT))))
+        heard(phone.page)
+        table = phone.page.locator(".player .scroll")
+        table.scroll_into_view_if_needed()
+        phone.shot("narrow")
+        assert table.evaluate("node => node.scrollWidth - node.clientWidth") <= 0
+
+
 def test_every_control_has_a_name(desk: Visit) -> None:
     drop(desk.page, ("song.wav", wav(sing(TEXT))))
     heard(desk.page)
@@ -112,4 +125,74 @@ def test_the_page_speaks_the_browsers_language(browser: Browser, tone_page: str,
         if language == "vi":
             drop(seen.page, ("song.wav", wav(sing(TEXT))))
             heard(seen.page)
+            expect(seen.page.locator(".player .clock")).to_have_text(re.compile(r"^0:00,0 / 0:0\d,\d$"))
+            assert "0,5×" in seen.page.locator(".player .speed select").inner_text()
             seen.shot("vietnamese")
+
+
+# Notes what live regions come to hold; an alert is also told where it comes with its text.
+LISTEN = """() => {
+    window.spoken = [];
+    const note = (node) => {
+        const region = (node.closest ? node : node.parentElement)?.closest("[aria-live], [role=alert]");
+        if (region && region.textContent.trim()) window.spoken.push(region.textContent.trim());
+    };
+    new MutationObserver((changes) => changes.forEach((change) => {
+        note(change.target);
+        change.addedNodes.forEach((node) => node.querySelectorAll?.("[role=alert]").forEach(note));
+    })).observe(document.body, { subtree: true, childList: true, characterData: true });
+}"""
+
+
+def test_the_focus_outlives_the_button_that_held_it(desk: Visit, tone_service: LiveServer) -> None:
+    """WCAG 2.2, success criterion 2.4.3: who works without a mouse does not begin anew at the top."""
+    heading = desk.page.get_by_role("heading", level=1)
+    tone_service.process.send_signal(signal.SIGSTOP)
+    try:
+        drop(desk.page, ("song.wav", wav(sing(TEXT))))
+        desk.page.get_by_role("button", name=ENGLISH["progress.cancel"], exact=True).press("Enter")
+        expect(desk.page.get_by_text(ENGLISH["result.cancelled"])).to_be_visible()
+        expect(heading).to_be_focused()
+    finally:
+        tone_service.process.send_signal(signal.SIGCONT)
+    remove = desk.page.get_by_role("button", name=ENGLISH["result.remove"])
+    remove.press("Enter")
+    expect(remove).to_have_count(0)
+    expect(heading).to_be_focused()
+
+
+def test_each_file_on_its_way_is_heard_by_its_name(desk: Visit, tone_service: LiveServer) -> None:
+    song = wav(sing(TEXT))
+    tone_service.process.send_signal(signal.SIGSTOP)  # held back, or it is done before anybody can look
+    try:
+        drop(desk.page, ("a.wav", song), ("b & <b>.wav", song))
+        for name in ("a.wav", "b & <b>.wav"):
+            expect(desk.page.get_by_role("progressbar", name=name)).to_have_count(1)
+            cancel = desk.page.get_by_role("button", name=ENGLISH["progress.cancel_one"].format(name=name))
+            expect(cancel).to_have_count(1)
+        expect(desk.page.get_by_role("progressbar")).to_have_count(3)  # and one for both together
+        desk.shot("two_on_their_way")
+        cancel.click()
+        expect(desk.page.get_by_role("button", name=ENGLISH["progress.cancel"], exact=True)).to_be_visible()
+    finally:
+        tone_service.process.send_signal(signal.SIGCONT)
+    assert heard(desk.page) == TEXT
+
+
+def test_what_appears_by_itself_is_announced(desk: Visit) -> None:
+    """WCAG 2.2, success criterion 4.1.3."""
+    desk.page.evaluate(LISTEN)
+    one, several = (ENGLISH[key] for key in ("result.ready", "result.ready_of"))
+    for count in (1, 2):  # the same words once more are said once more
+        drop(desk.page, ("song.wav", wav(sing(TEXT))))
+        desk.page.wait_for_function(
+            "([text, count]) => window.spoken.filter((said) => said === text).length === count",
+            arg=[one.format(name="song.wav"), count],
+        )
+    drop(desk.page, *[(f"{text}.wav", wav(sing(text))) for text in ("head", "bad", "cafe")])
+    desk.page.wait_for_function(
+        "(text) => window.spoken.includes(text)", arg=several.format(ready=3, total=3)
+    )
+    drop(desk.page, ("letter.wav", b"Dear Sir, this is text.\n" * 50))
+    desk.page.wait_for_function("() => window.spoken.some((said) => said.includes('letter.wav'))")
+    expect(desk.page.locator(".asr-spoken")).to_have_count(1)

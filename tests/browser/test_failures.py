@@ -73,8 +73,11 @@ def test_a_service_through_its_life(browser: Browser, tones: Path, folder: Path)
             seen.shot("too_large")
         finally:
             live.kill()
+        says(seen.page, "problem.down")  # though nobody touches the page
+        expect(seen.page.get_by_role("button", name=ENGLISH["input.sample"])).to_be_disabled()
         drop(seen.page, ("song.wav", SONG))
-        says(seen.page, "problem.down")
+        failed = seen.page.get_by_test_id("stAlert").filter(has_text="song.wav")
+        expect(failed.filter(has_text=ENGLISH["problem.down"])).to_be_visible()
 
 
 def test_a_busy_service_is_asked_again_when_it_says(browser: Browser, tones: Path, folder: Path) -> None:

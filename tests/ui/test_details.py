@@ -58,4 +58,4 @@ def test_rounding_is_no_overlap() -> None:
 
 def test_units_are_those_of_the_pages_language() -> None:
     shown = rows(stages_html({"decode": 0.004, "inference": 1.5}, 1.504, 1.504, Strings("ru")))
-    assert [cells[0] for cells in shown.values()] == ["4.0 мс", "1.50 с"]
+    assert [cells[0] for cells in shown.values()] == ["4,0 мс", "1,50 с"]

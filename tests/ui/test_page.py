@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta, timezone
@@ -543,6 +544,10 @@ def test_every_language_draws_the_whole_page(opened: Opened, language: str) -> N
     button(page, TABLES[language]["input.sample"]).click().run()
     settle(page)
     assert TABLES[language]["result.title"].format(name=plain("sample.flac")) in texts(page)
+    decimals = [str(metric.value) for metric in page.metric] + [texts(page)]
+    assert any("0.040" in text for text in decimals) is (language == "en"), "the real-time factor"
+    assert any("0,040" in text for text in decimals) is (language != "en")
+    assert re.search(r"\d\.\d", "".join(decimals)) is None or language == "en"
 
 
 def test_another_language_is_spoken_at_once_by_the_box_that_chose_it_too(opened: Opened) -> None:

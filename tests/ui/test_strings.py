@@ -13,6 +13,7 @@ from ui import errors
 from ui.components.player import _STRINGS
 from ui.problems import explain, explain_state
 from ui.strings import NAMES, TABLES, Strings, language_for
+from ui.views.format import count, duration, milliseconds
 from ui.work import State
 
 UI = Path(ui.__file__).parent
@@ -105,3 +106,18 @@ def test_each_failure_is_said(language: str, error: errors.ApiError, key: str, r
 )
 def test_each_state_of_the_service_is_said(state: str, key: str) -> None:
     assert explain_state(state, None, Strings()).title == TABLES["en"][f"problem.{key}"]
+
+
+@pytest.mark.parametrize("language", sorted(NAMES))
+def test_decimals_are_those_of_the_language(language: str) -> None:
+    strings, point = Strings(language), "." if language == "en" else ","
+    shown = {
+        duration(2.5, strings): f"2{point}5 {strings('unit.s')}",
+        milliseconds(1.25, strings): f"1{point}25 {strings('unit.s')}",
+        milliseconds(0.0041, strings): f"4{point}1 {strings('unit.ms')}",
+        count(18_900_000, strings): f"18{point}9 M",
+        count(0.5, strings): f"0{point}5",
+    }
+    assert list(shown) == list(shown.values())
+    limit = explain(errors.status_error(413, {}), strings, max_upload_bytes=5 * 2**19).advice
+    assert f"2{point}5" in limit

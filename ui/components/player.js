@@ -1,12 +1,14 @@
 // The player: sound, picture and words on one clock. Everything it shows comes in `data`, as text, never as HTML.
-// `data`: id, audio_url, duration_s, words [{text, start_s, end_s, confidence}], segments [{text, start_s, end_s,
-// confidence}], picture {peaks (base64 bytes), tiles [url], columns_per_s, columns_per_tile} or null,
-// sure_from, fair_from, strings.
+// `data`: id, language, point, audio_url, duration_s, words [{text, start_s, end_s, confidence}],
+// segments [{text, start_s, end_s, confidence}], picture {peaks (base64 bytes), tiles [url], columns_per_s,
+// columns_per_tile} or null, sure_from, fair_from, strings.
 
 const players = new WeakMap();
+let point = "."; // the decimal sign of the page's language
 
 export default function (component) {
   const { data, parentElement } = component;
+  point = data.point;
   const root = parentElement.querySelector(".player");
   const old = players.get(root);
   if (old && old.id === data.id && old.language === data.language) {
@@ -23,7 +25,7 @@ const clock = (s) => {
   const tenths = Math.max(0, Math.round(s * 10));
   const minutes = Math.floor(tenths / 600);
   const hours = Math.floor(minutes / 60);
-  const rest = ((tenths % 600) / 10).toFixed(1).padStart(4, "0");
+  const rest = ((tenths % 600) / 10).toFixed(1).padStart(4, "0").replace(".", point);
   return hours ? `${hours}:${String(minutes % 60).padStart(2, "0")}:${rest}` : `${minutes}:${rest}`;
 };
 
@@ -88,7 +90,7 @@ class Player {
     this.$(".told").textContent = "";
     const select = this.$(".speed select");
     select.replaceChildren(
-      ...[0.5, 0.75, 1, 1.25, 1.5, 2].map((rate) => new Option(`${rate}×`, rate, rate === 1, rate === 1)),
+      ...[0.5, 0.75, 1, 1.25, 1.5, 2].map((rate) => new Option(`${rate}×`.replace(".", point), rate, rate === 1, rate === 1)),
     );
   }
 

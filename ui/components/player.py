@@ -39,6 +39,7 @@ def player(
     data: dict[str, Any] = {
         "id": key,
         "language": strings.language,
+        "point": strings("unit.point"),
         "language_code": transcript.language,
         "audio_url": _media_url(sound.data, sound.media_type, f"{key}.sound"),
         "duration_s": transcript.duration_s,

@@ -6,6 +6,7 @@ STRINGS: dict[str, str] = {
     "page.language": "Language of this page",
     "tab.transcribe": "Transcribe",
     "tab.overview": "Overview",
+    "unit.point": ".",
     "unit.s": "s",
     "unit.ms": "ms",
     # input
@@ -32,11 +33,14 @@ STRINGS: dict[str, str] = {
     "progress.heard": "{heard} of {total} heard",
     "progress.retry": "the service is busy; asking again in {seconds} s",
     "progress.cancel": "Cancel",
+    "progress.cancel_one": "Cancel {name}",
     "progress.cancel_all": "Cancel everything",
     # result
     "result.choose": "File",
     "result.show": "{name}: {state} – show it",
     "result.failed": "{failed} of {total} files failed: {names}",
+    "result.ready": "Transcript of {name} is ready.",
+    "result.ready_of": "{ready} of {total} transcripts are ready.",
     "result.title": "Transcript of {name}",
     "result.summary": "{duration} of sound in {seconds} s · {model} · {language}",
     "result.cancelled": "Cancelled.",

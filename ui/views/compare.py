@@ -30,7 +30,7 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
             st.warning(strings("compare.too_long"))
             return
         rate = error_rate(steps)
-        st.metric(strings("compare.wer"), f"{rate.rate * 100:.1f} %")
+        st.metric(strings("compare.wer"), f"{strings.number(rate.rate * 100, '.1f')} %")
         st.markdown(
             strings(
                 "compare.errors",

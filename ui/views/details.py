@@ -27,9 +27,8 @@ def render(session: Session, task: Task, transcript: Transcript) -> None:
         waited, service, factor, confidence = st.columns(4, vertical_alignment="bottom")
         waited.metric(strings("details.total"), milliseconds(task.elapsed_s, strings))
         service.metric(strings("details.service"), milliseconds(transcript.processing_s, strings))
-        factor.metric(
-            strings("details.rtf"), f"{transcript.real_time_factor:.3f}", help=strings("details.rtf_help")
-        )
+        speed = strings.number(transcript.real_time_factor, ".3f")
+        factor.metric(strings("details.rtf"), speed, help=strings("details.rtf_help"))
         sure = "–" if transcript.confidence is None else percent(transcript.confidence)
         confidence.metric(strings("details.confidence"), sure)
         if transcript.stages_s:

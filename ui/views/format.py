@@ -17,14 +17,14 @@ def clock(seconds: float) -> str:
 
 def duration(seconds: float, strings: Strings) -> str:
     """Seconds under a minute with one decimal, else a clock."""
-    return f"{seconds:.1f} {strings('unit.s')}" if seconds < 60 else clock(seconds)
+    return f"{strings.number(seconds, '.1f')} {strings('unit.s')}" if seconds < 60 else clock(seconds)
 
 
 def milliseconds(seconds: float, strings: Strings) -> str:
     """A stage's time: ``0.4 ms``, ``37 ms``, ``1.20 s``."""
     if seconds >= 1:
-        return f"{seconds:.2f} {strings('unit.s')}"
-    return f"{seconds * 1000:.{1 if seconds < 0.01 else 0}f} {strings('unit.ms')}"
+        return f"{strings.number(seconds, '.2f')} {strings('unit.s')}"
+    return f"{strings.number(seconds * 1000, '.1f' if seconds < 0.01 else '.0f')} {strings('unit.ms')}"
 
 
 def percent(share: float) -> str:
@@ -32,12 +32,12 @@ def percent(share: float) -> str:
     return f"{share * 100:.0f} %"
 
 
-def count(number: float) -> str:
+def count(number: float, strings: Strings) -> str:
     """A large count with a unit: ``18.9 M``."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
-            return f"{number / limit:.3g} {unit}"
-    return f"{number:g}"
+            return f"{strings.number(number / limit, '.3g')} {unit}"
+    return strings.number(number, "g")
 
 
 def shortened(name: str) -> str:

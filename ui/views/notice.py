@@ -1,4 +1,4 @@
-"""The notice on top while the service cannot be used. It looks again by itself."""
+"""The notice on top while the service cannot be used, and the looks that bring it and take it away."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ui.service import Service
 from ui.session import Session
 
 LOOK_EVERY_S = 2.0
+IDLE_LOOK_EVERY_S = 15.0
 
 
 def render(session: Session, service: Service) -> None:
@@ -16,11 +17,19 @@ def render(session: Session, service: Service) -> None:
     problem = explain_state(service.state, service.problem, session.strings)
     show = st.error if service.state in ("down", "failed") else st.warning
     show(f"**{problem.title}** {problem.advice}", icon=":material/cloud_off:")
-    _watch(session, service)
+    _watching(LOOK_EVERY_S, session, service)
 
 
-@st.fragment(run_every=LOOK_EVERY_S)
-def _watch(session: Session, shown: Service) -> None:
-    now = session.look_at_service(max_age_s=LOOK_EVERY_S / 2)
+def watch(session: Session, service: Service) -> None:
+    """Notice on a page that nobody touches that a usable service has gone."""
+    _watching(IDLE_LOOK_EVERY_S, session, service)
+
+
+def _watching(every_s: float, session: Session, shown: Service) -> None:
+    st.fragment(_watch, run_every=every_s)(session, shown, every_s / 2)
+
+
+def _watch(session: Session, shown: Service, max_age_s: float) -> None:
+    now = session.look_at_service(max_age_s=max_age_s)
     if (now.state, type(now.problem)) != (shown.state, type(shown.problem)):
         st.rerun()

@@ -46,6 +46,7 @@ def render(session: Session, service: Service) -> Options:
         offer = task is not None and _differs(session, task, options)
         if task is not None and offer and st.button(strings("options.again"), icon=":material/replay:"):
             session.await_(session.work.again(task, options))
+            session.vanished += 1
             st.rerun()
     return options
 

@@ -56,11 +56,11 @@ def _now(session: Session, drawn: Service) -> None:
     known = {"ready", "starting", "draining", "down", "access", "late"}
     first.metric(strings("overview.state"), strings(f"overview.{state}") if state in known else state)
     second.metric(strings("overview.queue"), _queue(load, strings), help=strings("overview.queue_help"))
-    third.metric(strings("overview.inflight"), _number(load.inflight))
+    third.metric(strings("overview.inflight"), _number(load.inflight, strings))
     fourth.metric(strings("overview.busy"), "–" if load.worker_busy is None else percent(load.worker_busy))
     first, second, third, _ = st.columns(4, vertical_alignment="bottom")
-    first.metric(strings("overview.requests"), _number(load.requests))
-    second.metric(strings("overview.rejections"), _number(load.rejections))
+    first.metric(strings("overview.requests"), _number(load.requests, strings))
+    second.metric(strings("overview.rejections"), _number(load.rejections, strings))
     speed = load.audio_computed_s / load.compute_s if load.audio_computed_s and load.compute_s else None
     third.metric(
         strings("overview.speed"),
@@ -91,8 +91,8 @@ def _queue(load: Load, strings: Strings) -> str:
     return f"{load.queue_audio_s:.0f}{limit} {strings('unit.s')}"
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else count(value)
+def _number(value: float | None, strings: Strings) -> str:
+    return "–" if value is None else count(value, strings)
 
 
 def _models(models: Sequence[Model], strings: Strings) -> str:
@@ -106,16 +106,16 @@ def _models(models: Sequence[Model], strings: Strings) -> str:
             [
                 model.name + default,
                 ", ".join(language_name(code) for code in model.languages),
-                count(parameters) if isinstance(parameters, int | float) else "–",
+                count(parameters, strings) if isinstance(parameters, int | float) else "–",
                 str(details.get("graph") or "–"),
                 str(details.get("provider") or "–"),
-                _evaluations(details.get("evaluation")),
+                _evaluations(details.get("evaluation"), strings),
             ]
         )
     return _table([strings(f"overview.{key}") for key in head], rows)
 
 
-def _evaluations(value: Any) -> str:
+def _evaluations(value: Any, strings: Strings) -> str:
     """A line for each way of decoding: a model with a language model is measured with it and without.
 
     Lines break between the test sets, not inside of a rate.
@@ -124,7 +124,8 @@ def _evaluations(value: Any) -> str:
     for entry in value if isinstance(value, list) else []:
         if isinstance(entry, dict) and isinstance(entry.get("wer"), int | float) and "test_set" in entry:
             rates = ways.setdefault(str(entry.get("decoding") or ""), [])
-            rates.append(f"{entry['test_set']}\N{NO-BREAK SPACE}{entry['wer'] * 100:.1f}\N{NO-BREAK SPACE}%")
+            rate = strings.number(entry["wer"] * 100, ".1f")
+            rates.append(f"{entry['test_set']}\N{NO-BREAK SPACE}{rate}\N{NO-BREAK SPACE}%")
     texts = [f"{way}: {', '.join(rates)}" if way else ", ".join(rates) for way, rates in ways.items()]
     return "\n".join(texts) or "–"
 
@@ -143,7 +144,7 @@ def _recent(tasks: Sequence[Task], strings: Strings, zone: tzinfo | None) -> str
                 task.name,
                 strings(f"state.{task.state}") + (f": {short}" if short else ""),
                 "–" if task.duration_s is None else duration(task.duration_s, strings),
-                f"{transcript.real_time_factor:.3f}" if transcript else "–",
+                strings.number(transcript.real_time_factor, ".3f") if transcript else "–",
                 (transcript.request_id or transcript.id)
                 if transcript
                 else getattr(task.error, "request_id", "") or "–",

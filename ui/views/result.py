@@ -68,12 +68,17 @@ def _choose(session: Session, tasks: list[Task]) -> Task:
     st.session_state[key] = shown.id
     labels = _labels(session.work.tasks, strings)
     _failures(session.work.tasks, strings)
+
+    def show(task: Task) -> None:
+        session.show(task)
+        session.vanished += 1
+
     if (news := _news(session, tasks)) is not None:
         st.button(
             strings("result.show", name=plain(shortened(news.name)), state=strings(f"state.{news.state}")),
             icon=":material/visibility:",
             key="show",
-            on_click=session.show,
+            on_click=show,
             args=(news,),
         )
 
@@ -124,7 +129,7 @@ def _transcript(session: Session, task: Task, transcript: Transcript) -> None:
         strings(
             "result.summary",
             duration=duration(transcript.duration_s, strings),
-            seconds=f"{task.elapsed_s:.2f}",
+            seconds=strings.number(task.elapsed_s, ".2f"),
             model=transcript.model,
             language=language_name(transcript.language) if transcript.language else "–",
         )
@@ -178,6 +183,7 @@ def _again(session: Session, task: Task) -> None:
         return
     if st.button(session.strings("problem.retry"), icon=":material/replay:", key=f"again.{task.id}"):
         session.await_(session.work.again(task, session.options))
+        session.vanished += 1
         st.rerun()
 
 
@@ -187,6 +193,7 @@ def _leave(session: Session, task: Task) -> None:
     with one:
         if st.button(strings("result.remove"), icon=":material/delete:", key=f"remove.{task.id}"):
             session.work.remove(task)
+            session.vanished += 1
             st.rerun()
     with every:
         tasks = list(session.work.tasks)
@@ -197,4 +204,5 @@ def _leave(session: Session, task: Task) -> None:
             if st.button(strings("result.clear_yes", count=len(tasks)), type="primary", key="clear"):
                 for other in tasks:
                     session.work.remove(other)
+                session.vanished += 1
                 st.rerun()
