@@ -51,12 +51,18 @@ sed 's#/etc/alertmanager/secrets/#/etc/alertmanager/secrets/alertmanager-receive
   kubectl create secret generic asr-alertmanager --namespace monitoring --from-file=alertmanager.yaml=/dev/stdin \
     --dry-run=client --output=yaml | apply_stdin
 
+is_pending() { # RELEASE NAMESPACE
+  local found
+  [ "$DRY_RUN" = 0 ] || return
+  found=$(helm list --pending --short --filter "^$1\$" --namespace "$2" "${cluster[@]}") || fail "Helm does not say what it is doing"
+  [ -n "$found" ]
+}
 chart() { # RELEASE NAMESPACE CHART REPOSITORY VERSION VALUES [HELM_ARGUMENTS...]
   local release=$1 namespace=$2 chart=$3 repository=$4 version=$5 values=$6
   shift 6
   say "$release $version"
   # A run that was killed leaves the release pending, and Helm then refuses every upgrade.
-  if [ "$DRY_RUN" = 0 ] && [ -n "$(helm list --pending --short --filter "^$release\$" --namespace "$namespace" "${cluster[@]}")" ]; then
+  if is_pending "$release" "$namespace"; then
     note "$release: an earlier run was interrupted; back to what was there before"
     helm rollback "$release" --namespace "$namespace" "${helm_arguments[@]}" "${cluster[@]}" ||
       helm uninstall "$release" --namespace "$namespace" "${helm_arguments[@]}" "${cluster[@]}"
@@ -65,7 +71,7 @@ chart() { # RELEASE NAMESPACE CHART REPOSITORY VERSION VALUES [HELM_ARGUMENTS...
     --namespace "$namespace" --values "$values" "${helm_arguments[@]}" "${cluster[@]}" "$@"
 }
 # DigitalOcean brings no metrics API, and without one the autoscalers never see a pod's CPU. One that is there is kept.
-if exists apiservice v1beta1.metrics.k8s.io && ! helm status metrics-server --namespace monitoring "${cluster[@]}" >/dev/null 2>&1; then
+if exists apiservice v1beta1.metrics.k8s.io && ! has_release metrics-server monitoring; then
   say "metrics-server"
   note "the cluster has a metrics API already, which is kept"
 else

@@ -12,7 +12,7 @@ usage: k8s/setup.sh [options]
 Authenticates, makes the cluster with Terraform, fetches the kubeconfig, applies an overlay, waits for the
 rollout and prints the addresses.
 
-  --overlay NAME       overlay under k8s/overlays (default: production), or a path
+  --overlay NAME       overlay under k8s/overlays (default: production), or a folder
   --registry PREFIX    where the images are, for example registry.digitalocean.com/my-asr
   --tag TAG            tag of both images (default: the overlay's)
   --kubeconfig FILE    use this cluster and skip Terraform and DigitalOcean altogether
@@ -40,10 +40,9 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ -z "$KUBECONFIG_FILE" ] || terraform=0
-path=$overlay
-[ -d "$path" ] || path=k8s/overlays/$overlay
+path=k8s/overlays/$overlay
+[ -d "$path" ] || path=$(from_caller "$overlay")
 [ -f "$path/kustomization.yaml" ] || fail "there is no overlay $overlay (have: $(find k8s/overlays -mindepth 1 -maxdepth 1 -type d -printf '%f '))"
-[[ $timeout_s =~ ^[0-9]+$ ]] || fail "--timeout needs whole seconds, not $timeout_s"
 
 say "Tools"
 if [ -n "$KUBECONFIG_FILE" ]; then
@@ -93,10 +92,7 @@ if [ "$terraform" = 1 ]; then
       "balancer's address, with a registry its images. Put region, node_size, registry_name and registry_region back." \
       "Other nodes: a second pool (inference_pool). Another region or registry: k8s/teardown.sh first."
   fi
-  if [ "$yes" = 0 ] && [ "$DRY_RUN" = 0 ]; then
-    read -r -p "   Apply this plan? It costs money. [y/N] " answer
-    [[ $answer == [yY] ]] || fail "nothing was changed"
-  fi
+  [ "$yes" = 1 ] || [ "$DRY_RUN" = 1 ] || ask "Apply this plan? It costs money."
   run terraform -chdir=terraform apply -input=false "$plan"
 fi
 

@@ -41,8 +41,7 @@ require_tools "${tools[@]}"
 if [ "$yes" = 0 ] && [ "$DRY_RUN" = 0 ]; then
   what=${only:-the application and monitoring with its data}
   [ "$terraform" = 0 ] || what+=', and what Terraform made: the cluster, the registry with its images'
-  read -r -p "   Delete $what? [y/N] " answer
-  [[ $answer == [yY] ]] || fail "nothing was changed"
+  ask "Delete $what?"
 fi
 if [ -z "$KUBECONFIG_FILE" ]; then
   authenticate
@@ -62,7 +61,7 @@ if [ -z "$KUBECONFIG_FILE" ]; then
 fi
 delete_namespace() { run kube delete namespace "$1" --ignore-not-found --timeout="${timeout_s}s"; }
 uninstall() { # RELEASE NAMESPACE
-  if [ "$DRY_RUN" = 1 ] || helm status "$1" --namespace "$2" ${KUBECONFIG_FILE:+--kubeconfig "$KUBECONFIG_FILE"} >/dev/null 2>&1; then
+  if [ "$DRY_RUN" = 1 ] || has_release "$1" "$2"; then
     run helm uninstall "$1" --namespace "$2" ${KUBECONFIG_FILE:+--kubeconfig "$KUBECONFIG_FILE"} --wait --timeout "${timeout_s}s"
   fi
 }

@@ -19,8 +19,12 @@ echo "${0##*/} $*" >>"$WORLD/calls"
 line="$*"
 """
 TERRAFORM = """case $line in
-  *'output -raw kubeconfig_path'*) [ -e "$WORLD/outputs" ] || exit 1; printf %s "$WORLD/kubeconfig" ;;
-  *'output -raw cluster_id'*) [ -e "$WORLD/outputs" ] || exit 1; printf the-cluster ;;
+  *' output '*) [ ! -e "$WORLD/backend-away" ] || { echo 'Error: no backend' >&2; exit 1; } ;;&
+  *'output -json'*)
+    [ ! -e "$WORLD/outputs" ] || what='"cluster_id": {}, "kubeconfig_path": {}'
+    echo "{$what}" ;;
+  *'output -raw kubeconfig_path'*) printf %s "$WORLD/kubeconfig" ;;
+  *'output -raw cluster_id'*) printf the-cluster ;;
   *'state pull'*) cat "$WORLD/state" 2>/dev/null || true ;;
   *'show -json'*) cat "$WORLD/plan" 2>/dev/null || echo '{"format_version":"1.2"}' ;;
 esac
@@ -39,16 +43,19 @@ esac
 [ "$(cat "$WORLD/kubeconfig")" = fresh ] || { echo 'error: You must be logged in to the server' >&2; exit 1; }
 case $line in
   *'apply -f -'*) cat >/dev/null ;;
-  *'get secret'*) exit 1 ;;
+  *' get '*) [ ! -e "$WORLD/server-away" ] || { echo 'no route to host' >&2; exit 1; } ;;&
   *'create -f -'*) cat >/dev/null ;;
-  *'get apiservice'*) [ -e "$WORLD/metrics-api" ] || exit 1 ;;
+  *'get apiservice'*) [ ! -e "$WORLD/metrics-api" ] || echo apiservice ;;
 esac
 """
 HELM = """case $1 in
-  status) [ -e "$WORLD/release-$2" ] || exit 1 ;;
-  list) for word; do name=${word//[^a-z-]/}; [ ! -e "$WORLD/pending-$name" ] || echo "$name"; done ;;
+  list)
+    [ ! -e "$WORLD/server-away" ] || { echo 'no route to host' >&2; exit 1; }
+    [[ $line =~ --filter\\ \\^([a-z-]+) ]]; name=${BASH_REMATCH[1]}
+    [ ! -e "$WORLD/pending-$name" ] || { echo "$name"; exit 0; }
+    [[ $line != *--deployed* ]] || [ ! -e "$WORLD/release-$name" ] || echo "$name" ;;
   rollback) [ -e "$WORLD/release-$2" ] || exit 1; rm "$WORLD/pending-$2" ;;
-  uninstall) rm "$WORLD/pending-$2" ;;
+  uninstall) rm -f "$WORLD/pending-$2" "$WORLD/release-$2" ;;
   upgrade) [ ! -e "$WORLD/pending-$3" ] || { echo 'another operation is in progress' >&2; exit 1; } ;;
 esac
 """
@@ -77,10 +84,12 @@ class World:
         (self.folder / "state").write_text('"mode": "managed", "type": "digitalocean_kubernetes_cluster"')
         self.kubeconfig.write_text(kubeconfig)
 
-    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, script: str, *arguments: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [self.folder / "k8s" / script, *arguments],
-            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, cwd=cwd,
             env={
                 **{key: value for key, value in os.environ.items() if not key.startswith("TF_")},
                 "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "WORLD": str(self.folder),
@@ -89,7 +98,9 @@ class World:
         )  # fmt: skip
 
     def calls(self, start: str) -> list[str]:
-        return [line for line in (self.folder / "calls").read_text().splitlines() if line.startswith(start)]
+        made = self.folder / "calls"
+        lines = made.read_text().splitlines() if made.exists() else []
+        return [line for line in lines if line.startswith(start)]
 
 
 @pytest.fixture
@@ -296,3 +307,64 @@ def test_the_autoscalers_get_a_metrics_api_where_the_cluster_has_none(
     assert done.returncode == 0, done.stderr
     assert bool(world.calls("helm upgrade --install metrics-server")) == installed
     assert len(world.calls("helm upgrade")) == 3 + installed
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("teardown.sh", ()), ("setup.sh", ("--registry", "r.example"))]
+)
+def test_without_a_terminal_it_says_how_not_to_be_asked(
+    world: World, script: str, arguments: tuple[str, ...]
+) -> None:
+    world.has_cluster()
+    done = world.run(script, *arguments)
+    assert done.returncode == 1
+    assert "no terminal to ask on; use --yes" in done.stderr
+    assert not world.calls("terraform -chdir=terraform apply")
+    assert not world.calls("terraform -chdir=terraform destroy")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("teardown.sh", ("--yes",)), ("setup.sh", ("--skip-terraform",))]
+)
+def test_a_state_that_cannot_be_read_is_no_missing_cluster(
+    world: World, script: str, arguments: tuple[str, ...]
+) -> None:
+    """Destroyed before its Services and volumes, a cluster leaves what goes on costing money."""
+    world.has_cluster()
+    (world.folder / "backend-away").touch()
+    done = world.run(script, *arguments)
+    assert done.returncode == 1
+    assert "Error: no backend" in done.stderr
+    assert "no cluster yet" not in done.stderr
+    assert not world.calls("terraform -chdir=terraform destroy")
+
+
+@pytest.mark.parametrize(
+    ("script", "asked"),
+    [("teardown.sh", "release"), ("setup.sh", "secret"), ("monitoring-setup.sh", "secret")],
+)
+def test_a_server_that_does_not_answer_has_not_said_no(world: World, script: str, asked: str) -> None:
+    """Taken for "not there", a release would be left to be deleted with its namespace, pods and all."""
+    world.has_cluster()
+    (world.folder / "server-away").touch()
+    only = ("--only", "monitoring", "--yes") if script == "teardown.sh" else ()
+    done = world.run(script, "--kubeconfig", str(world.kubeconfig), *only)
+    assert done.returncode == 1
+    assert "does not say" in done.stderr
+    assert asked in done.stderr
+    assert not world.calls("kubectl create")
+    assert not [call for call in world.calls("kubectl") if " delete " in call]
+
+
+def test_relative_paths_are_those_of_the_caller(world: World) -> None:
+    world.has_cluster()
+    folder = world.folder / "elsewhere"
+    shutil.copytree(world.folder / "k8s/overlays/dev", folder / "mine")
+    world.kubeconfig.rename(folder / "config")
+    world.kubeconfig.write_text("fresh")
+    done = world.run("setup.sh", "--kubeconfig", "config", "--overlay", "mine", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert [call for call in world.calls("kubectl") if f"--kubeconfig {folder}/config " in call]
+    assert f"- {os.path.relpath(folder / 'mine', world.folder / 'build/k8s-render')}" in (
+        world.folder / "build/k8s-render/kustomization.yaml"
+    ).read_text().replace("  - ", "- ")
