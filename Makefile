@@ -203,11 +203,11 @@ forget-images: # of VERSION, unless it is deployed here or would be gone back to
 scale-compose: ## more or fewer replicas of the version that runs; REPLICAS=5
 	docker/deploy.sh scale
 
-deploy-k8s: ## this version to the cluster of KUBECONFIG
+deploy-k8s: ## this version to the cluster of KUBECONFIG, or else Terraform's
 	k8s/setup.sh --overlay $(OVERLAY) --tag $(VERSION) $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(KUBECONFIG),--kubeconfig '$(KUBECONFIG)',--skip-terraform)
 rollback-k8s: ## what the last deploy-k8s changed, back to the revisions before it
 	k8s/rollback.sh $(if $(KUBECONFIG),--kubeconfig '$(KUBECONFIG)')
-monitoring-k8s: ## Prometheus, Grafana and Jaeger on the cluster of KUBECONFIG
+monitoring-k8s: ## Prometheus, Grafana and Jaeger on the cluster of KUBECONFIG, or else Terraform's
 	k8s/monitoring-setup.sh $(if $(KUBECONFIG),--kubeconfig '$(KUBECONFIG)')
 
 smoke: ## ask for a transcription, and for the page, where .env publishes them; URL=http://... asks that service

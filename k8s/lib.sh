@@ -81,6 +81,38 @@ kube() {
   if [ -n "$KUBECONFIG_FILE" ]; then kubectl --kubeconfig "$KUBECONFIG_FILE" "$@"; else kubectl "$@"; fi
 }
 
+# name_cluster: say which cluster the next steps are about, before they are taken; sets server to its address.
+name_cluster() {
+  [ "$DRY_RUN" = 0 ] || return 0
+  server=$(kube config view --minify --output=jsonpath='{.clusters[0].cluster.server}') || server=''
+  [ -n "$server" ] || fail "${KUBECONFIG_FILE:-the configuration of kubectl} names no cluster"
+  note "cluster: $server (${KUBECONFIG_FILE:-the current context of kubectl})"
+}
+
+# What is ours on a cluster bears this label: namespaces by k8s/namespaces, Helm's releases by monitoring-setup.sh.
+OURS=app.kubernetes.io/part-of=asr
+
+# foreign_namespace NAME: is it there without our label? Never true in a dry run.
+foreign_namespace() {
+  local found
+  [ "$DRY_RUN" = 0 ] || return
+  found=$(kube get namespace "$1" --ignore-not-found --output=jsonpath='{.metadata.name}={.metadata.labels.app\.kubernetes\.io/part-of}') ||
+    fail "the cluster does not say whether it has the namespace $1"
+  [ -n "$found" ] && [ "$found" != "$1=asr" ]
+}
+
+# apply_namespaces: make them; one of somebody else's is not taken over, because teardown.sh would delete it.
+apply_namespaces() {
+  local name
+  for name in asr-system monitoring observability; do
+    if foreign_namespace "$name"; then
+      fail "$server has a namespace $name that is not this project's (no label $OURS); nothing in it was changed." \
+        "If it may be taken over, and deleted by k8s/teardown.sh: kubectl label namespace $name $OURS"
+    fi
+  done
+  kubectl kustomize k8s/namespaces | apply_stdin
+}
+
 # Does it exist? Never true in a dry run, which does not ask the cluster. A cluster that does not answer is no "no".
 exists() {
   local found
@@ -140,6 +172,9 @@ make_secret() {
     "$(for pair in "$@"; do printf '  %s: %s\n' "${pair%%=*}" "$(printf '%s' "${pair#*=}" | base64 | tr -d '\n')"; done)" |
     kube create -f -
 }
+
+# foreign_release NAME NAMESPACE: is it there without our label?
+foreign_release() { has_release "$1" "$2" && ! has_release "$1" "$2" --selector "$OURS"; }
 
 # terraform_kubeconfig: set KUBECONFIG_FILE to what Terraform wrote; false where it has no cluster. Its credentials end
 # after seven days and Terraform renews them only when it applies, so a file that is refused is fetched again.

@@ -16,7 +16,7 @@ Installs kube-prometheus-stack, prometheus-adapter and, where the cluster has no
 `monitoring` and Jaeger into `observability`, with the values in k8s/monitoring, then the rules, alerts and
 dashboards generated from monitoring/.
 
-  --kubeconfig FILE      the cluster (default: kubectl's own)
+  --kubeconfig FILE      use this cluster (default: ask Terraform's state, as setup.sh does)
   --storage-class NAME   of Prometheus's volume (default: do-block-storage)
   --timeout SECONDS      for each chart (default: 600)
   --dry-run              show every step, change nothing, contact nothing
@@ -24,6 +24,8 @@ dashboards generated from monitoring/.
 
 Alert receivers: create the secret monitoring/alertmanager-receivers with the files pagerduty_routing_key and
 slack_webhook_url first; without it an empty one is made and alerts show on the pages only.
+
+environment: DIGITALOCEAN_TOKEN, where there is no --kubeconfig
 EOF
 }
 
@@ -36,14 +38,31 @@ while [ $# -gt 0 ]; do
 done
 
 say "Tools"
-require_tools kubectl helm
-[ "$DRY_RUN" = 1 ] || [ -z "$KUBECONFIG_FILE" ] || [ -r "$KUBECONFIG_FILE" ] || fail "cannot read $KUBECONFIG_FILE"
+if [ -n "$KUBECONFIG_FILE" ]; then
+  require_tools kubectl helm
+  [ "$DRY_RUN" = 1 ] || [ -r "$KUBECONFIG_FILE" ] || fail "cannot read $KUBECONFIG_FILE"
+else
+  require_tools terraform doctl kubectl helm
+  authenticate
+  if [ "$DRY_RUN" = 1 ]; then
+    note "[dry-run] terraform -chdir=terraform output -raw kubeconfig_path"
+  else
+    terraform_kubeconfig || fail "Terraform has no cluster; name one with --kubeconfig"
+  fi
+fi
+say "Cluster"
+name_cluster
 [ "$DRY_RUN" = 1 ] || kube version --output=yaml >/dev/null || fail "the API server does not answer"
 cluster=() helm_arguments=(--wait --timeout "${timeout_s}s")
 [ -z "$KUBECONFIG_FILE" ] || cluster=(--kubeconfig "$KUBECONFIG_FILE")
+for each in metrics-server/monitoring kube-prometheus-stack/monitoring prometheus-adapter/monitoring jaeger/observability; do
+  if foreign_release "${each%/*}" "${each#*/}"; then
+    fail "$server has a release ${each%/*} in ${each#*/} that is not this project's (no label $OURS); nothing was changed"
+  fi
+done
 
 say "Namespaces and secrets"
-kubectl kustomize k8s/namespaces | apply_stdin
+apply_namespaces
 make_secret monitoring grafana-admin "admin-user=operator" "admin-password=$(random_secret)"
 make_secret monitoring alertmanager-receivers "pagerduty_routing_key=" "slack_webhook_url="
 # The operator mounts the receivers' secret one folder deeper than Compose does.
@@ -68,7 +87,7 @@ chart() { # RELEASE NAMESPACE CHART REPOSITORY VERSION VALUES [HELM_ARGUMENTS...
       helm uninstall "$release" --namespace "$namespace" "${helm_arguments[@]}" "${cluster[@]}"
   fi
   run helm upgrade --install "$release" "$chart" --repo "$repository" --version "$version" \
-    --namespace "$namespace" --values "$values" "${helm_arguments[@]}" "${cluster[@]}" "$@"
+    --namespace "$namespace" --labels "$OURS" --values "$values" "${helm_arguments[@]}" "${cluster[@]}" "$@"
 }
 # DigitalOcean brings no metrics API, and without one the autoscalers never see a pod's CPU. One that is there is kept.
 if exists apiservice v1beta1.metrics.k8s.io && ! has_release metrics-server monitoring; then

@@ -96,19 +96,20 @@ if [ "$terraform" = 1 ]; then
   run terraform -chdir=terraform apply -input=false "$plan"
 fi
 
-if [ -z "$KUBECONFIG_FILE" ]; then
-  say "Kubeconfig"
-  if [ "$DRY_RUN" = 1 ]; then
-    note "[dry-run] terraform -chdir=terraform output -raw kubeconfig_path"
-  else
-    terraform_kubeconfig || fail "Terraform has no cluster yet; run without --skip-terraform"
-    note "export KUBECONFIG=$(realpath "$KUBECONFIG_FILE")"
-  fi
+say "Kubeconfig"
+if [ -n "$KUBECONFIG_FILE" ]; then
+  note "$KUBECONFIG_FILE"
+elif [ "$DRY_RUN" = 1 ]; then
+  note "[dry-run] terraform -chdir=terraform output -raw kubeconfig_path"
+else
+  terraform_kubeconfig || fail "Terraform has no cluster yet; run without --skip-terraform"
+  note "export KUBECONFIG=$(realpath "$KUBECONFIG_FILE")"
 fi
+name_cluster
 [ "$DRY_RUN" = 1 ] || kube version --output=yaml >/dev/null || fail "the API server does not answer"
 
 say "Namespaces and secrets"
-kubectl kustomize k8s/namespaces | apply_stdin
+apply_namespaces
 key=$(random_secret)
 make_secret asr-system asr-api-keys "keys=operator:$key" "ui-key=$key"
 note "the API key: kubectl -n asr-system get secret asr-api-keys -o jsonpath='{.data.ui-key}' | base64 -d"

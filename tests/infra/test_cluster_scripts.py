@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -42,6 +43,10 @@ KUBECTL = """case $line in
 esac
 [ "$(cat "$WORLD/kubeconfig")" = fresh ] || { echo 'error: You must be logged in to the server' >&2; exit 1; }
 case $line in
+  *'config view'*) echo https://api.example ;;
+  *'get namespace '*)
+    name=${line##*get namespace } name=${name%% *}
+    cat "$WORLD/namespace-$name" 2>/dev/null; exit 0 ;;
   *'apply -f -'*) cat >/dev/null ;;
   *' get '*) [ ! -e "$WORLD/server-away" ] || { echo 'no route to host' >&2; exit 1; } ;;&
   *'create -f -'*) cat >/dev/null ;;
@@ -52,6 +57,7 @@ HELM = """case $1 in
   list)
     [ ! -e "$WORLD/server-away" ] || { echo 'no route to host' >&2; exit 1; }
     [[ $line =~ --filter\\ \\^([a-z-]+) ]]; name=${BASH_REMATCH[1]}
+    [[ $line != *'--selector app.kubernetes.io/part-of=asr'* ]] || [ ! -e "$WORLD/foreign-$name" ] || exit 0
     [ ! -e "$WORLD/pending-$name" ] || { echo "$name"; exit 0; }
     [[ $line != *--deployed* ]] || [ ! -e "$WORLD/release-$name" ] || echo "$name" ;;
   rollback) [ -e "$WORLD/release-$2" ] || exit 1; rm "$WORLD/pending-$2" ;;
@@ -85,11 +91,11 @@ class World:
         self.kubeconfig.write_text(kubeconfig)
 
     def run(
-        self, script: str, *arguments: str, cwd: Path | None = None, **environment: str
+        self, script: str, *arguments: str, cwd: Path | None = None, answer: str = "", **environment: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [self.folder / "k8s" / script, *arguments],
-            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, cwd=cwd,
+            capture_output=True, text=True, check=False, input=answer, cwd=cwd,
             env={
                 **{key: value for key, value in os.environ.items() if not key.startswith("TF_")},
                 "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "WORLD": str(self.folder),
@@ -341,7 +347,7 @@ def test_a_state_that_cannot_be_read_is_no_missing_cluster(
 
 @pytest.mark.parametrize(
     ("script", "asked"),
-    [("teardown.sh", "release"), ("setup.sh", "secret"), ("monitoring-setup.sh", "secret")],
+    [("teardown.sh", "release"), ("setup.sh", "secret"), ("monitoring-setup.sh", "release")],
 )
 def test_a_server_that_does_not_answer_has_not_said_no(world: World, script: str, asked: str) -> None:
     """Taken for "not there", a release would be left to be deleted with its namespace, pods and all."""
@@ -368,3 +374,78 @@ def test_relative_paths_are_those_of_the_caller(world: World) -> None:
     assert f"- {os.path.relpath(folder / 'mine', world.folder / 'build/k8s-render')}" in (
         world.folder / "build/k8s-render/kustomization.yaml"
     ).read_text().replace("  - ", "- ")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("setup.sh", ("--skip-terraform",)), ("monitoring-setup.sh", ()), ("teardown.sh", ("--yes",)),
+        ("teardown.sh", ("--yes", "--only", "app")),
+    ],
+)  # fmt: skip
+def test_every_script_asks_the_cluster_of_terraform_and_names_it(
+    world: World, script: str, arguments: tuple[str, ...]
+) -> None:
+    """Not whichever kubectl's context happens to be at."""
+    world.has_cluster()
+    done = world.run(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"cluster: https://api.example ({world.kubeconfig})" in done.stdout
+    asking = [
+        call for call in world.calls("kubectl") if not re.match("kubectl (kustomize|create|label|anno)", call)
+    ]
+    assert asking
+    assert all(f"--kubeconfig {world.kubeconfig} " in call for call in asking)
+    assert all(f"--kubeconfig {world.kubeconfig}" in call for call in world.calls("helm"))
+
+
+def test_a_question_names_the_cluster(world: World) -> None:
+    world.has_cluster()
+    done = world.run("teardown.sh", answer="y\n")
+    assert done.returncode == 0, done.stderr
+    assert "cluster: https://api.example" in done.stdout
+    assert world.calls("terraform -chdir=terraform destroy")
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "monitoring-setup.sh"])
+@pytest.mark.parametrize("name", ["asr-system", "monitoring", "observability"])
+def test_a_namespace_of_somebody_else_is_not_taken_over(world: World, script: str, name: str) -> None:
+    world.has_cluster()
+    (world.folder / f"namespace-{name}").write_text(f"{name}=")
+    done = world.run(script, "--kubeconfig", str(world.kubeconfig))
+    assert done.returncode == 1
+    assert f"has a namespace {name} that is not this project's" in done.stderr
+    assert not [call for call in world.calls("kubectl") if "apply" in call]
+    (world.folder / f"namespace-{name}").write_text(f"{name}=asr")
+    assert world.run(script, "--kubeconfig", str(world.kubeconfig)).returncode == 0
+
+
+def test_a_release_of_somebody_else_is_not_upgraded(world: World) -> None:
+    world.has_cluster()
+    for name in ("release-jaeger", "foreign-jaeger"):
+        (world.folder / name).touch()
+    done = world.run("monitoring-setup.sh")
+    assert done.returncode == 1
+    assert "has a release jaeger in observability that is not this project's" in done.stderr
+    assert not world.calls("helm upgrade")
+    (world.folder / "foreign-jaeger").unlink()
+    assert world.run("monitoring-setup.sh").returncode == 0
+    assert all("--labels app.kubernetes.io/part-of=asr " in call for call in world.calls("helm upgrade"))
+
+
+def test_teardown_leaves_what_is_somebody_elses(world: World) -> None:
+    world.has_cluster()
+    (world.folder / "namespace-asr-system").write_text("asr-system=theirs")
+    for name in ("release-jaeger", "foreign-jaeger", "release-kube-prometheus-stack"):
+        (world.folder / name).touch()
+    done = world.run("teardown.sh", "--yes", "--kubeconfig", str(world.kubeconfig))
+    assert done.returncode == 0, done.stderr
+    assert "namespace asr-system is not this project's" in done.stdout
+    assert "release jaeger in observability is not this project's" in done.stdout
+    deleted = [call.split(" delete ")[1] for call in world.calls("kubectl") if " delete " in call]
+    assert [each.split(" --")[0] for each in deleted] == ["namespace monitoring"]
+    assert [call.split()[2] for call in world.calls("helm uninstall")] == ["kube-prometheus-stack"]
+    done = world.run("teardown.sh", "--yes")
+    assert done.returncode == 1
+    assert "the cluster has what is not this project's" in done.stderr
+    assert not world.calls("terraform -chdir=terraform destroy")

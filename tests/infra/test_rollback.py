@@ -29,6 +29,7 @@ case $line in
     for name in $FAKE_CHANGES; do count_up "$name"; done
     exit "${FAKE_STATUS:-0}" ;;
   *'create -f -'*) cat >/dev/null ;;
+  *'config view'*) echo https://api.example ;;
   *kustomize*namespaces*) echo 'kind: Namespace' ;;
   *kustomize*) echo 'kind: Deployment' ;;
   *'get pods'*) [ -e unschedulable ] && echo Unschedulable; exit 0 ;;
