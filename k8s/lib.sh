@@ -130,8 +130,9 @@ has_release() {
   [ -n "$found" ]
 }
 
-# What a rollback goes back to: one line NAME UID REVISION for each deployment that was there before the apply,
-# with "undone" behind it once a rollback has taken it back.
+# What a rollback goes back to. First a line "cluster UID KUBECONFIG": where it is, and the identifier of the namespace
+# asr-system there. Then one line NAME UID REVISION for each deployment that was there before the apply, with "undone"
+# behind it once a rollback has taken it back. At last "completed", once every rollout was.
 # shellcheck disable=SC2034  # used where this is sourced
 DEPLOYMENTS=(asr-api asr-ui)
 REVISIONS_FILE=${REVISIONS_FILE:-build/k8s-revisions}
@@ -140,6 +141,9 @@ revision_of() { # DEPLOYMENT: print UID and revision, or nothing when it does no
   kube get deployment "$1" --namespace asr-system --ignore-not-found \
     --output=jsonpath='{.metadata.uid} {.metadata.annotations.deployment\.kubernetes\.io/revision}'
 }
+
+namespace_uid() { kube get namespace asr-system --ignore-not-found --output=jsonpath='{.metadata.uid}'; }
+recorded_kubeconfig() { [ ! -r "$REVISIONS_FILE" ] || sed -n 's/^cluster [^ ]* //p' "$REVISIONS_FILE"; }
 
 random_secret() { head -c 32 /dev/urandom | base64 | tr -d '\n' | tr '+/' '-_' | tr -d '='; }
 

@@ -39,6 +39,10 @@ while [ $# -gt 0 ]; do
     *) common_option "$@"; shift "$words" ;;
   esac
 done
+# What an earlier run completed must not be undone when this one fails before it applies anything.
+if [ "$DRY_RUN" = 0 ] && [ -e "$REVISIONS_FILE" ] && { grep -qx completed "$REVISIONS_FILE" || ! grep -q '^cluster ' "$REVISIONS_FILE"; }; then
+  rm "$REVISIONS_FILE"
+fi
 [ -z "$KUBECONFIG_FILE" ] || terraform=0
 path=k8s/overlays/$overlay
 [ -d "$path" ] || path=$(from_caller "$overlay")
@@ -135,12 +139,27 @@ manifests=$(kubectl kustomize "$render")
 if [ "$DRY_RUN" = 1 ]; then
   note "[dry-run] write the revisions of ${DEPLOYMENTS[*]} to $REVISIONS_FILE, for k8s/rollback.sh"
 else
-  record=''
+  # Of an earlier run whose rollouts have not completed to this day, what it would have gone back to is kept: what is
+  # there now is what failed.
+  uid=$(namespace_uid) earlier=''
+  if [ -e "$REVISIONS_FILE" ] && grep -qF "cluster $uid " "$REVISIONS_FILE"; then
+    for name in "${DEPLOYMENTS[@]}"; do
+      [[ $(kube rollout status "deployment/$name" --namespace asr-system --watch=false 2>&1) == *'successfully rolled out'* ]] ||
+        earlier=$(cat "$REVISIONS_FILE")
+    done
+  fi
+  record="cluster $uid $KUBECONFIG_FILE"$'\n'
   for name in "${DEPLOYMENTS[@]}"; do
     found=$(revision_of "$name")
-    [ -z "$found" ] || record+="$name $found"$'\n'
+    [ -n "$found" ] || continue
+    if [ -n "$earlier" ]; then
+      before=$(sed -n "s/^$name //p" <<<"$earlier")
+      [ -n "$before" ] || continue # the run that failed has made it
+      [[ $before == *' undone' || ${before% *} != "${found% *}" ]] || found=$before
+    fi
+    record+="$name $found"$'\n'
   done
-  # Written when all is known: an empty record says that this is the first deployment.
+  # Written when all is known: a record without deployments says that this is the first deployment.
   mkdir -p "$(dirname "$REVISIONS_FILE")"
   printf %s "$record" >"$REVISIONS_FILE"
 fi
@@ -150,18 +169,20 @@ say "Rollout"
 for name in "${DEPLOYMENTS[@]}"; do
   run kube rollout status "deployment/$name" --namespace asr-system --timeout="${timeout_s}s"
 done
+[ "$DRY_RUN" = 1 ] || echo completed >>"$REVISIONS_FILE"
 
 say "Addresses"
 address() { # SERVICE: print its public address, waiting for the load balancer
   local service=$1 type deadline found
-  type=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.spec.type}')
+  # The rollouts are through: a question that fails now is no reason to take them back.
+  type=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.spec.type}') || type=LoadBalancer
   if [ "$type" != LoadBalancer ]; then
     note "$service: kubectl -n asr-system port-forward service/$service ${2}:80"
     return
   fi
   deadline=$((SECONDS + timeout_s))
   while [ $SECONDS -lt $deadline ]; do
-    found=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.status.loadBalancer.ingress[0].ip}{.status.loadBalancer.ingress[0].hostname}')
+    found=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.status.loadBalancer.ingress[0].ip}{.status.loadBalancer.ingress[0].hostname}') || found=''
     if [ -n "$found" ]; then note "$service: http://$found"; return; fi
     sleep 5
   done
