@@ -212,7 +212,7 @@ monitoring-k8s: ## Prometheus, Grafana and Jaeger on the cluster of KUBECONFIG, 
 
 smoke: ## ask for a transcription, and for the page, where .env publishes them; URL=http://... asks that service
 	URL='$(URL)' docker/smoke.sh compose
-smoke-k8s: ## the same through the cluster's load balancer
+smoke-k8s: ## the same of what deploy-k8s deployed, through its load balancer, or forwarded where it has none
 	URL='$(URL)' docker/smoke.sh kubernetes
 
 e2e: $(VENV)/.run ## proof on a real Docker: replicas, rolling restart and kill -9 under load
