@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from api.keys import ApiKey, find_key
 from tests.infra.render import ROOT, kustomize
 
 # Every tool notes its call. What it knows of the world are files in $WORLD.
@@ -49,7 +51,8 @@ case $line in
     cat "$WORLD/namespace-$name" 2>/dev/null; exit 0 ;;
   *'apply -f -'*) cat >/dev/null ;;
   *' get '*) [ ! -e "$WORLD/server-away" ] || { echo 'no route to host' >&2; exit 1; } ;;&
-  *'create -f -'*) cat >/dev/null ;;
+  *'get secret'*) [ ! -e "$WORLD/keys" ] || echo secret ;;
+  *'create -f -'*) cat >>"$WORLD/created" ;;
   *'get apiservice'*) [ ! -e "$WORLD/metrics-api" ] || echo apiservice ;;
 esac
 """
@@ -97,7 +100,7 @@ class World:
             [self.folder / "k8s" / script, *arguments],
             capture_output=True, text=True, check=False, input=answer, cwd=cwd,
             env={
-                **{key: value for key, value in os.environ.items() if not key.startswith("TF_")},
+                **{key: value for key, value in os.environ.items() if not key.startswith(("TF_", "ASR_"))},
                 "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "WORLD": str(self.folder),
                 "DIGITALOCEAN_TOKEN": "x" * 32, "OFFERED": f"{NEWEST} {DEFAULT}", **environment,
             },
@@ -449,3 +452,22 @@ def test_teardown_leaves_what_is_somebody_elses(world: World) -> None:
     assert done.returncode == 1
     assert "the cluster has what is not this project's" in done.stderr
     assert not world.calls("terraform -chdir=terraform destroy")
+
+
+def test_a_fresh_cluster_accepts_the_key_of_whoever_deploys(world: World) -> None:
+    """Jenkins asks the service with it straight afterwards, and would roll a first deployment back."""
+    world.has_cluster()
+    secret = "of-the-one-who-deploys"
+    arguments = ("--kubeconfig", str(world.kubeconfig))
+    done = world.run("setup.sh", *arguments, ASR_API_KEY=secret)
+    assert done.returncode == 0, done.stderr
+    data = yaml.safe_load((world.folder / "created").read_text())["data"]
+    keys = [ApiKey.parse(line) for line in base64.b64decode(data["keys"]).decode().splitlines()]
+    for value, name in ((secret, "caller"), (base64.b64decode(data["ui-key"]).decode(), "operator")):
+        found = find_key(keys, value)
+        assert found is not None
+        assert found.name == name
+    assert secret not in base64.b64decode(data["keys"]).decode()
+    assert "shorter than 16" in world.run("setup.sh", *arguments, ASR_API_KEY="short").stderr
+    (world.folder / "keys").touch()
+    assert world.run("setup.sh", *arguments, ASR_API_KEY="short").returncode == 0, "keys that are there stay"
