@@ -57,7 +57,8 @@ cluster=() helm_arguments=(--wait --timeout "${timeout_s}s")
 [ -z "$KUBECONFIG_FILE" ] || cluster=(--kubeconfig "$KUBECONFIG_FILE")
 for each in metrics-server/monitoring kube-prometheus-stack/monitoring prometheus-adapter/monitoring jaeger/observability; do
   if foreign_release "${each%/*}" "${each#*/}"; then
-    fail "$server has a release ${each%/*} in ${each#*/} that is not this project's (no label $OURS); nothing was changed"
+    fail "$server has a release ${each%/*} in ${each#*/} that is not this project's (no label $OURS); nothing was changed." \
+      "If it may be taken over: kubectl -n ${each#*/} label secret -l owner=helm,name=${each%/*} $OURS"
   fi
 done
 

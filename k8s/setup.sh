@@ -181,8 +181,11 @@ say "Addresses"
 address() { # SERVICE: print its public address, waiting for the load balancer
   local service=$1 type deadline found
   # The rollouts are through: a question that fails now is no reason to take them back.
-  type=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.spec.type}') || type=LoadBalancer
-  if [ "$type" != LoadBalancer ]; then
+  type=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.spec.type}') || type=unknown
+  if [ "$type" = unknown ]; then
+    note "$service: no answer; kubectl -n asr-system get service $service"
+    return
+  elif [ "$type" != LoadBalancer ]; then
     note "$service: kubectl -n asr-system port-forward service/$service ${2}:80"
     return
   fi

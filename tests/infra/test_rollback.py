@@ -23,7 +23,9 @@ count_up() {
 }
 case $line in
   *'get namespace asr-system '*metadata.uid*) cat namespace 2>/dev/null; exit 0 ;;
-  *'get service'*) [ -z "$FAKE_NO_SERVICE" ] || exit 1 ;;
+  *'get service'*)
+    [[ -z $FAKE_UNTOLD || $line != *"$FAKE_UNTOLD"* ]] || exit 1
+    [[ $line != *spec.type* || -z $FAKE_UNTOLD ]] || echo LoadBalancer ;;
   *'get deployment '*)
     [ -z "$FAKE_SILENT" ] || exit 1
     name=${line##*get deployment }; cat "deployment-${name%% *}" 2>/dev/null; exit 0 ;;
@@ -247,12 +249,13 @@ def test_a_wrong_option_forgets_no_record(cluster: Cluster) -> None:
     assert (cluster.folder / "revisions").exists()
 
 
-def test_an_address_that_is_not_told_fails_no_deployment(cluster: Cluster) -> None:
+@pytest.mark.parametrize(("untold", "said"), [("spec.type", "no answer"), ("loadBalancer", "no address yet")])
+def test_an_address_that_is_not_told_fails_no_deployment(cluster: Cluster, untold: str, said: str) -> None:
     """Jenkins would roll back what runs."""
     config = str(cluster.folder / "config")
     environment = {
         **os.environ, "PATH": f"{cluster.folder / 'bin'}:{os.environ['PATH']}",
-        "FAKE_CLUSTER": str(cluster.folder), "FAKE_NO_SERVICE": "1",
+        "FAKE_CLUSTER": str(cluster.folder), "FAKE_UNTOLD": untold,
         "REVISIONS_FILE": str(cluster.folder / "revisions"),
     }  # fmt: skip
     done = subprocess.run(
@@ -260,4 +263,4 @@ def test_an_address_that_is_not_told_fails_no_deployment(cluster: Cluster) -> No
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "asr-api: no address yet" in done.stdout
+    assert f"asr-api: {said}" in done.stdout
