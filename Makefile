@@ -203,16 +203,16 @@ forget-images: # of VERSION, unless it is deployed here or would be gone back to
 scale-compose: ## more or fewer replicas of the version that runs; REPLICAS=5
 	docker/deploy.sh scale
 
-deploy-k8s: ## this version to the cluster of KUBECONFIG
+deploy-k8s: ## this version to the cluster of KUBECONFIG, or else Terraform's
 	k8s/setup.sh --overlay $(OVERLAY) --tag $(VERSION) $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(KUBECONFIG),--kubeconfig '$(KUBECONFIG)',--skip-terraform)
 rollback-k8s: ## what the last deploy-k8s changed, back to the revisions before it
 	k8s/rollback.sh $(if $(KUBECONFIG),--kubeconfig '$(KUBECONFIG)')
-monitoring-k8s: ## Prometheus, Grafana and Jaeger on the cluster of KUBECONFIG
+monitoring-k8s: ## Prometheus, Grafana and Jaeger on the cluster of KUBECONFIG, or else Terraform's
 	k8s/monitoring-setup.sh $(if $(KUBECONFIG),--kubeconfig '$(KUBECONFIG)')
 
 smoke: ## ask for a transcription, and for the page, where .env publishes them; URL=http://... asks that service
 	URL='$(URL)' docker/smoke.sh compose
-smoke-k8s: ## the same through the cluster's load balancer
+smoke-k8s: ## the same of what deploy-k8s deployed, through its load balancer, or forwarded where it has none
 	URL='$(URL)' docker/smoke.sh kubernetes
 
 e2e: $(VENV)/.run ## proof on a real Docker: replicas, rolling restart and kill -9 under load

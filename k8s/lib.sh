@@ -2,11 +2,22 @@
 # Shared by setup.sh, rollback.sh, monitoring-setup.sh and teardown.sh; sourced, never run.
 
 DRY_RUN=${DRY_RUN:-0}
+# The scripts have gone to the repository's root by now; relative paths are those of whoever called.
+CALLED_FROM=${OLDPWD:-$PWD}
 KUBECONFIG_FILE=''
 
 say() { printf '\n== %s\n' "$*"; }
 note() { printf '   %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+from_caller() { case $1 in /*) printf %s "$1" ;; *) printf %s "$CALLED_FROM/$1" ;; esac; }
+
+# ask QUESTION: go on with a yes only.
+ask() {
+  local answer=''
+  read -r -p "   $1 [y/N] " answer || [ -n "$answer" ] || fail "no terminal to ask on; use --yes"
+  [[ $answer == [yY] ]] || fail "nothing was changed"
+}
 
 # Run a command, or with --dry-run only show it.
 run() {
@@ -26,8 +37,12 @@ run() {
 common_option() {
   words=2
   case $1 in
-    --kubeconfig) KUBECONFIG_FILE=${2:?--kubeconfig needs a file} ;;
-    --timeout) timeout_s=${2:?--timeout needs seconds} ;;
+    --kubeconfig) KUBECONFIG_FILE=$(from_caller "${2:?--kubeconfig needs a file}") ;;
+    --timeout)
+      timeout_s=${2:?--timeout needs seconds}
+      # The scripts put an "s" behind it: 10m would become ten milliseconds.
+      [[ $timeout_s =~ ^[1-9][0-9]*$ ]] || fail "--timeout needs whole seconds, not $timeout_s"
+      ;;
     --dry-run) DRY_RUN=1 words=1 ;;
     --help | -h) usage; exit 0 ;;
     *) usage >&2; fail "unknown option $1" ;;
@@ -49,7 +64,16 @@ require_tools() {
     esac
   done
   [ "$missing" = 0 ] && return
-  [ "$DRY_RUN" = 1 ] && { note "(a dry run goes on without them)"; return; }
+  if [ "$DRY_RUN" = 1 ]; then
+    note "(a dry run goes on without them)"
+    if ! command -v kubectl >/dev/null; then
+      note "(without kubectl it shows no manifests)"
+      # shellcheck disable=SC2329  # called wherever a script calls kubectl
+      kubectl() { case "$*" in */dev/stdin* | *--filename=-*) cat >/dev/null ;; esac; }
+      export -f kubectl # render.sh asks it too
+    fi
+    return
+  fi
   fail "install what is missing and start again; every step can be repeated"
 }
 
@@ -57,11 +81,58 @@ kube() {
   if [ -n "$KUBECONFIG_FILE" ]; then kubectl --kubeconfig "$KUBECONFIG_FILE" "$@"; else kubectl "$@"; fi
 }
 
-# Does it exist? Never true in a dry run, which does not ask the cluster.
-exists() { [ "$DRY_RUN" = 0 ] && kube get "$@" >/dev/null 2>&1; }
+# name_cluster: say which cluster the next steps are about, before they are taken; sets server to its address.
+name_cluster() {
+  [ "$DRY_RUN" = 0 ] || return 0
+  server=$(kube config view --minify --output=jsonpath='{.clusters[0].cluster.server}') || server=''
+  [ -n "$server" ] || fail "${KUBECONFIG_FILE:-the configuration of kubectl} names no cluster"
+  note "cluster: $server (${KUBECONFIG_FILE:-the current context of kubectl})"
+}
 
-# What a rollback goes back to: one line NAME UID REVISION for each deployment that was there before the apply,
-# with "undone" behind it once a rollback has taken it back.
+# What is ours on a cluster bears this label: namespaces by k8s/namespaces, Helm's releases by monitoring-setup.sh.
+OURS=app.kubernetes.io/part-of=asr
+
+# foreign_namespace NAME: is it there without our label? Never true in a dry run.
+foreign_namespace() {
+  local found
+  [ "$DRY_RUN" = 0 ] || return
+  found=$(kube get namespace "$1" --ignore-not-found --output=jsonpath='{.metadata.name}={.metadata.labels.app\.kubernetes\.io/part-of}') ||
+    fail "the cluster does not say whether it has the namespace $1"
+  [ -n "$found" ] && [ "$found" != "$1=asr" ]
+}
+
+# apply_namespaces: make them; one of somebody else's is not taken over, because teardown.sh would delete it.
+apply_namespaces() {
+  local name
+  for name in asr-system monitoring observability; do
+    if foreign_namespace "$name"; then
+      fail "$server has a namespace $name that is not this project's (no label $OURS); nothing in it was changed." \
+        "If it may be taken over, and deleted by k8s/teardown.sh: kubectl label namespace $name $OURS"
+    fi
+  done
+  kubectl kustomize k8s/namespaces | apply_stdin
+}
+
+# Does it exist? Never true in a dry run, which does not ask the cluster. A cluster that does not answer is no "no".
+exists() {
+  local found
+  [ "$DRY_RUN" = 0 ] || return
+  found=$(kube get "$@" --ignore-not-found --output=name) || fail "the cluster does not say whether it has $*"
+  [ -n "$found" ]
+}
+
+# has_release NAME NAMESPACE [HELM_ARGUMENTS...]: the same of a Helm release in any state.
+has_release() {
+  local found
+  [ "$DRY_RUN" = 0 ] || return
+  found=$(helm list --short --deployed --failed --pending --uninstalling --filter "^$1\$" --namespace "$2" "${@:3}" \
+    ${KUBECONFIG_FILE:+--kubeconfig "$KUBECONFIG_FILE"}) || fail "Helm does not say whether $2 has the release $1"
+  [ -n "$found" ]
+}
+
+# What a rollback goes back to. First a line "cluster UID KUBECONFIG": where it is, and the identifier of the namespace
+# asr-system there. Then one line NAME UID REVISION for each deployment that was there before the apply, with "undone"
+# behind it once a rollback has taken it back. At last "completed", once every rollout was.
 # shellcheck disable=SC2034  # used where this is sourced
 DEPLOYMENTS=(asr-api asr-ui)
 REVISIONS_FILE=${REVISIONS_FILE:-build/k8s-revisions}
@@ -71,6 +142,9 @@ revision_of() { # DEPLOYMENT: print UID and revision, or nothing when it does no
     --output=jsonpath='{.metadata.uid} {.metadata.annotations.deployment\.kubernetes\.io/revision}'
 }
 
+namespace_uid() { kube get namespace asr-system --ignore-not-found --output=jsonpath='{.metadata.uid}'; }
+recorded_kubeconfig() { [ ! -r "$REVISIONS_FILE" ] || sed -n 's/^cluster [^ ]* //p' "$REVISIONS_FILE"; }
+
 random_secret() { head -c 32 /dev/urandom | base64 | tr -d '\n' | tr '+/' '-_' | tr -d '='; }
 
 # Apply manifests from standard input. Client-side apply, so that a field taken out here is taken out there.
@@ -79,7 +153,7 @@ apply_stdin() {
     local manifests
     manifests=$(cat)
     printf '   [dry-run] kubectl apply -f - (%s)\n' "$(grep -c '^kind:' <<<"$manifests") objects"
-    grep -E '^kind:|^  name:' <<<"$manifests" | sed 's/^/      /'
+    sed -nE '/^kind:|^  name:/s/^/      /p' <<<"$manifests"
   else
     kube apply -f -
   fi
@@ -103,13 +177,19 @@ make_secret() {
     kube create -f -
 }
 
+# foreign_release NAME NAMESPACE: is it there without our label?
+foreign_release() { has_release "$1" "$2" && ! has_release "$1" "$2" --selector "$OURS"; }
+
 # terraform_kubeconfig: set KUBECONFIG_FILE to what Terraform wrote; false where it has no cluster. Its credentials end
 # after seven days and Terraform renews them only when it applies, so a file that is refused is fetched again.
 terraform_kubeconfig() {
-  local cluster fresh
-  cluster=$(terraform -chdir=terraform output -raw cluster_id 2>/dev/null) || return
-  KUBECONFIG_FILE=$(terraform -chdir=terraform output -raw kubeconfig_path 2>/dev/null) || return
-  [[ $KUBECONFIG_FILE == /* ]] || KUBECONFIG_FILE=terraform/$KUBECONFIG_FILE
+  local outputs cluster fresh
+  # As JSON first: without a state that is an empty object, and every other failure is one.
+  outputs=$(terraform -chdir=terraform output -json) || fail "Terraform does not say which cluster it has"
+  [[ $outputs == *'"cluster_id"'* && $outputs == *'"kubeconfig_path"'* ]] || return
+  cluster=$(terraform -chdir=terraform output -raw cluster_id) || fail "Terraform does not say which cluster it has"
+  KUBECONFIG_FILE=$(terraform -chdir=terraform output -raw kubeconfig_path) || fail "Terraform does not say where the kubeconfig is"
+  [[ $KUBECONFIG_FILE == /* ]] || KUBECONFIG_FILE=$PWD/terraform/$KUBECONFIG_FILE
   if ! kube version >/dev/null 2>&1; then
     note "$KUBECONFIG_FILE is not accepted (any more); asking for a new one"
     fresh=$(doctl kubernetes cluster kubeconfig show "$cluster") || fail "DigitalOcean gives no kubeconfig for cluster $cluster"

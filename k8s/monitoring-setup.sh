@@ -16,7 +16,7 @@ Installs kube-prometheus-stack, prometheus-adapter and, where the cluster has no
 `monitoring` and Jaeger into `observability`, with the values in k8s/monitoring, then the rules, alerts and
 dashboards generated from monitoring/.
 
-  --kubeconfig FILE      the cluster (default: kubectl's own)
+  --kubeconfig FILE      use this cluster (default: ask Terraform's state, as setup.sh does)
   --storage-class NAME   of Prometheus's volume (default: do-block-storage)
   --timeout SECONDS      for each chart (default: 600)
   --dry-run              show every step, change nothing, contact nothing
@@ -24,6 +24,8 @@ dashboards generated from monitoring/.
 
 Alert receivers: create the secret monitoring/alertmanager-receivers with the files pagerduty_routing_key and
 slack_webhook_url first; without it an empty one is made and alerts show on the pages only.
+
+environment: DIGITALOCEAN_TOKEN, where there is no --kubeconfig
 EOF
 }
 
@@ -36,14 +38,32 @@ while [ $# -gt 0 ]; do
 done
 
 say "Tools"
-require_tools kubectl helm
-[ "$DRY_RUN" = 1 ] || [ -z "$KUBECONFIG_FILE" ] || [ -r "$KUBECONFIG_FILE" ] || fail "cannot read $KUBECONFIG_FILE"
+if [ -n "$KUBECONFIG_FILE" ]; then
+  require_tools kubectl helm
+  [ "$DRY_RUN" = 1 ] || [ -r "$KUBECONFIG_FILE" ] || fail "cannot read $KUBECONFIG_FILE"
+else
+  require_tools terraform doctl kubectl helm
+  authenticate
+  if [ "$DRY_RUN" = 1 ]; then
+    note "[dry-run] terraform -chdir=terraform output -raw kubeconfig_path"
+  else
+    terraform_kubeconfig || fail "Terraform has no cluster; name one with --kubeconfig"
+  fi
+fi
+say "Cluster"
+name_cluster
 [ "$DRY_RUN" = 1 ] || kube version --output=yaml >/dev/null || fail "the API server does not answer"
 cluster=() helm_arguments=(--wait --timeout "${timeout_s}s")
 [ -z "$KUBECONFIG_FILE" ] || cluster=(--kubeconfig "$KUBECONFIG_FILE")
+for each in metrics-server/monitoring kube-prometheus-stack/monitoring prometheus-adapter/monitoring jaeger/observability; do
+  if foreign_release "${each%/*}" "${each#*/}"; then
+    fail "$server has a release ${each%/*} in ${each#*/} that is not this project's (no label $OURS); nothing was changed." \
+      "If it may be taken over: kubectl -n ${each#*/} label secret -l owner=helm,name=${each%/*} $OURS"
+  fi
+done
 
 say "Namespaces and secrets"
-kubectl kustomize k8s/namespaces | apply_stdin
+apply_namespaces
 make_secret monitoring grafana-admin "admin-user=operator" "admin-password=$(random_secret)"
 make_secret monitoring alertmanager-receivers "pagerduty_routing_key=" "slack_webhook_url="
 # The operator mounts the receivers' secret one folder deeper than Compose does.
@@ -51,21 +71,27 @@ sed 's#/etc/alertmanager/secrets/#/etc/alertmanager/secrets/alertmanager-receive
   kubectl create secret generic asr-alertmanager --namespace monitoring --from-file=alertmanager.yaml=/dev/stdin \
     --dry-run=client --output=yaml | apply_stdin
 
+is_pending() { # RELEASE NAMESPACE
+  local found
+  [ "$DRY_RUN" = 0 ] || return
+  found=$(helm list --pending --short --filter "^$1\$" --namespace "$2" "${cluster[@]}") || fail "Helm does not say what it is doing"
+  [ -n "$found" ]
+}
 chart() { # RELEASE NAMESPACE CHART REPOSITORY VERSION VALUES [HELM_ARGUMENTS...]
   local release=$1 namespace=$2 chart=$3 repository=$4 version=$5 values=$6
   shift 6
   say "$release $version"
   # A run that was killed leaves the release pending, and Helm then refuses every upgrade.
-  if [ "$DRY_RUN" = 0 ] && [ -n "$(helm list --pending --short --filter "^$release\$" --namespace "$namespace" "${cluster[@]}")" ]; then
+  if is_pending "$release" "$namespace"; then
     note "$release: an earlier run was interrupted; back to what was there before"
     helm rollback "$release" --namespace "$namespace" "${helm_arguments[@]}" "${cluster[@]}" ||
       helm uninstall "$release" --namespace "$namespace" "${helm_arguments[@]}" "${cluster[@]}"
   fi
   run helm upgrade --install "$release" "$chart" --repo "$repository" --version "$version" \
-    --namespace "$namespace" --values "$values" "${helm_arguments[@]}" "${cluster[@]}" "$@"
+    --namespace "$namespace" --labels "$OURS" --values "$values" "${helm_arguments[@]}" "${cluster[@]}" "$@"
 }
 # DigitalOcean brings no metrics API, and without one the autoscalers never see a pod's CPU. One that is there is kept.
-if exists apiservice v1beta1.metrics.k8s.io && ! helm status metrics-server --namespace monitoring "${cluster[@]}" >/dev/null 2>&1; then
+if exists apiservice v1beta1.metrics.k8s.io && ! has_release metrics-server monitoring; then
   say "metrics-server"
   note "the cluster has a metrics API already, which is kept"
 else

@@ -12,7 +12,7 @@ usage: k8s/rollback.sh [options]
 setup.sh writes down the revision of each deployment before it applies anything. This takes each deployment
 whose revision has changed since then back to it. Where nothing was applied, nothing is undone.
 
-  --kubeconfig FILE    the cluster (default: kubectl's own)
+  --kubeconfig FILE    the cluster (default: the one that setup.sh wrote down)
   --timeout SECONDS    for each rollout (default: 300)
   --dry-run            show every step, change nothing, contact nothing
   --help               this text
@@ -41,14 +41,22 @@ if [ ! -e "$REVISIONS_FILE" ]; then
   note "to go back one revision all the same: kubectl -n asr-system rollout undo deployment/asr-api"
   exit 0
 fi
-[ -s "$REVISIONS_FILE" ] || fail "this was the first deployment: there is nothing to go back to, and it stays as it is;" \
-  "k8s/teardown.sh --only app takes it away"
 record=$(cat "$REVISIONS_FILE")
-undone=()
+grep -qE "^($(IFS='|' && printf %s "${DEPLOYMENTS[*]}")) " <<<"$record" || fail "this was the first deployment: there is nothing to go back to, and it stays as it is;" \
+  "k8s/teardown.sh --only app takes it away"
+KUBECONFIG_FILE=${KUBECONFIG_FILE:-$(recorded_kubeconfig)}
+[ -z "$KUBECONFIG_FILE" ] || [ -r "$KUBECONFIG_FILE" ] || fail "cannot read $KUBECONFIG_FILE; name the cluster with --kubeconfig"
+name_cluster
+uid=$(namespace_uid) || fail "the API server does not answer"
+[[ $record == "cluster $uid "* ]] || fail "this is not the cluster, or not the asr-system, that was deployed to; nothing was undone." \
+  "$REVISIONS_FILE is kept; name the cluster with --kubeconfig"
+undone=() missing=()
 while read -r name uid revision state; do
+  case $name in cluster | completed) continue ;; esac
   now=$(revision_of "$name")
   if [ "${now% *}" != "$uid" ]; then
-    note "$name: another deployment than the one that was recorded; left alone"
+    note "$name: gone, or another one than was recorded; left alone"
+    missing+=("$name")
   elif [ "$state" = undone ]; then
     note "$name: taken back before; only its rollout is waited for"
     undone+=("$name")
@@ -69,4 +77,5 @@ fi
 for name in "${undone[@]}"; do
   kube --namespace asr-system rollout status "deployment/$name" --timeout="${timeout_s}s"
 done
+[ "${#missing[@]}" = 0 ] || fail "${missing[*]} cannot be taken back; $REVISIONS_FILE is kept"
 rm "$REVISIONS_FILE"

@@ -12,7 +12,7 @@ usage: k8s/setup.sh [options]
 Authenticates, makes the cluster with Terraform, fetches the kubeconfig, applies an overlay, waits for the
 rollout and prints the addresses.
 
-  --overlay NAME       overlay under k8s/overlays (default: production), or a path
+  --overlay NAME       overlay under k8s/overlays (default: production), or a folder
   --registry PREFIX    where the images are, for example registry.digitalocean.com/my-asr
   --tag TAG            tag of both images (default: the overlay's)
   --kubeconfig FILE    use this cluster and skip Terraform and DigitalOcean altogether
@@ -22,12 +22,11 @@ rollout and prints the addresses.
   --dry-run            show every step, change nothing, contact nothing
   --help               this text
 
-environment: DIGITALOCEAN_TOKEN, and TF_VAR_* for any variable of terraform/variables.tf
+environment: DIGITALOCEAN_TOKEN, and TF_VAR_* for any variable of terraform/variables.tf; ASR_API_KEY is accepted
+by a service whose keys are made now, besides the random one
 EOF
 }
 
-# A record of an earlier run must not be undone when this one fails before it applies anything.
-case " $* " in *' --dry-run '* | *' --help '* | *' -h '*) ;; *) [ ! -e "$REVISIONS_FILE" ] || rm "$REVISIONS_FILE" ;; esac
 overlay=production registry='' tag='' terraform=1 yes=0 timeout_s=600
 while [ $# -gt 0 ]; do
   case $1 in
@@ -39,11 +38,14 @@ while [ $# -gt 0 ]; do
     *) common_option "$@"; shift "$words" ;;
   esac
 done
+# What an earlier run completed must not be undone when this one fails before it applies anything.
+if [ "$DRY_RUN" = 0 ] && [ -e "$REVISIONS_FILE" ] && { grep -qx completed "$REVISIONS_FILE" || ! grep -q '^cluster ' "$REVISIONS_FILE"; }; then
+  rm "$REVISIONS_FILE"
+fi
 [ -z "$KUBECONFIG_FILE" ] || terraform=0
-path=$overlay
-[ -d "$path" ] || path=k8s/overlays/$overlay
+path=k8s/overlays/$overlay
+[ -d "$path" ] || path=$(from_caller "$overlay")
 [ -f "$path/kustomization.yaml" ] || fail "there is no overlay $overlay (have: $(find k8s/overlays -mindepth 1 -maxdepth 1 -type d -printf '%f '))"
-[[ $timeout_s =~ ^[0-9]+$ ]] || fail "--timeout needs whole seconds, not $timeout_s"
 
 say "Tools"
 if [ -n "$KUBECONFIG_FILE" ]; then
@@ -93,28 +95,33 @@ if [ "$terraform" = 1 ]; then
       "balancer's address, with a registry its images. Put region, node_size, registry_name and registry_region back." \
       "Other nodes: a second pool (inference_pool). Another region or registry: k8s/teardown.sh first."
   fi
-  if [ "$yes" = 0 ] && [ "$DRY_RUN" = 0 ]; then
-    read -r -p "   Apply this plan? It costs money. [y/N] " answer
-    [[ $answer == [yY] ]] || fail "nothing was changed"
-  fi
+  [ "$yes" = 1 ] || [ "$DRY_RUN" = 1 ] || ask "Apply this plan? It costs money."
   run terraform -chdir=terraform apply -input=false "$plan"
 fi
 
-if [ -z "$KUBECONFIG_FILE" ]; then
-  say "Kubeconfig"
-  if [ "$DRY_RUN" = 1 ]; then
-    note "[dry-run] terraform -chdir=terraform output -raw kubeconfig_path"
-  else
-    terraform_kubeconfig || fail "Terraform has no cluster yet; run without --skip-terraform"
-    note "export KUBECONFIG=$(realpath "$KUBECONFIG_FILE")"
-  fi
+say "Kubeconfig"
+if [ -n "$KUBECONFIG_FILE" ]; then
+  note "$KUBECONFIG_FILE"
+elif [ "$DRY_RUN" = 1 ]; then
+  note "[dry-run] terraform -chdir=terraform output -raw kubeconfig_path"
+else
+  terraform_kubeconfig || fail "Terraform has no cluster yet; run without --skip-terraform"
+  note "export KUBECONFIG=$(realpath "$KUBECONFIG_FILE")"
 fi
+name_cluster
 [ "$DRY_RUN" = 1 ] || kube version --output=yaml >/dev/null || fail "the API server does not answer"
 
 say "Namespaces and secrets"
-kubectl kustomize k8s/namespaces | apply_stdin
+apply_namespaces
 key=$(random_secret)
-make_secret asr-system asr-api-keys "keys=operator:$key" "ui-key=$key"
+keys=operator:$key
+if [ -n "${ASR_API_KEY:-}" ] && ! exists secret asr-api-keys --namespace asr-system; then
+  # The service refuses shorter ones, but cannot see it of a digest.
+  [ "${#ASR_API_KEY}" -ge 16 ] || fail "ASR_API_KEY is shorter than 16 characters"
+  # Whoever deploys brings a key to ask the service with afterwards (make smoke-k8s); its digest is enough here.
+  keys+=$'\n'caller:sha256=$(printf %s "$ASR_API_KEY" | sha256sum | cut -d ' ' -f 1)
+fi
+make_secret asr-system asr-api-keys "keys=$keys" "ui-key=$key"
 note "the API key: kubectl -n asr-system get secret asr-api-keys -o jsonpath='{.data.ui-key}' | base64 -d"
 
 say "Application ($overlay)"
@@ -138,12 +145,27 @@ manifests=$(kubectl kustomize "$render")
 if [ "$DRY_RUN" = 1 ]; then
   note "[dry-run] write the revisions of ${DEPLOYMENTS[*]} to $REVISIONS_FILE, for k8s/rollback.sh"
 else
-  record=''
+  # Of an earlier run whose rollouts have not completed to this day, what it would have gone back to is kept: what is
+  # there now is what failed.
+  uid=$(namespace_uid) earlier=''
+  if [ -e "$REVISIONS_FILE" ] && grep -qF "cluster $uid " "$REVISIONS_FILE"; then
+    for name in "${DEPLOYMENTS[@]}"; do
+      [[ $(kube rollout status "deployment/$name" --namespace asr-system --watch=false 2>&1) == *'successfully rolled out'* ]] ||
+        earlier=$(cat "$REVISIONS_FILE")
+    done
+  fi
+  record="cluster $uid $KUBECONFIG_FILE"$'\n'
   for name in "${DEPLOYMENTS[@]}"; do
     found=$(revision_of "$name")
-    [ -z "$found" ] || record+="$name $found"$'\n'
+    [ -n "$found" ] || continue
+    if [ -n "$earlier" ]; then
+      before=$(sed -n "s/^$name //p" <<<"$earlier")
+      [ -n "$before" ] || continue # the run that failed has made it
+      [[ $before == *' undone' || ${before% *} != "${found% *}" ]] || found=$before
+    fi
+    record+="$name $found"$'\n'
   done
-  # Written when all is known: an empty record says that this is the first deployment.
+  # Written when all is known: a record without deployments says that this is the first deployment.
   mkdir -p "$(dirname "$REVISIONS_FILE")"
   printf %s "$record" >"$REVISIONS_FILE"
 fi
@@ -153,18 +175,23 @@ say "Rollout"
 for name in "${DEPLOYMENTS[@]}"; do
   run kube rollout status "deployment/$name" --namespace asr-system --timeout="${timeout_s}s"
 done
+[ "$DRY_RUN" = 1 ] || echo completed >>"$REVISIONS_FILE"
 
 say "Addresses"
 address() { # SERVICE: print its public address, waiting for the load balancer
   local service=$1 type deadline found
-  type=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.spec.type}')
-  if [ "$type" != LoadBalancer ]; then
+  # The rollouts are through: a question that fails now is no reason to take them back.
+  type=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.spec.type}') || type=unknown
+  if [ "$type" = unknown ]; then
+    note "$service: no answer; kubectl -n asr-system get service $service"
+    return
+  elif [ "$type" != LoadBalancer ]; then
     note "$service: kubectl -n asr-system port-forward service/$service ${2}:80"
     return
   fi
   deadline=$((SECONDS + timeout_s))
   while [ $SECONDS -lt $deadline ]; do
-    found=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.status.loadBalancer.ingress[0].ip}{.status.loadBalancer.ingress[0].hostname}')
+    found=$(kube get service "$service" --namespace asr-system --output=jsonpath='{.status.loadBalancer.ingress[0].ip}{.status.loadBalancer.ingress[0].hostname}') || found=''
     if [ -n "$found" ]; then note "$service: http://$found"; return; fi
     sleep 5
   done

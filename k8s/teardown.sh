@@ -38,12 +38,6 @@ tools=(kubectl)
 [ "$only" = app ] || tools+=(helm)
 [ -n "$KUBECONFIG_FILE" ] || tools+=(terraform doctl)
 require_tools "${tools[@]}"
-if [ "$yes" = 0 ] && [ "$DRY_RUN" = 0 ]; then
-  what=${only:-the application and monitoring with its data}
-  [ "$terraform" = 0 ] || what+=', and what Terraform made: the cluster, the registry with its images'
-  read -r -p "   Delete $what? [y/N] " answer
-  [[ $answer == [yY] ]] || fail "nothing was changed"
-fi
 if [ -z "$KUBECONFIG_FILE" ]; then
   authenticate
   run terraform -chdir=terraform init -input=false
@@ -60,9 +54,30 @@ if [ -z "$KUBECONFIG_FILE" ]; then
     in_cluster=0
   fi
 fi
-delete_namespace() { run kube delete namespace "$1" --ignore-not-found --timeout="${timeout_s}s"; }
+[ "$in_cluster" = 0 ] || name_cluster
+if [ "$yes" = 0 ] && [ "$DRY_RUN" = 0 ]; then
+  what=${only:-the application and monitoring with its data}
+  [ "$terraform" = 0 ] || what+=', and what Terraform made: the cluster, the registry with its images'
+  [ "$in_cluster" = 0 ] || what+=" (on $server)"
+  ask "Delete $what?"
+fi
+# What setup.sh and monitoring-setup.sh have not made is left, and so is the namespace that it is in.
+delete_namespace() {
+  if foreign_namespace "$1"; then
+    note "namespace $1 is not this project's (no label $OURS) and is left"
+    left=1
+  elif [[ " $kept " == *" $1 "* ]]; then
+    note "namespace $1 is left for what is in it"
+  else
+    run kube delete namespace "$1" --ignore-not-found --timeout="${timeout_s}s"
+  fi
+}
+kept='' left=0
 uninstall() { # RELEASE NAMESPACE
-  if [ "$DRY_RUN" = 1 ] || helm status "$1" --namespace "$2" ${KUBECONFIG_FILE:+--kubeconfig "$KUBECONFIG_FILE"} >/dev/null 2>&1; then
+  if foreign_release "$1" "$2"; then
+    note "release $1 in $2 is not this project's (no label $OURS) and is left"
+    kept+=" $2" left=1
+  elif [ "$DRY_RUN" = 1 ] || has_release "$1" "$2"; then
     run helm uninstall "$1" --namespace "$2" ${KUBECONFIG_FILE:+--kubeconfig "$KUBECONFIG_FILE"} --wait --timeout "${timeout_s}s"
   fi
 }
@@ -70,7 +85,7 @@ uninstall() { # RELEASE NAMESPACE
 if [ "$in_cluster" = 1 ] && [ "$only" != monitoring ]; then
   say "Application"
   # Services first: their load balancers are released while the cloud controller still runs.
-  run kube delete service --all --namespace asr-system --ignore-not-found --timeout="${timeout_s}s"
+  foreign_namespace asr-system || run kube delete service --all --namespace asr-system --ignore-not-found --timeout="${timeout_s}s"
   delete_namespace asr-system
 fi
 if [ "$in_cluster" = 1 ] && [ "$only" != app ]; then
@@ -84,6 +99,8 @@ if [ "$in_cluster" = 1 ] && [ "$only" != app ]; then
 fi
 if [ "$terraform" = 1 ]; then
   say "Cluster (terraform/)"
+  [ "$left" = 0 ] || fail "the cluster has what is not this project's, which would go with it, and stays;" \
+    "to destroy it all the same: terraform -chdir=terraform destroy"
   run terraform -chdir=terraform destroy -input=false -auto-approve
 fi
 say "Gone"

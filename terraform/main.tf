@@ -17,7 +17,7 @@ resource "digitalocean_kubernetes_cluster" "this" {
 
   # Load balancers and volumes that Kubernetes made go away with the cluster; otherwise they go on costing.
   destroy_all_associated_resources = true
-  registry_integration             = var.registry_name != null
+  registry_integration             = var.registry_name != null || var.connect_registry
 
   maintenance_policy {
     day        = var.maintenance_day

@@ -25,6 +25,6 @@ output "doctl_command" {
 }
 
 output "registry_endpoint" {
-  description = "Where images are pushed; null without a registry."
+  description = "Where images are pushed; null where Terraform made no registry."
   value       = one(digitalocean_container_registry.this[*].endpoint)
 }

@@ -89,8 +89,8 @@ variable "node_size" {
   default     = "s-2vcpu-4gb"
 
   validation {
-    condition     = can(regex("^[a-z][a-z0-9]*-([0-9]+|[0-9]+vcpu-[0-9]+gb[a-z0-9-]*)$", var.node_size))
-    error_message = "node_size must be a Droplet slug such as s-2vcpu-4gb or c-4."
+    condition     = can(regex("^[a-z][a-z0-9_]*(-[a-z0-9_]+)+$", var.node_size))
+    error_message = "node_size must be a Droplet slug such as s-2vcpu-4gb, c-4 or gpu-h100x1-80gb."
   }
 }
 
@@ -129,20 +129,34 @@ variable "inference_pool" {
     condition = var.inference_pool == null ? true : (
       var.inference_pool.min_nodes >= 1 &&
       var.inference_pool.max_nodes >= var.inference_pool.min_nodes &&
-      var.inference_pool.max_nodes <= 50
+      var.inference_pool.max_nodes <= 50 &&
+      floor(var.inference_pool.min_nodes) == var.inference_pool.min_nodes &&
+      floor(var.inference_pool.max_nodes) == var.inference_pool.max_nodes &&
+      can(regex("^[a-z][a-z0-9_]*(-[a-z0-9_]+)+$", var.inference_pool.size))
     )
-    error_message = "inference_pool needs 1 <= min_nodes <= max_nodes <= 50 (a pool cannot scale to zero)."
+    error_message = "inference_pool needs a Droplet slug such as c-4 and whole numbers 1 <= min_nodes <= max_nodes <= 50 (a pool cannot scale to zero)."
   }
 }
 
 variable "registry_name" {
-  description = "Name of a container registry to create and to connect to the cluster; null: none is created. An account has one registry."
+  description = "Name of a container registry to create and to connect to the cluster; null: none is created. An account has one registry; where it is there already, set connect_registry instead."
   type        = string
   default     = null
 
   validation {
     condition     = var.registry_name == null ? true : can(regex("^[a-z0-9][a-z0-9-]{1,61}[a-z0-9]$", var.registry_name))
     error_message = "registry_name must be 3 to 63 lower-case letters, digits and hyphens."
+  }
+}
+
+variable "connect_registry" {
+  description = "Connect the registry that the account has already to the cluster. Terraform neither changes nor deletes it; leave registry_name null."
+  type        = bool
+  default     = false
+
+  validation {
+    condition     = !(var.connect_registry && var.registry_name != null)
+    error_message = "connect_registry is for a registry that is there already, registry_name makes one: set one of them."
   }
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from api.keys import ApiKey, find_key
 from tests.infra.render import ROOT, kustomize
 
 # Every tool notes its call. What it knows of the world are files in $WORLD.
@@ -19,8 +22,12 @@ echo "${0##*/} $*" >>"$WORLD/calls"
 line="$*"
 """
 TERRAFORM = """case $line in
-  *'output -raw kubeconfig_path'*) [ -e "$WORLD/outputs" ] || exit 1; printf %s "$WORLD/kubeconfig" ;;
-  *'output -raw cluster_id'*) [ -e "$WORLD/outputs" ] || exit 1; printf the-cluster ;;
+  *' output '*) [ ! -e "$WORLD/backend-away" ] || { echo 'Error: no backend' >&2; exit 1; } ;;&
+  *'output -json'*)
+    [ ! -e "$WORLD/outputs" ] || what='"cluster_id": {}, "kubeconfig_path": {}'
+    echo "{$what}" ;;
+  *'output -raw kubeconfig_path'*) printf %s "$WORLD/kubeconfig" ;;
+  *'output -raw cluster_id'*) printf the-cluster ;;
   *'state pull'*) cat "$WORLD/state" 2>/dev/null || true ;;
   *'show -json'*) cat "$WORLD/plan" 2>/dev/null || echo '{"format_version":"1.2"}' ;;
 esac
@@ -38,17 +45,26 @@ KUBECTL = """case $line in
 esac
 [ "$(cat "$WORLD/kubeconfig")" = fresh ] || { echo 'error: You must be logged in to the server' >&2; exit 1; }
 case $line in
+  *'config view'*) echo https://api.example ;;
+  *'get namespace '*)
+    name=${line##*get namespace } name=${name%% *}
+    cat "$WORLD/namespace-$name" 2>/dev/null; exit 0 ;;
   *'apply -f -'*) cat >/dev/null ;;
-  *'get secret'*) exit 1 ;;
-  *'create -f -'*) cat >/dev/null ;;
-  *'get apiservice'*) [ -e "$WORLD/metrics-api" ] || exit 1 ;;
+  *' get '*) [ ! -e "$WORLD/server-away" ] || { echo 'no route to host' >&2; exit 1; } ;;&
+  *'get secret'*) [ ! -e "$WORLD/keys" ] || echo secret ;;
+  *'create -f -'*) cat >>"$WORLD/created" ;;
+  *'get apiservice'*) [ ! -e "$WORLD/metrics-api" ] || echo apiservice ;;
 esac
 """
 HELM = """case $1 in
-  status) [ -e "$WORLD/release-$2" ] || exit 1 ;;
-  list) for word; do name=${word//[^a-z-]/}; [ ! -e "$WORLD/pending-$name" ] || echo "$name"; done ;;
+  list)
+    [ ! -e "$WORLD/server-away" ] || { echo 'no route to host' >&2; exit 1; }
+    [[ $line =~ --filter\\ \\^([a-z-]+) ]]; name=${BASH_REMATCH[1]}
+    [[ $line != *'--selector app.kubernetes.io/part-of=asr'* ]] || [ ! -e "$WORLD/foreign-$name" ] || exit 0
+    [ ! -e "$WORLD/pending-$name" ] || { echo "$name"; exit 0; }
+    [[ $line != *--deployed* ]] || [ ! -e "$WORLD/release-$name" ] || echo "$name" ;;
   rollback) [ -e "$WORLD/release-$2" ] || exit 1; rm "$WORLD/pending-$2" ;;
-  uninstall) rm "$WORLD/pending-$2" ;;
+  uninstall) rm -f "$WORLD/pending-$2" "$WORLD/release-$2" ;;
   upgrade) [ ! -e "$WORLD/pending-$3" ] || { echo 'another operation is in progress' >&2; exit 1; } ;;
 esac
 """
@@ -77,19 +93,23 @@ class World:
         (self.folder / "state").write_text('"mode": "managed", "type": "digitalocean_kubernetes_cluster"')
         self.kubeconfig.write_text(kubeconfig)
 
-    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, script: str, *arguments: str, cwd: Path | None = None, answer: str = "", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [self.folder / "k8s" / script, *arguments],
-            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, check=False, input=answer, cwd=cwd,
             env={
-                **{key: value for key, value in os.environ.items() if not key.startswith("TF_")},
+                **{key: value for key, value in os.environ.items() if not key.startswith(("TF_", "ASR_"))},
                 "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "WORLD": str(self.folder),
                 "DIGITALOCEAN_TOKEN": "x" * 32, "OFFERED": f"{NEWEST} {DEFAULT}", **environment,
             },
         )  # fmt: skip
 
     def calls(self, start: str) -> list[str]:
-        return [line for line in (self.folder / "calls").read_text().splitlines() if line.startswith(start)]
+        made = self.folder / "calls"
+        lines = made.read_text().splitlines() if made.exists() else []
+        return [line for line in lines if line.startswith(start)]
 
 
 @pytest.fixture
@@ -296,3 +316,158 @@ def test_the_autoscalers_get_a_metrics_api_where_the_cluster_has_none(
     assert done.returncode == 0, done.stderr
     assert bool(world.calls("helm upgrade --install metrics-server")) == installed
     assert len(world.calls("helm upgrade")) == 3 + installed
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("teardown.sh", ()), ("setup.sh", ("--registry", "r.example"))]
+)
+def test_without_a_terminal_it_says_how_not_to_be_asked(
+    world: World, script: str, arguments: tuple[str, ...]
+) -> None:
+    world.has_cluster()
+    done = world.run(script, *arguments)
+    assert done.returncode == 1
+    assert "no terminal to ask on; use --yes" in done.stderr
+    assert not world.calls("terraform -chdir=terraform apply")
+    assert not world.calls("terraform -chdir=terraform destroy")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("teardown.sh", ("--yes",)), ("setup.sh", ("--skip-terraform",))]
+)
+def test_a_state_that_cannot_be_read_is_no_missing_cluster(
+    world: World, script: str, arguments: tuple[str, ...]
+) -> None:
+    """Destroyed before its Services and volumes, a cluster leaves what goes on costing money."""
+    world.has_cluster()
+    (world.folder / "backend-away").touch()
+    done = world.run(script, *arguments)
+    assert done.returncode == 1
+    assert "Error: no backend" in done.stderr
+    assert "no cluster yet" not in done.stderr
+    assert not world.calls("terraform -chdir=terraform destroy")
+
+
+@pytest.mark.parametrize(
+    ("script", "asked"),
+    [("teardown.sh", "release"), ("setup.sh", "secret"), ("monitoring-setup.sh", "release")],
+)
+def test_a_server_that_does_not_answer_has_not_said_no(world: World, script: str, asked: str) -> None:
+    """Taken for "not there", a release would be left to be deleted with its namespace, pods and all."""
+    world.has_cluster()
+    (world.folder / "server-away").touch()
+    only = ("--only", "monitoring", "--yes") if script == "teardown.sh" else ()
+    done = world.run(script, "--kubeconfig", str(world.kubeconfig), *only)
+    assert done.returncode == 1
+    assert "does not say" in done.stderr
+    assert asked in done.stderr
+    assert not world.calls("kubectl create")
+    assert not [call for call in world.calls("kubectl") if " delete " in call]
+
+
+def test_relative_paths_are_those_of_the_caller(world: World) -> None:
+    world.has_cluster()
+    folder = world.folder / "elsewhere"
+    shutil.copytree(world.folder / "k8s/overlays/dev", folder / "mine")
+    world.kubeconfig.rename(folder / "config")
+    world.kubeconfig.write_text("fresh")
+    done = world.run("setup.sh", "--kubeconfig", "config", "--overlay", "mine", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert [call for call in world.calls("kubectl") if f"--kubeconfig {folder}/config " in call]
+    assert f"- {os.path.relpath(folder / 'mine', world.folder / 'build/k8s-render')}" in (
+        world.folder / "build/k8s-render/kustomization.yaml"
+    ).read_text().replace("  - ", "- ")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("setup.sh", ("--skip-terraform",)), ("monitoring-setup.sh", ()), ("teardown.sh", ("--yes",)),
+        ("teardown.sh", ("--yes", "--only", "app")),
+    ],
+)  # fmt: skip
+def test_every_script_asks_the_cluster_of_terraform_and_names_it(
+    world: World, script: str, arguments: tuple[str, ...]
+) -> None:
+    """Not whichever kubectl's context happens to be at."""
+    world.has_cluster()
+    done = world.run(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"cluster: https://api.example ({world.kubeconfig})" in done.stdout
+    asking = [
+        call for call in world.calls("kubectl") if not re.match("kubectl (kustomize|create|label|anno)", call)
+    ]
+    assert asking
+    assert all(f"--kubeconfig {world.kubeconfig} " in call for call in asking)
+    assert all(f"--kubeconfig {world.kubeconfig}" in call for call in world.calls("helm"))
+
+
+def test_a_question_names_the_cluster(world: World) -> None:
+    world.has_cluster()
+    done = world.run("teardown.sh", answer="y\n")
+    assert done.returncode == 0, done.stderr
+    assert "cluster: https://api.example" in done.stdout
+    assert world.calls("terraform -chdir=terraform destroy")
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "monitoring-setup.sh"])
+@pytest.mark.parametrize("name", ["asr-system", "monitoring", "observability"])
+def test_a_namespace_of_somebody_else_is_not_taken_over(world: World, script: str, name: str) -> None:
+    world.has_cluster()
+    (world.folder / f"namespace-{name}").write_text(f"{name}=")
+    done = world.run(script, "--kubeconfig", str(world.kubeconfig))
+    assert done.returncode == 1
+    assert f"has a namespace {name} that is not this project's" in done.stderr
+    assert not [call for call in world.calls("kubectl") if "apply" in call]
+    (world.folder / f"namespace-{name}").write_text(f"{name}=asr")
+    assert world.run(script, "--kubeconfig", str(world.kubeconfig)).returncode == 0
+
+
+def test_a_release_of_somebody_else_is_not_upgraded(world: World) -> None:
+    world.has_cluster()
+    for name in ("release-jaeger", "foreign-jaeger"):
+        (world.folder / name).touch()
+    done = world.run("monitoring-setup.sh")
+    assert done.returncode == 1
+    assert "has a release jaeger in observability that is not this project's" in done.stderr
+    assert not world.calls("helm upgrade")
+    (world.folder / "foreign-jaeger").unlink()
+    assert world.run("monitoring-setup.sh").returncode == 0
+    assert all("--labels app.kubernetes.io/part-of=asr " in call for call in world.calls("helm upgrade"))
+
+
+def test_teardown_leaves_what_is_somebody_elses(world: World) -> None:
+    world.has_cluster()
+    (world.folder / "namespace-asr-system").write_text("asr-system=theirs")
+    for name in ("release-jaeger", "foreign-jaeger", "release-kube-prometheus-stack"):
+        (world.folder / name).touch()
+    done = world.run("teardown.sh", "--yes", "--kubeconfig", str(world.kubeconfig))
+    assert done.returncode == 0, done.stderr
+    assert "namespace asr-system is not this project's" in done.stdout
+    assert "release jaeger in observability is not this project's" in done.stdout
+    deleted = [call.split(" delete ")[1] for call in world.calls("kubectl") if " delete " in call]
+    assert [each.split(" --")[0] for each in deleted] == ["namespace monitoring"]
+    assert [call.split()[2] for call in world.calls("helm uninstall")] == ["kube-prometheus-stack"]
+    done = world.run("teardown.sh", "--yes")
+    assert done.returncode == 1
+    assert "the cluster has what is not this project's" in done.stderr
+    assert not world.calls("terraform -chdir=terraform destroy")
+
+
+def test_a_fresh_cluster_accepts_the_key_of_whoever_deploys(world: World) -> None:
+    """Jenkins asks the service with it straight afterwards, and would roll a first deployment back."""
+    world.has_cluster()
+    secret = "of-the-one-who-deploys"
+    arguments = ("--kubeconfig", str(world.kubeconfig))
+    done = world.run("setup.sh", *arguments, ASR_API_KEY=secret)
+    assert done.returncode == 0, done.stderr
+    data = yaml.safe_load((world.folder / "created").read_text())["data"]
+    keys = [ApiKey.parse(line) for line in base64.b64decode(data["keys"]).decode().splitlines()]
+    for value, name in ((secret, "caller"), (base64.b64decode(data["ui-key"]).decode(), "operator")):
+        found = find_key(keys, value)
+        assert found is not None
+        assert found.name == name
+    assert secret not in base64.b64decode(data["keys"]).decode()
+    assert "shorter than 16" in world.run("setup.sh", *arguments, ASR_API_KEY="short").stderr
+    (world.folder / "keys").touch()
+    assert world.run("setup.sh", *arguments, ASR_API_KEY="short").returncode == 0, "keys that are there stay"

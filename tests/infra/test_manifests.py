@@ -155,7 +155,7 @@ def test_the_cloud_takes_every_annotation_of_a_load_balancer() -> None:
     services = of_kind(list(yaml.safe_load_all(combination(("public-page",)))), "Service")
     prefix = "service.beta.kubernetes.io/do-loadbalancer-"
     for name, service in services.items():
-        for key, value in service["metadata"]["annotations"].items():
+        for key, value in service["metadata"].get("annotations", {}).items():
             assert key.removeprefix(prefix) in LOAD_BALANCER, f"{name}: {key}"
             assert isinstance(value, str), f"{name}: {key}"
 
@@ -168,6 +168,7 @@ def test_only_the_api_is_public_and_the_page_only_by_its_component(objects: list
     public = of_kind(list(yaml.safe_load_all(combination(("public-page",)))), "Service")
     assert {name: service["spec"]["type"] for name, service in public.items()} == {
         "asr-api": "LoadBalancer",
+        "asr-api-metrics": "ClusterIP",
         "asr-ui": "LoadBalancer",
     }
     assert "WARNING" in (ROOT / "k8s/components/public-page/kustomization.yaml").read_text()
@@ -221,8 +222,9 @@ def test_network_policies_start_from_nothing(objects: list[dict[str, Any]]) -> N
 
 def test_prometheus_sees_a_pod_until_it_is_gone_and_by_its_name(production: list[dict[str, Any]]) -> None:
     """A stopping pod waits for one more scrape; it stays in the Endpoints of such a Service only."""
-    text = (ROOT / "k8s/monitoring/service-monitor.yaml").read_text()
-    service, monitor = yaml.safe_load_all(text)
+    monitor = yaml.safe_load((ROOT / "k8s/monitoring/service-monitor.yaml").read_text())
+    services = of_kind(production, "Service")
+    service = services.pop("asr-api-metrics")
     assert service["spec"]["publishNotReadyAddresses"] is True
     assert service["spec"]["clusterIP"] == "None"
     pod = of_kind(production, "Deployment")["asr-api"]["spec"]["template"]
@@ -234,11 +236,21 @@ def test_prometheus_sees_a_pod_until_it_is_gone_and_by_its_name(production: list
     wanted = monitor["spec"]["selector"]["matchLabels"].items()
     assert wanted <= service["metadata"]["labels"].items()
     assert service["metadata"]["namespace"] in monitor["spec"]["namespaceSelector"]["matchNames"]
-    for other in of_kind(production, "Service").values():
+    for other in services.values():
         assert not wanted <= other["metadata"]["labels"].items(), "each pod would be scraped twice"
     assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == "asr-api"
     (relabel,) = endpoint["relabelings"]
     assert (relabel["sourceLabels"], relabel["targetLabel"]) == (["__meta_kubernetes_pod_name"], "instance")
+
+
+def test_what_the_application_is_scraped_through_comes_and_goes_with_it(
+    objects: list[dict[str, Any]],
+) -> None:
+    """teardown.sh --only app deletes the namespace; the next setup.sh has to bring all of it back."""
+    assert of_kind(objects, "Service")["asr-api-metrics"]["metadata"]["namespace"] == "asr-system"
+    for path in (ROOT / "k8s/monitoring").glob("*.yaml"):
+        for item in yaml.safe_load_all(path.read_text()):
+            assert item.get("metadata", {}).get("namespace") != "asr-system", path
 
 
 def test_components_are_the_promised_ones() -> None:

@@ -50,6 +50,27 @@ def test_an_unknown_option_is_refused(script: str) -> None:
     assert "unknown option --frobnicate" in done.stderr
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("value", ["10m", "0", "1.5", "-1"])
+def test_a_timeout_is_whole_seconds(script: str, value: str) -> None:
+    """With its "s" behind it kubectl and Helm would take 10m for ten milliseconds."""
+    done = run(script, "--timeout", value, "--dry-run")
+    assert done.returncode == 1
+    assert f"--timeout needs whole seconds, not {value}" in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_goes_on_without_any_of_the_tools(tmp_path: Path, script: str) -> None:
+    usual = "bash dirname basename env sed cat grep awk tr head base64 mkdir mktemp rm realpath find"
+    for tool in usual.split():
+        (tmp_path / tool).symlink_to(shutil.which(tool) or "")
+    done = run(script, "--dry-run", path=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "a dry run goes on without them" in done.stdout
+    assert "command not found" not in done.stderr
+    assert "[dry-run]" in done.stdout
+
+
 def run_docker_script(tmp_path: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """With a docker that fails the test when it is asked anything."""
     (tmp_path / "docker").write_text("#!/bin/sh\necho docker was asked >&2\nexit 99\n")

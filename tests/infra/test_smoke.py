@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -84,18 +85,62 @@ def test_a_service_that_hears_nothing_is_no_good(tmp_path: Path) -> None:
     assert "no text in hello.flac" in done.stderr
 
 
-def test_it_asks_the_load_balancers_of_a_cluster(api: LiveServer, page_port: int, tmp_path: Path) -> None:
-    """kubectl answers what it is told to; a page of its own exists only where one is published."""
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text('#!/bin/bash\ncase " $* " in *" asr-api "*) echo "$API" ;; *) echo "$PAGE" ;; esac\n')
-    kubectl.chmod(0o755)
+# Answers what it is told to, and notes what it was asked.
+KUBECTL = """#!/bin/bash
+echo "$*" >>"${0%/*}/calls"
+case " $* " in
+  *' port-forward '*) echo "Forwarding from 127.0.0.1:$FORWARDED -> 8000"; exec sleep 60 ;;
+  *'{.spec.type}'*) echo "$TYPE" ;;
+  *' asr-api '*) echo "$API" ;;
+  *) echo "$PAGE" ;;
+esac
+"""
+
+
+@pytest.fixture
+def kubectl(tmp_path: Path) -> Path:
+    """The folder that it is in."""
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    return tmp_path
+
+
+def test_it_asks_the_load_balancers_of_a_cluster(api: LiveServer, page_port: int, kubectl: Path) -> None:
+    """A page of its own exists only where one is published."""
     at_page = f"127.0.0.1:{page_port}"
     for where, status in (
         ({"API": api.address, "PAGE": ""}, 0),
         ({"API": api.address, "PAGE": at_page}, 0),
         ({"API": api.address, "PAGE": f"127.0.0.1:{free_port()}"}, 1),
-        ({"API": "", "PAGE": at_page}, 1),
+        ({"API": "", "PAGE": at_page, "TYPE": "LoadBalancer"}, 1),
     ):
-        done = smoke("kubernetes", where, path=tmp_path)
+        done = smoke("kubernetes", {"KUBECONFIG": "/config", **where}, path=kubectl)
         assert done.returncode == status, done.stdout + done.stderr
     assert "has no public address" in done.stderr
+
+
+def test_it_reaches_a_service_that_is_inside_the_cluster_only(api: LiveServer, kubectl: Path) -> None:
+    """overlays/dev; a kubectl that went on forwarding would hold this test up."""
+    inside = {"KUBECONFIG": "/config", "TYPE": "ClusterIP", "API": "", "PAGE": ""}
+    started = time.monotonic()
+    done = smoke("kubernetes", {**inside, "FORWARDED": str(api.port)}, path=kubectl)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - started < 30
+
+
+def test_it_asks_the_cluster_that_was_deployed_to(api: LiveServer, kubectl: Path) -> None:
+    """Not whichever kubectl's context is at: a rollback follows from the answer."""
+    record = kubectl / "revisions"
+    record.write_text("cluster uid /some where/config\n")
+    where = {"API": api.address, "PAGE": "", "KUBECONFIG": "", "REVISIONS_FILE": str(record)}
+    assert smoke("kubernetes", where, path=kubectl).returncode == 0
+    calls = (kubectl / "calls").read_text().splitlines()
+    assert calls
+    assert all(line.startswith("--kubeconfig /some where/config ") for line in calls)
+    terraform = kubectl / "terraform"
+    terraform.write_text("#!/bin/bash\necho '{}'\n")
+    terraform.chmod(0o755)
+    record.unlink()
+    done = smoke("kubernetes", where, path=kubectl)
+    assert done.returncode == 1
+    assert "nothing was deployed from here" in done.stderr

@@ -172,6 +172,8 @@ def test_the_defaults_are_accepted(workspace: Path) -> None:
         "registry_tier=gold", "registry_name=A", 'tags=["with space"]', "digitalocean_token=short",
         'inference_pool={"size":"c-4","min_nodes":0,"max_nodes":2}',
         'inference_pool={"size":"c-4","min_nodes":3,"max_nodes":2}',
+        'inference_pool={"size":"c-4","min_nodes":1,"max_nodes":2.5}',
+        'inference_pool={"size":"big","min_nodes":1,"max_nodes":2}',
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(workspace: Path, value: str) -> None:
@@ -185,11 +187,23 @@ def test_a_wrong_value_is_refused_by_name(workspace: Path, value: str) -> None:
     [
         'inference_pool={"size":"c-4","min_nodes":1,"max_nodes":4}', "node_count=5", "registry_name=my-asr",
         "node_size=c-4", "node_size=g-2vcpu-8gb", "node_size=s-4vcpu-8gb-amd", "max_nodes=2",
+        "node_size=gpu-h100x1-80gb", "node_size=so1_5-2vcpu-16gb", "connect_registry=true",
     ],
 )  # fmt: skip
 def test_a_right_value_is_accepted(workspace: Path, value: str) -> None:
     done = plan(workspace, value)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_registry_is_made_or_the_accounts_own_is_connected(workspace: Path) -> None:
+    """An account has one: with registry_name only, who has one already could not connect it."""
+    assert re.search(
+        r"registry_integration\s+= var.registry_name != null \|\| var.connect_registry\n",
+        (TERRAFORM / "main.tf").read_text(),
+    )
+    done = plan(workspace, "connect_registry=true", "registry_name=my-asr")
+    assert done.returncode == 1
+    assert "connect_registry" in done.stderr
 
 
 REPLACED = """
