@@ -19,7 +19,7 @@ from api.engine import Engine
 from tests.training.compression.conftest import LANGUAGE, TEXTS, TOKENS
 from tests.training.networks import chirps
 from training.compression import label, publish, train
-from training.compression.corpus import IGNORED, BatchMaker, LabelledCorpus
+from training.compression.corpus import IGNORED, BatchMaker, LabelledCorpus, SoundMaker
 from training.compression.label import (
     Large,
     counted_texts,
@@ -43,7 +43,7 @@ from training.compression.train import TrainConfig, Trainer, network_of, new_net
 from training.compression.vocabulary import CutVocabulary, cut_vocabulary, unchanged_share
 from training.distillation.kernels import working_dtype
 from training.dynamic_int8 import graphs_of
-from training.errors import CheckpointError, ConfigError, DataError
+from training.errors import CheckpointError, ConfigError, DataError, EmptyManifestError
 from training.four_bits import rounded
 from training.inference import compare, cpu_session, run_graph
 from training.recipes.whisper_seq2seq.export import export_graph
@@ -361,6 +361,20 @@ def test_nothing_to_go_on_with_is_said(
     given = ["--cache", str(cache), "--labels", str(labels), "--run", str(tmp_path / "run"), "--steps", "1"]
     assert train.main(given) == 2
     assert "no run to go on with; --base or --init-from says what to begin with" in capsys.readouterr().err
+
+
+def test_nothing_to_learn_from_is_said_before_the_run(
+    base: Path, cache: Path, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("vocabulary.json", "likely.raw"):
+        (tmp_path / name).write_bytes((labels / name).read_bytes())
+    given = ["--cache", str(cache), "--labels", str(tmp_path), "--run", str(tmp_path / "run"), "--steps", "1"]
+    assert train.main([*given, "--base", str(base), "--layers", "1"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("train: no utterance is left to learn from: of 10 in the cache ")
+    assert line.endswith(" s long, 0 of them with a text that is believed")
+    with pytest.raises(EmptyManifestError, match="in the cache 0 are of speakers"):
+        SoundMaker(LabelledCorpus(cache, labels, validation_fraction=1.0), 8.0, 0)
 
 
 @pytest.mark.parametrize("widened", [False, True])

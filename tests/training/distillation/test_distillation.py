@@ -33,12 +33,12 @@ from training.distillation.dataset import (
     write_validation,
 )
 from training.distillation.evaluate import settle, validate
-from training.distillation.examples import BatchMaker, Corpus
+from training.distillation.examples import BatchMaker, Corpus, Epochs
 from training.distillation.learner import learning_rate
 from training.distillation.student import LossWeights, corpus_type
 from training.distillation.trainer import TrainConfig, Trainer
 from training.distillation.weights import halved, student_of
-from training.errors import CheckpointError, ConfigError, DiskFullError
+from training.errors import CheckpointError, ConfigError, DiskFullError, EmptyManifestError
 from training.frontend import FrontendConfig, LogMel
 from training.nemo import NemoModel
 from training.torch_state import save_state
@@ -278,6 +278,15 @@ def test_batches_are_a_function_of_seed_and_step(corpus: Corpus) -> None:
     assert ours.teacher.shape[1] == ours.hidden.shape[1] == ours.dense.shape[1]
     assert int(ours.target_lengths.max()) <= ours.teacher.shape[1]
     assert torch.allclose(ours.teacher.sum(dim=-1), torch.ones(ours.teacher.shape[:2]), atol=1e-2)
+
+
+def test_nothing_to_learn_from_is_said_before_the_run(cache: Path) -> None:
+    """It was looked for in one empty epoch after the other, for ever."""
+    everybody_held_out = Corpus(cache, min_confidence=-100.0, validation_fraction=1.0)
+    with pytest.raises(EmptyManifestError, match=f"all {UTTERANCES} of the cache are of speakers that"):
+        trainer(everybody_held_out)
+    with pytest.raises(EmptyManifestError, match="no utterance is left to learn from"):
+        Epochs(lambda generator: list[list[int]](), 0)(0)
 
 
 @pytest.mark.parametrize("size", ["tiny", "conformer-tiny", "whisper-micro"])
