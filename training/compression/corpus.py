@@ -153,7 +153,8 @@ class SoundMaker:
             raise EmptyManifestError(
                 f"no utterance is left to learn from: of {len(corpus.rows)} in the cache "
                 f"{len(corpus.sounds)} are of speakers that are not held out and at most "
-                f"{MAX_FRAMES / FEATURE_FRAMES_PER_S:g} s long, {len(corpus.train)} of them with a text that is believed"
+                f"{MAX_FRAMES / FEATURE_FRAMES_PER_S:g} s long, {len(corpus.train)} of them "
+                "with a text that is believed"
             )
 
     def _planned(self, generator: np.random.Generator) -> list[list[list[int]]]:

@@ -340,7 +340,7 @@ def run(
     folder = tmp_path_factory.mktemp("run")
     given = ["--cache", str(cache), "--labels", str(labels), "--run", str(folder), "--workers", "1"]
     assert train.main([*given, "--base", str(base), "--layers", "1", "--steps", "2", "--batch-s", "8"]) == 0
-    assert train.main([*given, "--layers", "1", "--steps", "3", "--batch-s", "8"]) == 0
+    assert train.main([*given, "--steps", "3"]) == 0
     return folder
 
 
@@ -348,6 +348,30 @@ def test_the_command_goes_on_where_it_stopped(run: Path) -> None:
     state = torch.load(run / "last.pt", weights_only=True)
     assert state["counters"][0] == 3
     assert (run / "metrics.csv").read_text().count("label") == 2
+
+
+def test_a_run_goes_on_with_what_it_was_told(run: Path) -> None:
+    """The second command of `run` named neither layers nor the size of batches."""
+    found = json.loads((run / "config.json").read_text())
+    assert (found["layers"], found["batch_s"], found["rounded"]) == ([1], 8, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--layers", "0"], "--layers 0: {run}/last.pt has layers 1; leave the option out"),
+        (["--exact"], "--exact: {run}/last.pt learns through the rounding; give another --run"),
+    ],
+)
+def test_a_run_keeps_its_layers_and_its_rounding(
+    run: Path, cache: Path, labels: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "config.json").read_bytes()
+    given = ["--cache", str(cache), "--labels", str(labels), "--run", str(run), "--steps", "4"]
+    assert train.main([*given, *more]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == f"train: {said.format(run=run)}"
+    assert (run / "config.json").read_bytes() == before
 
 
 def test_a_layer_that_the_base_lacks_is_refused(base: Path, corpus: LabelledCorpus) -> None:
