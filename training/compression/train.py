@@ -42,7 +42,7 @@ from training.distillation.dataset import normalise_text
 from training.distillation.evaluate import word_error_rates
 from training.distillation.label import length_batches
 from training.distillation.learner import Learner, LearnerConfig, adamw
-from training.distillation.runner import deadline, run_until
+from training.distillation.runner import begun_once, deadline, run_until
 from training.errors import CheckpointError, ConfigError, in_one_line
 from training.recipes.whisper_ctc.model import EncoderConfig
 from training.recipes.whisper_seq2seq.model import DecoderConfig, WhisperSeq2Seq
@@ -297,9 +297,10 @@ def main(given: Sequence[str] | None = None) -> int:
     deadline_s = until_when(arguments)
     torch.set_num_threads(1)
     told = told_by(arguments) | ({"rounded": False} if arguments.exact else {})
+    last = arguments.run / "last.pt"
+    begun_once(last, arguments.init_from)
     arguments.run.mkdir(parents=True, exist_ok=True)
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
-    last = arguments.run / "last.pt"
     if last.exists():
         state = read_state(last)
         config = config_like(TrainConfig, told, state["config"], last)

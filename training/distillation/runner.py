@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from training.distillation.learner import Batch, Learner
+from training.errors import ConfigError
 from training.torch_state import save_state
 
 
@@ -115,6 +116,14 @@ def run_until(
             upcoming.cancel()
         # whoever ends the process waits only so long
         checkpoint(trainer, run, records, measured=not stopped.is_set())
+
+
+def begun_once(last: Path, init_from: Path | None) -> None:
+    """Raises ConfigError where a run is to begin with other weights and `last`, to go on with, is there."""
+    if init_from is not None and last.exists():
+        raise ConfigError(
+            f"--init-from {init_from}: {last} is a run to go on with; leave the option out or give another --run"
+        )
 
 
 def deadline(until: datetime | None, max_minutes: float | None) -> float | None:

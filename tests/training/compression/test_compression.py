@@ -361,6 +361,10 @@ def test_a_run_goes_on_with_what_it_was_told(run: Path) -> None:
     [
         (["--layers", "0"], "--layers 0: {run}/last.pt has layers 1; leave the option out"),
         (["--exact"], "--exact: {run}/last.pt learns through the rounding; give another --run"),
+        (
+            ["--init-from", "x.pt"],
+            "--init-from x.pt: {run}/last.pt is a run to go on with; leave the option out or give another --run",
+        ),
     ],
 )
 def test_a_run_keeps_its_layers_and_its_rounding(

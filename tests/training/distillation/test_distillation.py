@@ -475,6 +475,15 @@ def test_a_run_of_another_size_is_not_gone_on_with(cache: Path, corpus: Corpus, 
         distill.run(distill.arguments_of("").parse_args(given), Trainer)
 
 
+def test_a_run_that_is_there_does_not_begin_again(cache: Path, corpus: Corpus, tmp_path: Path) -> None:
+    save_state(trainer(corpus).state(), tmp_path / "last.pt")
+    given = ["--cache", str(cache), "--run", str(tmp_path), "--size", "tiny", "--steps", "1"]
+    with pytest.raises(
+        ConfigError, match=r"--init-from x\.pt: .*last\.pt is a run to go on with; .* another --run"
+    ):
+        distill.run(distill.arguments_of("").parse_args([*given, "--init-from", "x.pt"]), Trainer)
+
+
 def test_learning_rate_warms_up_stays_and_falls() -> None:
     config = TrainConfig(learning_rate=1.0, warmup_steps=10, decay_share=0.5)
     assert learning_rate(config, 0, 0.0) == pytest.approx(0.1)
