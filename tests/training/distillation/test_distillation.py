@@ -352,7 +352,9 @@ def test_sigterm_leaves_a_state_to_go_on_from(corpus: Corpus, tmp_path: Path) ->
     student, before = trainer(corpus), signal.getsignal(signal.SIGTERM)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    runner.run_until(student, tmp_path, total_steps=10**9, deadline_s=None, validate_every_s=1e9)
+    with pytest.raises(SystemExit) as ended:
+        runner.run_until(student, tmp_path, total_steps=10**9, deadline_s=None, validate_every_s=1e9)
+    assert ended.value.code == 143
     timer.join()
     stored = torch.load(tmp_path / "last.pt", weights_only=True)
     assert stored["counters"][0] == student.step > 0
