@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from training.arguments import positive
+from training.arguments import positive, positive_s
 from training.compression.corpus import IGNORED, Batch, BatchMaker, LabelledCorpus, Sound, padded
 from training.compression.label import TOKENS_PER_S, Large
 from training.compression.network import (
@@ -224,7 +224,7 @@ def add_run_options(parser: argparse.ArgumentParser, config: type[TrainConfig]) 
     parser.add_argument("--layers", type=int, nargs="+", help=f"default: {_spoken(config.layers)}")
     parser.add_argument("--steps", type=positive)
     parser.add_argument("--max-minutes", type=float)
-    parser.add_argument("--batch-s", type=float, help=f"default: {config.batch_s:g}")
+    parser.add_argument("--batch-s", type=positive_s, help=f"default: {config.batch_s:g}")
     parser.add_argument("--learning-rate", type=float, help=f"default: {config.learning_rate:g}")
     parser.add_argument("--workers", type=positive, help=f"default: {config.workers}")
     parser.add_argument("--seed", type=int, help="default: 0")
@@ -240,9 +240,12 @@ def until_when(arguments: argparse.Namespace) -> float | None:
 
 
 def told_by(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fields of a configuration that the options of `add_run_options` name, where they are said."""
+    """Fields of a configuration that the options of `add_run_options` name, where they are said. Raises ConfigError."""
+    layers = arguments.layers
+    if layers is not None and len(set(layers)) < len(layers):
+        raise ConfigError(f"--layers {_spoken(layers)}: a layer is there twice, expected each once at most")
     told = {
-        "layers": None if arguments.layers is None else tuple(arguments.layers),
+        "layers": None if layers is None else tuple(layers),
         "workers": arguments.workers,
         "batch_s": arguments.batch_s,
         "learning_rate": arguments.learning_rate,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from training.arguments import positive_s
 from training.distillation.examples import Corpus
 from training.distillation.runner import begun_once, deadline, run_until
 from training.distillation.student import SIZE_NAMES, corpus_type
@@ -52,7 +53,7 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--until", type=_clock, help="HH:MM UTC")
-    parser.add_argument("--batch-s", type=float, default=TrainConfig.batch_s)
+    parser.add_argument("--batch-s", type=positive_s, default=TrainConfig.batch_s)
     parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
     parser.add_argument(
         "--decay-share", type=_share, default=TrainConfig.decay_share, help="of the run, 0 to 1"

@@ -383,6 +383,15 @@ def test_a_layer_that_the_base_lacks_is_refused(base: Path, corpus: LabelledCorp
         new_network(str(base), LANGUAGE, TrainConfig(layers=(0, 5)), corpus.cut)
 
 
+def test_layers_and_batches_out_of_range_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--cache", "none", "--labels", "none", "--run", "none", "--base", "none", "--steps", "1"]
+    assert train.main([*given, "--layers", "1", "1"]) == 2
+    assert "train: --layers 1 1: a layer is there twice" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*given, "--batch-s", "0"])
+    assert "--batch-s: 0: expected more than 0 seconds" in capsys.readouterr().err
+
+
 def test_nothing_to_go_on_with_is_said(
     cache: Path, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -217,6 +217,7 @@ def test_output_only_leaves_the_heads_of_training_alone(corpus: Corpus) -> None:
     ("option", "value", "problem"),
     [
         *(("--decay-share", share, "expected more than 0, at most 1") for share in ("0", "1.1", "-1")),
+        *(("--batch-s", batch_s, "expected more than 0 seconds") for batch_s in ("0", "-1", "nan", "inf")),
         *(("--until", clock, f"{clock}: expected HH:MM") for clock in ("25:00", "soon")),
     ],
 )
