@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from api.beam import MAX_BEAM
+
 
 def positive(text: str) -> int:
     """An integer from 1 on."""
@@ -22,9 +24,9 @@ def positive_s(text: str) -> float:
     return seconds
 
 
-def natural(text: str) -> int:
-    """An integer from 0 on."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
-    return number
+def beam_width(text: str) -> int:
+    """Hypotheses that a beam search keeps, 0 for greedy search."""
+    width = int(text)
+    if not 0 <= width <= MAX_BEAM:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to {MAX_BEAM}")
+    return width

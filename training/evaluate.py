@@ -24,7 +24,7 @@ from api.decoding import decode
 from api.frames import Frames
 from api.manifest import GraphChoice
 from api.vocabulary import Vocabulary
-from training.arguments import positive
+from training.arguments import beam_width, positive
 from training.calibration import manifest_waveforms
 from training.errors import in_one_line
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name")
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--graph", choices=get_args(GraphChoice), default="auto")
-    parser.add_argument("--beam", type=int, help="0 is greedy; default: the bundle's own way")
+    parser.add_argument("--beam", type=beam_width, help="0 is greedy; default: the bundle's own way")
     parser.add_argument(
         "--limit", type=positive, help="at most this many utterances, spread over the manifest"
     )

@@ -75,6 +75,13 @@ def test_evaluation_of_what_is_not_there_is_one_line(
         assert capsys.readouterr().err.startswith("evaluate: ")
 
 
+@pytest.mark.parametrize("beam", ["-1", "1025"])
+def test_a_beam_out_of_range_is_refused(beam: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["models", "none", "--manifest", "none.jsonl", "--beam", beam])
+    assert f"--beam: {beam}: expected 0 to 1024" in capsys.readouterr().err
+
+
 def test_pocketsphinx_words_are_made_comparable() -> None:
     assert bench_wer.plain_words("a.(2) B. the(3) o.k. mister") == "a b the o.k mister"
 

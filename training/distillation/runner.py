@@ -127,7 +127,7 @@ def begun_once(last: Path, init_from: Path | None) -> None:
     """Raises ConfigError where a run is to begin with other weights and `last`, to go on with, is there."""
     if init_from is not None and last.exists():
         raise ConfigError(
-            f"--init-from {init_from}: {last} is a run to go on with; leave the option out or give another --run"
+            f"--init-from {init_from}: {last} is a run to go on with; leave it out or give another --run"
         )
 
 

@@ -363,7 +363,7 @@ def test_a_run_goes_on_with_what_it_was_told(run: Path) -> None:
         (["--exact"], "--exact: {run}/last.pt learns through the rounding; give another --run"),
         (
             ["--init-from", "x.pt"],
-            "--init-from x.pt: {run}/last.pt is a run to go on with; leave the option out or give another --run",
+            "--init-from x.pt: {run}/last.pt is a run to go on with; leave it out or give another --run",
         ),
     ],
 )
