@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 
-from api.beam import MAX_BEAM
-
 
 def positive(text: str) -> int:
     """An integer from 1 on."""
@@ -22,11 +20,3 @@ def positive_s(text: str) -> float:
     if not 0.0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected more than 0 seconds")
     return seconds
-
-
-def beam_width(text: str) -> int:
-    """Hypotheses that a beam search keeps, 0 for greedy search."""
-    width = int(text)
-    if not 0 <= width <= MAX_BEAM:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 to {MAX_BEAM}")
-    return width

@@ -18,13 +18,14 @@ import numpy.typing as npt
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from tqdm import tqdm
 
+from api.beam import MAX_BEAM
 from api.bundle import Bundle, load_bundle
 from api.ctc import greedy_of
 from api.decoding import decode
 from api.frames import Frames
 from api.manifest import GraphChoice
 from api.vocabulary import Vocabulary
-from training.arguments import beam_width, positive
+from training.arguments import positive
 from training.calibration import manifest_waveforms
 from training.errors import in_one_line
 from training.inference import LogProbs, Waveform, cpu_session, run_graph
@@ -190,6 +191,14 @@ def recognise_all(
 def plainly(heard: Iterable[Utterance], plain: Normaliser) -> list[Utterance]:
     """Both sides as training normalises texts: capitals and punctuation are no errors."""
     return [Utterance(plain(item.reference), plain(item.hypothesis)) for item in heard]
+
+
+def beam_width(text: str) -> int:
+    """Hypotheses that a beam search keeps, 0 for greedy search."""
+    width = int(text)
+    if not 0 <= width <= MAX_BEAM:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to {MAX_BEAM}")
+    return width
 
 
 @in_one_line("evaluate")

@@ -240,7 +240,7 @@ def until_when(arguments: argparse.Namespace) -> float | None:
 
 
 def told_by(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fields of a configuration that the options of `add_run_options` name where they are said; raises ConfigError."""
+    """Fields of a configuration that the options of `add_run_options` say; raises ConfigError."""
     layers = arguments.layers
     if layers is not None and len(set(layers)) < len(layers):
         raise ConfigError(f"--layers {_spoken(layers)}: a layer is there twice, expected each once at most")
