@@ -103,6 +103,30 @@ def test_a_sample_is_not_taken_for_everything(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["wav2vec2_turkish", "whisper_azerbaijani"])
+def test_the_example_is_not_taken_for_another_language(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And three manifests, split already, need no import."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("imported")
+
+    monkeypatch.setattr("training.data.importers.from_hugging_face", refused)
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if "from_hugging_face" in cell.source)
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(language="ru", manifest="manifest.jsonl", base="base"))
+    with pytest.raises(SystemExit, match=r"manifest.*\.jsonl: no such manifest.* import ru first"):
+        exec(source, {"MODE": "sample", "config": config})
+    split = "{train: a.jsonl, validation: b.jsonl, test: c.jsonl}"
+    given = CONFIG.replace("{{manifest: {manifest}, fractions: [0.6, 0.2, 0.2]}}", "{split}")
+    config.write_text(given.format(language="tr", split=split, base="base"))
+    names = {"MODE": "sample", "config": config}
+    exec(source, names)
+    assert names["manifest"] is None
+
+
+@pytest.mark.parametrize("name", ["wav2vec2_turkish", "whisper_azerbaijani"])
 def test_the_first_cell_runs_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Colab: git refuses to clone into a folder that is there."""
     cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
