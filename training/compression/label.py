@@ -41,6 +41,7 @@ from training.compression.vocabulary import (
 from training.distillation.label import length_batches
 from training.errors import ConfigError, DataError, in_one_line
 from training.evaluate import Recogniser, bundle_recogniser
+from training.files import in_utf8
 from training.recipes.whisper_ctc.frontend import SAMPLE_RATE_HZ, WINDOW_SAMPLES, WhisperLogMel, own_in_range
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
@@ -259,10 +260,15 @@ def likely_tokens(folder: Path) -> npt.NDArray[Any]:
 
 
 def counted_texts(paths: Iterable[Path]) -> list[tuple[str, float]]:
-    """Lines of plain text, once each, or as often as a number behind a tab says. Raises DataError."""
+    """Lines of plain text, once each, or as often as a number behind a tab says.
+
+    Raises DataError, also for another encoding than UTF-8.
+    """
     found = []
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        with in_utf8(path):
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        for number, line in enumerate(lines, 1):
             text, tab, often = line.strip().partition("\t")
             try:
                 found.append((text, float(often) if tab else 1.0))

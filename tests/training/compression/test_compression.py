@@ -110,6 +110,9 @@ def test_a_list_of_words_says_how_often(tmp_path: Path) -> None:
     path.write_text("good\tmany\n")
     with pytest.raises(DataError, match=r"words\.tsv:1: 'many' behind the tab is no number"):
         counted_texts([path])
+    path.write_text("çay\n", encoding="latin1")
+    with pytest.raises(DataError, match=r"words\.tsv: not UTF-8"):
+        counted_texts([path])
 
 
 def test_fewer_tokens_than_bytes_are_refused(large: Large) -> None:
