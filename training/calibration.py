@@ -82,6 +82,18 @@ def manifest_waveforms(
     return clips
 
 
+def check_there(manifest: Path, languages: Sequence[str]) -> None:
+    """Look for the recordings with a text in these languages, the first of which is that of rows without one.
+
+    Raises ManifestError, EmptyManifestError, FileNotFoundError for one that is not there, or its shard.
+    """
+    for row in manifest_rows(manifest, with_text=True):
+        path, shard = manifest.parent / row["audio_filepath"], row.get("shard")
+        where = manifest.parent / shard if shard and not path.is_file() else path
+        if row.get("language", languages[0]) in languages and not where.is_file():
+            raise FileNotFoundError(f"{where}: no such recording, which {manifest} names")
+
+
 def _span_s(row: dict[str, Any]) -> tuple[float, float]:
     """Offset and duration in seconds, 0 where the row does not say."""
     return float(row.get("offset") or 0.0), float(row.get("duration") or 0.0)
