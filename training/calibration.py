@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections import defaultdict
@@ -77,7 +76,7 @@ def manifest_waveforms(
         waveform = load_waveform(path, sample_rate_hz, *_span_s(row))
         clips.append((waveform, str(row.get("text", ""))))
     for row, content in _contents(sharded, manifest.parent):
-        waveform = decode_waveform(content, sample_rate_hz, *_span_s(row))
+        waveform = decode_waveform(content, row["audio_filepath"], sample_rate_hz, *_span_s(row))
         clips.append((waveform, str(row.get("text", ""))))
     return clips
 
@@ -101,13 +100,13 @@ def _span_s(row: dict[str, Any]) -> tuple[float, float]:
 
 def _contents(
     sharded: Mapping[str, Mapping[str, list[dict[str, Any]]]], folder: Path
-) -> Iterator[tuple[dict[str, Any], io.BytesIO]]:
+) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Rows with their encoded audio; several may be stretches of one member. Raises DataError."""
     for shard, members in sharded.items():
         missing = set(members)
         for name, content in shard_members(folder / shard, members):
             missing.remove(name)
-            yield from ((row, io.BytesIO(content)) for row in members[name])
+            yield from ((row, content) for row in members[name])
         if missing:
             raise DataError(f"{folder / shard}: has no {min(missing)} ({len(missing)} missing)")
 

@@ -4,13 +4,13 @@
 
 Writes ``pcm.i16`` (int16, 16 kHz mono, utterances back to back), ``mel.npy`` (float16 ``(frames, 64)``
 log-mel before the per-feature normalisation, so that augmentation can add noise as power), and
-``index.json`` with each utterance's offsets. Decoding needs only soundfile; a shard is read once.
+``index.json`` with each utterance's offsets. What libsndfile cannot read (m4a) FFmpeg's libraries do; a shard
+is read once.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +34,11 @@ SAMPLE_RATE_HZ = 16_000
 
 
 def decode_audio(row: Utterance, data: bytes) -> npt.NDArray[np.int16]:
-    """Encoded audio -> the row's stretch of it, int16 mono samples at 16 kHz, shape ``(samples,)``."""
-    mono = decode_waveform(io.BytesIO(data), SAMPLE_RATE_HZ, row.offset_s, row.duration_s)
+    """Encoded audio -> the row's stretch of it, int16 mono samples at 16 kHz, shape ``(samples,)``.
+
+    Raises UndecodableAudioError.
+    """
+    mono = decode_waveform(data, row.id, SAMPLE_RATE_HZ, row.offset_s, row.duration_s)
     samples_i16: npt.NDArray[np.int16] = np.clip(np.round(mono * 32767.0), -32768, 32767).astype(np.int16)
     return samples_i16
 
@@ -56,7 +59,10 @@ def iterate_encoded(rows: list[Utterance], folder: Path) -> Iterator[tuple[int, 
 
 
 def write_pcm(rows: list[Utterance], folder: Path, out: Path) -> None:
-    """Decode every row into ``out/pcm.i16`` and write ``out/index.json``. Raises DataError for lost audio."""
+    """Decode every row into ``out/pcm.i16`` and write ``out/index.json``.
+
+    Raises DataError for lost or bad audio.
+    """
     starts = np.zeros(len(rows), np.int64)
     lengths = np.zeros(len(rows), np.int64)
     position = 0
