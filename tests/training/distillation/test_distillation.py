@@ -23,6 +23,7 @@ from torch import nn
 
 from tests.training.distillation.conftest import UTTERANCES, tiny_teacher
 from training.checkpoint import load_checkpoint
+from training.distillation import cache as cache_stage
 from training.distillation import distill, label, runner, texts, weights
 from training.distillation.augment import AugmentConfig
 from training.distillation.batches import normalise_features
@@ -89,6 +90,26 @@ def test_the_cache_reads_stretches_of_recordings(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, ramp[start : start + samples], atol=1e-4)
     assert write_validation(manifest, tmp_path / "validation.jsonl", 1.0) == 4
     assert [row.offset_s for row in read_utterances(tmp_path / "validation.jsonl")] == [0.5, 1.0, 0.5, 1.0]
+
+
+def test_a_cache_of_another_manifest_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "a.wav", np.arange(16_000) / 64_000, 16_000)
+    manifest, other, out = tmp_path / "m.jsonl", tmp_path / "other.jsonl", tmp_path / "cache"
+    manifest.write_text('{"audio_filepath": "a.wav", "duration": 1}')
+    other.write_text('{"audio_filepath": "a.wav", "duration": 0.5}')
+
+    def made_of(path: Path) -> int:
+        monkeypatch.setattr("sys.argv", ["cache", "--manifest", str(path), "--out", str(out)])
+        return cache_stage.main()
+
+    assert [made_of(manifest), made_of(manifest), made_of(other)] == [0, 0, 2]
+    assert f"cache: --manifest {other}: {out} was made of another manifest; give another --out" in (
+        capsys.readouterr().err
+    )
+    (out / "manifest.sha256").unlink()
+    assert made_of(other) == 0, "a cache of earlier days does not say"
 
 
 def test_features_have_their_name_only_when_the_index_knows_them(
