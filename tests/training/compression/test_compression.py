@@ -197,6 +197,37 @@ def test_another_model_says_the_words_where_both_agree(
     assert second not in learned
 
 
+def test_what_is_too_long_is_labelled_as_not_to_be_learned(
+    large: Large, labels: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text of more tokens than positions ended the stage; of a long clip only the beginning is heard."""
+    positions = large.network.decoder.config.positions
+    samples = {"few": 8_000, "long": 8_000, "clip": 31 * 16_000}
+    texts = {"few": "good morning", "long": "z " * positions, "clip": "good morning"}
+    starts = np.cumsum([0, *samples.values()])
+    (tmp_path / "index.json").write_text(
+        json.dumps(
+            [
+                {"text": texts[name].strip(), "pcm_start": int(start), "pcm_samples": samples[name]}
+                for name, start in zip(samples, starts, strict=False)
+            ]
+        )
+    )
+    noise = np.random.default_rng(0).normal(0, 1000, starts[-1]).astype(np.int16)
+    noise.tofile(tmp_path / "pcm.i16")
+    cut = CutVocabulary.load(labels / "vocabulary.json")
+    label.label(large, cut, tmp_path, tmp_path, 1)
+    few, long, clip = sorted(read_labels(tmp_path), key=lambda one: one.index)
+    assert few.tokens
+    assert few.certainty > label.DOUBTED
+    for one in (long, clip):
+        assert (one.tokens, one.certainty) == ((), label.DOUBTED)
+    assert len(likely_tokens(tmp_path)) == len(few.tokens) + 3
+    most = positions - len(large.network.prompt.ids)
+    said = f"not to be learned: 1 clips of more than 30 s, 1 texts of more than {most} tokens"
+    assert said in capsys.readouterr().out
+
+
 def test_labelling_goes_on_where_it_stopped(base: Path, cache: Path, labels: Path, tmp_path: Path) -> None:
     for name in ("vocabulary.json", "labels.jsonl", "likely.raw"):
         (tmp_path / name).write_bytes((labels / name).read_bytes())
