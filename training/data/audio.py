@@ -86,7 +86,7 @@ def _read_av(
     if not isinstance(source, Path):
         source.seek(0)  # libsndfile has read some of it
     try:
-        with av.open(str(source) if isinstance(source, Path) else source) as container:
+        with av.open(str(source) if isinstance(source, Path) else source, "r") as container:
             if not container.streams.audio:
                 raise UndecodableAudioError(f"{name}: holds no audio stream")
             stream = container.streams.audio[0]
