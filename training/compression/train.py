@@ -271,7 +271,7 @@ def config_like(
             )
     if known.get("rounded") and not told.get("rounded", True):
         raise ConfigError(f"--exact: {path} learns through the rounding; give another --run")
-    return config(**(known | told))
+    return config(**{**known, **told})
 
 
 def _spoken(layers: Sequence[int]) -> str:
