@@ -39,7 +39,7 @@ from training.stages.export import load_part
 from training.stages.prepare import prepare
 from training.stages.quantize import calibration_clips
 from training.stages.recipe import Recipe
-from training.stages.train import load_weights
+from training.stages.train import load_weights, trained_weights
 
 RECIPES: dict[str, type[Recipe]] = {
     recipe.name: recipe for recipe in (QuartzNetRecipe, Wav2Vec2Recipe, WhisperCtcRecipe, ConformerRecipe)
@@ -154,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         forms: list[Form] = []
+        # before `prepare`, which makes the folder of a run that is not there
+        weights = trained_weights(given.run / WEIGHTS)
         for index, variant in enumerate(given.variant or [""]):
             changes = [*given.set, variant] if variant else given.set
             recipe = RECIPES[given.recipe](load_config(given.config, changes))
@@ -167,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prefix = f"{variant}: " if variant else ""
             forms += [
                 Form(prefix + form.name, form.size_bytes, form.network)
-                for form in forms_of(recipe, given.run / WEIGHTS, calibration, place)
+                for form in forms_of(recipe, weights, calibration, place)
             ]
         clips = load_part(rows["test"], rate_hz, len(rows["test"]))
         results = measure(recipe, forms, clips)

@@ -190,14 +190,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     systems = find_systems(given.models_dir, given.models, given.systems)
     rows = manifest_rows(manifest, with_text=True, language=given.language)
     scores = []
-    for test_set in sorted({str(row["source"]) for row in rows}):
+    # as `training.publish` names them
+    for source in sorted({row.get("source") for row in rows}, key=str):
+        test_set = source or manifest.stem
         clips = manifest_waveforms(
             manifest,
             SAMPLE_RATE_HZ,
             given.limit,
             with_text=True,
             language=given.language,
-            source=test_set,
+            source=source,
         )
         for system in systems:
             scores.append(score(system, test_set, clips, given.jobs, given.language))

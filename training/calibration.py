@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections import defaultdict
@@ -77,9 +76,21 @@ def manifest_waveforms(
         waveform = load_waveform(path, sample_rate_hz, *_span_s(row))
         clips.append((waveform, str(row.get("text", ""))))
     for row, content in _contents(sharded, manifest.parent):
-        waveform = decode_waveform(content, sample_rate_hz, *_span_s(row))
+        waveform = decode_waveform(content, row["audio_filepath"], sample_rate_hz, *_span_s(row))
         clips.append((waveform, str(row.get("text", ""))))
     return clips
+
+
+def check_there(manifest: Path, languages: Sequence[str]) -> None:
+    """Look for the recordings with a text in these languages, the first of which is that of rows without one.
+
+    Raises ManifestError, EmptyManifestError, FileNotFoundError for one that is not there, or its shard.
+    """
+    for row in manifest_rows(manifest, with_text=True):
+        path, shard = manifest.parent / row["audio_filepath"], row.get("shard")
+        where = manifest.parent / shard if shard and not path.is_file() else path
+        if row.get("language", languages[0]) in languages and not where.is_file():
+            raise FileNotFoundError(f"{where}: no such recording, which {manifest} names")
 
 
 def _span_s(row: dict[str, Any]) -> tuple[float, float]:
@@ -89,13 +100,13 @@ def _span_s(row: dict[str, Any]) -> tuple[float, float]:
 
 def _contents(
     sharded: Mapping[str, Mapping[str, list[dict[str, Any]]]], folder: Path
-) -> Iterator[tuple[dict[str, Any], io.BytesIO]]:
+) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Rows with their encoded audio; several may be stretches of one member. Raises DataError."""
     for shard, members in sharded.items():
         missing = set(members)
         for name, content in shard_members(folder / shard, members):
             missing.remove(name)
-            yield from ((row, io.BytesIO(content)) for row in members[name])
+            yield from ((row, content) for row in members[name])
         if missing:
             raise DataError(f"{folder / shard}: has no {min(missing)} ({len(missing)} missing)")
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from tqdm import tqdm
 
+from api.beam import MAX_BEAM
 from api.bundle import Bundle, load_bundle
 from api.ctc import greedy_of
 from api.decoding import decode
@@ -192,6 +193,14 @@ def plainly(heard: Iterable[Utterance], plain: Normaliser) -> list[Utterance]:
     return [Utterance(plain(item.reference), plain(item.hypothesis)) for item in heard]
 
 
+def beam_width(text: str) -> int:
+    """Hypotheses that a beam search keeps, 0 for greedy search."""
+    width = int(text)
+    if not 0 <= width <= MAX_BEAM:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to {MAX_BEAM}")
+    return width
+
+
 @in_one_line("evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
@@ -200,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name")
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--graph", choices=get_args(GraphChoice), default="auto")
-    parser.add_argument("--beam", type=int, help="0 is greedy; default: the bundle's own way")
+    parser.add_argument("--beam", type=beam_width, help="0 is greedy; default: the bundle's own way")
     parser.add_argument(
         "--limit", type=positive, help="at most this many utterances, spread over the manifest"
     )

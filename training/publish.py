@@ -30,7 +30,7 @@ from training.bundle_writer import (
     check_card,
     write_bundle,
 )
-from training.calibration import manifest_rows, manifest_waveforms, validation_clips
+from training.calibration import check_there, manifest_rows, manifest_waveforms, validation_clips
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.errors import ConfigError, in_one_line
 from training.evaluate import bundle_recogniser, error_rates, plainly, recognise_all
@@ -152,8 +152,9 @@ def publish(
     keep_float: bool = False,
     gate: Gate | None = None,
 ) -> Bundle:
-    """Make the bundle. Raises ConfigError, QualityGateError, BundleError, DataError."""
+    """Make the bundle. Raises ConfigError, QualityGateError, BundleError, DataError, FileNotFoundError."""
     check_card(name, card)
+    _check_test(recordings.test, card.languages)
     graph, vocabulary = made.graph, made.vocabulary
     language, normalisation = card.languages[0], card.text_normalisation
     calibration = _calibration(made, recordings)
@@ -190,6 +191,12 @@ def publish(
         _evaluate(bundle, recordings.test), _speed(bundle, bundle.manifest.graphs), notes
     )
     return add_measurements(models_dir, name, card, measurements)
+
+
+def _check_test(test: Path | None, languages: Sequence[str]) -> None:
+    """What is measured last is looked at first: a failure then would leave a bundle without its numbers."""
+    if test is not None:
+        check_there(test, languages)
 
 
 def _calibration(made: Exported, recordings: Recordings) -> list[Waveform]:
@@ -245,9 +252,11 @@ def add_four_bits(
 ) -> Bundle:
     """Give a bundle of this network a graph of four bits as well, which processors without VNNI take.
 
-    Its gate is that of a graph in INT8. Raises ConfigError, QualityGateError, BundleError, DataError.
+    Its gate is that of a graph in INT8. Raises ConfigError, QualityGateError, BundleError, DataError,
+    FileNotFoundError.
     """
     made, manifest = made.in_four_bits(), load_bundle(models_dir, name).manifest
+    _check_test(recordings.test, manifest.languages)
     language, normalisation = manifest.languages[0], manifest.text_normalisation
     calibration = _calibration(made, recordings)
     validation = _validation(made, recordings, language, normalisation)

@@ -51,6 +51,7 @@ def test_needs_a_training(
     config.write_text(CONFIG.format(manifest=corpus("ru")))
     assert main(["whisper_ctc", "--config", str(config), "--run", str(tmp_path / "run")]) == 2
     assert "run the train stage first" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "a mistyped folder is not made"
 
 
 def test_difference_is_paired() -> None:

@@ -57,6 +57,25 @@ class Whisper(bench_wer.System):
         return lambda _: "It's one, Two."
 
 
+def test_a_set_without_a_source_has_its_manifests_name(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_corpus(tmp_path, chirps(4))
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    bare = [{name: value for name, value in row.items() if name != "source"} for row in rows[:2]]
+    mixed = tmp_path / "mine.jsonl"
+    mixed.write_text("\n".join(json.dumps(row) for row in [*bare, *rows[2:]]))
+    arguments = ["--models-dir", str(models), "--models", "en-random", "--systems", "bundles", "--jobs", "1"]
+    assert bench_wer.main([*arguments, "--manifest", str(mixed)]) == 0
+    scores = last_json(capsys.readouterr().out)["scores"]
+    assert isinstance(scores, list)
+    assert {entry["test_set"]: entry["rates"]["utterances"] for entry in scores} == {
+        "mine": 2,
+        "first": 1,
+        "second": 1,
+    }
+
+
 def test_capitals_and_punctuation_are_no_errors() -> None:
     clips = [(chirps(1)[0], "it's one two")]
     assert bench_wer.score(Whisper("whisper", taught=("nfc",)), "first", clips, jobs=1).rates.wer == 0
@@ -73,6 +92,13 @@ def test_evaluation_of_what_is_not_there_is_one_line(
     for name in (next(models.iterdir()).name, "none"):
         assert evaluate.main([str(models), name, "--manifest", str(tmp_path / "none.jsonl")]) == 2
         assert capsys.readouterr().err.startswith("evaluate: ")
+
+
+@pytest.mark.parametrize("beam", ["-1", "1025"])
+def test_a_beam_out_of_range_is_refused(beam: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["models", "none", "--manifest", "none.jsonl", "--beam", beam])
+    assert f"--beam: {beam}: expected 0 to 1024" in capsys.readouterr().err
 
 
 def test_pocketsphinx_words_are_made_comparable() -> None:

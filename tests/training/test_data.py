@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from training.calibration import manifest_waveforms
 from training.data import __main__ as command
 from training.data import importers
-from training.data.audio import UndecodableAudioError, load_waveform
+from training.data.audio import UndecodableAudioError, decode_waveform, load_waveform
 from training.data.manifest import Utterance, read_manifest, write_manifest
 from training.data.sampler import DurationBatchSampler
 from training.data.split import little_to_train_on, speaker_of, split_by_speaker
 from training.data.synthetic import make_corpus
 from training.data.validate import Limits, validate
+from training.distillation.cache import write_pcm
+from training.distillation.dataset import read_utterances
 from training.errors import DataError, EmptyManifestError, ManifestError, SplitError
 from training.text import normaliser
 from training.vocabulary import CharacterCodec, ctc_frames_needed
@@ -352,6 +354,12 @@ def test_decodes_what_libsndfile_cannot(tmp_path: Path) -> None:
     decoded = load_waveform(path, 16_000)
     assert abs(len(decoded) / 16_000 - 1.0) < 0.2
     assert 0.25 < np.abs(decoded).max() < 0.4
+    assert np.array_equal(decode_waveform(path.read_bytes(), "a", 16_000), decoded)
+    row = {"audio_filepath": "a.m4a", "duration": 0.5, "offset": 0.25, "speaker": "x"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(row))
+    write_pcm(read_utterances(tmp_path / "manifest.jsonl"), tmp_path, tmp_path)
+    pcm = np.fromfile(tmp_path / "pcm.i16", np.int16)
+    np.testing.assert_allclose(pcm / 32767, decoded[4_000:12_000], atol=1e-4)
 
 
 def test_stretches_of_one_recording(tmp_path: Path) -> None:
@@ -379,6 +387,9 @@ def test_undecodable_and_missing(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(b"not audio" * 100)
     with pytest.raises(UndecodableAudioError, match=r"a\.wav"):
         load_waveform(tmp_path / "a.wav", 16_000)
+    (tmp_path / "manifest.jsonl").write_text('{"audio_filepath": "a.wav", "duration": 1, "id": "spoken-7"}')
+    with pytest.raises(UndecodableAudioError, match=r"^spoken-7: "):
+        write_pcm(read_utterances(tmp_path / "manifest.jsonl"), tmp_path, tmp_path)
     with pytest.raises(FileNotFoundError, match="no such recording"):
         load_waveform(tmp_path / "b.wav", 16_000)
 

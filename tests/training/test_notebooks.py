@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,53 @@ def test_a_sample_is_not_taken_for_everything(tmp_path: Path, monkeypatch: pytes
         names = {"MODE": mode, "config": config}
         exec(source, names)
         assert len(read_manifest(names["manifest"])) == count
+
+
+@pytest.mark.parametrize("name", ["wav2vec2_turkish", "whisper_azerbaijani"])
+def test_the_example_is_not_taken_for_another_language(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And three manifests, split already, need no import."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("imported")
+
+    monkeypatch.setattr("training.data.importers.from_hugging_face", refused)
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if "from_hugging_face" in cell.source)
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(language="ru", manifest="manifest.jsonl", base="base"))
+    with pytest.raises(SystemExit, match=r"manifest.*\.jsonl: no such manifest.* import ru first"):
+        exec(source, {"MODE": "sample", "config": config})
+    split = "{train: a.jsonl, validation: b.jsonl, test: c.jsonl}"
+    given = CONFIG.replace("{{manifest: {manifest}, fractions: [0.6, 0.2, 0.2]}}", "{split}")
+    config.write_text(given.format(language="tr", split=split, base="base"))
+    names = {"MODE": "sample", "config": config}
+    exec(source, names)
+    assert names["manifest"] is None
+
+
+@pytest.mark.parametrize("name", ["wav2vec2_turkish", "whisper_azerbaijani"])
+def test_the_first_cell_runs_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Colab: git refuses to clone into a folder that is there."""
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    first = next(cell.source for cell in cells if cell.cell_type == "code")
+    called: list[str] = []
+
+    def done(command: list[str], check: bool) -> None:
+        called.append("clone" if "clone" in command else "install")
+        (tmp_path / "asr").mkdir(exist_ok=True)
+        (tmp_path / "asr" / "pyproject.toml").touch()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ASR_REPOSITORY", "https://example.org/asr")
+    monkeypatch.setattr("subprocess.run", done)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    for _ in range(2):
+        names: dict[str, object] = {}
+        exec(first, names)
+        assert names["root"] == tmp_path / "asr"
+    assert called == ["clone", "install", "install"]
 
 
 def test_notebooks_are_kept_without_outputs() -> None:

@@ -302,6 +302,24 @@ def test_publishing_makes_a_verified_bundle(tmp_path: Path, capsys: pytest.Captu
     assert isinstance(bundle_recogniser(bundle)(chirps(1)[0]), str)
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"audio_filepath": "gone.wav"}, "gone.wav: no such recording"),
+        ({"audio_filepath": "a.wav", "shard": "gone.tar"}, "gone.tar: no such recording"),
+        ({}, ":1: not a manifest row: audio_filepath is missing"),
+    ],
+)
+def test_a_test_set_that_is_not_there_is_said_before_a_bundle_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, str], said: str
+) -> None:
+    """It is measured last, and left a bundle without its numbers."""
+    (tmp_path / "test.jsonl").write_text(json.dumps({**row, "text": "ab"}), encoding="utf-8")
+    assert publish(tmp_path, "--test", str(tmp_path / "test.jsonl")) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
 def test_a_language_model_that_does_not_help_is_reported_and_left_out(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("ab cd\nba dc\n", encoding="utf-8")
     assert publish(tmp_path, "--texts", str(tmp_path / "texts.txt")) == 0

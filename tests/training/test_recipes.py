@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,16 @@ def run(config: Path, folder: Path, stage: str, *changes: str) -> int:
 
 
 # --- configurations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("training/recipes/*/configs/*.yaml")), ids=lambda path: path.stem
+)
+def test_the_command_in_a_configuration_writes_its_manifest(path: Path) -> None:
+    """Paths in the file are relative to it, those of the command to the project."""
+    head = "".join(line[1:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    for written in re.findall(r"--out (\S+)", head):
+        assert ROOT / written == load_config(path).data.manifest
 
 
 @pytest.mark.parametrize(

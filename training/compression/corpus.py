@@ -24,6 +24,7 @@ from training.distillation.batches import pad_features
 from training.distillation.dataset import VALIDATION_FRACTION, split_rows
 from training.distillation.examples import FEATURE_FRAMES_PER_S, Epochs, plan_epoch, utterances
 from training.distillation.whisper import WhisperCorpus, cached_log_mel
+from training.errors import EmptyManifestError
 from training.masks import frame_mask
 from training.recipes.whisper_ctc.frontend import HOP, WhisperLogMel
 
@@ -137,11 +138,24 @@ class SoundMaker:
     """Sound number ``step`` of a run, as a pure function of the seed and the step, and no word of it."""
 
     def __init__(self, corpus: LabelledCorpus, batch_s: float, seed: int) -> None:
+        """Raises EmptyManifestError where there is nothing to hear."""
         self.corpus, self.seed = corpus, seed
         self.most_tokens = sys.maxsize
         self.heard = corpus.sounds
         self.budget_frames = int(batch_s * FEATURE_FRAMES_PER_S)
         self.locate = Epochs(self._planned, seed)
+        self._some()
+
+    def _some(self) -> None:
+        """Raises EmptyManifestError, with what became of the cache's utterances."""
+        if not self.heard:
+            corpus = self.corpus
+            raise EmptyManifestError(
+                f"no utterance is left to learn from: of {len(corpus.rows)} in the cache "
+                f"{len(corpus.sounds)} are of speakers that are not held out and at most "
+                f"{MAX_FRAMES / FEATURE_FRAMES_PER_S:g} s long, {len(corpus.train)} of them "
+                "with a text that is believed"
+            )
 
     def _planned(self, generator: np.random.Generator) -> list[list[list[int]]]:
         """Utterances of each item of each batch of an epoch."""
@@ -212,10 +226,11 @@ class BatchMaker(SoundMaker):
     def __init__(
         self, corpus: LabelledCorpus, batch_s: float, seed: int, most_tokens: int, *, masked: bool = True
     ) -> None:
-        """`most_tokens`: of text and end in a row; what is longer is not heard."""
+        """`most_tokens`: of text and end in a row; what is longer is not heard. Raises EmptyManifestError."""
         super().__init__(corpus, batch_s, seed)
         self.most_tokens, self.masked = most_tokens, masked
         self.heard = [index for index in corpus.train if self._tokens(index) < most_tokens]
+        self._some()
 
     def _tokens(self, index: int) -> int:
         return len(self.corpus.labels[index].tokens)

@@ -16,6 +16,7 @@ import argparse
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ from training.compression.vocabulary import (
 from training.distillation.label import length_batches
 from training.errors import ConfigError, DataError, in_one_line
 from training.evaluate import Recogniser, bundle_recogniser
+from training.files import in_utf8
 from training.recipes.whisper_ctc.frontend import SAMPLE_RATE_HZ, WINDOW_SAMPLES, WhisperLogMel, own_in_range
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
@@ -168,8 +170,12 @@ def label(
 ) -> None:
     """Write what is still missing of ``labels.jsonl`` and ``likely.raw``.
 
-    `other` says the words of utterances that nobody wrote down.
+    `other` says the words of utterances that nobody wrote down. A clip that the large network does not hear
+    whole, or a text that it has no positions for, is labelled with no tokens, so that nothing learns it.
     """
+    most_tokens = large.network.decoder.config.positions - len(large.network.prompt.ids)
+    too_long = f"texts of more than {most_tokens} tokens"
+    not_whole = f"clips of more than {WINDOW_SAMPLES / SAMPLE_RATE_HZ:g} s"
     rows = json.loads((cache / "index.json").read_text(encoding="utf-8"))
     pcm = np.memmap(cache / "pcm.i16", np.int16, mode="r")
     tokenizer = cut.tokenizer()
@@ -184,13 +190,20 @@ def label(
         said = other(clip.astype(np.float32) / 32768.0)
         return [word for word in map(spelled, said.replace("-", " ").split()) if word]
 
-    def answers(batch: list[int]) -> list[tuple[Label, npt.NDArray[Any]]]:
+    def left_out(clip: npt.NDArray[np.int16], tokens: list[int]) -> str:
+        if len(clip) > WINDOW_SAMPLES:
+            return not_whole
+        return too_long if len(tokens) > most_tokens else ""
+
+    def answers(batch: list[int]) -> list[tuple[Label, npt.NDArray[Any], str]]:
         clips = [pcm[(start := rows[i]["pcm_start"]) : start + rows[i]["pcm_samples"]] for i in batch]
         with evaluating(large.network):
             written, audio, missing = large.hear(clips)
             known = [words_of(index, clip) for index, clip in zip(batch, clips, strict=True)]
             texts = [in_the_style_of(w, k) if k else w for w, k in zip(written, known, strict=True)]
             tokens = [tokenizer.encode(f" {text}").ids if text else [] for text in texts]
+            reasons = [left_out(clip, ids) for clip, ids in zip(clips, tokens, strict=True)]
+            tokens = [[] if reason else ids for reason, ids in zip(reasons, tokens, strict=True)]
             judged = large.judge(cut, tokens, audio, missing)
         found = []
         for item, index in enumerate(batch):
@@ -208,10 +221,13 @@ def label(
             understood = apart <= MOST_DIFFERENT
             if other is not None and not rows[index]["text"]:
                 certainty = 0.0 if known[item] and apart <= MOST_APART else DOUBTED
+            if reasons[item]:
+                certainty = DOUBTED
             one = Label(index, texts[item], tuple(tokens[item]), 0, round(certainty, 4), understood)
-            found.append((one, likely))
+            found.append((one, likely, reasons[item]))
         return found
 
+    unlearned: Counter[str] = Counter()
     place = sum(len(one.tokens) + 1 for one in done)
     with (
         (out / "labels.jsonl").open("a", encoding="utf-8") as lines,
@@ -222,13 +238,16 @@ def label(
         raw.truncate(place * Likely.itemsize)
         for start in range(0, len(batches), workers):
             for several in pool.map(answers, batches[start : start + workers]):
-                for one, likely in several:
+                for one, likely, reason in several:
+                    unlearned[reason] += bool(reason)
                     raw.write(likely.tobytes())
                     raw.flush()
                     lines.write(json.dumps(asdict(one) | {"likely": place}, ensure_ascii=False) + "\n")
                     lines.flush()
                     place += len(likely)
                 bar.update(len(several))
+    if reasons := [f"{count} {reason}" for reason, count in sorted(unlearned.items()) if reason]:
+        print(f"{out / 'labels.jsonl'}: not to be learned: {', '.join(reasons)}")
 
 
 def _batches(samples: Sequence[int], waiting: set[int]) -> Iterator[list[int]]:
@@ -259,10 +278,15 @@ def likely_tokens(folder: Path) -> npt.NDArray[Any]:
 
 
 def counted_texts(paths: Iterable[Path]) -> list[tuple[str, float]]:
-    """Lines of plain text, once each, or as often as a number behind a tab says. Raises DataError."""
+    """Lines of plain text, once each, or as often as a number behind a tab says.
+
+    Raises DataError, also for another encoding than UTF-8.
+    """
     found = []
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        with in_utf8(path):
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        for number, line in enumerate(lines, 1):
             text, tab, often = line.strip().partition("\t")
             try:
                 found.append((text, float(often) if tab else 1.0))

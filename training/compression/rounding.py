@@ -192,8 +192,17 @@ def main(given: Sequence[str] | None = None) -> int:
 
     def other(name: str) -> WhisperSeq2Seq:
         if name.endswith(".pt"):
-            return network_of(read_state(Path(name)), corpus.cut)
-        return new_network(name, arguments.language, config, corpus.cut)
+            found = network_of(read_state(Path(name)), corpus.cut)
+        else:
+            found = new_network(name, arguments.language, config, corpus.cut)
+        theirs, ours = ([value.shape for value in one.parameters()] for one in (found, network))
+        if theirs != ours:
+            have, wanted = (len(one.decoder.layers) for one in (found, network))
+            raise ConfigError(
+                f"--mean-with {name}: a network of another shape, with {have} layers in its decoder; that of "
+                f"{arguments.run} has {wanted}"
+            )
+        return found
 
     mean_with(network, [(other(name), share_of(share)) for name, share in arguments.mean_with])
     most_tokens = network.decoder.config.positions - len(network.prompt.ids)

@@ -5,7 +5,8 @@
 The optimiser moves float32 weights; every step hears through their rounding to four bits, and its gradients
 are taken as theirs (the straight-through estimator, Bengio et al. 2013). Half of the loss follows the labels,
 half the large network's probabilities where it understood the utterance (Hinton et al. 2015). Without
-``--base`` or ``--init-from`` a run goes on where it stopped.
+``--init-from`` a run goes on where it stopped, with what it was told when it began but for what is said now;
+its layers and its rounding stay.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from training.arguments import positive
+from training.arguments import positive, positive_s
 from training.compression.corpus import IGNORED, Batch, BatchMaker, LabelledCorpus, Sound, padded
 from training.compression.label import TOKENS_PER_S, Large
 from training.compression.network import (
@@ -41,7 +42,7 @@ from training.distillation.dataset import normalise_text
 from training.distillation.evaluate import word_error_rates
 from training.distillation.label import length_batches
 from training.distillation.learner import Learner, LearnerConfig, adamw
-from training.distillation.runner import deadline, run_until
+from training.distillation.runner import begun_once, deadline, run_until
 from training.errors import CheckpointError, ConfigError, in_one_line
 from training.recipes.whisper_ctc.model import EncoderConfig
 from training.recipes.whisper_seq2seq.model import DecoderConfig, WhisperSeq2Seq
@@ -220,13 +221,13 @@ def add_run_options(parser: argparse.ArgumentParser, config: type[TrainConfig]) 
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--labels", type=Path, required=True, help="kept tokens and texts")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run, created or resumed")
-    parser.add_argument("--layers", type=int, nargs="+", default=list(config.layers))
+    parser.add_argument("--layers", type=int, nargs="+", help=f"default: {_spoken(config.layers)}")
     parser.add_argument("--steps", type=positive)
     parser.add_argument("--max-minutes", type=float)
-    parser.add_argument("--batch-s", type=float, default=config.batch_s)
-    parser.add_argument("--learning-rate", type=float, default=config.learning_rate)
-    parser.add_argument("--workers", type=positive, default=config.workers)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-s", type=positive_s, help=f"default: {config.batch_s:g}")
+    parser.add_argument("--learning-rate", type=float, help=f"default: {config.learning_rate:g}")
+    parser.add_argument("--workers", type=positive, help=f"default: {config.workers}")
+    parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--validate-every-minutes", type=float, default=8.0)
 
 
@@ -238,16 +239,43 @@ def until_when(arguments: argparse.Namespace) -> float | None:
     return deadline_s
 
 
-def config_of(config: type[Config], arguments: argparse.Namespace, **more: Any) -> Config:
-    """What `add_run_options` was told, and more."""
-    return config(
-        layers=tuple(arguments.layers),
-        workers=arguments.workers,
-        batch_s=arguments.batch_s,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
-        **more,
-    )
+def told_by(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of a configuration that the options of `add_run_options` say; raises ConfigError."""
+    layers = arguments.layers
+    if layers is not None and len(set(layers)) < len(layers):
+        raise ConfigError(f"--layers {_spoken(layers)}: a layer is there twice, expected each once at most")
+    told = {
+        "layers": None if layers is None else tuple(layers),
+        "workers": arguments.workers,
+        "batch_s": arguments.batch_s,
+        "learning_rate": arguments.learning_rate,
+        "seed": arguments.seed,
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def config_like(
+    config: type[Config], told: Mapping[str, Any], stored: Mapping[str, Any], path: Path
+) -> Config:
+    """What was `told`, and for the rest what the state at `path` was made with.
+
+    Raises ConfigError where its layers or its rounding were told otherwise: they are those of its weights.
+    """
+    known = {field.name: stored[field.name] for field in fields(config) if field.name in stored}
+    if "layers" in known:
+        known["layers"] = tuple(known["layers"])
+        if (asked := told.get("layers", known["layers"])) != known["layers"]:
+            raise ConfigError(
+                f"--layers {_spoken(asked)}: {path} has layers {_spoken(known['layers'])}; "
+                "leave the option out"
+            )
+    if known.get("rounded") and not told.get("rounded", True):
+        raise ConfigError(f"--exact: {path} learns through the rounding; give another --run")
+    return config(**{**known, **told})
+
+
+def _spoken(layers: Sequence[int]) -> str:
+    return " ".join(map(str, layers))
 
 
 def run_as_told(trainer: CorpusLearner[Any], arguments: argparse.Namespace, deadline_s: float | None) -> None:
@@ -271,18 +299,24 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     deadline_s = until_when(arguments)
     torch.set_num_threads(1)
-    config = config_of(TrainConfig, arguments, rounded=not arguments.exact)
+    told = told_by(arguments) | ({"rounded": False} if arguments.exact else {})
+    last = arguments.run / "last.pt"
+    begun_once(last, arguments.init_from)
     arguments.run.mkdir(parents=True, exist_ok=True)
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
-    last = arguments.run / "last.pt"
     if last.exists():
-        state = torch.load(last, weights_only=True)
+        state = read_state(last)
+        config = config_like(TrainConfig, told, state["config"], last)
         trainer = Trainer(config, network_of(state, corpus.cut), corpus)
         trainer.restore(state)
         print(f"going on at step {trainer.step}")
     elif arguments.init_from:
-        trainer = Trainer(config, network_of(read_state(arguments.init_from), corpus.cut), corpus)
+        state = read_state(arguments.init_from)
+        begun = {name: value for name, value in state.get("config", {}).items() if name == "layers"}
+        config = config_like(TrainConfig, told, begun, arguments.init_from)
+        trainer = Trainer(config, network_of(state, corpus.cut), corpus)
     elif arguments.base:
+        config = TrainConfig(**told)
         trainer = Trainer(config, new_network(arguments.base, arguments.language, config, corpus.cut), corpus)
     else:
         raise CheckpointError(f"{last}: no run to go on with; --base or --init-from says what to begin with")

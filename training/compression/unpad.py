@@ -27,10 +27,11 @@ from training.compression.train import (
     CorpusLearner,
     TrainConfig,
     add_run_options,
-    config_of,
+    config_like,
     new_network,
     read_state,
     run_as_told,
+    told_by,
     until_when,
     validated,
 )
@@ -142,13 +143,14 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     deadline_s = until_when(arguments)
     torch.set_num_threads(1)
-    config = config_of(UnpadConfig, arguments)
     arguments.run.mkdir(parents=True, exist_ok=True)
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
-    trainer = Unpadder(config, new_network(arguments.base, arguments.language, config, corpus.cut), corpus)
     last = arguments.run / "last.pt"
-    if last.exists():
-        trainer.restore(read_state(last))
+    state = read_state(last) if last.exists() else None
+    config = config_like(UnpadConfig, told_by(arguments), state["config"] if state else {}, last)
+    trainer = Unpadder(config, new_network(arguments.base, arguments.language, config, corpus.cut), corpus)
+    if state:
+        trainer.restore(state)
         print(f"going on at step {trainer.step}")
     run_as_told(trainer, arguments, deadline_s)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,21 +36,29 @@ def load_waveform(
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recording")
-    try:
-        read = _read_av if is_mp3_without_length(path) else _read_soundfile
-        samples, rate_hz = read(path, offset_s, duration_s)
-    except soundfile.LibsndfileError:
-        samples, rate_hz = _read_av(path, offset_s, duration_s)
-    if samples.size == 0:
-        raise UndecodableAudioError(f"{path}: no samples")
-    return _at_rate(samples, rate_hz, sample_rate_hz)
+    return _load(path, str(path), sample_rate_hz, offset_s, duration_s)
 
 
 def decode_waveform(
-    content: BinaryIO, sample_rate_hz: int, offset_s: float = 0.0, duration_s: float | None = None
+    content: bytes, name: str, sample_rate_hz: int, offset_s: float = 0.0, duration_s: float | None = None
 ) -> Samples:
-    """As `load_waveform`, of a file's content and what libsndfile reads only. Raises LibsndfileError."""
-    return _at_rate(*_read_soundfile(content, offset_s, duration_s), sample_rate_hz)
+    """As `load_waveform`, of a file's content. Raises UndecodableAudioError, which says the `name`."""
+    return _load(io.BytesIO(content), name, sample_rate_hz, offset_s, duration_s)
+
+
+def _load(
+    source: Path | BinaryIO, name: str, sample_rate_hz: int, offset_s: float, duration_s: float | None
+) -> Samples:
+    try:
+        if is_mp3_without_length(source):
+            samples, rate_hz = _read_av(source, name, offset_s, duration_s)
+        else:
+            samples, rate_hz = _read_soundfile(source, offset_s, duration_s)
+    except soundfile.LibsndfileError:
+        samples, rate_hz = _read_av(source, name, offset_s, duration_s)
+    if samples.size == 0:
+        raise UndecodableAudioError(f"{name}: no samples")
+    return _at_rate(samples, rate_hz, sample_rate_hz)
 
 
 def _at_rate(samples: Samples, rate_hz: int, wanted_hz: int) -> Samples:
@@ -70,12 +79,16 @@ def _read_soundfile(
     return samples.mean(axis=1), rate_hz
 
 
-def _read_av(path: Path, offset_s: float, duration_s: float | None) -> tuple[Samples, int]:
+def _read_av(
+    source: Path | BinaryIO, name: str, offset_s: float, duration_s: float | None
+) -> tuple[Samples, int]:
     blocks: list[npt.NDArray[Any]] = []
+    if not isinstance(source, Path):
+        source.seek(0)  # libsndfile has read some of it
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(source) if isinstance(source, Path) else source, "r") as container:
             if not container.streams.audio:
-                raise UndecodableAudioError(f"{path}: holds no audio stream")
+                raise UndecodableAudioError(f"{name}: holds no audio stream")
             stream = container.streams.audio[0]
             rate_hz = int(stream.rate)
             resampler = av.AudioResampler(format="flt", layout="mono", rate=rate_hz)
@@ -83,7 +96,7 @@ def _read_av(path: Path, offset_s: float, duration_s: float | None) -> tuple[Sam
                 blocks += [part.to_ndarray().reshape(-1) for part in resampler.resample(frame)]
             blocks += [part.to_ndarray().reshape(-1) for part in resampler.resample(None)]
     except (av.FFmpegError, ValueError) as error:
-        raise UndecodableAudioError(f"{path}: {error}") from error
+        raise UndecodableAudioError(f"{name}: {error}") from error
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     start, stop = _span(offset_s, duration_s, rate_hz, len(samples))
     return samples[start:stop].astype(np.float32), rate_hz

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,9 +30,12 @@ def stated_s(path: Path) -> float | None:
     return info.frames / info.samplerate if info.format == "MP3" and not is_mp3_without_length(path) else None
 
 
-def is_mp3_without_length(path: Path) -> bool:
-    """Whether an MP3 file has no header of Xing's; libsndfile then guesses a length, and reads no more."""
-    with path.open("rb") as file:
+def is_mp3_without_length(source: Path | BinaryIO) -> bool:
+    """Whether an MP3 file has no header of Xing's; libsndfile then guesses a length, and reads no more.
+
+    A stream is left at its start.
+    """
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
         head = file.read(10)
         if head[:3] == b"ID3" and len(head) == 10:
             # four bytes of seven bits
@@ -39,6 +43,7 @@ def is_mp3_without_length(path: Path) -> bool:
         else:
             file.seek(0)
         frame = file.read(XING_BYTES)
+        file.seek(0)
     # eleven bits of synchronisation, any version, layer III
     is_mp3 = len(frame) > 2 and frame[0] == 0xFF and frame[1] & 0xE6 == 0xE2
     return is_mp3 and b"Xing" not in frame and b"Info" not in frame

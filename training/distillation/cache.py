@@ -4,13 +4,13 @@
 
 Writes ``pcm.i16`` (int16, 16 kHz mono, utterances back to back), ``mel.npy`` (float16 ``(frames, 64)``
 log-mel before the per-feature normalisation, so that augmentation can add noise as power), and
-``index.json`` with each utterance's offsets. Decoding needs only soundfile; a shard is read once.
+``index.json`` with each utterance's offsets; ``manifest.sha256`` says of what they were made.
+What libsndfile cannot read (m4a) FFmpeg's libraries do; a shard is read once.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,19 +23,24 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from api.bundle import sha256_of
 from training.data.audio import decode_waveform
 from training.data.shards import shard_members
 from training.distillation.dataset import Utterance, read_utterances
-from training.errors import DataError, in_one_line
+from training.errors import ConfigError, DataError, in_one_line
 from training.files import written_whole
 from training.frontend import LogMel
 
 SAMPLE_RATE_HZ = 16_000
+DIGEST = "manifest.sha256"
 
 
 def decode_audio(row: Utterance, data: bytes) -> npt.NDArray[np.int16]:
-    """Encoded audio -> the row's stretch of it, int16 mono samples at 16 kHz, shape ``(samples,)``."""
-    mono = decode_waveform(io.BytesIO(data), SAMPLE_RATE_HZ, row.offset_s, row.duration_s)
+    """Encoded audio -> the row's stretch of it, int16 mono samples at 16 kHz, shape ``(samples,)``.
+
+    Raises UndecodableAudioError.
+    """
+    mono = decode_waveform(data, row.id, SAMPLE_RATE_HZ, row.offset_s, row.duration_s)
     samples_i16: npt.NDArray[np.int16] = np.clip(np.round(mono * 32767.0), -32768, 32767).astype(np.int16)
     return samples_i16
 
@@ -56,7 +61,10 @@ def iterate_encoded(rows: list[Utterance], folder: Path) -> Iterator[tuple[int, 
 
 
 def write_pcm(rows: list[Utterance], folder: Path, out: Path) -> None:
-    """Decode every row into ``out/pcm.i16`` and write ``out/index.json``. Raises DataError for lost audio."""
+    """Decode every row into ``out/pcm.i16`` and write ``out/index.json``.
+
+    Raises DataError for lost or bad audio.
+    """
     starts = np.zeros(len(rows), np.int64)
     lengths = np.zeros(len(rows), np.int64)
     position = 0
@@ -115,6 +123,20 @@ def write_mel(out: Path) -> None:
     partial.rename(out / "mel.npy")
 
 
+def check_manifest(manifest: Path, out: Path) -> None:
+    """Raises ConfigError where a cache was made of another manifest than this one.
+
+    One that is gone, or a cache that does not say of what it was made, leaves the cache as it is.
+    """
+    made_of = out / DIGEST
+    if (
+        manifest.is_file()
+        and made_of.is_file()
+        and made_of.read_text(encoding="utf-8") != sha256_of(manifest)
+    ):
+        raise ConfigError(f"--manifest {manifest}: {out} was made of another manifest; give another --out")
+
+
 @in_one_line("cache")
 def main() -> int:
     """Command line."""
@@ -125,8 +147,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if not (arguments.out / "index.json").exists():
+    if (arguments.out / "index.json").exists():
+        check_manifest(arguments.manifest, arguments.out)
+    else:
         rows = read_utterances(arguments.manifest)
+        # before the index, without which it counts for nothing
+        (arguments.out / DIGEST).write_text(sha256_of(arguments.manifest), encoding="utf-8")
         write_pcm(rows, arguments.manifest.parent, arguments.out)
     if not (arguments.out / "mel.npy").exists():
         with torch.inference_mode():

@@ -6,7 +6,7 @@ The learning rate warms up, stays, and falls to nothing over the last part of th
 ``--steps``, or a wall-clock budget (``--max-minutes``, or ``--until HH:MM`` UTC) for machines whose speed is
 shared. ``last.pt`` and ``best.pt`` in the run folder hold everything; the same command goes on from
 ``last.pt``, also after SIGTERM. ``--init-from FILE.safetensors`` (made by stage ``weights``) starts a new run
-from published weights instead of random ones.
+from published weights instead of random ones; going on with it, leave the option out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from training.arguments import positive_s
 from training.distillation.examples import Corpus
-from training.distillation.runner import deadline, run_until
+from training.distillation.runner import begun_once, deadline, run_until
 from training.distillation.student import SIZE_NAMES, corpus_type
 from training.distillation.trainer import TrainConfig, Trainer
 from training.errors import in_one_line
@@ -52,7 +53,7 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--until", type=_clock, help="HH:MM UTC")
-    parser.add_argument("--batch-s", type=float, default=TrainConfig.batch_s)
+    parser.add_argument("--batch-s", type=positive_s, default=TrainConfig.batch_s)
     parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
     parser.add_argument(
         "--decay-share", type=_share, default=TrainConfig.decay_share, help="of the run, 0 to 1"
@@ -76,7 +77,10 @@ def arguments_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Corpus], Trainer]) -> None:
-    """Train as the command line says, or go on with the run that is there. Raises SystemExit on misuse."""
+    """Train as the command line says, or go on with the run that is there.
+
+    Raises SystemExit, ConfigError on misuse.
+    """
     deadline_s = deadline(arguments.until, arguments.max_minutes)
     if arguments.steps is None and deadline_s is None:
         raise SystemExit("say how long: --steps, --max-minutes or --until")
@@ -92,9 +96,10 @@ def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Cor
         decay_share=arguments.decay_share,
         frozen_norms=arguments.frozen_norms,
     )
+    last, frozen_before = arguments.run / "last.pt", False
+    begun_once(last, arguments.init_from)
     arguments.run.mkdir(parents=True, exist_ok=True)
     trainer = trainer_class(config, corpus_type(config.size)(arguments.cache, config.min_confidence))
-    last, frozen_before = arguments.run / "last.pt", False
     if last.exists():
         state = torch.load(last, weights_only=True)
         if state["config"]["size"] != config.size:

@@ -27,6 +27,7 @@ from training.distillation.dataset import (
     split_rows,
 )
 from training.distillation.loss import dense_labels
+from training.errors import EmptyManifestError
 
 FEATURE_FRAMES_PER_S = 100
 Row = TypeVar("Row")
@@ -123,10 +124,12 @@ class Epochs(Generic[Row]):
         self.starts = [0]
 
     def __call__(self, step: int) -> list[Row]:
-        """Call with rising numbers."""
+        """Call with rising numbers. Raises EmptyManifestError where an epoch has no batch."""
         while step >= self.starts[-1]:
             self.epoch += 1
             self.batches = self.plan(np.random.default_rng([self.seed, 1, self.epoch]))
+            if not self.batches:  # no epoch after it would ever reach the step
+                raise EmptyManifestError("no utterance is left to learn from")
             self.starts.append(self.starts[-1] + len(self.batches))
         if step < self.starts[-2]:
             raise ValueError("batches are read in order")
@@ -137,6 +140,12 @@ class BatchMaker:
     """Batch number ``step`` of a run, as a pure function of the seed and the step."""
 
     def __init__(self, corpus: Corpus, batch_s: float, seed: int, config: AugmentConfig | None) -> None:
+        """Raises EmptyManifestError where all speakers are held out."""
+        if not corpus.train:
+            raise EmptyManifestError(
+                f"no utterance is left to learn from: all {len(corpus.rows)} of the cache are of speakers "
+                "that are held out"
+            )
         self.corpus, self.seed, self.config = corpus, seed, config
         self.budget_frames = int(batch_s * FEATURE_FRAMES_PER_S)
         self.frames = [corpus.mel_spans[index][1] for index in corpus.train]

@@ -11,9 +11,10 @@ problems are solved at once instead of one deep one. The idea is that of Li et a
 supervised neural architecture search with knowledge distillation". Neither weights nor decoder of the teacher
 are copied.
 
-``--joined`` goes on from there (``weights``, then ``pieces --joined --init-from``): each piece hears the one
-before it and gradients cross the borders, so the pieces learn to live with each other's errors. The targets
-at the borders stay (deep supervision), with the teacher's posteriors and CTC on the text at the end.
+``--joined`` goes on from there (``weights``, then ``pieces --joined --init-from`` with another ``--run``):
+each piece hears the one before it and gradients cross the borders, so the pieces learn to live with each
+other's errors. The targets at the borders stay (deep supervision), with the teacher's posteriors and CTC on
+the text at the end.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from training.distillation.learner import Batch, Learner
+from training.errors import ConfigError
 from training.torch_state import save_state
 
 
@@ -82,7 +83,10 @@ def run_until(
     deadline_s: float | None,
     validate_every_s: float,
 ) -> None:
-    """Run until the steps or the time (``time.time()`` value) are used up, or SIGTERM comes."""
+    """Run until the steps or the time (``time.time()`` value) are used up, or SIGTERM comes.
+
+    Raises SystemExit after SIGTERM, once the state is saved, with the status of a process that it ended.
+    """
     started_s, before_s = time.time(), trainer.elapsed_s
     horizon_s = before_s + (deadline_s - started_s) if deadline_s is not None else math.inf
     next_validation_s = started_s + validate_every_s
@@ -115,6 +119,16 @@ def run_until(
             upcoming.cancel()
         # whoever ends the process waits only so long
         checkpoint(trainer, run, records, measured=not stopped.is_set())
+    if stopped.is_set():
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def begun_once(last: Path, init_from: Path | None) -> None:
+    """Raises ConfigError where a run is to begin with other weights and `last`, to go on with, is there."""
+    if init_from is not None and last.exists():
+        raise ConfigError(
+            f"--init-from {init_from}: {last} is a run to go on with; leave it out or give another --run"
+        )
 
 
 def deadline(until: datetime | None, max_minutes: float | None) -> float | None:

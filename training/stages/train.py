@@ -95,11 +95,16 @@ def unshared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def load_weights(network: nn.Module, path: Path) -> nn.Module:
-    """Put stored weights into a network, in evaluation mode. Raises CheckpointError."""
+def trained_weights(path: Path) -> Path:
+    """The file, which is there. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no trained weights; run the train stage first")
-    weights = read_weights(path)
+    return path
+
+
+def load_weights(network: nn.Module, path: Path) -> nn.Module:
+    """Put stored weights into a network, in evaluation mode. Raises CheckpointError."""
+    weights = read_weights(trained_weights(path))
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -19,7 +19,7 @@ from api.engine import Engine
 from tests.training.compression.conftest import LANGUAGE, TEXTS, TOKENS
 from tests.training.networks import chirps
 from training.compression import label, publish, train
-from training.compression.corpus import IGNORED, BatchMaker, LabelledCorpus
+from training.compression.corpus import IGNORED, BatchMaker, LabelledCorpus, SoundMaker
 from training.compression.label import (
     Large,
     counted_texts,
@@ -43,7 +43,7 @@ from training.compression.train import TrainConfig, Trainer, network_of, new_net
 from training.compression.vocabulary import CutVocabulary, cut_vocabulary, unchanged_share
 from training.distillation.kernels import working_dtype
 from training.dynamic_int8 import graphs_of
-from training.errors import CheckpointError, ConfigError, DataError
+from training.errors import CheckpointError, ConfigError, DataError, EmptyManifestError
 from training.four_bits import rounded
 from training.inference import compare, cpu_session, run_graph
 from training.recipes.whisper_seq2seq.export import export_graph
@@ -109,6 +109,9 @@ def test_a_list_of_words_says_how_often(tmp_path: Path) -> None:
     assert counted_texts([path]) == [("good", 3.5), ("plain text", 1.0)]
     path.write_text("good\tmany\n")
     with pytest.raises(DataError, match=r"words\.tsv:1: 'many' behind the tab is no number"):
+        counted_texts([path])
+    path.write_text("çay\n", encoding="latin1")
+    with pytest.raises(DataError, match=r"words\.tsv: not UTF-8"):
         counted_texts([path])
 
 
@@ -192,6 +195,37 @@ def test_another_model_says_the_words_where_both_agree(
     learned = LabelledCorpus(cache, tmp_path, validation_fraction=0.0).train
     assert first in learned
     assert second not in learned
+
+
+def test_what_is_too_long_is_labelled_as_not_to_be_learned(
+    large: Large, labels: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text of more tokens than positions ended the stage; of a long clip only the beginning is heard."""
+    positions = large.network.decoder.config.positions
+    samples = {"few": 8_000, "long": 8_000, "clip": 31 * 16_000}
+    texts = {"few": "good morning", "long": "z " * positions, "clip": "good morning"}
+    starts = np.cumsum([0, *samples.values()])
+    (tmp_path / "index.json").write_text(
+        json.dumps(
+            [
+                {"text": texts[name].strip(), "pcm_start": int(start), "pcm_samples": samples[name]}
+                for name, start in zip(samples, starts, strict=False)
+            ]
+        )
+    )
+    noise = np.random.default_rng(0).normal(0, 1000, starts[-1]).astype(np.int16)
+    noise.tofile(tmp_path / "pcm.i16")
+    cut = CutVocabulary.load(labels / "vocabulary.json")
+    label.label(large, cut, tmp_path, tmp_path, 1)
+    few, long, clip = sorted(read_labels(tmp_path), key=lambda one: one.index)
+    assert few.tokens
+    assert few.certainty > label.DOUBTED
+    for one in (long, clip):
+        assert (one.tokens, one.certainty) == ((), label.DOUBTED)
+    assert len(likely_tokens(tmp_path)) == len(few.tokens) + 3
+    most = positions - len(large.network.prompt.ids)
+    said = f"not to be learned: 1 clips of more than 30 s, 1 texts of more than {most} tokens"
+    assert said in capsys.readouterr().out
 
 
 def test_labelling_goes_on_where_it_stopped(base: Path, cache: Path, labels: Path, tmp_path: Path) -> None:
@@ -340,7 +374,7 @@ def run(
     folder = tmp_path_factory.mktemp("run")
     given = ["--cache", str(cache), "--labels", str(labels), "--run", str(folder), "--workers", "1"]
     assert train.main([*given, "--base", str(base), "--layers", "1", "--steps", "2", "--batch-s", "8"]) == 0
-    assert train.main([*given, "--layers", "1", "--steps", "3", "--batch-s", "8"]) == 0
+    assert train.main([*given, "--steps", "3"]) == 0
     return folder
 
 
@@ -350,9 +384,46 @@ def test_the_command_goes_on_where_it_stopped(run: Path) -> None:
     assert (run / "metrics.csv").read_text().count("label") == 2
 
 
+def test_a_run_goes_on_with_what_it_was_told(run: Path) -> None:
+    """The second command of `run` named neither layers nor the size of batches."""
+    found = json.loads((run / "config.json").read_text())
+    assert (found["layers"], found["batch_s"], found["rounded"]) == ([1], 8, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--layers", "0"], "--layers 0: {run}/last.pt has layers 1; leave the option out"),
+        (["--exact"], "--exact: {run}/last.pt learns through the rounding; give another --run"),
+        (
+            ["--init-from", "x.pt"],
+            "--init-from x.pt: {run}/last.pt is a run to go on with; leave it out or give another --run",
+        ),
+    ],
+)
+def test_a_run_keeps_its_layers_and_its_rounding(
+    run: Path, cache: Path, labels: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "config.json").read_bytes()
+    given = ["--cache", str(cache), "--labels", str(labels), "--run", str(run), "--steps", "4"]
+    assert train.main([*given, *more]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == f"train: {said.format(run=run)}"
+    assert (run / "config.json").read_bytes() == before
+
+
 def test_a_layer_that_the_base_lacks_is_refused(base: Path, corpus: LabelledCorpus) -> None:
     with pytest.raises(ConfigError, match=r"--layers 5: the decoder of .* has layers 0 to 1"):
         new_network(str(base), LANGUAGE, TrainConfig(layers=(0, 5)), corpus.cut)
+
+
+def test_layers_and_batches_out_of_range_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--cache", "none", "--labels", "none", "--run", "none", "--base", "none", "--steps", "1"]
+    assert train.main([*given, "--layers", "1", "1"]) == 2
+    assert "train: --layers 1 1: a layer is there twice" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*given, "--batch-s", "0"])
+    assert "--batch-s: 0: expected more than 0 seconds" in capsys.readouterr().err
 
 
 def test_nothing_to_go_on_with_is_said(
@@ -361,6 +432,20 @@ def test_nothing_to_go_on_with_is_said(
     given = ["--cache", str(cache), "--labels", str(labels), "--run", str(tmp_path / "run"), "--steps", "1"]
     assert train.main(given) == 2
     assert "no run to go on with; --base or --init-from says what to begin with" in capsys.readouterr().err
+
+
+def test_nothing_to_learn_from_is_said_before_the_run(
+    base: Path, cache: Path, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("vocabulary.json", "likely.raw"):
+        (tmp_path / name).write_bytes((labels / name).read_bytes())
+    given = ["--cache", str(cache), "--labels", str(tmp_path), "--run", str(tmp_path / "run"), "--steps", "1"]
+    assert train.main([*given, "--base", str(base), "--layers", "1"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("train: no utterance is left to learn from: of 10 in the cache ")
+    assert line.endswith(" s long, 0 of them with a text that is believed")
+    with pytest.raises(EmptyManifestError, match="in the cache 0 are of speakers"):
+        SoundMaker(LabelledCorpus(cache, labels, validation_fraction=1.0), 8.0, 0)
 
 
 @pytest.mark.parametrize("widened", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -121,9 +122,15 @@ def test_an_exact_run_is_rounded_before_it_is_published(
 
 
 def test_a_mean_of_several_runs_is_rounded(
-    base: Path, cache: Path, labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    cache: Path,
+    labels: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of one that learned, of another, and of what both began with."""
+    cut = LabelledCorpus(cache, labels).cut
     given = ["--cache", str(cache), "--labels", str(labels)]
     more = ["--layers", "1", "--batch-s", "8", "--workers", "1", "--exact", "--base", str(base)]
     for number in range(2):
@@ -137,9 +144,20 @@ def test_a_mean_of_several_runs_is_rounded(
     )
     assert rounding.main([*ours, *others]) == 0
     exact = rounded_network[0].state_dict()
+    state = torch.load(tmp_path / "1" / "last.pt", weights_only=True)
+    whole = small_network(Large(str(base), LANGUAGE).network, [0, 1], cut)
+    shape = dataclasses.asdict(whole.decoder.config)
+
+    state |= {"shape": state["shape"] | {"decoder": shape}, "average": whole.state_dict()}
+    torch.save(state, tmp_path / "larger.pt")
+    assert rounding.main([*ours, "--mean-with", str(tmp_path / "larger.pt"), "0.1"]) == 2
+    assert (
+        f"larger.pt: a network of another shape, with 2 layers in its decoder; that of {tmp_path / '0'} has 1"
+        in (capsys.readouterr().err)
+    )
     averages = [torch.load(tmp_path / n / "last.pt", weights_only=True)["average"] for n in "01"]
     config = TrainConfig(layers=(1,))
-    wanted = new_network(str(base), LANGUAGE, config, LabelledCorpus(cache, labels).cut)
+    wanted = new_network(str(base), LANGUAGE, config, cut)
     begun = wanted.state_dict()
     means = {n: 0.5 * averages[0][n] + 0.3 * averages[1][n] + 0.2 * begun[n] for n in begun}
     wanted.load_state_dict(means)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from tests.training.compression.conftest import LANGUAGE
@@ -95,14 +97,18 @@ def test_what_a_clip_alone_gives_comes_nearer(base: Path, corpus: LabelledCorpus
 
 
 def test_the_command_goes_on_where_it_stopped_and_train_after_it(
-    base: Path, cache: Path, labels: Path, tmp_path: Path
+    base: Path, cache: Path, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     given = ["--cache", str(cache), "--labels", str(labels), "--workers", "1", "--batch-s", "8"]
     ours = [*given, "--base", str(base), "--run", str(run), "--layers", "1"]
     assert unpad.main([*ours, "--steps", "2"]) == 0
-    assert unpad.main([*ours, "--steps", "3"]) == 0
+    assert unpad.main([*ours[:-2], "--steps", "3"]) == 0
     state = torch.load(run / "last.pt", weights_only=True)
     assert state["counters"][0] == 3
     more = [*given, "--init-from", str(run / "last.pt"), "--run", str(tmp_path / "next"), "--exact"]
-    assert train.main([*more, "--layers", "1", "--steps", "1"]) == 0
+    assert train.main([*more, "--steps", "1"]) == 0
+    assert json.loads((tmp_path / "next" / "config.json").read_text())["layers"] == [1]
+    elsewhere = [*given, "--init-from", str(run / "last.pt"), "--run", str(tmp_path / "other")]
+    assert train.main([*elsewhere, "--layers", "0", "--steps", "1"]) == 2
+    assert f"--layers 0: {run / 'last.pt'} has layers 1" in capsys.readouterr().err

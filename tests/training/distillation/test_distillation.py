@@ -23,6 +23,7 @@ from torch import nn
 
 from tests.training.distillation.conftest import UTTERANCES, tiny_teacher
 from training.checkpoint import load_checkpoint
+from training.distillation import cache as cache_stage
 from training.distillation import distill, label, runner, texts, weights
 from training.distillation.augment import AugmentConfig
 from training.distillation.batches import normalise_features
@@ -33,12 +34,12 @@ from training.distillation.dataset import (
     write_validation,
 )
 from training.distillation.evaluate import settle, validate
-from training.distillation.examples import BatchMaker, Corpus
+from training.distillation.examples import BatchMaker, Corpus, Epochs
 from training.distillation.learner import learning_rate
 from training.distillation.student import LossWeights, corpus_type
 from training.distillation.trainer import TrainConfig, Trainer
 from training.distillation.weights import halved, student_of
-from training.errors import CheckpointError, ConfigError, DiskFullError
+from training.errors import CheckpointError, ConfigError, DiskFullError, EmptyManifestError
 from training.frontend import FrontendConfig, LogMel
 from training.nemo import NemoModel
 from training.torch_state import save_state
@@ -89,6 +90,26 @@ def test_the_cache_reads_stretches_of_recordings(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, ramp[start : start + samples], atol=1e-4)
     assert write_validation(manifest, tmp_path / "validation.jsonl", 1.0) == 4
     assert [row.offset_s for row in read_utterances(tmp_path / "validation.jsonl")] == [0.5, 1.0, 0.5, 1.0]
+
+
+def test_a_cache_of_another_manifest_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "a.wav", np.arange(16_000) / 64_000, 16_000)
+    manifest, other, out = tmp_path / "m.jsonl", tmp_path / "other.jsonl", tmp_path / "cache"
+    manifest.write_text('{"audio_filepath": "a.wav", "duration": 1}')
+    other.write_text('{"audio_filepath": "a.wav", "duration": 0.5}')
+
+    def made_of(path: Path) -> int:
+        monkeypatch.setattr("sys.argv", ["cache", "--manifest", str(path), "--out", str(out)])
+        return cache_stage.main()
+
+    assert [made_of(manifest), made_of(manifest), made_of(other)] == [0, 0, 2]
+    assert f"cache: --manifest {other}: {out} was made of another manifest; give another --out" in (
+        capsys.readouterr().err
+    )
+    (out / "manifest.sha256").unlink()
+    assert made_of(other) == 0, "a cache of earlier days does not say"
 
 
 def test_features_have_their_name_only_when_the_index_knows_them(
@@ -217,6 +238,7 @@ def test_output_only_leaves_the_heads_of_training_alone(corpus: Corpus) -> None:
     ("option", "value", "problem"),
     [
         *(("--decay-share", share, "expected more than 0, at most 1") for share in ("0", "1.1", "-1")),
+        *(("--batch-s", batch_s, "expected more than 0 seconds") for batch_s in ("0", "-1", "nan", "inf")),
         *(("--until", clock, f"{clock}: expected HH:MM") for clock in ("25:00", "soon")),
     ],
 )
@@ -278,6 +300,15 @@ def test_batches_are_a_function_of_seed_and_step(corpus: Corpus) -> None:
     assert ours.teacher.shape[1] == ours.hidden.shape[1] == ours.dense.shape[1]
     assert int(ours.target_lengths.max()) <= ours.teacher.shape[1]
     assert torch.allclose(ours.teacher.sum(dim=-1), torch.ones(ours.teacher.shape[:2]), atol=1e-2)
+
+
+def test_nothing_to_learn_from_is_said_before_the_run(cache: Path) -> None:
+    """It was looked for in one empty epoch after the other, for ever."""
+    everybody_held_out = Corpus(cache, min_confidence=-100.0, validation_fraction=1.0)
+    with pytest.raises(EmptyManifestError, match=f"all {UTTERANCES} of the cache are of speakers that"):
+        trainer(everybody_held_out)
+    with pytest.raises(EmptyManifestError, match="no utterance is left to learn from"):
+        Epochs(lambda generator: list[list[int]](), 0)(0)
 
 
 @pytest.mark.parametrize("size", ["tiny", "conformer-tiny", "whisper-micro"])
@@ -343,7 +374,9 @@ def test_sigterm_leaves_a_state_to_go_on_from(corpus: Corpus, tmp_path: Path) ->
     student, before = trainer(corpus), signal.getsignal(signal.SIGTERM)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    runner.run_until(student, tmp_path, total_steps=10**9, deadline_s=None, validate_every_s=1e9)
+    with pytest.raises(SystemExit) as ended:
+        runner.run_until(student, tmp_path, total_steps=10**9, deadline_s=None, validate_every_s=1e9)
+    assert ended.value.code == 143
     timer.join()
     stored = torch.load(tmp_path / "last.pt", weights_only=True)
     assert stored["counters"][0] == student.step > 0
@@ -464,6 +497,15 @@ def test_a_run_of_another_size_is_not_gone_on_with(cache: Path, corpus: Corpus, 
     given = ["--cache", str(cache), "--run", str(tmp_path), "--size", "s", "--steps", "1"]
     with pytest.raises(SystemExit, match="a student of size tiny, asked for s"):
         distill.run(distill.arguments_of("").parse_args(given), Trainer)
+
+
+def test_a_run_that_is_there_does_not_begin_again(cache: Path, corpus: Corpus, tmp_path: Path) -> None:
+    save_state(trainer(corpus).state(), tmp_path / "last.pt")
+    given = ["--cache", str(cache), "--run", str(tmp_path), "--size", "tiny", "--steps", "1"]
+    with pytest.raises(
+        ConfigError, match=r"--init-from x\.pt: .*last\.pt is a run to go on with; .* another --run"
+    ):
+        distill.run(distill.arguments_of("").parse_args([*given, "--init-from", "x.pt"]), Trainer)
 
 
 def test_learning_rate_warms_up_stays_and_falls() -> None:
