@@ -11,12 +11,12 @@ from onnx import numpy_helper
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary
 from tests.training.networks import CONFIGS, VOCABULARY, chirps, random_network
 from training.errors import QualityGateError
-from training.evaluate import ErrorRates, greedy_text
+from training.evaluate import ErrorRates, Utterance, error_rates, greedy_text
 from training.export import export_graph
 from training.frontend import FrontendConfig
 from training.inference import Agreement, compare, cpu_session, run_graph
 from training.qdq import Range, quantizable, quantize_graph
-from training.quantize import Gate, Outcome, Trial, calibrate, float_ends, quantize
+from training.quantize import Gate, Outcome, Trial, best_of, calibrate, float_ends, quantize
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,30 @@ def test_every_way_is_tried_and_the_best_is_kept(graph: onnx.ModelProto) -> None
     validation = [(clip, "ab cd") for clip in chirps(4, seed=2)]
     outcome = quantize(graph, VOCABULARY, chirps(4), validation, Gate(min_speed=0.0, max_wer_increase=9.0))
     assert {trial.method for trial in outcome.trials} == {"mean of extremes", "extremes", "99.99 percentile"}
-    assert outcome.chosen.rates.wer == min(trial.rates.wer for trial in outcome.trials)
+    assert outcome.chosen is best_of(outcome.trials)
     assert outcome.table().count("(kept)") == 1
+
+
+def trial(method: str, wrong: set[int], same_best: float, speed: float = 2.0) -> Trial:
+    """Of a hundred clips of one word, those of these numbers were heard wrong."""
+    heard = [Utterance("yes", "no" if number in wrong else "yes") for number in range(100)]
+    agreement = Agreement(0.0, 0.0, same_best, 1)
+    return Trial(method, onnx.ModelProto(), 1, agreement, heard, error_rates(heard), speed, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("trials", "kept"),
+    [
+        ([trial("luckier", set(range(9)), 0.94), trial("nearer", set(range(10)), 0.97)], "nearer"),
+        ([trial("better", set(), 0.94), trial("nearer", set(range(10)), 0.97)], "better"),
+        ([trial("fast", {1}, 0.94, 3.0), trial("nearer", {1}, 0.97, 2.8)], "nearer"),
+        ([trial("fast", {1}, 0.94, 3.0), trial("nearer", {1}, 0.97, 2.0)], "fast"),
+        ([trial("slow", {1}, 0.97, 2.0), trial("fast", {1}, 0.97, 2.1)], "fast"),
+    ],
+)
+def test_chance_does_not_choose(trials: list[Trial], kept: str) -> None:
+    """What a hundred clips cannot tell apart, all their frames can."""
+    assert best_of(trials).method == kept
 
 
 @pytest.mark.parametrize(
@@ -127,8 +149,8 @@ def test_every_way_is_tried_and_the_best_is_kept(graph: onnx.ModelProto) -> None
 def test_the_table_says_where_nothing_could_be_told_apart(words: int, wer: float, said: list[str]) -> None:
     rates = ErrorRates(utterances=9, words=words, wer=wer, wer_low=wer, wer_high=wer, cer=wer)
     agreement = Agreement(0.0, 0.0, 1.0, 1)
-    trial = Trial("one way", onnx.ModelProto(), 1, agreement, rates, 1.0, 0.0)
-    lines = Outcome(rates, 1, (trial,), trial).table().splitlines()
+    one = Trial("one way", onnx.ModelProto(), 1, agreement, [], rates, 1.0, 0.0)
+    lines = Outcome(rates, 1, (one,), one).table().splitlines()
     doubts = [line for line in lines if line and not line.startswith("|")]
     assert len(doubts) == len(said)
     for doubt, part in zip(doubts, said, strict=True):
