@@ -7,25 +7,19 @@ and with VNNI, which is exact by itself, its INT8 products take twice as long.
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import onnxruntime as ort
 
-CPUINFO = Path("/proc/cpuinfo")
+from api.processor import CPUINFO, processor_flags
+
 VNNI = {"avx512_vnni", "avx_vnni"}  # of 512 and of 256 bits; ONNX Runtime has kernels for both
 WIDEN = "session.x64quantprecision"
 
 
-@cache
 def has_vnni(cpuinfo: Path = CPUINFO) -> bool:
     """Whether every processor says that it sums products of bytes in 32 bits; False where nothing is said."""
-    try:
-        lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
-    return bool(flags) and all(each & VNNI for each in flags)
+    return not VNNI.isdisjoint(processor_flags(cpuinfo))
 
 
 def make_products_exact(options: ort.SessionOptions) -> None:

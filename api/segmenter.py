@@ -158,8 +158,7 @@ def quietest_cut(samples: FloatArray, sample_rate_hz: int) -> int:
     levels = _dbfs(_smoothed(frame_power(samples, sample_rate_hz), _SMOOTHING_FRAMES))
     first = len(levels) // 2
     quiet = levels[first:] <= levels[first:].min() + _QUIET_MARGIN_DB
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], quiet.view(np.int8), [0]))))
-    starts, ends = edges[0::2], edges[1::2]
+    starts, ends = _runs(quiet)
     longest = len(starts) - 1 - int(np.argmax((ends - starts)[::-1]))
     middle_frame = first + (starts[longest] + ends[longest]) / 2
     return int(min(max(middle_frame * FRAME_S * sample_rate_hz, 1), len(samples)))
@@ -174,8 +173,7 @@ def cuts_between_voices(power: FloatArray) -> list[int]:
     twentieth = (len(levels) - 1) // 20
     noise_dbfs = float(np.partition(levels, twentieth)[twentieth])
     speech = levels > noise_dbfs + BEGIN.over_noise_db(float(levels.max()) - noise_dbfs)
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], speech.view(np.int8), [0]))))
-    starts, ends = edges[0::2], edges[1::2]
+    starts, ends = _runs(speech)
     if not len(starts):
         return []
     paused = starts[1:] - ends[:-1] >= _PAUSE_FRAMES
@@ -194,6 +192,12 @@ def cuts_between_voices(power: FloatArray) -> list[int]:
             loudest_dbfs = max(loudness_dbfs, loudest_dbfs)
         after = end
     return cuts
+
+
+def _runs(flags: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Where stretches of True begin, and where each is over, int64 (runs,)."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], flags.view(np.int8), [0]))))
+    return edges[0::2], edges[1::2]
 
 
 def may_be_speech(samples: FloatArray, sample_rate_hz: int) -> bool:

@@ -121,14 +121,16 @@ exists() {
   [ -n "$found" ]
 }
 
-# has_release NAME NAMESPACE [HELM_ARGUMENTS...]: the same of a Helm release in any state.
-has_release() {
+# lists_release NAME NAMESPACE HELM_ARGUMENTS...: the same of a Helm release, in the states that the arguments name.
+lists_release() {
   local found
   [ "$DRY_RUN" = 0 ] || return
-  found=$(helm list --short --deployed --failed --pending --uninstalling --filter "^$1\$" --namespace "$2" "${@:3}" \
+  found=$(helm list --short --filter "^$1\$" --namespace "$2" "${@:3}" \
     ${KUBECONFIG_FILE:+--kubeconfig "$KUBECONFIG_FILE"}) || fail "Helm does not say whether $2 has the release $1"
   [ -n "$found" ]
 }
+is_pending() { lists_release "$1" "$2" --pending; }
+has_release() { lists_release "$@" --deployed --failed --pending --uninstalling; }
 
 # What a rollback goes back to. First a line "cluster UID KUBECONFIG": where it is, and the identifier of the namespace
 # asr-system there. Then one line NAME UID REVISION for each deployment that was there before the apply, with "undone"

@@ -71,12 +71,6 @@ sed 's#/etc/alertmanager/secrets/#/etc/alertmanager/secrets/alertmanager-receive
   kubectl create secret generic asr-alertmanager --namespace monitoring --from-file=alertmanager.yaml=/dev/stdin \
     --dry-run=client --output=yaml | apply_stdin
 
-is_pending() { # RELEASE NAMESPACE
-  local found
-  [ "$DRY_RUN" = 0 ] || return
-  found=$(helm list --pending --short --filter "^$1\$" --namespace "$2" "${cluster[@]}") || fail "Helm does not say what it is doing"
-  [ -n "$found" ]
-}
 chart() { # RELEASE NAMESPACE CHART REPOSITORY VERSION VALUES [HELM_ARGUMENTS...]
   local release=$1 namespace=$2 chart=$3 repository=$4 version=$5 values=$6
   shift 6

@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 
+from api.processor import processor_flags
+
 NAME = "asr_training_kernels"
 
 
 def cpu_has_bfloat16() -> bool:
     """Whether the processor states the AVX512 instructions that the kernels are written in (Linux only)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags and "avx512bw" in flags
+    return processor_flags() >= {"avx512_bf16", "avx512bw"}
 
 
 def working_dtype() -> torch.dtype:
