@@ -14,6 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from training.moonshine.model import DecoderLayer as MoonshineDecoderLayer
+from training.moonshine.model import EncoderLayer as MoonshineEncoderLayer
+from training.moonshine.model import Moonshine
 from training.recipes.whisper_seq2seq.model import DecoderLayer, WhisperSeq2Seq
 from training.transformer import Attention, EncoderLayer
 
@@ -41,7 +44,8 @@ def behind_norm(norm: nn.LayerNorm, modules: Sequence[nn.Linear | nn.Embedding])
     for module in modules:
         module.weight.div_(found)
     norm.weight.mul_(found)
-    norm.bias.mul_(found)
+    if norm.bias is not None:
+        norm.bias.mul_(found)
     return found
 
 
@@ -55,18 +59,18 @@ def behind_values(attention: Attention) -> None:
         attention.v_proj.bias.mul_(found)
 
 
-def equalise(network: WhisperSeq2Seq) -> None:
-    """All matrices of a Whisper but the convolutions and the second of each feed-forward, in place."""
+def equalise(network: WhisperSeq2Seq | Moonshine) -> None:
+    """All matrices but the convolutions and the second of each feed-forward, in place."""
     encoder, decoder = network.encoder, network.decoder
     listening = []
     for layer in (*encoder.layers, *decoder.layers):
-        if not isinstance(layer, EncoderLayer | DecoderLayer):
-            raise TypeError(f"{type(layer).__name__}: not a layer of a Whisper")
+        if not isinstance(layer, EncoderLayer | DecoderLayer | MoonshineEncoderLayer | MoonshineDecoderLayer):
+            raise TypeError(f"{type(layer).__name__}: not a layer of a Whisper or a Moonshine")
         own = layer.self_attn
         behind_norm(layer.self_attn_layer_norm, [own.q_proj, own.k_proj, own.v_proj])
         behind_norm(layer.final_layer_norm, [layer.fc1])
         behind_values(own)
-        if isinstance(layer, DecoderLayer):
+        if isinstance(layer, DecoderLayer | MoonshineDecoderLayer):
             behind_norm(layer.encoder_attn_layer_norm, [layer.encoder_attn.q_proj])
             behind_values(layer.encoder_attn)
             listening += [layer.encoder_attn.k_proj, layer.encoder_attn.v_proj]

@@ -27,17 +27,23 @@ class GraphBuilder:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
+        self._domains: set[str] = set()
 
     def inner(self) -> GraphBuilder:
         """A builder of a subgraph (a loop's body), whose constants are kept in this graph."""
         builder = GraphBuilder()
-        builder._constants = self._constants
+        builder._constants, builder._domains = self._constants, self._domains
         return builder
 
     def add(self, operator: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         """Append a node with one output called `name`; gives that name."""
+        self._domains.add(attributes.get("domain", ""))
         self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
         return name
+
+    def split(self, values: str, names: Sequence[str], name: str) -> None:
+        """Cut the last axis into equal parts that are called `names`."""
+        self.nodes.append(helper.make_node("Split", [values], list(names), name=name, axis=-1))
 
     def ints(self, name: str, values: npt.ArrayLike) -> str:
         """An int64 tensor; the same name twice is the same constant."""
@@ -89,9 +95,10 @@ class GraphBuilder:
             helper.make_tensor_value_info("frame_lengths", TensorProto.INT64, ["batch"]),
         ]
         graph = helper.make_graph(self.nodes, title, inputs, outputs, list(self._constants.values()))
+        others = [helper.make_opsetid(domain, 1) for domain in sorted(self._domains - {""})]
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[helper.make_opsetid("", OPSET), *others],
             ir_version=IR_VERSION,
             producer_name="asr-platform",
         )

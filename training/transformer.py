@@ -5,6 +5,8 @@ Source: Vaswani et al. 2017; layer normalisation before each sublayer as in Xion
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,25 +23,34 @@ def check_heads(width: int, heads: int) -> None:
 class Attention(nn.Module):
     """Multi-head attention of (batch, frames, width) on itself or on another sequence."""
 
-    def __init__(self, width: int, heads: int, key_bias: bool = True) -> None:
+    def __init__(self, width: int, heads: int, key_bias: bool = True, *, bias: bool = True) -> None:
         super().__init__()
         check_heads(width, heads)
         self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width, bias=key_bias)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, width, bias=key_bias and bias)
+        self.v_proj = nn.Linear(width, width, bias=bias)
+        self.out_proj = nn.Linear(width, width, bias=bias)
 
-    def forward(self, values: Tensor, bias: Tensor | None, memory: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        values: Tensor,
+        bias: Tensor | None,
+        memory: Tensor | None = None,
+        turn: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Attend; `bias` is added to the scores, 0 where a key counts and very negative where not.
 
         Args:
             values: (batch, queries, width).
             bias: broadcast against (batch, heads, queries, keys), or None.
             memory: (batch, keys, width), default `values`.
+            turn: tells queries and keys (batch, heads, n, width / heads) where they stand.
         """
         source = values if memory is None else memory
         query, key = self._split(self.q_proj(values)), self._split(self.k_proj(source))
+        if turn is not None:
+            query, key = turn(query), turn(key)
         # The fused form keeps no scores for the backward pass: at 30 s they are most of a layer's memory.
         mixed = functional.scaled_dot_product_attention(
             query, key, self._split(self.v_proj(source)), None if bias is None else bias.to(query.dtype)

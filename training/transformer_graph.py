@@ -40,9 +40,10 @@ def add_linear(
 
 def add_layer_norm(graph: GraphBuilder, name: str, values: str, module: nn.LayerNorm) -> str:
     """Normalise the last axis (Ba et al. 2016)."""
-    weight = graph.weights(f"{name}.weight", array(module.weight))
-    bias = graph.weights(f"{name}.bias", array(module.bias))
-    return graph.add("LayerNormalization", [values, weight, bias], name, axis=-1, epsilon=float(module.eps))
+    inputs = [values, graph.weights(f"{name}.weight", array(module.weight))]
+    if module.bias is not None:
+        inputs.append(graph.weights(f"{name}.bias", array(module.bias)))
+    return graph.add("LayerNormalization", inputs, name, axis=-1, epsilon=float(module.eps))
 
 
 def add_gelu(graph: GraphBuilder, name: str, values: str) -> str:
@@ -103,29 +104,49 @@ def add_heads(graph: GraphBuilder, name: str, values: str, heads: int, *, keys: 
 
 
 def add_attention_over(
-    graph: GraphBuilder, name: str, module: Attention, values: str, keys: str, memory: str, bias: str | None
+    graph: GraphBuilder,
+    name: str,
+    module: Attention,
+    values: str,
+    keys: str,
+    memory: str,
+    bias: str | None,
+    *,
+    single: bool = False,
 ) -> str:
-    """Attention of `values` (batch, queries, width) over the two results of add_keys_and_memory."""
+    """Attention of `values` (batch, queries, width) over the two results of add_keys_and_memory.
+
+    A `single` query needs no transposition, only another shape.
+    """
     width = module.q_proj.in_features
     scale = 1.0 / math.sqrt(width // module.heads)
     query = add_linear(graph, f"{name}.q_proj", values, module.q_proj, scale)
-    query = add_heads(graph, f"{name}.q_proj", query, module.heads)
+    if single:
+        shape = graph.ints("step.row_of_heads", [0, module.heads, 1, width // module.heads])
+        query = graph.add("Reshape", [query, shape], f"{name}.q_proj.heads")
+    else:
+        query = add_heads(graph, f"{name}.q_proj", query, module.heads)
     scores = graph.add("MatMul", [query, keys], f"{name}.scores")
     if bias is not None:
         scores = graph.add("Add", [scores, bias], f"{name}.biased")
     shares = graph.add("Softmax", [scores], f"{name}.shares", axis=-1)
-    mixed = add_mixed(graph, name, shares, memory, width)
+    mixed = add_mixed(graph, name, shares, memory, width, single=single)
     return add_linear(graph, f"{name}.out_proj", mixed, module.out_proj)
 
 
-def add_mixed(graph: GraphBuilder, name: str, shares: str, memory: str, width: int) -> str:
+def add_mixed(
+    graph: GraphBuilder, name: str, shares: str, memory: str, width: int, *, single: bool = False
+) -> str:
     """What each query takes of the values, its heads side by side: (batch, queries, width).
 
     Args:
         shares: (batch, heads, queries, n).
         memory: (batch, heads, n, width / heads).
+        single: there is one query.
     """
     mixed = graph.add("MatMul", [shares, memory], f"{name}.mixed")
+    if single:
+        return graph.add("Reshape", [mixed, graph.ints(f"row_{width}", [0, 1, width])], f"{name}.flat")
     joined = graph.add("Transpose", [mixed], f"{name}.joined", perm=[0, 2, 1, 3])
     return graph.add("Reshape", [joined, graph.ints(f"flat_{width}", [0, 0, width])], f"{name}.flat")
 

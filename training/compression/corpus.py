@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +53,16 @@ class Sound:
     """What one worker hears."""
 
     features: Tensor
-    """(batch, frames, bands), normalised."""
+    """(batch, frames, bands), normalised; (batch, samples) for a network that hears samples."""
     lengths: Tensor
-    """(batch,) feature frames."""
+    """(batch,) of these."""
+    per_s: int = field(default=FEATURE_FRAMES_PER_S, kw_only=True)
+    """Of these."""
 
     @property
     def audio_s(self) -> float:
         """Of all items, without what pads them."""
-        return float(self.lengths.sum()) / FEATURE_FRAMES_PER_S
+        return float(self.lengths.sum()) / self.per_s
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,15 @@ class _Written:
 class LabelledCorpus:
     """The cache and the labels, opened for reading."""
 
+    cut_name = "vocabulary.json"
+    """Of the file with the kept tokens, beside the labels and beside what learned from them."""
+
     def __init__(self, cache: Path, labels: Path, validation_fraction: float = VALIDATION_FRACTION) -> None:
         index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
         self.rows = utterances(index)
         self.spans = [(row["pcm_start"], row["pcm_samples"]) for row in index]
         self.pcm = np.memmap(cache / "pcm.i16", np.int16, mode="r")
-        self.cut = CutVocabulary.load(labels / "vocabulary.json")
+        self.cut = self.read_cut(labels)
         self.tokenizer = self.cut.tokenizer()
         self.labels = {label.index: label for label in read_labels(labels)}
         self.likely = likely_tokens(labels)
@@ -100,6 +105,10 @@ class LabelledCorpus:
         train, self.validation = split_rows(self.rows, validation_fraction)
         self.sounds = [index for index in train if self.frames(index) <= MAX_FRAMES]
         self.train = [index for index in self.sounds if self._learned(index)]
+
+    def read_cut(self, labels: Path) -> CutVocabulary:
+        """The kept tokens."""
+        return CutVocabulary.load(labels / self.cut_name)
 
     def _learned(self, index: int) -> bool:
         label = self.labels.get(index)
@@ -185,7 +194,7 @@ class SoundMaker:
         """How many an utterance takes of `most_tokens`."""
         return 0
 
-    def _log_mel(self, indices: list[int], generator: np.random.Generator) -> Tensor:
+    def _item(self, indices: list[int], generator: np.random.Generator) -> Tensor:
         """Utterances in a row with pauses, now and then warped and noisy: (frames, bands), not normalised."""
         corpus, config = self.corpus, AUGMENTATION
         parts: list[Tensor] = []
@@ -207,17 +216,24 @@ class SoundMaker:
         """Utterances of each item, and how it sounds; the last may be noise of no utterance."""
         rows = self.locate(step)
         generator = np.random.default_rng([self.seed, 2, step])
-        items = [self._log_mel(row, generator) for row in rows]
+        items = [self._item(row, generator) for row in rows]
         if generator.random() < AUGMENTATION.lone_noise:
-            frames = int(generator.integers(60, 400))
-            items.append(augment.lone_noise(frames, self.corpus.frontend.bands, generator))
+            items.append(self._lone_noise(int(generator.integers(60, 400)), generator))
             rows = [*rows, []]
         return rows, items, generator
 
+    def _lone_noise(self, frames: int, generator: np.random.Generator) -> Tensor:
+        """What nobody said, so long."""
+        return augment.lone_noise(frames, self.corpus.frontend.bands, generator)
+
+    def _heard(self, items: list[Tensor], generator: np.random.Generator) -> Sound:
+        """Items side by side, as the network is given them."""
+        return Sound(*padded(items))
+
     def sound(self, step: int) -> Sound:
         """Sound number ``step``; call with rising numbers."""
-        _, items, _ = self._drawn(step)
-        return Sound(*padded(items))
+        _, items, generator = self._drawn(step)
+        return self._heard(items, generator)
 
 
 class BatchMaker(SoundMaker):
@@ -235,6 +251,12 @@ class BatchMaker(SoundMaker):
     def _tokens(self, index: int) -> int:
         return len(self.corpus.labels[index].tokens)
 
+    def _heard(self, items: list[Tensor], generator: np.random.Generator) -> Sound:
+        heard = super()._heard(items, generator)
+        if self.masked:
+            _mask(heard.features, heard.lengths, AUGMENTATION, generator)
+        return heard
+
     def _written(self, indices: list[int]) -> _Written:
         """What is to be written for utterances in a row; nothing for none."""
         labels = [self.corpus.labels[index] for index in indices]
@@ -246,10 +268,8 @@ class BatchMaker(SoundMaker):
 
     def __call__(self, step: int) -> Batch:
         """Batch number ``step``; call with rising numbers."""
-        rows, log_mels, generator = self._drawn(step)
-        features, lengths = padded(log_mels)
-        if self.masked:
-            _mask(features, lengths, AUGMENTATION, generator)
+        rows, sounds, generator = self._drawn(step)
+        heard = self._heard(sounds, generator)
         items = [self._written(row) for row in rows]
         cut = self.corpus.cut
         start = cut.prompt().ids
@@ -265,7 +285,7 @@ class BatchMaker(SoundMaker):
             wanted[row, : count + 1] = torch.tensor([*item.tokens, cut.end])
             likely[row, : len(item.likely)] = torch.from_numpy(item.likely)
             probabilities[row, : len(item.likely)] = torch.from_numpy(item.probabilities)
-        return Batch(features, lengths, tokens, wanted, likely, probabilities)
+        return Batch(heard.features, heard.lengths, tokens, wanted, likely, probabilities, per_s=heard.per_s)
 
 
 def _quiet(like: Tensor, generator: np.random.Generator) -> Tensor:

@@ -181,7 +181,7 @@ def label(
     tokenizer = cut.tokenizer()
     done = read_labels(out)
     waiting = set(range(len(rows))) - {one.index for one in done}
-    batches = list(_batches([row["pcm_samples"] for row in rows], waiting))
+    batches = list(length_batches_of([row["pcm_samples"] for row in rows], waiting))
 
     def words_of(index: int, clip: npt.NDArray[np.int16]) -> list[str]:
         text: str = rows[index]["text"]
@@ -250,7 +250,7 @@ def label(
         print(f"{out / 'labels.jsonl'}: not to be learned: {', '.join(reasons)}")
 
 
-def _batches(samples: Sequence[int], waiting: set[int]) -> Iterator[list[int]]:
+def length_batches_of(samples: Sequence[int], waiting: set[int]) -> Iterator[list[int]]:
     """Utterances of similar length, a random part of the cache at a time."""
     order = [int(index) for index in np.random.default_rng(0).permutation(len(samples)) if index in waiting]
     for start in range(0, len(order), PART):

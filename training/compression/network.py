@@ -18,6 +18,7 @@ from training.compression.vocabulary import CutVocabulary
 from training.distillation.kernels import working_dtype
 from training.distillation.whisper import attended, fast_encoder, keys_and_values, linear, normal
 from training.four_bits import GROUP, rounded
+from training.moonshine.model import Moonshine
 from training.recipes.whisper_seq2seq.model import (
     DecoderLayer,
     Prompt,
@@ -59,11 +60,15 @@ def small_network(large: WhisperSeq2Seq, layers: Sequence[int], cut: CutVocabula
     return small
 
 
-def coarse_weights(network: WhisperSeq2Seq) -> set[str]:
-    """Names of the weights that are served in four bits: matrices of whole groups of inputs, but PRECISE."""
+def coarse_weights(network: WhisperSeq2Seq | Moonshine) -> set[str]:
+    """Names of the weights that are served in four bits: matrices of whole groups of inputs.
+
+    But for a Whisper's PRECISE ones: its groups have 128 weights, where a Moonshine's have 32.
+    """
+    precise = PRECISE if isinstance(network, WhisperSeq2Seq) else frozenset()
     found = set()
     for name, module in network.named_modules():
-        if name in PRECISE:
+        if name in precise:
             continue
         if isinstance(module, nn.Linear | nn.Conv1d) or name.endswith("embed_tokens"):
             weight = cast(Tensor, module.weight)
@@ -72,7 +77,7 @@ def coarse_weights(network: WhisperSeq2Seq) -> set[str]:
     return found
 
 
-def round_into(target: WhisperSeq2Seq, source: WhisperSeq2Seq, coarse: set[str]) -> None:
+def round_into(target: nn.Module, source: nn.Module, coarse: set[str]) -> None:
     """Give `target` the weights of `source`, those named in `coarse` with the values that are served."""
     with torch.no_grad():
         places = dict(target.named_parameters())

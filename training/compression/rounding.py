@@ -19,7 +19,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,10 @@ from training.equalise import equalise
 from training.errors import ConfigError, in_one_line
 from training.four_bits import as_matrix, from_matrix
 from training.inference import Waveform
+from training.moonshine.model import Moonshine
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
 from training.rounding import compensated
 from training.torch_state import save_state
-from training.transformer import key_bias
 
 SEED = 7_919
 """Batches that no training run has drawn."""
@@ -45,7 +45,9 @@ NAME = "rounded.pt"
 JUDGED_BATCHES = 12
 Place = tuple[str, nn.Module]
 Heard = tuple[Tensor, Tensor, Tensor]
-"""Features and their lengths, and tokens: prompt and text."""
+"""Features (samples for a Moonshine) and their lengths, and tokens: prompt and text."""
+Network = WhisperSeq2Seq | Moonshine
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 def _inputs(module: nn.Module, values: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def _inputs(module: nn.Module, values: Tensor) -> Tensor:
 
 
 @contextmanager
-def _noting(places: Sequence[Place], network: WhisperSeq2Seq, found: dict[str, Tensor]) -> Iterator[None]:
+def _noting(places: Sequence[Place], network: Network, found: dict[str, Tensor]) -> Iterator[None]:
     """Sums of x xT of every place while the network runs, added up in `found`."""
 
     def note(name: str, module: nn.Module, values: Tensor) -> None:
@@ -82,7 +84,7 @@ def _noting(places: Sequence[Place], network: WhisperSeq2Seq, found: dict[str, T
         yield
 
 
-def stages(network: WhisperSeq2Seq) -> Iterator[list[Place]]:
+def stages(network: Network) -> Iterator[list[Place]]:
     """Places of coarse weights, those of one layer together, in the order in which they are heard through."""
     coarse = coarse_weights(network)
     places = [(name, module) for name, module in network.named_modules() if f"{name}.weight" in coarse]
@@ -123,7 +125,7 @@ def mean_with(network: nn.Module, others: Sequence[tuple[nn.Module, float]]) -> 
 
 
 def round_layers(
-    network: WhisperSeq2Seq, batches: Sequence[Heard], told: Callable[[str], object] = lambda _: None
+    network: Network, batches: Sequence[Heard], told: Callable[[str], object] = lambda _: None
 ) -> None:
     """Give all coarse weights of a network their rounded values; `told` hears of each layer that is done."""
     for places in stages(network):
@@ -132,9 +134,8 @@ def round_layers(
         found: dict[str, Tensor] = {}
         with evaluating(network), _noting(places, network, found):
             for features, lengths, tokens in batches:
-                audio, counts = network.encoder(features, lengths, fixed=network.fixed)
+                audio, bias = network.audio_of(features, lengths)
                 if places[0][0].startswith("decoder."):
-                    bias = None if network.fixed else key_bias(counts, audio.shape[1])
                     network.decoder(tokens, audio, bias)
         for name, module in places:
             weight = cast(Tensor, module.weight)
@@ -143,7 +144,12 @@ def round_layers(
         told(places[-1][0])
 
 
-def divergence(exact: WhisperSeq2Seq, network: WhisperSeq2Seq, batches: Sequence[Batch]) -> float:
+def divergence(
+    exact: AnyNetwork,
+    network: AnyNetwork,
+    batches: Sequence[Batch],
+    answers: Callable[[AnyNetwork, Batch], Tensor],
+) -> float:
     """Mean Kullback-Leibler divergence of what is likely after each token of the texts, in nats.
 
     What the gate of a bundle cannot see: its float32 graph has the rounded weights.
@@ -214,7 +220,8 @@ def main(given: Sequence[str] | None = None) -> int:
     with tqdm(total=len(list(stages(network))), unit="layer", desc="rounding") as bar:
         round_layers(network, batches, lambda name: bar.update())
     unheard = [maker(arguments.batches + step) for step in range(JUDGED_BATCHES)]
-    print(f"{divergence(exact, network, unheard):.4f} nats per token from what it answered before")
+    apart = divergence(exact, network, unheard, answers)
+    print(f"{apart:.4f} nats per token from what it answered before")
     kept = {"shape": state["shape"], "average": network.state_dict(), "counters": state["counters"]}
     save_state(kept, arguments.run / NAME)
     return 0

@@ -96,13 +96,17 @@ class CorpusLearner(Learner[AnySound]):
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs, and another to go on from the average."""
-        network = self.network
         return super().state() | {
-            "shape": {"encoder": asdict(network.encoder.config), "decoder": asdict(network.decoder.config)},
+            "shape": self.shape(),
             "network": self.learned.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimisers[0].state_dict(),
         }
+
+    def shape(self) -> dict[str, Any]:
+        """Sizes of the network, for who reads the state."""
+        network = self.network
+        return {"encoder": asdict(network.encoder.config), "decoder": asdict(network.decoder.config)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The reverse of :meth:`state`."""
@@ -129,18 +133,7 @@ class Trainer(CorpusLearner[Batch]):
         self.maker = BatchMaker(corpus, config.batch_s, config.seed, most_tokens)
 
     def _loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
-        found = answers(self.rounded, batch).log_softmax(dim=-1)
-        counts = batch.wanted != IGNORED
-        wanted = batch.wanted[counts]
-        label = -found.gather(1, wanted[:, None])[:, 0]
-        probabilities = batch.probabilities[counts]
-        teacher = -(probabilities * found.gather(1, batch.likely[counts])).sum(dim=-1)
-        taught = probabilities.sum(dim=-1) > 0
-        share, smooth = self.config.teacher_share, self.config.smoothing
-        alone = (1 - smooth) * label - smooth * found.mean(dim=-1)
-        loss = torch.where(taught, (1 - share) * label + share * teacher, alone).mean()
-        right = (found.argmax(dim=-1) == wanted).float().mean()
-        return loss, {"label": float(label.detach().mean()), "right": float(right)}
+        return loss_of(answers(self.rounded, batch), batch, self.config)
 
     def _gradients(self, batches: list[Batch], progress: float) -> list[dict[str, float]]:
         """Those of the rounded weights are taken for those of the exact ones."""
@@ -155,6 +148,22 @@ class Trainer(CorpusLearner[Batch]):
         served = copy.deepcopy(self.average)
         round_into(served, self.average, self.coarse)
         return validated(served, self.corpus, self.pool)
+
+
+def loss_of(logits: Tensor, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
+    """Of what follows each token of the texts (tokens, vocabulary), and its parts."""
+    found = logits.log_softmax(dim=-1)
+    counts = batch.wanted != IGNORED
+    wanted = batch.wanted[counts]
+    label = -found.gather(1, wanted[:, None])[:, 0]
+    probabilities = batch.probabilities[counts]
+    teacher = -(probabilities * found.gather(1, batch.likely[counts])).sum(dim=-1)
+    taught = probabilities.sum(dim=-1) > 0
+    share, smooth = config.teacher_share, config.smoothing
+    alone = (1 - smooth) * label - smooth * found.mean(dim=-1)
+    loss = torch.where(taught, (1 - share) * label + share * teacher, alone).mean()
+    right = (found.argmax(dim=-1) == wanted).float().mean()
+    return loss, {"label": float(label.detach().mean()), "right": float(right)}
 
 
 def answers(network: WhisperSeq2Seq, batch: Batch) -> Tensor:
@@ -280,7 +289,7 @@ def _spoken(layers: Sequence[int]) -> str:
 
 def run_as_told(trainer: CorpusLearner[Any], arguments: argparse.Namespace, deadline_s: float | None) -> None:
     """Run, with vocabulary and configuration beside the checkpoints."""
-    trainer.corpus.cut.save(arguments.run / "vocabulary.json")
+    trainer.corpus.cut.save(arguments.run / trainer.corpus.cut_name)
     described_config = json.dumps(asdict(trainer.config), indent=1)
     (arguments.run / "config.json").write_text(described_config, encoding="utf-8")
     run_until(trainer, arguments.run, arguments.steps, deadline_s, 60.0 * arguments.validate_every_minutes)

@@ -256,6 +256,11 @@ class WhisperSeq2Seq(nn.Module):
         hidden, counts = self.encoder(features, counts, fixed=self.fixed)
         return hidden, counts, None if self.fixed else key_bias(counts, hidden.shape[1])
 
+    def audio_of(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Audio states of features, and the bias of attention over them."""
+        hidden, counts = self.encoder(features, lengths, fixed=self.fixed)
+        return hidden, None if self.fixed else key_bias(counts, hidden.shape[1])
+
     def logits(self, waveform: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
         """What follows each of the given tokens, (batch, tokens, vocabulary); for training."""
         hidden, _, bias = self.listen(waveform, lengths)

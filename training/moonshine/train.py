@@ -1,0 +1,196 @@
+"""Stage 2: a Moonshine with fewer tokens and layers learns to write as the large one, and known words.
+
+    python -m training.moonshine.train --base BASE --cache CACHE --labels LABELS --run RUN --max-minutes 40
+
+BASE is a Moonshine as `transformers` stores it (a folder, or its name on the hub), of the size that is to be
+served. In float32; rounded afterwards by :mod:`training.moonshine.rounding`. Without ``--init-from`` a run
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training.compression.corpus import IGNORED, Batch
+from training.compression.network import evaluating
+from training.compression.train import (
+    CorpusLearner,
+    TrainConfig,
+    add_run_options,
+    config_like,
+    loss_of,
+    read_state,
+    run_as_told,
+    told_by,
+    until_when,
+)
+from training.distillation.dataset import normalise_text
+from training.distillation.evaluate import word_error_rates
+from training.distillation.kernels import working_dtype
+from training.distillation.label import length_batches
+from training.distillation.learner import adamw
+from training.distillation.runner import begun_once
+from training.errors import ConfigError, in_one_line
+from training.moonshine.checkpoint import Published
+from training.moonshine.corpus import MoonshineCorpus, SampleMaker, padded
+from training.moonshine.model import Moonshine, Shape
+from training.moonshine.search import greedy
+from training.moonshine.vocabulary import Tokens
+
+VALIDATION_FRAMES = 10_000
+
+
+@dataclass(frozen=True)
+class MoonshineConfig(TrainConfig):
+    """What a run needs to know; stored with its checkpoints."""
+
+    layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    rounded: bool = False
+    learning_rate: float = 5e-5
+    warmup_steps: int = 60
+    ema_steps: int = 200
+
+
+def small_network(large: Moonshine, layers: Sequence[int], cut: Tokens) -> Moonshine:
+    """A copy with these layers of the decoder and these tokens only."""
+    shape = replace(large.shape, vocabulary=len(cut.ids), decoder_layers=len(layers))
+    small = Moonshine(shape, cut.prompt())
+    small.encoder.load_state_dict(large.encoder.state_dict())
+    for ours, index in zip(small.decoder.layers, layers, strict=True):
+        ours.load_state_dict(large.decoder.layers[index].state_dict())
+    small.decoder.layer_norm.load_state_dict(large.decoder.layer_norm.state_dict())
+    with torch.no_grad():
+        small.decoder.embed_tokens.weight.copy_(large.decoder.embed_tokens.weight[list(cut.ids)])
+    return small
+
+
+def network_of(state: dict[str, Any], cut: Tokens) -> Moonshine:
+    """The averaged network of a run's ``last.pt``, in float32."""
+    network = Moonshine(Shape(**state["shape"]), cut.prompt())
+    network.decoder.embed_scale = state["average"].get("decoder.embed_scale")
+    network.load_state_dict(state["average"])
+    return network.eval()
+
+
+def answers(network: Moonshine, batch: Batch) -> Tensor:
+    """Logits (tokens, vocabulary) float32 of what follows each token of the texts and the prompt."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=working_dtype() is torch.bfloat16):
+        audio, _, bias = network.encoder(batch.features, batch.lengths)
+        states = network.decoder.states(batch.tokens, audio, bias)
+        found = functional.linear(states[batch.wanted != IGNORED], network.decoder.embed_tokens.weight)
+    return found.float()
+
+
+class MoonshineTrainer(CorpusLearner[Batch]):
+    """The network, and its running average."""
+
+    corpus: MoonshineCorpus
+    network: Moonshine  # type: ignore[assignment]  # of the other family
+    average: Moonshine  # type: ignore[assignment]
+
+    def __init__(self, config: TrainConfig, network: Moonshine, corpus: MoonshineCorpus) -> None:
+        super().__init__(config)
+        self.corpus, self.network = corpus, network.train()
+        for layer in network.decoder.layers:
+            layer.dropout.p = config.dropout  # type: ignore[union-attr]
+        self.average = copy.deepcopy(network).requires_grad_(False)
+        self.learned, self.averaged = self.network, self.average
+        self.optimisers = [adamw(config, network.parameters())]
+        self.maker = SampleMaker(corpus, config.batch_s, config.seed, network.most_tokens, masked=False)
+
+    def shape(self) -> dict[str, Any]:
+        """What `network_of` makes a network of."""
+        return asdict(self.network.shape)
+
+    def _loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
+        return loss_of(answers(self.network, batch), batch, self.config)
+
+    def validation(self) -> dict[str, float]:
+        """Word error rate of the average per source, on the held-out speakers."""
+        return validated(self.average, self.corpus, self.pool)
+
+
+def transcribe(
+    network: Moonshine, corpus: MoonshineCorpus, indices: Sequence[int], pool: ThreadPoolExecutor
+) -> list[str]:
+    """Greedy texts of cached utterances."""
+    texts: dict[int, str] = {}
+
+    def several(batch: list[int]) -> None:
+        with torch.inference_mode():
+            found = greedy(network, *padded([corpus.features(index) for index in batch]))
+        for index, tokens in zip(batch, found, strict=True):
+            texts[index] = corpus.tokenizer.decode(tokens)
+
+    batches = length_batches([corpus.frames(index) for index in indices], VALIDATION_FRAMES)
+    list(pool.map(several, [[indices[place] for place in batch] for batch in batches]))
+    return [texts[index] for index in indices]
+
+
+def validated(network: Moonshine, corpus: MoonshineCorpus, pool: ThreadPoolExecutor) -> dict[str, float]:
+    """Word error rates of greedy texts on the held-out speakers, per source and in all."""
+    indices = corpus.validation
+    with evaluating(network):
+        texts = transcribe(network, corpus, indices, pool)
+    rows = [corpus.rows[index] for index in indices]
+    heard_texts = [normalise_text(text.replace("-", " ")) for text in texts]
+    return word_error_rates([row.text for row in rows], heard_texts, [row.source for row in rows])
+
+
+def new_network(base: str, config: TrainConfig, cut: Tokens) -> Moonshine:
+    """Cut out of a published one. Raises ConfigError, CheckpointError."""
+    large = Published(base).network
+    have = large.shape.decoder_layers
+    if wrong := [index for index in config.layers if not 0 <= index < have]:
+        raise ConfigError(f"--layers {wrong[0]}: the decoder of {base} has layers 0 to {have - 1}")
+    return small_network(large, config.layers, cut)
+
+
+@in_one_line("train")
+def main(given: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", help="a published network of the size to be served")
+    parser.add_argument("--init-from", type=Path, help="or another run's last.pt or best.pt, its average")
+    add_run_options(parser, MoonshineConfig)
+    arguments = parser.parse_args(given)
+    deadline_s = until_when(arguments)
+    torch.set_num_threads(1)
+    last = arguments.run / "last.pt"
+    begun_once(last, arguments.init_from)
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    corpus = MoonshineCorpus(arguments.cache, arguments.labels)
+    source = last if last.exists() else arguments.init_from
+    state = read_state(source) if source else None
+    stored = state.get("config", {}) if state else {}
+    if source is arguments.init_from:
+        stored = {name: value for name, value in stored.items() if name == "layers"}
+    config = config_like(MoonshineConfig, told_by(arguments), stored, source or last)
+    if state:
+        network = network_of(state, corpus.cut)
+    elif arguments.base:
+        network = new_network(arguments.base, config, corpus.cut)
+    else:
+        raise ConfigError("a new run begins with --base or --init-from")
+    trainer = MoonshineTrainer(config, network, corpus)
+    if state and source == last:
+        trainer.restore(state)
+        print(f"going on at step {trainer.step}")
+    run_as_told(trainer, arguments, deadline_s)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
