@@ -1,11 +1,13 @@
 """Weights of four bits: the same rounding for networks that learn with it and for graphs that are served.
 
-A matrix (outputs, inputs) is cut into groups of `GROUP` inputs. A group has one float16 scale and integers
-from -8 to 7; its largest magnitude is -8, so rounding what is rounded already changes nothing. In a graph the
-products become ONNX Runtime's ``MatMulNBits``, which also rounds what it is given to 8 bits, each row and
-group by its own scale: an item in a batch gives what it gives alone. It is fast for one row, and for hundreds
-less than half as fast as dynamic INT8, to which weights can be widened as the graph is loaded. The service
-has a kernel of its own that is faster than either (``api/kernels/four_bits.py``).
+A matrix (outputs, inputs) is cut into groups of 128 inputs. A group has one float16 scale and integers from
+-8 to 7; its largest magnitude is -8, so rounding what is rounded already changes nothing. Inputs that are
+whole groups of 32 only are cut into those; their scales would be an eighth of the file in float16, and are
+whole numbers of 8 bits, by a float16 step per row. In a graph the products become ONNX Runtime's
+``MatMulNBits``, which also rounds what it is given to 8 bits, each row and group by its own scale: an item in
+a batch gives what it gives alone. It is fast for one row, and for hundreds less than half as fast as dynamic
+INT8, to which weights can be widened as the graph is loaded. The service has a kernel of its own that is
+faster than either (``api/kernels/four_bits.py``).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from training.dynamic_int8 import Int8Products, forget_unused, graphs_of, replac
 from training.qdq import SIGNED_LIMIT
 
 GROUP = 128
+SMALL_GROUP = 32
 LOWEST = -8
 HIGHEST = 7
 DOMAIN = "com.microsoft"
@@ -33,17 +36,44 @@ INT8_ACTIVATIONS = 4
 """`accuracy_level` of MatMulNBits: sums of 8-bit products."""
 
 
-def integers(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(outputs, inputs) -> whole numbers (outputs, groups, GROUP) and scales (outputs, groups, 1), float32.
+def group_of(inputs: int) -> int:
+    """How many of so many inputs share a scale: the larger groups, unless only the smaller ones are whole."""
+    return SMALL_GROUP if inputs % GROUP and inputs % SMALL_GROUP == 0 else GROUP
 
-    The last group is filled up with zeros; a scale has no more digits than float16.
+
+def integers(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(outputs, inputs) -> whole numbers (outputs, groups, inputs of one) and scales (outputs, groups, 1).
+
+    Both are float32. The last group is filled up with zeros; the scales are such as can be stored.
     """
-    missing = -weight.shape[1] % GROUP
-    groups = functional.pad(weight, (0, missing)).reshape(len(weight), -1, GROUP)
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scales = (largest / LOWEST).half().float()
+    group = group_of(weight.shape[1])
+    missing = -weight.shape[1] % group
+    groups = functional.pad(weight, (0, missing)).reshape(len(weight), -1, group)
+    places = groups.abs().argmax(-1, keepdim=True)
+    scales = storable((groups.gather(-1, places) / LOWEST)[..., 0], group)[..., None]
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    return (groups * inverse).round_().clamp_(LOWEST, HIGHEST), scales
+    whole = (groups * inverse).round_().clamp_(LOWEST, HIGHEST)
+    if group == SMALL_GROUP:  # a share of few steps may be half as large again as the scale was
+        whole.scatter_(-1, places, torch.where(scales == 0, 0.0, float(LOWEST)))
+    return whole, scales
+
+
+def storable(scales: Tensor, group: int) -> Tensor:
+    """Scales (outputs, groups) of groups of this size with the values that they have in a file."""
+    if group == GROUP:
+        return scales.half().to(scales.dtype)
+    shares, steps = shares_and_steps(scales)
+    return shares * steps
+
+
+def shares_and_steps(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales (outputs, groups) as whole numbers of at most 127, and steps (outputs, 1) of float16's digits.
+
+    A row's largest is 127 steps, however the step was rounded: what is stored already stays as it is.
+    """
+    largest = scales.abs().amax(dim=1, keepdim=True)
+    steps = (largest / SIGNED_LIMIT).half().to(scales.dtype)
+    return torch.where(steps == 0, 0.0, scales / largest * SIGNED_LIMIT).round_(), steps
 
 
 def rounded(weight: Tensor) -> Tensor:
@@ -130,21 +160,31 @@ class _Weights:
         """What is computed of constants, once."""
 
     def pack(self, name: str) -> None:
-        """Add a weight's integers (outputs, groups, GROUP / 2), two in a byte, and its scales."""
+        """Add a weight's integers (outputs, groups, bytes), two in a byte, and its scales."""
         if name in self.packed:
             return
         values = torch.from_numpy(numpy_helper.to_array(self.graph.initializer[self.places[name]]).T.copy())
         whole, scales = integers(values)
         raised = (whole - LOWEST).to(torch.uint8).numpy()
         pairs: npt.NDArray[np.uint8] = raised[..., 0::2] | (raised[..., 1::2] << 4)
-        self.graph.initializer.extend(
-            [
-                numpy_helper.from_array(pairs, f"{name}_packed"),
-                numpy_helper.from_array(scales[..., 0].half().numpy(), f"{name}_scales_half"),
-            ]
-        )
-        self.unpacking.append(cast_to_float(f"{name}_scales_half", f"{name}_scales"))
+        self.graph.initializer.append(numpy_helper.from_array(pairs, f"{name}_packed"))
+        self._add_scales(name, scales[..., 0], whole.shape[-1])
         self.packed[name] = (values.shape[1], values.shape[0])
+
+    def _add_scales(self, name: str, scales: Tensor, group: int) -> None:
+        """What they are stored as, and how they are computed from it."""
+        found = f"{name}_scales"
+        if group == GROUP:
+            self.graph.initializer.append(numpy_helper.from_array(scales.half().numpy(), f"{found}_half"))
+            self.unpacking.append(cast_to_float(f"{found}_half", found))
+            return
+        shares, steps = shares_and_steps(scales)
+        factors = (f"{name}_scale_shares", shares.to(torch.int8)), (f"{name}_scale_steps", steps.half())
+        for factor, stored in factors:
+            self.graph.initializer.append(numpy_helper.from_array(stored.numpy(), factor))
+            self.unpacking.append(cast_to_float(factor, f"{factor}_float"))
+        wide = [f"{factor}_float" for factor, _ in factors]
+        self.unpacking.append(helper.make_node("Mul", wide, [found], name=found))
 
     def product(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """(..., inputs) -> (..., outputs)."""
@@ -159,7 +199,7 @@ class _Weights:
             K=inputs,
             N=outputs,
             bits=4,
-            block_size=GROUP,
+            block_size=group_of(inputs),
             accuracy_level=INT8_ACTIVATIONS,
         )
 
@@ -178,7 +218,7 @@ class _Weights:
             "four_bits.limit": np.array(limit),
             "four_bits.least": np.array(np.finfo(np.float32).tiny),
             "four_bits.last": np.array([-1], np.int64),
-            f"{name}_groups": np.array([outputs, -1, GROUP], np.int64),
+            f"{name}_groups": np.array([outputs, -1, group_of(inputs)], np.int64),
             f"{name}_matrix": np.array([outputs, -1], np.int64),
             f"{name}_inputs": np.array([inputs], np.int64),
             "four_bits.first": np.array([0], np.int64),
@@ -223,8 +263,9 @@ class _Weights:
         weight, places = node.input
         inputs, outputs = self.packed[weight]
         axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
-        if axis != 1 or inputs % GROUP:
-            raise ValueError(f"{node.name}: only whole columns of {GROUP} weights and its multiples")
+        group = group_of(inputs)
+        if axis != 1 or inputs % group:
+            raise ValueError(f"{node.name}: only whole columns of whole groups of {SMALL_GROUP} weights")
         name = node.name
         rows = np.array([outputs, inputs // 2], np.int64)
         self.graph.initializer.append(numpy_helper.from_array(rows, f"{name}.rows"))
@@ -239,7 +280,7 @@ class _Weights:
                 name=f"{name}.found",
                 domain=DOMAIN,
                 bits=4,
-                block_size=GROUP,
+                block_size=group,
                 gather_axis=0,
                 quantize_axis=1,
             ),

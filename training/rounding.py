@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from training.four_bits import GROUP, HIGHEST, LOWEST, quantize_to_four_bits
+from training.four_bits import HIGHEST, LOWEST, group_of, quantize_to_four_bits, storable
 from training.inference import Waveform, tensors_of
 from training.transformer_quantize import products
 
@@ -66,21 +66,25 @@ class _Levels:
     levels: Tensor
     """(outputs, inputs), from LOWEST to HIGHEST."""
     scales: Tensor
-    """(outputs, groups), of no more digits than float16 has."""
+    """(outputs, groups), such as can be stored."""
     largest: Tensor
     """(outputs, inputs): one weight of each group, which has the lowest level."""
+    group: int
+    """How many inputs share a scale."""
 
     @classmethod
     def of(cls, exact: Tensor, importance: Tensor) -> _Levels:
         """Scales alone: each with the least error, weighed by the inputs' sizes (inputs,)."""
         largest = torch.zeros_like(exact, dtype=torch.bool)
         scales = []
-        for start in range(0, exact.shape[1], GROUP):
-            group = exact[:, start : start + GROUP]
+        size = group_of(exact.shape[1])
+        for start in range(0, exact.shape[1], size):
+            group = exact[:, start : start + size]
             place = group.abs().argmax(dim=1, keepdim=True)
-            largest[:, start : start + GROUP].scatter_(1, place, True)
-            scales.append(_scales(group, group.gather(1, place), importance[start : start + GROUP]))
-        return cls(torch.zeros_like(exact), torch.stack(scales, dim=1), largest)
+            largest[:, start : start + size].scatter_(1, place, True)
+            scales.append(_scales(group, group.gather(1, place), importance[start : start + size]))
+        found = storable(torch.stack(scales, dim=1), size)
+        return cls(torch.zeros_like(exact), found, largest, size)
 
     def values(self) -> Tensor:
         """(outputs, inputs)."""
@@ -88,12 +92,12 @@ class _Levels:
 
     def _scale_of(self, columns: slice) -> Tensor:
         """(outputs, columns)."""
-        groups = torch.arange(self.levels.shape[1])[columns] // GROUP
+        groups = torch.arange(self.levels.shape[1])[columns] // self.group
         return self.scales[:, groups]
 
     def _nearest(self, values: Tensor, column: int) -> Tensor:
         """Levels (outputs,) of a column."""
-        scales = self.scales[:, column // GROUP]
+        scales = self.scales[:, column // self.group]
         levels = _levels(values, scales)
         return torch.where(self.largest[:, column] & (scales != 0), float(LOWEST), levels)
 
@@ -111,7 +115,7 @@ class _Levels:
             for place in range(start, stop):
                 column = int(order[place])
                 self.levels[:, column] = self._nearest(left[:, place], column)
-                values = self.levels[:, column] * self.scales[:, column // GROUP]
+                values = self.levels[:, column] * self.scales[:, column // self.group]
                 errors[:, place - start] = (left[:, place] - values) / shares[place, place]
                 left[:, place:stop] -= errors[:, place - start, None] * shares[place, place:stop]
             left[:, stop:] -= errors @ shares[start:stop, stop:]
@@ -123,7 +127,7 @@ class _Levels:
             stop = min(start + BLOCK, exact.shape[1])
             slopes = errors @ square[:, start:stop]
             for column in range(start, stop):
-                scales = self.scales[:, column // GROUP]
+                scales = self.scales[:, column // self.group]
                 before = self.levels[:, column].clone()
                 best = before * scales - slopes[:, column - start] / square[column, column]
                 self.levels[:, column] = self._nearest(best, column)
@@ -137,15 +141,16 @@ class _Levels:
         wanted = exact @ square
         normal, right = exact.new_empty(outputs, groups, groups), exact.new_empty(outputs, groups)
         for group in range(groups):
-            own = slice(group * GROUP, (group + 1) * GROUP)
+            own = slice(group * self.group, (group + 1) * self.group)
             right[:, group] = (self.levels[:, own] * wanted[:, own]).sum(dim=1)
             mixed = functional.pad(
-                (self.levels[:, own] @ square[own]) * self.levels, (0, -len(square) % GROUP)
+                (self.levels[:, own] @ square[own]) * self.levels, (0, -len(square) % self.group)
             )
-            normal[:, group] = mixed.reshape(outputs, groups, GROUP).sum(dim=2)
+            normal[:, group] = mixed.reshape(outputs, groups, self.group).sum(dim=2)
         unused = self.scales == 0
         normal.diagonal(dim1=1, dim2=2).masked_fill_(unused, 1.0)
-        self.scales = torch.linalg.solve(normal, right).half().double().masked_fill(unused, 0.0)
+        found = torch.linalg.solve(normal, right).masked_fill(unused, 0.0)
+        self.scales = storable(found, self.group)
 
 
 def _levels(values: Tensor, scales: Tensor) -> Tensor:
@@ -153,7 +158,7 @@ def _levels(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def _scales(group: Tensor, largest: Tensor, importance: Tensor) -> Tensor:
-    """Per row of (outputs, GROUP) the float16 scale with the least error, weighed by each input's size."""
+    """Per row of a group (outputs, inputs) the scale with the least error, weighed by each input's size."""
     best, least = torch.zeros(len(group)).double(), torch.full((len(group),), torch.inf).double()
     for shrinking in SHRINKINGS:
         scales = (largest * shrinking / LOWEST).half().double()

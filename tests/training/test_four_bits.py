@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from training.four_bits import GROUP, halve, integers, quantize_to_four_bits, rounded
+from training.four_bits import (
+    GROUP,
+    LOWEST,
+    SMALL_GROUP,
+    group_of,
+    halve,
+    integers,
+    quantize_to_four_bits,
+    rounded,
+    shares_and_steps,
+)
 from training.inference import cpu_session
+
+SMALL_INPUTS = 2 * GROUP + SMALL_GROUP
+
+
+@pytest.mark.parametrize(
+    ("inputs", "group"), [(128, 128), (384, 128), (288, 32), (2016, 32), (32, 32), (200, 128), (16, 128)]
+)
+def test_groups_are_small_only_where_they_are_whole(inputs: int, group: int) -> None:
+    assert group_of(inputs) == group
+    whole, scales = integers(torch.randn(3, inputs))
+    assert whole.shape == (3, -(-inputs // group), group)
+    assert scales.shape == (3, -(-inputs // group), 1)
 
 
 def test_rounding_what_is_rounded_changes_nothing() -> None:
@@ -20,6 +43,38 @@ def test_rounding_what_is_rounded_changes_nothing() -> None:
     assert not once[3].any()
     for row in once.view(-1, GROUP):
         assert len(row.unique()) <= 16
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [1e-40, 3e-8, 1e-6, 1e-4, 0.02, 1.0, 1e6])
+def test_rounding_small_groups_again_changes_nothing(size: float, seed: int) -> None:
+    """Also where steps have a digit or none, and where a group is nothing beside the others of its row."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(64, SMALL_INPUTS, generator=generator) * size
+    groups = weight.view(64, -1, SMALL_GROUP)
+    groups *= 10.0 ** torch.randint(-6, 1, (64, groups.shape[1], 1), generator=generator)
+    groups[3], groups[4, 2], groups[5, :, 1:] = 0.0, 0.0, 0.0
+    groups[6], groups[7, :, ::2], groups[7, :, 1::2] = -size, size, -size
+    once = rounded(weight)
+    assert once.isfinite().all()
+    assert torch.equal(rounded(once), once)
+    assert not once[3].any()
+    assert not once[4].view(-1, SMALL_GROUP)[2].any()
+    whole, scales = integers(weight)
+    lost = scales[..., 0] == 0
+    assert not whole[lost].any(), "a group without a scale has no weights"
+    assert (whole[~lost].amin(dim=-1) == LOWEST).all()
+    shares, steps = shares_and_steps(scales[..., 0])
+    assert torch.equal(shares * steps, scales[..., 0])
+    assert shares.abs().max() <= 127
+    assert torch.equal(shares, shares.to(torch.int8).float())
+    assert torch.equal(steps, steps.half().float())
+
+
+def test_small_groups_are_off_by_no_more_than_large_ones() -> None:
+    weight = torch.randn(64, 9 * GROUP, generator=torch.Generator().manual_seed(1))
+    small = torch.cat([rounded(part) for part in weight.split(SMALL_INPUTS, dim=1)], dim=1)
+    assert (small - weight).square().mean() < 0.8 * (rounded(weight) - weight).square().mean()
 
 
 def test_no_value_is_off_by_more_than_half_a_step_but_at_the_short_end() -> None:
@@ -45,11 +100,12 @@ def test_a_convolution_is_rounded_as_the_product_of_its_taps() -> None:
         torch.testing.assert_close(rounded(weight)[:, :, tap], rounded(weight[:, :, tap]))
 
 
-@pytest.fixture
-def model() -> onnx.ModelProto:
+@pytest.fixture(params=[2 * GROUP, SMALL_INPUTS])
+def model(request: pytest.FixtureRequest) -> onnx.ModelProto:
     """A product and a look-up in one weight, the look-up inside a branch, and a weight that stays."""
     generator = np.random.default_rng(0)
-    weight = generator.normal(size=(2 * GROUP, 10)).astype(np.float32)
+    inputs = request.param
+    weight = generator.normal(size=(inputs, 10)).astype(np.float32)
     inner = helper.make_graph(
         [helper.make_node("Gather", ["w", "places"], ["columns"], name="look-up", axis=1)],
         "then",
@@ -71,7 +127,7 @@ def model() -> onnx.ModelProto:
         nodes,
         "graph",
         [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 2 * GROUP]),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, inputs]),
             helper.make_tensor_value_info("places", TensorProto.INT64, [2, 1]),
             helper.make_tensor_value_info("yes", TensorProto.BOOL, []),
         ],
@@ -88,12 +144,34 @@ def model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+def rows_for(model: onnx.ModelProto, seed: int) -> npt.NDArray[np.float32]:
+    inputs = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    return np.random.default_rng(seed).normal(size=(3, inputs)).astype(np.float32)
+
+
+def test_scales_of_small_groups_have_eight_bits(model: onnx.ModelProto) -> None:
+    weight = numpy_helper.to_array(model.graph.initializer[0])
+    quantize_to_four_bits(model, {"product"})
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    added = {name: (values.dtype, values.shape) for name, values in stored.items() if name.startswith("w_")}
+    if len(weight) == 2 * GROUP:
+        assert added == {"w_packed": (np.uint8, (10, 2, 64)), "w_scales_half": (np.float16, (10, 2))}
+    else:
+        assert added == {
+            "w_packed": (np.uint8, (10, 9, 16)),
+            "w_scale_shares": (np.int8, (10, 9)),
+            "w_scale_steps": (np.float16, (10, 1)),
+        }
+        scales = stored["w_scale_shares"] * stored["w_scale_steps"].astype(np.float32)
+        np.testing.assert_array_equal(scales, integers(torch.from_numpy(weight.T.copy()))[1][..., 0])
+
+
 def test_the_graph_multiplies_and_looks_up_the_rounded_weights(model: onnx.ModelProto) -> None:
     weight = numpy_helper.to_array(model.graph.initializer[0])
     expected = rounded(torch.from_numpy(weight.T.copy())).numpy().T
     quantize_to_four_bits(model, {"product"})
     feeds = {
-        "x": np.random.default_rng(1).normal(size=(3, 2 * GROUP)).astype(np.float32),
+        "x": rows_for(model, 1),
         "places": np.array([[7], [2]]),
         "yes": np.array(True),
     }
@@ -108,10 +186,10 @@ def test_the_graph_multiplies_and_looks_up_the_rounded_weights(model: onnx.Model
 
 def test_a_row_in_a_batch_gives_what_it_gives_alone(model: onnx.ModelProto) -> None:
     quantize_to_four_bits(model, {"product"})
+    x = rows_for(model, 2)
     del model.graph.input[0].type.tensor_type.shape.dim[0]
     model.graph.input[0].type.tensor_type.shape.dim.insert(0, onnx.TensorShapeProto.Dimension())
     session = cpu_session(model.SerializeToString())
-    x = np.random.default_rng(2).normal(size=(3, 2 * GROUP)).astype(np.float32)
     x[1] *= 100.0
     rest = {"places": np.array([[0], [1]]), "yes": np.array(True)}
     together = session.run(["product"], {"x": x, **rest})[0]
@@ -124,7 +202,7 @@ def test_only_what_is_named_is_halved(model: onnx.ModelProto) -> None:
     halve(model, {"small"})
     types = {tensor.name: numpy_helper.to_array(tensor).dtype for tensor in model.graph.initializer}
     assert types == {"w": np.float32, "small_half": np.float16}
-    feeds = {"x": np.ones((3, 2 * GROUP), np.float32), "places": np.array([[0], [1]]), "yes": np.array(True)}
+    feeds = {"x": rows_for(model, 0), "places": np.array([[0], [1]]), "yes": np.array(True)}
     out = cpu_session(model.SerializeToString()).run(["out"], feeds)[0]
     assert out.dtype == np.float32
 
@@ -141,7 +219,7 @@ def test_a_widened_weight_multiplies_as_dynamic_int8(model: onnx.ModelProto) -> 
     expected = rounded(torch.from_numpy(weight.T.copy())).numpy().T
     quantize_to_four_bits(model, {"product"}, {"product"})
     assert not any(node.op_type == "MatMulNBits" for node in model.graph.node)
-    x = np.random.default_rng(1).normal(size=(3, 2 * GROUP)).astype(np.float32)
+    x = rows_for(model, 1)
     feeds = {"x": x, "places": np.array([[7], [2]]), "yes": np.array(True)}
     product, found = cpu_session(model.SerializeToString()).run(["product", "found"], feeds)
     np.testing.assert_allclose(found[:, :, 0], expected[:, [7, 2]], rtol=0, atol=1e-6)

@@ -22,7 +22,7 @@ from training import publish as publish_command
 from training.bundle_writer import Card
 from training.checkpoint import Checkpoint, save_checkpoint
 from training.errors import ConfigError
-from training.four_bits import GROUP, rounded
+from training.four_bits import GROUP, SMALL_GROUP, rounded
 from training.frontend import FrontendConfig
 from training.inference import compare, cpu_session, run_graph
 from training.nemo_import import exported_nemo
@@ -42,7 +42,7 @@ def correlated(rows: int, inputs: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("inputs", [GROUP, 3 * GROUP, 2 * GROUP - 40])
+@pytest.mark.parametrize("inputs", [GROUP, 3 * GROUP, 2 * GROUP - 40, 9 * SMALL_GROUP])
 def test_outputs_differ_far_less_than_if_each_weight_were_rounded_by_itself(inputs: int) -> None:
     weight = torch.randn(24, inputs, generator=torch.Generator().manual_seed(1))
     seen, unseen = correlated(4000, inputs).reshape(2, 2000, inputs)
@@ -54,11 +54,13 @@ def test_outputs_differ_far_less_than_if_each_weight_were_rounded_by_itself(inpu
     assert error(found) < 0.2 * error(rounded(weight))
 
 
-@pytest.mark.parametrize("inputs", [GROUP, 3 * GROUP])
+@pytest.mark.parametrize("inputs", [GROUP, 3 * GROUP, 9 * SMALL_GROUP, 13 * SMALL_GROUP])
 def test_what_is_found_stays_as_it_is_when_it_is_served(inputs: int) -> None:
     weight = torch.randn(24, inputs, generator=torch.Generator().manual_seed(1))
     weight[3] = 0.0
     weight[5, :GROUP] = 0.0
+    weight[6] *= 1e-6
+    weight[7, :SMALL_GROUP] *= 1e-4
     inputs_seen = correlated(500, inputs)
     found = compensated(weight, inputs_seen.T @ inputs_seen)
     assert torch.equal(rounded(found), found)
