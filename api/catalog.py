@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Family = Literal["nemo", "wav2vec2", "whisper"]
+Family = Literal["moonshine", "nemo", "wav2vec2", "whisper"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class CatalogEntry:
 _NGC = "https://api.ngc.nvidia.com/v2/models/nvidia/nemo"
 _WAV2VEC2_FILES = ("config.json", "vocab.json", "preprocessor_config.json")
 _WHISPER_FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json")
+_MOONSHINE_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 _TOKENS = ("special_tokens_map.json", "tokenizer_config.json")
 
 
@@ -91,6 +92,19 @@ def _whisper(language: str, size: str, named: str) -> CatalogEntry:
     )
 
 
+def _moonshine(name: str, named: str, repository: str, licence: str) -> CatalogEntry:
+    """A Moonshine with its decoder, whose name begins with the language."""
+    return CatalogEntry(
+        name=name,
+        title=f"Moonshine {name.rpartition('-')[2]}, {named} (Moonshine AI)",
+        languages=(name[:2],),
+        licence=licence,
+        family="moonshine",
+        sources=(HubFiles(repository, None, _MOONSHINE_FILES, ("generation_config.json",)),),
+        page=f"https://huggingface.co/{repository}",
+    )
+
+
 _ENTRIES = (
     _ngc("en-quartznet15x5", "QuartzNet15x5, English (NVIDIA NeMo)", "stt_en_quartznet15x5", "1.0.0rc1"),
     _ngc(
@@ -105,6 +119,7 @@ _ENTRIES = (
         "stt_en_fastconformer_hybrid_large_pc",
         "1.21.0",
     ),
+    _moonshine("en-moonshine-base", "English", "UsefulSensors/moonshine-base", "MIT"),
     _ngc("ru-quartznet15x5", "QuartzNet15x5, Russian (NVIDIA NeMo)", "stt_ru_quartznet15x5", "1.0.0rc1"),
     CatalogEntry(
         name="ru-fastconformer-large",
@@ -137,6 +152,12 @@ _ENTRIES = (
             ),
         ),
         page="https://huggingface.co/tuandunghcmut/PhoWhisper-tiny-CTC",
+    ),
+    _moonshine(
+        "vi-moonshine-tiny",
+        "Vietnamese",
+        "UsefulSensors/moonshine-tiny-vi",
+        "Moonshine AI Community License (not for companies of more than $1M a year)",
     ),
     CatalogEntry(
         name="vi-parakeet-ctc-0.6b",

@@ -5,11 +5,11 @@
         [--no-float]]
 
 FAMILY is ``nemo`` (an archive with QuartzNet, Citrinet, Conformer or FastConformer and a CTC head),
-``wav2vec2`` (the XLSR kind) or ``whisper`` (with its decoder as OpenAI publishes it, or an encoder with a CTC
-head in a Lightning checkpoint). Configuration and vocabulary lie in the archive or beside the weights. Only
-tensors are read: safetensors, or a pickle whose code is not run. The float32 graph is checked against
-PyTorch. Recordings (``--calibration``), of which some have texts, give the bundle a graph in INT8, or with
-weights of four bits, as well.
+``wav2vec2`` (the XLSR kind), ``moonshine``, or ``whisper`` (with its decoder as OpenAI publishes it, or an
+encoder with a CTC head in a Lightning checkpoint). Configuration and vocabulary lie in the archive or beside
+the weights. Only tensors are read: safetensors, or a pickle whose code is not run. The float32 graph is
+checked against PyTorch. Recordings (``--calibration``), of which some have texts, give the bundle a graph in
+INT8, or with weights of four bits, as well.
 ``asr models pull`` calls this.
 """
 
@@ -161,7 +161,19 @@ def _whisper(weights: Path, languages: Sequence[str]) -> Exported:
     return from_whisper_with_decoder(weights, languages) if whole else from_whisper(weights)
 
 
+def from_moonshine(weights: Path) -> Exported:
+    """Moonshine as `transformers` stores it; configuration and tokenizer lie beside the weights."""
+    from training.moonshine.checkpoint import Published
+    from training.moonshine.publish import exported_published
+
+    for name in ("config.json", "tokenizer.json"):
+        _read_json(weights.with_name(name))
+    published = Published(str(weights.parent))
+    return exported_published(published.network, published.tokens)
+
+
 FAMILIES: dict[str, Callable[[Path, Sequence[str]], Exported]] = {
+    "moonshine": lambda weights, languages: from_moonshine(weights),
     "nemo": lambda weights, languages: exported_nemo(weights),
     "wav2vec2": lambda weights, languages: from_wav2vec2(weights),
     "whisper": _whisper,

@@ -98,6 +98,16 @@ def dynamic_candidates(
     yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "dynamic_ends.onnx", ends)
 
 
+def decoder_candidates(
+    graph: Path, out: Path, calibration: Sequence[npt.NDArray[np.float32]]
+) -> Iterator[tuple[str, Path]]:
+    """The ways for a graph that searches with a decoder, whose output layer is inside of its loop."""
+    names = products(onnx.load(graph, load_external_data=False))
+    yield "dynamic MatMul per channel", dynamic(graph, out / "dynamic.onnx")
+    ends = [names[0], "step.logits"]
+    yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "dynamic_ends.onnx", ends)
+
+
 def candidates(
     graph: Path, out: Path, calibration: Sequence[npt.NDArray[np.float32]]
 ) -> Iterator[tuple[str, Path]]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from training.compression.vocabulary import CutVocabulary
 from training.distillation.kernels import working_dtype
 from training.distillation.whisper import attended, fast_encoder, keys_and_values, linear, normal
-from training.four_bits import GROUP, rounded
+from training.four_bits import SMALL_GROUP, rounded
 from training.moonshine.model import Moonshine
 from training.recipes.whisper_seq2seq.model import (
     DecoderLayer,
@@ -72,7 +72,7 @@ def coarse_weights(network: WhisperSeq2Seq | Moonshine) -> set[str]:
             continue
         if isinstance(module, nn.Linear | nn.Conv1d) or name.endswith("embed_tokens"):
             weight = cast(Tensor, module.weight)
-            if weight[0].numel() % GROUP == 0:
+            if weight[0].numel() % SMALL_GROUP == 0:
                 found.add(f"{name}.weight")
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from training.compression.publish import CLIPS, WAY
 from training.compression.train import read_state
 from training.equalise import equalise
 from training.errors import CheckpointError, in_one_line
-from training.exported import Exported, agreement
+from training.exported import DYNAMIC_RANGES, Exported, agreement, ways_of
 from training.four_bits import halve, quantize_to_four_bits
 from training.inference import Waveform, spoken
 from training.moonshine.corpus import MoonshineCorpus
@@ -32,7 +33,7 @@ from training.moonshine.vocabulary import Tokens
 from training.publish import add_gate, add_recordings, gate_of, publish, read_card, recordings_of
 from training.quantize import Gate
 from training.rounding import MADE_UP_FOR
-from training.transformer_quantize import products
+from training.transformer_quantize import decoder_candidates, products
 from training.vocabulary import casing_steps
 
 
@@ -69,23 +70,31 @@ def _heard_by(network: Moonshine, clip: Waveform) -> rounding.Heard:
     return waveform, lengths, torch.cat([torch.tensor([network.prompt.ids]), text], dim=1)
 
 
-def exported_moonshine(network: Moonshine, tokens: Tokens, *, rounded: bool = False) -> Exported:
-    """A network as it was published, or one whose weights are rounded already.
-
-    Then float32 and four bits differ in what they multiply only.
-    """
-    graph = export_graph(network, company=rounded)
+def exported_small(network: Moonshine, tokens: Tokens) -> Exported:
+    """A network whose weights are rounded already: float32 and four bits differ in what they multiply."""
+    graph = export_graph(network, company=True)
 
     def ways(
         float_graph: onnx.ModelProto, calibration: Sequence[Waveform]
     ) -> Iterator[tuple[str, onnx.ModelProto]]:
-        if rounded:
-            yield WAY, four_bit_graph(float_graph, network)
-        else:
-            yield from in_four_bits(network, calibration)
+        yield WAY, four_bit_graph(float_graph, network)
 
+    described = "The network was made with the rounded weights, so the float32 graph has them as well."
+    made = _exported(network, tokens, graph)
+    return replace(
+        made, ways=ways, ways_described=f"{described} Inputs are rounded to 8 bits row by row.", form="int4"
+    )
+
+
+def exported_published(network: Moonshine, tokens: Tokens) -> Exported:
+    """A network as it was published."""
+    made = _exported(network, tokens, export_graph(network))
+    return replace(made, four_bits=lambda _, calibration: in_four_bits(network, calibration))
+
+
+def _exported(network: Moonshine, tokens: Tokens, graph: onnx.ModelProto) -> Exported:
+    """In INT8, if nothing else is said."""
     vocabulary = tokens.vocabulary()
-    made = "The network was made with the rounded weights, so the float32 graph has them as well."
     return Exported(
         graph,
         vocabulary,
@@ -94,12 +103,12 @@ def exported_moonshine(network: Moonshine, tokens: Tokens, *, rounded: bool = Fa
         max_window_s=MAX_WINDOW_S,
         min_samples=MIN_SAMPLES,
         agreement=lambda clips: agreement(network, graph, clips, partial(spoken, blank_id=tokens.end)),
-        ways=ways,
-        ways_described=(f"{made} " if rounded else "") + "Inputs are rounded to 8 bits row by row.",
+        ways=ways_of(decoder_candidates),
+        ways_described="Matrix products with constant weights: S8 weights per channel, U8 activations."
+        + DYNAMIC_RANGES,
         exact_batches=False,
         decoder=True,
         text_normalisation=casing_steps(vocabulary),
-        form="int4",
     )
 
 
@@ -131,7 +140,7 @@ def main(given: Sequence[str] | None = None) -> int:
     add_gate(parser, Gate(min_speed=1.0))
     arguments = parser.parse_args(given)
     bundle = publish(
-        exported_moonshine(*load_run(arguments.run), rounded=True),
+        exported_small(*load_run(arguments.run)),
         arguments.name,
         arguments.models_dir,
         read_card(arguments.card),

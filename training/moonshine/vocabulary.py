@@ -40,10 +40,12 @@ class Tokens:
     """The output that every text begins with."""
 
     def spelled(self) -> dict[int, str]:
-        """Outputs that write text, and what."""
+        """Outputs that write text, and what; the byte of what has a token of its own is none of them."""
         places: dict[str, int] = self.described["model"]["vocab"]
         control = {self.end, self.start, places.get(UNKNOWN, -1)}
-        return {place: in_bytes(token) for token, place in places.items() if place not in control}
+        found = {in_bytes(token): place for token, place in places.items() if BYTE.fullmatch(token)}
+        found |= {in_bytes(token): place for token, place in places.items() if not BYTE.fullmatch(token)}
+        return {place: token for token, place in found.items() if place not in control}
 
     def prompt(self) -> Prompt:
         """A decoding starts with one token; that and all that write nothing are never said."""

@@ -74,7 +74,7 @@ def test_a_network_answers_nearly_as_before(network: WhisperSeq2Seq, corpus: Lab
 
     assert error(together) < 0.6 * error(by_itself)
     unheard = [maker(8 + step) for step in range(2)]
-    lost = [divergence(network, other, unheard) for other in (network, together, by_itself)]
+    lost = [divergence(network, other, unheard, train.answers) for other in (network, together, by_itself)]
     assert lost[0] == pytest.approx(0.0, abs=1e-6)
     assert 0.0 < lost[1] < lost[2]
 

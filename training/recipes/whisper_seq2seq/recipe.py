@@ -26,7 +26,7 @@ from training.recipes.whisper_seq2seq.export import FRAME_STRIDE_S, export_graph
 from training.recipes.whisper_seq2seq.model import DecoderConfig, Prompt, WhisperSeq2Seq
 from training.stages.recipe import Facts, Recipe, Waveforms
 from training.tokenizer import ByteLevelCodec, load_tokenizer
-from training.transformer_quantize import dynamic, products
+from training.transformer_quantize import decoder_candidates
 from training.vocabulary import TokenCodec
 
 IGNORED = -100
@@ -213,10 +213,7 @@ class WhisperSeq2SeqRecipe(Recipe):
 
     def quantized(self, graph: Path, out: Path, calibration: Waveforms) -> Iterator[tuple[str, Path]]:
         """Dynamic INT8 on the matrix products of encoder and decoder, with and without the output layer."""
-        names = products(onnx.load(graph))
-        yield "dynamic MatMul per channel", dynamic(graph, out / "dynamic.onnx")
-        ends = [names[0], "step.logits"]
-        yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "dynamic_ends.onnx", ends)
+        return decoder_candidates(graph, out, calibration)
 
     def save_model(self, network: nn.Module, folder: Path) -> Path:
         """The fine-tuned weights in `transformers`' form, with tokenizer and feature extractor."""
