@@ -23,20 +23,21 @@ void four_bits_task(void *data, size_t task) {
   const FourBits *kernel = call->kernel;
   const Weights *weights = kernel->weights;
   const int64_t first = (int64_t)task % groups_of(kernel) * PANELS, sets = kernel->sets;
+  const int64_t depth = sets * kernel->set;
   const int64_t last = first + PANELS < weights->blocks ? first + PANELS : weights->blocks;
   const int64_t start = (int64_t)task / groups_of(kernel) * call->chunk;
   const int64_t rows = call->rows - start < call->chunk ? call->rows - start : call->chunk;
   int8_t values[ROOM] __attribute__((aligned(64)));
   uint8_t w[MAX_DEPTH_FOUR_BITS * LANES] __attribute__((aligned(64)));
-  float levels[ROOM / SET];
-  int32_t middles[ROOM / SET];
-  four_bits_bytes(call->x + start * weights->depth, rows, weights->depth, (Bytes){values, levels, middles});
+  float levels[ROOM / SMALL_SET];
+  int32_t middles[ROOM / SMALL_SET];
+  four_bits_bytes(kernel, call->x + start * weights->depth, rows, (Bytes){values, levels, middles});
   for (int64_t block = first; block < last; block++) {
     const uint8_t *packed = weights->packed + block * weights->block_bytes;
     const int64_t width = weights->channels - block * LANES;
     if (rows > FEW) four_bits_unpack(packed, weights->block_bytes, w);
     for (int64_t row = 0, done = 1; row < rows; row += done) {
-      const Bytes x = {values + row * sets * SET, levels + row * sets, middles + row * sets};
+      const Bytes x = {values + row * depth, levels + row * sets, middles + row * sets};
       float *y = call->y + (start + row) * weights->channels + block * LANES;
       float out[FOUR_BITS_ROWS][LANES];
       float *to = width < LANES ? out[0] : y;
@@ -52,7 +53,7 @@ void four_bits_task(void *data, size_t task) {
 
 int64_t four_bits_tasks(FourBitsCall *call) {
   const FourBits *kernel = call->kernel;
-  const int64_t most = ROOM / (kernel->sets * SET) / FOUR_BITS_ROWS * FOUR_BITS_ROWS;
+  const int64_t most = ROOM / (kernel->sets * kernel->set) / FOUR_BITS_ROWS * FOUR_BITS_ROWS;
   call->chunk = share_rows(call->rows, most, FOUR_BITS_ROWS);
   return (call->rows + call->chunk - 1) / call->chunk * groups_of(kernel);
 }
@@ -74,9 +75,10 @@ static OrtStatus *prepare(FourBits *kernel, const OrtKernelInfo *info) {
   TRY(numbers(api, info, "weights", &id, 1));
   kernel->weights = weights_take(id);
   if (kernel->weights == NULL) return refuse(api, "there are no weights of this number");
-  if (kernel->weights->layout != FOUR_BITS) return refuse(api, "four bits: the weights are a convolution's");
+  kernel->set = set_of(kernel->weights->layout);
+  if (kernel->set == 0) return refuse(api, "four bits: the weights are a convolution's");
   const int64_t channels = kernel->weights->channels, blocks = kernel->weights->blocks;
-  kernel->sets = (kernel->weights->depth + SET - 1) / SET;
+  kernel->sets = (kernel->weights->depth + kernel->set - 1) / kernel->set;
   TRY(read_constant(api, info, SCALES, "the scales are not constant", shape, &count, (void **)&scale));
   if (count != 2 || shape[0] != channels || shape[1] != kernel->sets)
     return refuse(api, "four bits: the scales are not (channels, sets)");

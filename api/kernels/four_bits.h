@@ -1,7 +1,8 @@
-/* A product with weights of four bits, each SET of a channel's weights with a scale of its own.
+/* A product with weights of four bits, each set of a channel's weights with a scale of its own. A set is SET weights or
+ * SMALL_SET; each has its own copy of the loops that count, in which that is a constant.
  *
  * x float (..., depth), w whole numbers from -8 to 7 (channels, depth), scale float (channels, sets), bias float
- * (channels), y float (..., channels); SET inputs of a row have a scale, too, and become bytes:
+ * (channels), y float (..., channels); a row's sets have a scale, too, and become bytes:
  *   level[t, s] = max_k |x[t, k]| / 127 over the set s,  q[t, k] = round(x[t, k] / level[t, s])
  *   y[t, c] = bias[c] + sum_s level[t, s] * scale[c, s] * sum_k q[t, k] * w[c, k]
  *
@@ -20,7 +21,7 @@ enum {
 
 /* Some rows of x as bytes. */
 typedef struct {
-  int8_t *values;   /* (rows, sets * SET), zeros behind the depth */
+  int8_t *values;   /* (rows, sets * set), zeros behind the depth */
   float *levels;    /* (rows, sets) */
   int32_t *middles; /* (rows, sets): what a sum begins with, because MIDDLE was added to each weight */
 } Bytes;
@@ -39,9 +40,9 @@ typedef void FourBitsRow(const FourBits *kernel, int64_t block, const uint8_t *p
 struct FourBits {
   const OrtApi *api;
   const Weights *weights;
-  int64_t sets;
-  float *scale; /* (blocks, sets, LANES) */
-  float *bias;  /* (blocks, LANES) */
+  int64_t set, sets; /* weights of one, and how many */
+  float *scale;      /* (blocks, sets, LANES) */
+  float *bias;       /* (blocks, LANES) */
   FourBitsRows *run;
   FourBitsRow *run_row;
 };
@@ -57,7 +58,7 @@ typedef struct {
 int64_t four_bits_tasks(FourBitsCall *call);
 void four_bits_task(void *call, size_t task);
 
-void four_bits_bytes(const float *x, int64_t rows, int64_t depth, Bytes to);
+void four_bits_bytes(const FourBits *kernel, const float *x, int64_t rows, Bytes to);
 
 /* Weights of a block: `bytes` of two each, to one in a byte, QUAD of each channel side by side. */
 void four_bits_unpack(const uint8_t *packed, int64_t bytes, uint8_t *to);

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api.kernels.ends import DOMAIN
-from api.kernels.library import Keep
+from api.kernels.library import Keep, Layout
 from api.kernels.model import (
     FLOAT,
     INTS,
@@ -28,10 +28,11 @@ from api.kernels.model import (
 from api.kernels.rows import give_rows
 
 PRODUCT, FOUR_BITS = "MatMulNBits", "FourBitsProduct"
-SET, MIDDLE = 128, 8  # as in weights.h
+SET, SMALL_SET, MIDDLE = 128, 32, 8  # as in weights.h
+LAYOUTS: dict[int, Layout] = {SET: "four_bits", SMALL_SET: "four_bits_small"}
 PACKED, SCALES, ZEROS, ORDER, BIAS = 1, 2, 3, 4, 5  # places of MatMulNBits' inputs
 # Products of bytes (accuracy level 4), of weights as they are in the file.
-WANTED = {"bits": 4, "block_size": SET, "accuracy_level": 4, "weight_prepacked": 0}
+WANTED = {"bits": 4, "accuracy_level": 4, "weight_prepacked": 0}
 PROBE_ROWS = 17  # of a product that is compared: whole groups of each kernel's rows, and some more
 
 
@@ -62,8 +63,9 @@ def hand_over_products(model: bytes, keep: Keep, *, rows: bool = False) -> tuple
         for node in graph.node:
             if (node.domain, node.op_type) != ("com.microsoft", PRODUCT):
                 continue
-            weights = _weights(node, tensors)
-            number = 0 if weights is None else keep("four_bits", weights.tobytes(), *weights.shape)
+            size = next((item.i for item in node.attribute if item.name == "block_size"), 0)
+            weights = _weights(node, tensors, size) if size in LAYOUTS else None
+            number = 0 if weights is None else keep(LAYOUTS[size], weights.tobytes(), *weights.shape)
             if not number:
                 left = True
                 continue
@@ -105,18 +107,18 @@ def probe_inputs(probe: Probe) -> dict[str, NDArray[np.float32]]:
     return {name: values.astype(np.float32) for name, values in rows.items()}
 
 
-def _weights(node: Any, tensors: dict[str, Any]) -> NDArray[np.int8] | None:
-    """int8 ``(channels, depth)`` of a product that our operator can do, else None."""
+def _weights(node: Any, tensors: dict[str, Any], size: int) -> NDArray[np.int8] | None:
+    """int8 ``(channels, depth)`` of a product, in sets of a size, that our operator can do, else None."""
     number: dict[str, int] = {item.name: item.i for item in node.attribute}
     if {name: number.get(name, 0) for name in WANTED} != WANTED:
         return None
     channels, depth = number.get("N", 0), number.get("K", 0)
-    sets = -(-depth // SET)
+    sets = -(-depth // size)
     inputs = [*node.input, *[""] * (BIAS + 1 - len(node.input))]
     packed, scales = tensors.get(inputs[PACKED]), tensors.get(inputs[SCALES])
     if packed is None or scales is None or inputs[ZEROS] or inputs[ORDER]:
         return None
-    if (packed.data_type, list(packed.dims)) != (UINT8, [channels, sets, SET // 2]):
+    if (packed.data_type, list(packed.dims)) != (UINT8, [channels, sets, size // 2]):
         return None
     if (scales.data_type, list(scales.dims)) != (FLOAT, [channels, sets]) or channels < 1 or depth < 1:
         return None
@@ -125,7 +127,7 @@ def _weights(node: Any, tensors: dict[str, Any]) -> NDArray[np.int8] | None:
         if bias is None or (bias.data_type, list(bias.dims)) != (FLOAT, [channels]):
             return None
     pairs = np.frombuffer(packed.raw_data, np.uint8)
-    if len(pairs) != channels * sets * SET // 2:
+    if len(pairs) != channels * sets * size // 2:
         return None
     values = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(channels, -1)[:, :depth]
     return np.ascontiguousarray(values.astype(np.int8) - np.int8(MIDDLE))

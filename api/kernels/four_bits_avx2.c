@@ -16,9 +16,10 @@ enum {
 
 static_assert(FOUR_BITS_ROWS % ROWS == 0, "whole groups in a task");
 
-AVX2 INLINE float largest(const float *x) {
+/* Of a set. Its size is a constant wherever this is inlined. */
+AVX2 INLINE float largest(const float *x, int size) {
   __m256 most = _mm256_setzero_ps();
-  for (int i = 0; i < SET; i += HALF)
+  for (int i = 0; i < size; i += HALF)
     most = _mm256_max_ps(most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(x + i)));
   __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -35,18 +36,18 @@ AVX2 INLINE int32_t sum(__m256i values) {
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
-AVX2 void four_bits_bytes(const float *x, int64_t rows, int64_t depth, Bytes to) {
+AVX2 INLINE void to_bytes(const float *x, int64_t rows, int64_t depth, int size, Bytes to) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packing mixes halves */
   const __m256i ones = _mm256_set1_epi8(1), words = _mm256_set1_epi16(1);
   for (int64_t row = 0; row < rows; row++, x += depth)
-    for (int64_t k = 0; k < depth; k += SET, to.values += SET) {
+    for (int64_t k = 0; k < depth; k += size, to.values += size) {
       float padded[SET] = {0};
       const float *set = x + k;
-      if (depth - k < SET) set = memcpy(padded, set, (size_t)(depth - k) * sizeof *set);
-      const float most = largest(set);
+      if (depth - k < size) set = memcpy(padded, set, (size_t)(depth - k) * sizeof *set);
+      const float most = largest(set, size);
       const __m256 inverse = _mm256_set1_ps(most == 0 ? 0 : 127 / most);
       __m256i sums = _mm256_setzero_si256();
-      for (int i = 0; i < SET; i += 4 * HALF) {
+      for (int i = 0; i < size; i += 4 * HALF) {
         const __m256i left = _mm256_packs_epi32(eight(set + i, inverse), eight(set + i + HALF, inverse));
         const __m256i right = _mm256_packs_epi32(eight(set + i + 2 * HALF, inverse), eight(set + i + 3 * HALF, inverse));
         const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(left, right), order);
@@ -56,6 +57,13 @@ AVX2 void four_bits_bytes(const float *x, int64_t rows, int64_t depth, Bytes to)
       *to.levels++ = most / 127;
       *to.middles++ = -MIDDLE * sum(sums);
     }
+}
+
+AVX2 void four_bits_bytes(const FourBits *kernel, const float *x, int64_t rows, Bytes to) {
+  if (kernel->set == SET)
+    to_bytes(x, rows, kernel->weights->depth, SET, to);
+  else
+    to_bytes(x, rows, kernel->weights->depth, SMALL_SET, to);
 }
 
 AVX2 void four_bits_unpack(const uint8_t *packed, int64_t bytes, uint8_t *to) {
@@ -75,9 +83,9 @@ AVX2 INLINE __m256i four(const int8_t *x) {
   return _mm256_set1_epi32(bytes);
 }
 
-/* `rows` rows of a block to y (rows, stride). `rows` is a constant wherever this is inlined. */
-AVX2 INLINE void run(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int rows, float *y,
-                     int64_t stride) {
+/* `rows` rows of a block to y (rows, stride), in sets of `size`. Both are constants wherever this is inlined. */
+AVX2 INLINE void run(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int rows, int size,
+                     float *y, int64_t stride) {
   const int64_t sets = kernel->sets;
   const float *scale = kernel->scale + block * sets * LANES;
   const __m256i ones = _mm256_set1_epi16(1);
@@ -86,12 +94,12 @@ AVX2 INLINE void run(const FourBits *kernel, int64_t block, const uint8_t *w, co
     __m256i sums[ROWS][2];
     UNROLL for (int row = 0; row < rows; row++)
       UNROLL for (int half = 0; half < 2; half++) sums[row][half] = _mm256_set1_epi32(x->middles[row * sets + set]);
-    for (int64_t k = set * SET; k < (set + 1) * SET; k += QUAD * PAIRS) {
+    for (int64_t k = set * size; k < (set + 1) * size; k += QUAD * PAIRS) {
       __m256i pairs[ROWS][2];
       UNROLL for (int pair = 0; pair < PAIRS; pair++, w += QUAD * LANES) {
         const __m256i left = _mm256_load_si256((const __m256i *)w), right = _mm256_load_si256((const __m256i *)w + 1);
         UNROLL for (int row = 0; row < rows; row++) {
-          const __m256i values = four(x->values + row * sets * SET + k + pair * QUAD);
+          const __m256i values = four(x->values + row * sets * size + k + pair * QUAD);
           const __m256i one = _mm256_maddubs_epi16(left, values), two = _mm256_maddubs_epi16(right, values);
           pairs[row][0] = pair == 0 ? one : _mm256_add_epi16(pairs[row][0], one);
           pairs[row][1] = pair == 0 ? two : _mm256_add_epi16(pairs[row][1], two);
@@ -119,23 +127,30 @@ AVX2 INLINE void run(const FourBits *kernel, int64_t block, const uint8_t *w, co
     }
 }
 
-AVX2 int64_t four_bits_avx2(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int64_t end,
-                            float *y, int64_t stride) {
+AVX2 INLINE int64_t run_some(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int64_t end,
+                             int size, float *y, int64_t stride) {
   if (end >= ROWS)
-    run(kernel, block, w, x, ROWS, y, stride);
+    run(kernel, block, w, x, ROWS, size, y, stride);
   else
-    run(kernel, block, w, x, 1, y, stride);
+    run(kernel, block, w, x, 1, size, y, stride);
   return end >= ROWS ? ROWS : 1;
 }
 
-AVX2 void four_bits_row_avx2(const FourBits *kernel, int64_t block, const uint8_t *packed, const Bytes *x, float *y) {
+AVX2 int64_t four_bits_avx2(const FourBits *kernel, int64_t block, const uint8_t *w, const Bytes *x, int64_t end,
+                            float *y, int64_t stride) {
+  if (kernel->set == SET) return run_some(kernel, block, w, x, end, SET, y, stride);
+  return run_some(kernel, block, w, x, end, SMALL_SET, y, stride);
+}
+
+AVX2 INLINE void run_row(const FourBits *kernel, int64_t block, const uint8_t *packed, const Bytes *x, int size,
+                         float *y) {
   const __m256i lower = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   const float *scale = kernel->scale + block * kernel->sets * LANES;
   const int8_t *values = x->values;
   __m256 totals[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (int64_t set = 0; set < kernel->sets; set++, scale += LANES) {
     __m256i sums[2] = {_mm256_set1_epi32(x->middles[set]), _mm256_set1_epi32(x->middles[set])};
-    for (int k = 0; k < SET; k += QUAD * PAIRS) {
+    for (int k = 0; k < size; k += QUAD * PAIRS) {
       __m256i pairs[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
       UNROLL for (int pair = 0; pair < PAIRS; pair += 2, values += 2 * QUAD, packed += QUAD * LANES) {
         const __m256i one = four(values), two = four(values + QUAD);
@@ -159,4 +174,11 @@ AVX2 void four_bits_row_avx2(const FourBits *kernel, int64_t block, const uint8_
     const __m256 bias = _mm256_loadu_ps(kernel->bias + block * LANES + half * HALF);
     _mm256_storeu_ps(y + half * HALF, _mm256_add_ps(totals[half], bias));
   }
+}
+
+AVX2 void four_bits_row_avx2(const FourBits *kernel, int64_t block, const uint8_t *packed, const Bytes *x, float *y) {
+  if (kernel->set == SET)
+    run_row(kernel, block, packed, x, SET, y);
+  else
+    run_row(kernel, block, packed, x, SMALL_SET, y);
 }

@@ -17,7 +17,7 @@ LIBRARY = Path(__file__).with_name("asr_kernels.so")
 
 Kernels = Literal["vnni", "avx2", "onnxruntime"]
 Kind = Literal["depthwise", "pointwise"]
-Layout = Literal["depthwise", "pointwise", "woven", "four_bits"]
+Layout = Literal["depthwise", "pointwise", "woven", "four_bits", "four_bits_small"]
 Keep = Callable[[Layout, bytes, int, int], int]
 
 

@@ -26,6 +26,8 @@ int64_t weights_lane(const Weights *weights, int64_t channel) {
   return weights->layout == DEPTHWISE_VNNI ? woven_lane(channel) : channel;
 }
 
+int64_t set_of(Layout layout) { return layout == FOUR_BITS ? SET : layout == FOUR_BITS_SMALL ? SMALL_SET : 0; }
+
 static int is_pointwise(Layout layout) { return layout == POINTWISE_VNNI || layout == POINTWISE_WOVEN; }
 
 /* Four weights of 16 channels in 64 bytes; in a panel two blocks take turns. AVX2: two weights of each, as 16 bits
@@ -43,7 +45,7 @@ static void put(const Weights *weights, int64_t channel, int64_t index, int8_t w
     start += block / PANEL_BLOCKS * PANEL_BLOCKS * weights->block_bytes;
     start += (index / 4 * PANEL_BLOCKS + block % PANEL_BLOCKS) * LINE_BYTES;
     start[lane * 4 + index % 4] = weight;
-  } else if (weights->layout == FOUR_BITS) {
+  } else if (set_of(weights->layout) > 0) {
     start += block * weights->block_bytes + index / 8 * LINE_BYTES;
     start[lane * 4 + index % 4] |= (int8_t)((weight + MIDDLE) << (index / 4 % 2 * 4));
   } else if (weights->layout == POINTWISE_AVX2) {
@@ -117,7 +119,7 @@ static void drop(Weights *weights) {
 
 /* Blocks that a kernel does in one go. */
 static int64_t together(Layout layout) {
-  return layout == POINTWISE_AVX2 || layout == FOUR_BITS ? 1 : is_pointwise(layout) ? PANEL_BLOCKS : GROUP;
+  return layout == POINTWISE_AVX2 || set_of(layout) > 0 ? 1 : is_pointwise(layout) ? PANEL_BLOCKS : GROUP;
 }
 
 /* Of `depth` weights for each channel of a block, filled up to what one instruction takes. */
@@ -128,7 +130,8 @@ static int64_t block_bytes(Layout layout, int64_t depth) {
     case POINTWISE_AVX2:
       return up_to(depth, 2) * LANES;
     case FOUR_BITS:
-      return up_to(depth, SET) * LANES / 2;
+    case FOUR_BITS_SMALL:
+      return up_to(depth, set_of(layout)) * LANES / 2;
     case POINTWISE_WOVEN:
       return up_to(depth, 64) * LANES;
     default:
@@ -168,6 +171,8 @@ static int choose_layout(const char *kind, Layout *layout) {
     *layout = POINTWISE_WOVEN;
   else if (strcmp(kind, "four_bits") == 0)
     *layout = FOUR_BITS;
+  else if (strcmp(kind, "four_bits_small") == 0)
+    *layout = FOUR_BITS_SMALL;
   else
     return 0;
   return 1;
@@ -181,6 +186,7 @@ static int64_t deepest(Layout layout) {
     case POINTWISE_AVX2:
       return MAX_DEPTH_AVX2;
     case FOUR_BITS:
+    case FOUR_BITS_SMALL:
       return MAX_DEPTH_FOUR_BITS;
     default:
       return MOST;
@@ -199,7 +205,7 @@ EXPORTED int64_t asr_keep_weights(const char *kind, const int8_t *w, int64_t byt
   Layout layout;
   if (channels < 1 || channels > MOST || depth < 1 || depth > MOST || bytes != channels * depth) return 0;
   if (!choose_layout(kind, &layout) || depth > deepest(layout)) return 0;
-  if (layout == FOUR_BITS && !are_four_bits(w, bytes)) return 0;
+  if (set_of(layout) > 0 && !are_four_bits(w, bytes)) return 0;
   int64_t id = 0;
   pthread_mutex_lock(&mutex);
   Weights *weights = pack(layout, w, channels, depth);

@@ -17,11 +17,20 @@ enum { GROUP = 4, PANEL_BLOCKS = 2 }; /* that a depthwise and a pointwise kernel
 #define MAX_DEPTH_FOUR_BITS 8192
 
 enum {
-  SET = 128,  /* weights of four bits that share a scale */
-  MIDDLE = 8, /* what is added to one of them, so that it has no sign */
+  SET = 128,      /* weights of four bits that share a scale, */
+  SMALL_SET = 32, /* or where they are no multiple of that */
+  MIDDLE = 8,     /* what is added to one of them, so that it has no sign */
 };
 
-typedef enum { DEPTHWISE_VNNI, DEPTHWISE_AVX2, POINTWISE_VNNI, POINTWISE_WOVEN, POINTWISE_AVX2, FOUR_BITS } Layout;
+typedef enum {
+  DEPTHWISE_VNNI,
+  DEPTHWISE_AVX2,
+  POINTWISE_VNNI,
+  POINTWISE_WOVEN,
+  POINTWISE_AVX2,
+  FOUR_BITS,
+  FOUR_BITS_SMALL,
+} Layout;
 
 typedef struct Weights Weights;
 typedef struct Chunk Chunk;
@@ -47,6 +56,9 @@ enum { WOVEN_MORE = 3 }; /* the last four frames are there as a whole */
 
 /* Where a channel is among the lanes of all blocks. */
 int64_t weights_lane(const Weights *weights, int64_t channel);
+
+/* Weights of a channel that share a scale; 0 where they are not of four bits. */
+int64_t set_of(Layout layout);
 
 /* NULL if there are none of that number. Whoever takes gives back. */
 const Weights *weights_take(int64_t id);

@@ -14,11 +14,11 @@ static int same(const Weights *weights, const int8_t *w) {
   /* However they are packed: each byte value is there as often, but for zeros. */
   int64_t counts[256] = {0};
   const int64_t wide = weights->layout == DEPTHWISE_AVX2 ? 2 : 1;
-  const int added = weights->layout == FOUR_BITS ? MIDDLE : 0;
+  const int four_bits = set_of(weights->layout) > 0, added = four_bits ? MIDDLE : 0;
   for (int64_t i = 0; i < weights->channels * weights->depth; i++) counts[(uint8_t)(w[i] + added)]++;
   for (int64_t i = 0; i < weights->blocks * weights->block_bytes; i += wide) {
     const uint8_t byte = weights->packed[i];
-    if (weights->layout == FOUR_BITS)
+    if (four_bits)
       counts[byte & 15]--, counts[byte >> 4]--;
     else
       counts[byte]--;
@@ -44,7 +44,7 @@ static void *keep_some(void *data) {
       for (int64_t i = 0; i < channels * depth; i++)
         given[at][i] = (int8_t)(four_bits ? rand_r(&seed) % 16 - 8 : rand_r(&seed));
       const char *kind = depthwise                             ? "depthwise"
-                         : four_bits                           ? "four_bits"
+                         : four_bits                           ? rand_r(&seed) % 2 ? "four_bits" : "four_bits_small"
                          : !is_vnni() || rand_r(&seed) % 2 ? "pointwise"
                                                                : "woven";
       ids[at] = asr_keep_weights(kind, given[at], channels * depth, channels, depth);
@@ -77,9 +77,9 @@ static int refused(void) {
       {0, INT64_C(1) << 32, INT64_C(1) << 32},
   };
   for (size_t i = 0; i < sizeof lies / sizeof *lies; i++)
-    for (int kind = 0; kind < 4; kind++)
-      if (asr_keep_weights((const char *[]){"depthwise", "pointwise", "woven", "four_bits"}[kind], w, lies[i][0],
-                           lies[i][1], lies[i][2]) != 0)
+    for (int kind = 0; kind < 5; kind++)
+      if (asr_keep_weights((const char *[]){"depthwise", "pointwise", "woven", "four_bits", "four_bits_small"}[kind], w,
+                           lies[i][0], lies[i][1], lies[i][2]) != 0)
         return 0;
   asr_let_go_of_weights(0), asr_let_go_of_weights(-1), asr_let_go_of_weights(most);
   return asr_keep_weights("dense", w, 12, 3, 4) == 0 && weights_take(0) == NULL && weights_take(most) == NULL;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from api.kernels.ends import DOMAIN
-from api.kernels.four_bits import FOUR_BITS, SET, hand_over_products, probe_inputs
+from api.kernels.four_bits import FOUR_BITS, LAYOUTS, SET, SMALL_SET, hand_over_products, probe_inputs
 from api.kernels.library import Weights, weights_bytes
 from api.kernels.sessions import MOST_ERROR
 from tests.kernels.conftest import Kept, open_graph
+from training.four_bits import quantize_to_four_bits
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,15 @@ class Product:
     depth: int = 200
     bias: bool = True
     seed: int = 0
+    size: int = SET
 
     @property
     def sets(self) -> int:
-        return -(-self.depth // SET)
+        return -(-self.depth // self.size)
 
     def values(self) -> dict[str, NDArray[Any]]:
         random = np.random.default_rng(self.seed)
-        whole = random.integers(-8, 8, (self.channels, self.sets * SET)).astype(np.int8)
+        whole = random.integers(-8, 8, (self.channels, self.sets * self.size)).astype(np.int8)
         whole[:, self.depth :] = 0
         scales = random.normal(0, 0.02, (self.channels, self.sets)).astype(np.float32)
         return {"whole": whole, "scales": scales, "bias": random.normal(0, 1, self.channels).astype("f")}
@@ -46,13 +49,14 @@ class Product:
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The packed form: two weights in a byte, the lower four bits first."""
         values = self.values()
-        halves = (values["whole"] + 8).astype(np.uint8).reshape(self.channels, self.sets, SET // 2, 2)
+        halves = (values["whole"] + 8).astype(np.uint8).reshape(self.channels, self.sets, self.size // 2, 2)
         packed = halves[..., 0] | halves[..., 1] << 4
         return {"packed": packed, "scales": values["scales"], "bias": values["bias"]}
 
     def node(self, source: str = "x", name: str = "y", **changes: Any) -> onnx.NodeProto:
         inputs = [source, "packed", "scales", *(["", "", "bias"] if self.bias else [])]
-        attributes = {"K": self.depth, "N": self.channels, "bits": 4, "block_size": SET, "accuracy_level": 4}
+        attributes = {"K": self.depth, "N": self.channels, "bits": 4, "accuracy_level": 4}
+        attributes["block_size"] = self.size
         return helper.make_node("MatMulNBits", inputs, [name], domain="com.microsoft", **attributes | changes)
 
     def model(
@@ -81,10 +85,10 @@ class Product:
     def expected(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """As four_bits.h defines it, one set after another, each step rounded to float32."""
         values = self.values()
-        rows = np.zeros((*x.shape[:-1], self.sets * SET), np.float32)
+        rows = np.zeros((*x.shape[:-1], self.sets * self.size), np.float32)
         rows[..., : self.depth] = x
-        rows = rows.reshape(-1, self.sets, SET)
-        whole = values["whole"].reshape(self.channels, self.sets, SET).astype(np.int64)
+        rows = rows.reshape(-1, self.sets, self.size)
+        whole = values["whole"].reshape(self.channels, self.sets, self.size).astype(np.int64)
         most = np.abs(rows).max(-1)
         inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most != 0)
         q = np.rint(rows * inverse[..., None]).astype(np.int64)
@@ -126,30 +130,43 @@ class TestComputes:
         bias=st.booleans(),
         rows=st.integers(1, 5) | st.integers(1, 300),
         seed=st.integers(0, 1000),
+        size=st.sampled_from([SET, SMALL_SET]),
     )
     def test_the_bits_of_the_definition(
-        self, channels: int, depth: int, bias: bool, rows: int, seed: int
+        self, channels: int, depth: int, bias: bool, rows: int, seed: int, size: int
     ) -> None:
-        product = Product(channels, depth, bias, seed)
+        product = Product(channels, depth, bias, seed, size)
         x = noise(rows, depth, seed=seed)
         (found,) = open_ours(product.model()).run(None, {"x": x})
         np.testing.assert_array_equal(found, product.expected(x))
 
-    @pytest.mark.parametrize("product", [Product(384, 384), Product(1536, 384, bias=False), Product(40, 240)])
+    @pytest.mark.parametrize(
+        "product",
+        [
+            Product(384, 384),
+            Product(1536, 384, bias=False),
+            Product(40, 240),
+            Product(1152, 288, size=SMALL_SET),
+            Product(288, 2016, bias=False, size=SMALL_SET),
+        ],
+    )
     def test_nearly_those_of_onnx_runtime(self, product: Product) -> None:
         x = noise(250, product.depth)
         (theirs,) = open_graph(product.model()).run(None, {"x": x})
         (ours,) = open_ours(product.model()).run(None, {"x": x})
         assert np.abs(ours - theirs).max() < MOST_ERROR * np.abs(theirs).max()
 
-    def test_sums_as_large_as_they_can_be(self) -> None:
+    @pytest.mark.parametrize("size", [SET, SMALL_SET])
+    def test_sums_as_large_as_they_can_be(self, size: int) -> None:
         """Sixteen bits hold eight pairs of them, and not one more."""
-        product = Product(20, 256)
-        halves = np.zeros((20, 2, SET // 2), np.uint8)
+        product = Product(20, 256, size=size)
+        halves = np.zeros((20, product.sets, size // 2), np.uint8)
         halves[::2] = 0xFF  # 7 and 7, else -8 and -8
         x = np.full((7, 256), 3.0, np.float32)
         x[::2] *= -1
-        model = product.model(packed=halves, scales=np.ones((20, 2), np.float32), bias=np.zeros(20, "f"))
+        model = product.model(
+            packed=halves, scales=np.ones((20, product.sets), np.float32), bias=np.zeros(20, "f")
+        )
         (found,) = open_ours(model).run(None, {"x": x})
         np.testing.assert_allclose(found, x[:, :1] * np.where(np.arange(20) % 2, -8, 7) * 256, rtol=1e-5)
 
@@ -165,17 +182,19 @@ class TestComputes:
         (found,) = open_ours(Product().model()).run(None, {"x": np.zeros(shape, np.float32)})
         assert found.shape == (*shape[:-1], 24)
 
-    def test_a_row_is_what_it_is_alone(self) -> None:
+    @pytest.mark.parametrize("size", [SET, SMALL_SET])
+    def test_a_row_is_what_it_is_alone(self, size: int) -> None:
         """Which is why a clip gives the same words in any company."""
-        product = Product(70, 384)
+        product = Product(70, 384, size=size)
         session = open_ours(product.model())
         x = noise(61, 384)
         (together,) = session.run(None, {"x": x})
         for row in range(len(x)):
             np.testing.assert_array_equal(session.run(None, {"x": x[row : row + 1]})[0][0], together[row])
 
-    def test_threads_share_the_work_and_the_session(self) -> None:
-        product = Product(900, 1500)
+    @pytest.mark.parametrize("size", [SET, SMALL_SET])
+    def test_threads_share_the_work_and_the_session(self, size: int) -> None:
+        product = Product(900, 1500, size=size)
         x = noise(400, 1500)
         expected = product.expected(x)
         shared = open_ours(product.model(), threads=4)
@@ -186,13 +205,14 @@ class TestComputes:
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(run, range(12)))
 
-    def test_the_deepest(self) -> None:
-        product = Product(18, 8192)
+    @pytest.mark.parametrize("size", [SET, SMALL_SET])
+    def test_the_deepest(self, size: int) -> None:
+        product = Product(18, 8192, size=size)
         x = noise(30, 8192)
         (found,) = open_ours(product.model()).run(None, {"x": x})
         np.testing.assert_array_equal(found, product.expected(x))
         with Weights() as weights:
-            assert hand_over_products(Product(18, 8193).model(), weights.keep)[1] is None
+            assert hand_over_products(Product(18, 8193, size=size).model(), weights.keep)[1] is None
 
     def test_what_is_not_finite_stays_so(self) -> None:
         """The engine looks for it in the outputs."""
@@ -224,6 +244,18 @@ def test_takes_the_node_without_its_weights() -> None:
     assert probe_inputs(probe)["rows_of_200"].shape == (17, 200)
 
 
+def test_small_sets_are_other_weights_of_the_library(kernels: str) -> None:
+    """Which fills them up to whole sets of their own size."""
+    product, keep = Product(depth=288, size=SMALL_SET), Kept()
+    _, probe = hand_over_products(product.model(), keep)
+    assert keep.weights == [("four_bits_small", product.values()["whole"].tobytes(), 24, 288)]
+    assert probe is not None
+    before = weights_bytes()
+    with Weights() as weights:
+        weights.keep(*keep.weights[0])
+        assert weights_bytes() == before + 32 * 288 // 2, "whole blocks of channels"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -231,6 +263,7 @@ def test_takes_the_node_without_its_weights() -> None:
         {"accuracy_level": 1},
         {"bits": 8},
         {"block_size": 32},
+        {"block_size": 64},
         {"weight_prepacked": 1},
         {"K": 300},
         {"N": 25},
@@ -315,6 +348,40 @@ def test_a_lone_clip_has_no_company_where_all_products_are_ours(all_ours: bool) 
     assert (found.op_type, list(found.input), list(found.output)) == (*wanted, ["search.rows"])
 
 
+@pytest.mark.parametrize("inputs", [288, 256])
+def test_scales_as_they_are_stored(kernels: str, inputs: int, tmp_path: Path) -> None:
+    """ONNX Runtime has made constants of them before products are handed over; in loops as well."""
+    weight = noise(inputs, 40)
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    once = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"], name="in")], "once", [], [value])
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["z"], name="out"),
+        helper.make_node("If", ["yes"], ["chosen"], then_branch=once, else_branch=once),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, inputs]),
+            helper.make_tensor_value_info("yes", TensorProto.BOOL, []),
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("z", "chosen")],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    quantize_to_four_bits(model, {"in", "out"})
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    feeds = {"x": noise(5, inputs, seed=1), "yes": np.array(True)}
+    theirs = ort.InferenceSession(model.SerializeToString(), options).run(None, feeds)
+    keep = Kept()
+    optimised = (tmp_path / "optimised.onnx").read_bytes()
+    assert taken(optimised, keep).count(FOUR_BITS) == 1
+    assert len(keep.weights) == 3, "one outside, one in either branch"
+    for found, expected in zip(open_ours(optimised).run(None, feeds), theirs, strict=True):
+        assert np.abs(found - expected).max() < MOST_ERROR * np.abs(expected).max()
+
+
 def ours(change: Any = None, *, kind: str = "four_bits", depth: int = 200) -> ort.InferenceSession:
     """The node as no rewriting would leave it."""
     with Weights() as weights:
@@ -334,6 +401,11 @@ class TestRefuses:
 
     def test_the_node_itself_is_taken(self) -> None:
         assert ours().run(None, {"x": noise(3, 200)})
+
+    def test_scales_of_another_size_of_sets(self) -> None:
+        """Two sets of 128 inputs, where the weights are seven of 32."""
+        with pytest.raises(Exception, match="the scales are not"):
+            ours(kind="four_bits_small")
 
     def test_weights_of_a_convolution(self) -> None:
         with pytest.raises(Exception, match="the weights are a convolution's"):
@@ -386,5 +458,6 @@ class TestRefuses:
         whole = np.zeros(240, np.int8)
         whole[239] = value
         with Weights() as weights:
-            assert weights.keep("four_bits", whole.tobytes(), 2, 120) == 0
-            assert weights.keep("four_bits", bytes(240), 2, 119) == 0
+            for kind in LAYOUTS.values():
+                assert weights.keep(kind, whole.tobytes(), 2, 120) == 0
+                assert weights.keep(kind, bytes(240), 2, 119) == 0
