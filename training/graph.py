@@ -41,9 +41,10 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
         return name
 
-    def split(self, values: str, names: Sequence[str], name: str) -> None:
-        """Cut the last axis into equal parts that are called `names`."""
-        self.nodes.append(helper.make_node("Split", [values], list(names), name=name, axis=-1))
+    def several(self, operator: str, inputs: Sequence[str], names: Sequence[str], **attributes: Any) -> None:
+        """Append a node with outputs of these names, the first of which is the node's; "" for none."""
+        self._domains.add(attributes.get("domain", ""))
+        self.nodes.append(helper.make_node(operator, list(inputs), list(names), name=names[0], **attributes))
 
     def ints(self, name: str, values: npt.ArrayLike) -> str:
         """An int64 tensor; the same name twice is the same constant."""

@@ -27,16 +27,13 @@ from training.recipes.whisper_seq2seq.placing import add_frames, add_places
 from training.recipes.whisper_seq2seq.searching import add_row_of, add_search
 from training.transformer import Attention
 from training.transformer_graph import (
-    add_attention_over,
     add_convolution,
     add_feed_forward,
     add_gelu,
     add_heads,
     add_key_bias,
-    add_keys_and_memory,
     add_layer_norm,
     add_linear,
-    add_mixed,
     add_own_frames,
     array,
 )
@@ -55,7 +52,7 @@ def export_graph(model: Moonshine, *, company: bool = False) -> onnx.ModelProto:
     frames = graph.add("Div", [up, two], "frames")
     limit = graph.add("Div", [frames, two], "frames.limit")
     heard = [
-        add_keys_and_memory(
+        _add_heard(
             graph, f"decoder.layers.{index}.encoder_attn", cast(DecoderLayer, layer).encoder_attn, hidden
         )
         for index, layer in enumerate(model.decoder.layers)
@@ -78,7 +75,7 @@ def _add_turns(graph: GraphBuilder, shape: Shape) -> tuple[str, str]:
 def _add_turned(
     graph: GraphBuilder, name: str, values: str, start: str, turns: tuple[str, str], shape: Shape
 ) -> str:
-    """Queries or keys (batch, heads, n, size), the first of which stands at `start` (1,)."""
+    """Queries or keys (batch, n, width), the first of which stands at `start` (1,)."""
     return graph.add(
         "RotaryEmbedding",
         [values, start, *turns],
@@ -88,6 +85,17 @@ def _add_turned(
         num_heads=shape.heads,
         rotary_embedding_dim=shape.turned,
     )
+
+
+def _add_heard(graph: GraphBuilder, name: str, attention: Attention, audio: str) -> tuple[str, str]:
+    """Keys and values of the audio, (batch, heads, frames, width / heads)."""
+    keys, values = (
+        add_heads(
+            graph, f"{name}.{side}", add_linear(graph, f"{name}.{side}", audio, module), attention.heads
+        )
+        for side, module in (("k_proj", attention.k_proj), ("v_proj", attention.v_proj))
+    )
+    return keys, values
 
 
 def _add_encoder(
@@ -102,13 +110,14 @@ def _add_encoder(
         values = add_gelu(graph, f"{name}.gelu", add_convolution(graph, name, values, convolution))
         counts = _add_count(graph, f"{name}.counts", counts, number)
     bias = add_key_bias(graph, "encoder.bias", add_own_frames(graph, "encoder.inside", values, counts))
+    own = graph.add("Cast", [counts], "encoder.own", to=TensorProto.INT32)
     start = graph.ints("encoder.start", [0])
     for index, module in enumerate(encoder.layers):
         name, layer = f"encoder.layers.{index}", cast(EncoderLayer, module)
         attention = layer.self_attn
         normal = add_layer_norm(graph, f"{name}.self_attn_layer_norm", values, layer.self_attn_layer_norm)
         mixed = _add_attention(
-            graph, f"{name}.self_attn", attention, normal, bias, start, turns, encoder.shape
+            graph, f"{name}.self_attn", attention, normal, own, start, turns, encoder.shape
         )
         values = graph.add("Add", [values, mixed], f"{name}.attended")
         normal = add_layer_norm(graph, f"{name}.final_layer_norm", values, layer.final_layer_norm)
@@ -121,25 +130,29 @@ def _add_attention(
     name: str,
     attention: Attention,
     values: str,
-    bias: str,
+    own: str,
     start: str,
     turns: tuple[str, str],
     shape: Shape,
 ) -> str:
-    """Attention of all frames (batch, frames, width) on all."""
-    scale = (shape.width // shape.heads) ** -0.5
-    sides = []
-    for side, module, factor in (("q_proj", attention.q_proj, scale), ("k_proj", attention.k_proj, 1.0)):
-        found = add_linear(graph, f"{name}.{side}", values, module, factor)
-        found = add_heads(graph, f"{name}.{side}", found, shape.heads)
-        sides.append(_add_turned(graph, f"{name}.{side}", found, start, turns, shape))
-    keys = graph.add("Transpose", [sides[1]], f"{name}.keys", perm=[0, 1, 3, 2])
-    memory = add_linear(graph, f"{name}.v_proj", values, attention.v_proj)
-    memory = add_heads(graph, f"{name}.v_proj", memory, shape.heads)
-    scores = graph.add("MatMul", [sides[0], keys], f"{name}.scores")
-    scores = graph.add("Add", [scores, bias], f"{name}.biased")
-    shares = graph.add("Softmax", [scores], f"{name}.shares", axis=-1)
-    mixed = add_mixed(graph, name, shares, memory, shape.width)
+    """Attention of all frames (batch, frames, width) on those that are an item's `own`, so many (batch,)."""
+    query, key, memory = (
+        add_linear(graph, f"{name}.{side}", values, module)
+        for side, module in (
+            ("q_proj", attention.q_proj),
+            ("k_proj", attention.k_proj),
+            ("v_proj", attention.v_proj),
+        )
+    )
+    turned = [_add_turned(graph, each, each, start, turns, shape) for each in (query, key)]
+    mixed = graph.add(
+        "MultiHeadAttention",
+        [*turned, memory, "", own],
+        f"{name}.mixed",
+        domain=DOMAIN,
+        num_heads=shape.heads,
+        mask_filter_value=-1e9,
+    )
     return add_linear(graph, f"{name}.out_proj", mixed, attention.out_proj)
 
 
@@ -207,6 +220,8 @@ def _add_group_norm(graph: GraphBuilder, encoder: MoonshineEncoder, values: str,
 class _Speaker:
     """Moonshine's decoder."""
 
+    keys_turned = False
+
     def __init__(self, model: Moonshine, turns: tuple[str, str]) -> None:
         self.decoder, self.prompt, self.shape, self.turns = model.decoder, model.prompt, model.shape, turns
         self.vocabulary, self.width = model.shape.vocabulary, model.shape.width
@@ -251,14 +266,12 @@ class _Speaker:
         normal = add_layer_norm(
             graph, f"{name}.encoder_attn_layer_norm", values, layer.encoder_attn_layer_norm
         )
-        mixed = add_attention_over(
-            graph, f"{name}.encoder_attn", layer.encoder_attn, normal, *heard, bias, single=True
-        )
+        mixed = self._add_heard_by(graph, number, layer.encoder_attn, normal, heard, bias)
         values = graph.add("Add", [values, mixed], f"{name}.heard")
         normal = add_layer_norm(graph, f"{name}.final_layer_norm", values, layer.final_layer_norm)
         both = add_linear(graph, f"{name}.fc1", normal, layer.fc1)
         inner, gate = f"{name}.inner", f"{name}.gate"
-        graph.split(both, (inner, gate), f"{name}.halves")
+        graph.several("Split", [both], [inner, gate], axis=-1)
         opened = graph.add("Sigmoid", [gate], f"{name}.opened")
         gated = graph.add("Mul", [gate, opened], f"{name}.silu")
         gated = graph.add("Mul", [gated, inner], f"{name}.gated")
@@ -267,23 +280,48 @@ class _Speaker:
     def _add_said(
         self, graph: GraphBuilder, number: int, attention: Attention, values: str, index: str
     ) -> tuple[str, list[str]]:
-        """Attention of one token on all so far; one row of heads needs another shape only."""
-        name, shape = f"decoder.layers.{number}.self_attn", self.shape
-        size = shape.width // shape.heads
-        one_row = graph.ints("step.row_of_heads", [0, shape.heads, 1, size])
-        one_column = graph.ints("step.column_of_heads", [0, shape.heads, size, 1])
+        """Attention of one token on all so far, and these."""
+        name = f"decoder.layers.{number}.self_attn"
 
-        def side(label: str, scale: float = 1.0) -> str:
-            found = add_linear(graph, f"{name}.{label}", values, getattr(attention, label), scale)
-            return graph.add("Reshape", [found, one_row], f"{name}.{label}.heads")
+        def side(label: str) -> str:
+            return add_linear(graph, f"{name}.{label}", values, getattr(attention, label))
 
-        query = _add_turned(graph, f"{name}.q_proj", side("q_proj", size**-0.5), index, self.turns, shape)
-        key = _add_turned(graph, f"{name}.k_proj", side("k_proj"), index, self.turns, shape)
-        key = graph.add("Reshape", [key, one_column], f"{name}.key")
-        keys = graph.add("Concat", [f"step.cache_{2 * number}", key], f"{name}.keys", axis=3)
-        cache = f"step.cache_{2 * number + 1}"
-        memory = graph.add("Concat", [cache, side("v_proj")], f"{name}.values", axis=2)
-        scores = graph.add("MatMul", [query, keys], f"{name}.scores")
-        shares = graph.add("Softmax", [scores], f"{name}.shares", axis=-1)
-        mixed = add_mixed(graph, name, shares, memory, shape.width, single=True)
-        return add_linear(graph, f"{name}.out_proj", mixed, attention.out_proj), [keys, memory]
+        query, key = (
+            _add_turned(graph, f"{name}.{label}", side(label), index, self.turns, self.shape)
+            for label in ("q_proj", "k_proj")
+        )
+        earlier = [f"step.cache_{2 * number}", f"step.cache_{2 * number + 1}"]
+        grown = [f"{name}.keys", f"{name}.values"]
+        graph.several(
+            "MultiHeadAttention",
+            [query, key, side("v_proj"), "", "", "", *earlier],
+            [f"{name}.mixed", *grown],
+            domain=DOMAIN,
+            num_heads=self.heads,
+        )
+        return add_linear(graph, f"{name}.out_proj", f"{name}.mixed", attention.out_proj), grown
+
+    def _add_heard_by(
+        self,
+        graph: GraphBuilder,
+        number: int,
+        attention: Attention,
+        values: str,
+        heard: tuple[str, str],
+        bias: str | None,
+    ) -> str:
+        """Attention of one token on the audio."""
+        name = f"decoder.layers.{number}.encoder_attn"
+        query = add_linear(graph, f"{name}.q_proj", values, attention.q_proj)
+        mixed = [f"{name}.mixed"]
+        followed = bool(self.heads_of(number))
+        graph.several(
+            "MultiHeadAttention",
+            [query, *heard, "", "", bias or ""],
+            [*mixed, "", "", f"{name}.scores"] if followed else mixed,
+            domain=DOMAIN,
+            num_heads=self.heads,
+        )
+        if followed:
+            graph.add("Softmax", [f"{name}.scores"], f"{name}.shares", axis=-1)
+        return add_linear(graph, f"{name}.out_proj", f"{name}.mixed", attention.out_proj)

@@ -54,6 +54,8 @@ def _layer(module: object) -> DecoderLayer:
 class _Speaker:
     """Whisper's decoder."""
 
+    keys_turned = True
+
     def __init__(self, model: WhisperSeq2Seq) -> None:
         self.decoder, self.prompt = model.decoder, model.prompt
         config = model.decoder.config

@@ -30,6 +30,8 @@ class Speaker(Protocol):
     width: int
     positions: int
     """Of tokens, prompt and all."""
+    keys_turned: bool
+    """Whether keys are kept as (batch, heads, width / heads, tokens), as products want them."""
     suppress: npt.NDArray[np.float32]
     """(2, vocabulary): added to what a text goes on with, and to what it begins with."""
 
@@ -42,9 +44,9 @@ class Speaker(Protocol):
     ) -> tuple[str, list[str]]:
         """Logits (batch, 1, vocabulary) after a token (batch, 1) at a place (1,), and the grown caches.
 
-        Earlier keys (batch, heads, width / heads, tokens) and values (batch, heads, tokens, width / heads)
-        are `step.cache_0`, `step.cache_1` and so on, one after the other for each layer. The shares of a
-        layer's attention on the audio are called `decoder.layers.N.encoder_attn.shares`.
+        Earlier keys and values (batch, heads, tokens, width / heads) are `step.cache_0`, `step.cache_1` and
+        so on, one after the other for each layer. The shares of a layer's attention on the audio are called
+        `decoder.layers.N.encoder_attn.shares`.
         """
         ...
 
@@ -129,8 +131,10 @@ def add_search(
     size = speaker.width // speaker.heads
     heads, none = graph.ints("search.heads", [speaker.heads]), graph.ints("zero", [0])
     per_head = graph.ints("search.head_size", [size])
-    key_shape = graph.add("Concat", [rows, heads, per_head, none], "search.key_shape", axis=0)
     value_shape = graph.add("Concat", [rows, heads, none, per_head], "search.value_shape", axis=0)
+    key_shape = value_shape
+    if speaker.keys_turned:
+        key_shape = graph.add("Concat", [rows, heads, per_head, none], "search.key_shape", axis=0)
     keys = graph.add("ConstantOfShape", [key_shape], "search.no_keys")
     values = graph.add("ConstantOfShape", [value_shape], "search.no_values")
     none_yet = graph.add("ConstantOfShape", [batch], "search.none_cut", value=_filled(0))
@@ -246,19 +250,26 @@ def _body(
         helper.make_tensor_value_info("step.token", TensorProto.INT64, ["batch"]),
         helper.make_tensor_value_info("step.done", TensorProto.BOOL, ["batch"]),
         *_repeats_info("step.cut", "step.recent", "step.runs"),
-        *(_cache_info(f"step.cache_{i}", i, speaker.heads, speaker.width) for i in range(len(caches))),
+        *(_cache_info(f"step.cache_{i}", i, speaker) for i in range(len(caches))),
     ]
     outputs = [
         helper.make_tensor_value_info("step.continue", TensorProto.BOOL, []),
         helper.make_tensor_value_info("step.next", TensorProto.INT64, ["batch"]),
         helper.make_tensor_value_info("step.finished", TensorProto.BOOL, ["batch"]),
         *_repeats_info("step.cut_after", "step.recent_after", "step.runs_after"),
-        *(_cache_info(name, i, speaker.heads, speaker.width) for i, name in enumerate(caches)),
+        *(_cache_info(name, i, speaker) for i, name in enumerate(caches)),
         helper.make_tensor_value_info("step.log_probs", TensorProto.FLOAT, ["batch", speaker.vocabulary]),
         helper.make_tensor_value_info("step.valid", TensorProto.BOOL, ["batch"]),
         helper.make_tensor_value_info("step.heard", TensorProto.FLOAT, ["batch", None]),
     ]
-    return helper.make_graph(graph.nodes, "step", inputs, outputs)
+    # ONNX Runtime knows the type of every output but this one of MultiHeadAttention
+    scores = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        for node in graph.nodes
+        if node.op_type == "MultiHeadAttention"
+        for name in node.output[3:]
+    ]
+    return helper.make_graph(graph.nodes, "step", inputs, outputs, value_info=scores)
 
 
 def _repeats_info(*names: str) -> list[onnx.ValueInfoProto]:
@@ -322,10 +333,9 @@ def _add_heard(graph: GraphBuilder, speaker: Speaker, beside: _Company | None) -
     graph.add("Div", [total, graph.floats("step.followers", float(followers))], "step.heard")
 
 
-def _cache_info(name: str, index: int, heads: int, width: int) -> onnx.ValueInfoProto:
-    """Keys (batch, heads, size, tokens) for even numbers, values (batch, heads, tokens, size) for odd."""
-    size = width // heads
-    shape: list[str | int | None] = (
-        ["batch", heads, size, None] if index % 2 == 0 else ["batch", heads, None, size]
-    )
+def _cache_info(name: str, index: int, speaker: Speaker) -> onnx.ValueInfoProto:
+    """Keys for even numbers, values for odd."""
+    heads, size = speaker.heads, speaker.width // speaker.heads
+    turned = speaker.keys_turned and index % 2 == 0
+    shape: list[str | int | None] = ["batch", heads, *((size, None) if turned else (None, size))]
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
