@@ -17,6 +17,7 @@ from api.manifest import Source
 from tests.training.networks import chirps, write_corpus
 from training import convert
 from training.bundle_writer import Card
+from training.dynamic_int8 import graphs_of
 from training.errors import QualityGateError
 from training.exported import Exported
 from training.moonshine import publish as moonshine_publish
@@ -80,6 +81,8 @@ def test_making_four_bits_leaves_the_network_as_it_is(published: Published) -> N
     before = {name: value.clone() for name, value in published.network.state_dict().items()}
     ((_, graph),) = moonshine_publish.in_four_bits(published.network, chirps(1))
     assert "MatMulNBits" in {node.op_type for node in graph.graph.node}
+    given = {name for inner in graphs_of(graph.graph) for node in inner.node for name in node.input}
+    assert "decoder.embed_scale" in given, "columns were made alike first"
     after = published.network.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())

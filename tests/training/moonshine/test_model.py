@@ -25,7 +25,7 @@ from training.moonshine import search
 from training.moonshine.checkpoint import Published
 from training.moonshine.corpus import padded
 from training.moonshine.export import export_graph
-from training.moonshine.model import MIN_SAMPLES, Moonshine, frames_of
+from training.moonshine.model import MIN_SAMPLES, Moonshine, Shape, frames_of
 from training.torch_inference import run_torch
 
 
@@ -69,6 +69,20 @@ def test_our_network_is_that_of_transformers(
     torch.testing.assert_close(network.decoder(tokens, states, bias), wanted.logits, atol=1e-4, rtol=1e-4)
     last = network.decoder(tokens, states, bias, last=True)
     torch.testing.assert_close(last, wanted.logits[:, -1:], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_upper_layers_say_where_a_token_is(published: Published, base: Path) -> None:
+    """The mean over all heads of what each listens to, as `transformers` tells it."""
+    eager = MoonshineForConditionalGeneration.from_pretrained(base, attn_implementation="eager").eval()
+    clip = torch.from_numpy(chirps(1)[0])[None]
+    tokens = torch.tensor([[1, 300, 41, 300]])
+    told = eager(input_values=clip, decoder_input_ids=tokens, output_attentions=True).cross_attentions
+    network = published.network
+    states, _, bias = network.encoder(clip, torch.tensor([clip.shape[1]]))
+    found = network.decoder.attention(tokens, states, bias)
+    torch.testing.assert_close(found, told[1].mean(dim=1), atol=1e-5, rtol=1e-3)
+    assert [bool(Shape().followers(layer)) for layer in range(6)] == [False] * 3 + [True] * 3
 
 
 @torch.inference_mode()
