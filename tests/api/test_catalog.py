@@ -14,14 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
 
 from api.bundle import verify_bundle
-from api.catalog import CATALOG, Archive, CatalogEntry, HubFiles
+from api.catalog import CATALOG, Archive, CatalogEntry, Family, HubFiles
+from api.decoding import decode
 from api.engine import Engine
 from api.pull import DOWNLOADS, PullError, find_entry, pull
 
@@ -161,6 +162,35 @@ def test_entries_are_pinned_licensed_and_cover_the_languages() -> None:
                 assert re.search(r"/versions/\d", source.url)
             else:
                 assert source.revision is None or re.fullmatch(r"[0-9a-f]{40}", source.revision)
+
+
+def test_every_family_has_a_converter_and_a_model() -> None:
+    from training.convert import FAMILIES
+
+    families = set(get_args(Family))
+    assert families == FAMILIES.keys() == {entry.family for entry in CATALOG.values()}
+
+
+@pytest.mark.parametrize(
+    ("name", "languages", "licence", "repository"),
+    [
+        ("en-moonshine-base", ("en",), "MIT", "UsefulSensors/moonshine-base"),
+        ("vi-moonshine-tiny", ("vi",), "Moonshine AI Community License", "UsefulSensors/moonshine-tiny-vi"),
+    ],
+)
+def test_a_moonshine_is_pulled_with_its_tokenizer(
+    name: str, languages: tuple[str, ...], licence: str, repository: str
+) -> None:
+    """Nothing else lies beside the weights that the converter asks for."""
+    entry = CATALOG[name]
+    assert (entry.languages, entry.family) == (languages, "moonshine")
+    assert entry.licence.startswith(licence)
+    assert not entry.needs_recordings
+    (source,) = entry.sources
+    assert isinstance(source, HubFiles)
+    assert source.repository == repository
+    assert entry.weights == "model.safetensors"
+    assert {"config.json", "tokenizer.json"} <= set(source.files)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
@@ -308,6 +338,32 @@ def test_a_whisper_with_its_decoder_becomes_a_bundle_that_writes_one_language(
         logits = model(features, decoder_input_ids=prompt).logits[0, -1]
     best = [token for token in logits.argsort(descending=True).tolist() if token not in special]
     assert said[0] == best[0]
+
+
+def test_a_published_moonshine_becomes_a_bundle_that_runs(hub: Hub, tmp_path: Path) -> None:
+    import torch
+    from transformers import MoonshineForConditionalGeneration
+
+    from tests.training.moonshine.conftest import tiny_moonshine
+
+    name = "vi-moonshine-tiny"
+    (source,) = CATALOG[name].sources
+    assert isinstance(source, HubFiles)
+    (tmp_path / "published").mkdir()
+    published = tiny_moonshine(tmp_path / "published")
+    serve(hub, source, published)
+    done = run_pull(name, tmp_path / "models", hub.url)
+    assert done.returncode == 0, done.stderr
+    bundle = verify_bundle(tmp_path / "models", name)
+    assert (bundle.manifest.languages, bundle.manifest.max_window_s) == (("vi",), 30.0)
+    assert bundle.manifest.source.revision == COMMIT
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    (found,) = Engine(bundle).run([noise], alone=False)
+    said = decode(found, bundle, 0).token_ids.tolist()
+    model = MoonshineForConditionalGeneration.from_pretrained(published).eval()
+    with torch.inference_mode():
+        wanted = model.generate(torch.from_numpy(noise)[None], max_new_tokens=1, do_sample=False)
+    assert said[:1] == wanted[0, 1:].tolist()
 
 
 def test_a_recorded_commit_is_asked_for_whatever_the_hub_has_by_now(hub: Hub, tmp_path: Path) -> None:

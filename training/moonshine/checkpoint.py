@@ -23,7 +23,12 @@ class Published:
             shape = Shape.from_transformers(model.config)
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{base}: {error}") from error
-        self.tokens: Tokens = published_tokens(_tokenizer(base, revision), shape.vocabulary)
+        described = _tokenizer(base, revision)
+        if (written := max(described["model"]["vocab"].values()) + 1) > shape.vocabulary:
+            raise CheckpointError(
+                f"{base}: tokenizer.json has {written} tokens, the network {shape.vocabulary} outputs"
+            )
+        self.tokens: Tokens = published_tokens(described, shape.vocabulary)
         self.network = Moonshine(shape, self.tokens.prompt())
         fill(self.network, from_transformers(model.state_dict()))
         self.network.eval()

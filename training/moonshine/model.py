@@ -71,6 +71,9 @@ class Shape:
         rope = config.rope_parameters
         if rope.get("rope_type", "default") != "default" or rope["rope_theta"] != THETA:
             raise ValueError(f"positions {rope} are not known of any Moonshine")
+        forms = (config.encoder_hidden_act, config.decoder_hidden_act, config.tie_word_embeddings)
+        if forms != ("gelu", "silu", True):
+            raise ValueError(f"activations and tied outputs {forms} are not known of any Moonshine")
         count = heads.pop()
         return cls(
             vocabulary=config.vocab_size,

@@ -18,7 +18,7 @@ import torch
 
 from training.compression import rounding
 from training.compression.network import coarse_weights, round_into
-from training.compression.publish import CLIPS, WAY
+from training.compression.publish import CLIPS
 from training.compression.train import read_state
 from training.equalise import equalise
 from training.errors import CheckpointError, in_one_line
@@ -32,9 +32,10 @@ from training.moonshine.train import network_of
 from training.moonshine.vocabulary import Tokens
 from training.publish import add_gate, add_recordings, gate_of, publish, read_card, recordings_of
 from training.quantize import Gate
-from training.rounding import MADE_UP_FOR
 from training.transformer_quantize import decoder_candidates, products
 from training.vocabulary import casing_steps
+
+WAY = "weights of four bits in groups of 128, of 32 where those are not whole"
 
 
 def four_bit_graph(graph: onnx.ModelProto, network: Moonshine) -> onnx.ModelProto:
@@ -58,7 +59,7 @@ def in_four_bits(
     heard = [_heard_by(network, clip) for clip in calibration[:CLIPS]]
     equalise(network)
     rounding.round_layers(network, heard)
-    yield MADE_UP_FOR, four_bit_graph(export_graph(network, company=True), network)
+    yield f"{WAY}, made up for", four_bit_graph(export_graph(network, company=True), network)
 
 
 def _heard_by(network: Moonshine, clip: Waveform) -> rounding.Heard:

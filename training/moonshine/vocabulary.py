@@ -140,6 +140,8 @@ def cut_tokens(described: dict[str, Any], texts: Iterable[tuple[str, float]], si
             for token in tokenizer.encode(form, add_special_tokens=False).tokens:
                 counts[token] += often * weight  # type: ignore[assignment]  # a Counter counts in fractions, too
     for token, _ in counts.most_common():
+        if token not in places or token in (START, END, UNKNOWN):
+            continue  # a text that has the name of a control token
         needed = _with_parts(token, parts) - kept
         if len(kept) + len(needed) <= size:
             kept |= needed
@@ -177,7 +179,7 @@ def written_as_before(whole: Any, cut: Any, text: str) -> list[bool]:
     A network that knew the token of a whole word gives the first of its pieces next to nothing.
     """
     found: list[bool] = []
-    for word in text.split():
+    for word in text.split(" ") if text else ():  # other white space is within words
         ours = cut.encode(word, add_special_tokens=False).tokens
         found += [ours == whole.encode(word, add_special_tokens=False).tokens] * len(ours)
     return found
