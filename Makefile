@@ -8,7 +8,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL ?= en-whisper-tiny
+MODEL ?= en-moonshine-tiny
 # Where nobody named a model, a program takes its own.
 NAMED_MODEL = $(if $(filter file,$(origin MODEL)),,--model "$(MODEL)")
 RETRY ?= 0

@@ -97,7 +97,7 @@ class Settings(BaseSettings):
         Path("models"), description="Folder that holds the bundles, one folder per model."
     )
     models: Names = Field(
-        ("en-whisper-tiny",),
+        ("en-moonshine-tiny",),
         description="Models to load, comma list. Each costs its size in memory, twice where small.",
     )
     default_model: str = Field(

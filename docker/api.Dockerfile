@@ -31,7 +31,7 @@ RUN mkdir -p library/compiled library/kernels \
 
 # --- the application and its model, without what only compiling needed --------------------------------
 FROM dependencies AS application
-ARG MODEL=en-whisper-tiny
+ARG MODEL=en-moonshine-tiny
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app
 WORKDIR /app
 COPY docker/asr /opt/venv/bin/asr
@@ -47,7 +47,7 @@ RUN sh /build/prune.sh /opt/venv numba llvmlite scipy \
 
 # --- what ships ---------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS final
-ARG MODEL=en-whisper-tiny
+ARG MODEL=en-moonshine-tiny
 ARG VERSION=0.0.0
 ARG REVISION=unknown
 ARG CREATED=1970-01-01T00:00:00Z

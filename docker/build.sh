@@ -3,7 +3,7 @@
 # usage: docker/build.sh api|ui|training|lambda [IMAGE_NAME]
 #   BASE_IMAGE   base of the image          (default: docker/base.env, pinned by digest)
 #   VERSION      tag and label              (default: version in pyproject.toml); a whole commit is a tag of 12 digits too
-#   MODEL        bundle inside api, lambda   (default: en-whisper-tiny)
+#   MODEL        bundle inside api, lambda   (default: en-moonshine-tiny)
 #   PIP_CONF     pip.conf for a mirror or a proxy; a build secret, so no layer keeps it
 #   CACHE=gha    use the runner's build cache (needs buildx)
 #   PUSH=1       push; with buildx also attach an SBOM and the provenance, where the builder can
@@ -52,7 +52,7 @@ tags=("$name:$VERSION")
 arguments=(--file "$file" "${tags[@]/#/--tag=}"
   --build-arg "BASE_IMAGE=$BASE_IMAGE" --build-arg "VERSION=$VERSION"
   --build-arg "REVISION=$REVISION" --build-arg "CREATED=$CREATED")
-case $kind in api | lambda) arguments+=(--build-arg "MODEL=${MODEL:-en-whisper-tiny}") ;; esac
+case $kind in api | lambda) arguments+=(--build-arg "MODEL=${MODEL:-en-moonshine-tiny}") ;; esac
 [ -z "${PIP_CONF:-}" ] || arguments+=(--secret "id=pip-conf,src=$PIP_CONF")
 case $builder in
   *buildx*)

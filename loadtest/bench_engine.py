@@ -1,6 +1,6 @@
 """The engine in process: workers x threads x batch, and one clip on one core against all cores.
 
-    python -m loadtest.bench_engine [--model en-whisper-tiny] [--clip-s 5] [--slice-s 1] [--rounds 3]
+    python -m loadtest.bench_engine [--model en-moonshine-tiny] [--clip-s 5] [--slice-s 1] [--rounds 3]
 
 Workers share one session unless a row says otherwise. The rows take turns; a row's figure is the median of
 its rounds. Every configuration must give the same log-probabilities. The last line is JSON.

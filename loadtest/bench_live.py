@@ -1,6 +1,6 @@
 """Live sessions in real time: how soon their text comes, and how many a machine carries.
 
-    python -m loadtest.bench_live [--model en-whisper-tiny] [--sessions 1,8,32] [--seconds 40]
+    python -m loadtest.bench_live [--model en-moonshine-tiny] [--sessions 1,8,32] [--seconds 40]
 
 Each session of ``/v1/realtime`` speaks clips of 3 to 8 seconds with pauses of 1.2, in pieces of 100 ms, no
 faster than a microphone. They begin at different times. Measured from the moment that the sound was sent:

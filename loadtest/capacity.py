@@ -1,6 +1,6 @@
 """How long requests queue at a given load, how many replicas a load needs, what an autoscaler should aim at.
 
-    python -m loadtest.capacity [--model en-whisper-tiny] [--image docs/images/capacity.png]
+    python -m loadtest.capacity [--model en-moonshine-tiny] [--image docs/images/capacity.png]
 
 Measures what single clips of 2 to 15 s cost the engine, simulates the service's queue with those times
 (Poisson arrivals, one first-in-first-out queue, `workers` one-thread workers) and sets the simulation beside

@@ -1,6 +1,6 @@
 """Three times the load the service can take: goodput, deadlines, honest Retry-After, liveness, recovery.
 
-    python -m loadtest.overload [--model en-whisper-tiny] [--seconds 120] [--factor 3]
+    python -m loadtest.overload [--model en-moonshine-tiny] [--seconds 120] [--factor 3]
 
 First capacity (closed loop, eight clients), then Poisson arrivals at `factor` times that for `--seconds`. A
 refused client waits as long as it was told and tries again, up to `--tries` times; new ones go on arriving

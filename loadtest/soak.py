@@ -1,6 +1,6 @@
 """Half an hour of everything at once: does memory, a descriptor, a thread or a spooled file stay behind?
 
-    python -m loadtest.soak [--model en-whisper-tiny] [--minutes 30] [--clients 6] [--out FOLDER]
+    python -m loadtest.soak [--model en-moonshine-tiny] [--minutes 30] [--clients 6] [--out FOLDER]
 
 Callers send what real ones send, each time something else: clips of 2 to 15 s in forty formats, long files as
 streams, batches with a bad file in them, OpenAI's form with times, damaged files, wrong fields, clients that

@@ -267,7 +267,7 @@ def main() -> int:
     try:
         given = variables()
         parser = argparse.ArgumentParser(description=__doc__)
-        models = given.get("ASR_MODELS", "en-whisper-tiny")
+        models = given.get("ASR_MODELS", "en-moonshine-tiny")
         parser.add_argument("--model", default=models, help="or several, as a comma list")
         parser.add_argument("--host", default=given.get("ASR_HOST", "127.0.0.1"))
         # as text, which argparse reads as it reads an option: one that is no number ends in one line as well

@@ -12,7 +12,12 @@ from api import errors, server
 from api.env_example import env_example
 
 ROOT = Path(__file__).resolve().parent.parent
-BOX = ("models/en-whisper-tiny", "models/en-whisper-tiny-ctc", "models/en-quartznet-small")
+BOX = (
+    "models/en-moonshine-tiny",
+    "models/en-whisper-tiny",
+    "models/en-whisper-tiny-ctc",
+    "models/en-quartznet-small",
+)
 FOLDERS = ("docs", "training", "serverless", "samples", "ui", *BOX)
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]

@@ -34,7 +34,13 @@ from training.text import plain_normaliser
 
 SAMPLE_RATE_HZ = 16_000
 TEACHER = "en-quartznet15x5"
-DEFAULT_MODELS = ("en-whisper-tiny", "en-whisper-tiny-ctc", "en-quartznet-small", TEACHER)
+DEFAULT_MODELS = (
+    "en-moonshine-tiny",
+    "en-whisper-tiny",
+    "en-whisper-tiny-ctc",
+    "en-quartznet-small",
+    TEACHER,
+)
 
 
 @dataclass(frozen=True)

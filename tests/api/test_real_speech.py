@@ -61,7 +61,13 @@ def edits(found: Sequence[str], expected: Sequence[str]) -> int:
 
 
 @pytest_asyncio.fixture(
-    params=["en-whisper-tiny", "en-whisper-tiny-ctc", "en-quartznet-small", "en-quartznet15x5"]
+    params=[
+        "en-moonshine-tiny",
+        "en-whisper-tiny",
+        "en-whisper-tiny-ctc",
+        "en-quartznet-small",
+        "en-quartznet15x5",
+    ]
 )
 async def service(request: pytest.FixtureRequest) -> AsyncIterator[Service]:
     folder = model_dir(request.param)

@@ -46,7 +46,7 @@ def test_env_example_as_an_environment_gives_the_defaults(monkeypatch: pytest.Mo
         ("ASR_GRAPH", "int2", ["ASR_GRAPH=int2", "int8", "int4"]),
         ("ASR_MODELS", "../../etc", ["ASR_MODELS", "not a model name"]),
         ("ASR_MODELS", "a,a", ["ASR_MODELS", "twice"]),
-        ("ASR_DEFAULT_MODEL", "other", ["ASR_DEFAULT_MODEL=other", "en-whisper-tiny"]),
+        ("ASR_DEFAULT_MODEL", "other", ["ASR_DEFAULT_MODEL=other", "en-moonshine-tiny"]),
         ("ASR_HOST", "0.0.0.0", ["ASR_HOST=0.0.0.0", "ASR_API_KEYS", "ASR_ALLOW_ANONYMOUS=true"]),
         ("ASR_HOST", "::", ["ASR_HOST=::", "ASR_API_KEYS"]),
         ("ASR_MAX_BODY_BYTES", "2048", ["ASR_MAX_BODY_BYTES=2048", "26214400"]),

@@ -16,7 +16,13 @@ from tests.browser.page_server import CHROMIUM, Visit, chromium, new_context, pa
 from tests.e2e.live import start
 from tests.tiny_bundle import make_bundle
 
-SPEECH_MODELS = ("en-whisper-tiny", "en-whisper-tiny-ctc", "en-quartznet-small", "en-quartznet15x5")
+SPEECH_MODELS = (
+    "en-moonshine-tiny",
+    "en-whisper-tiny",
+    "en-whisper-tiny-ctc",
+    "en-quartznet-small",
+    "en-quartznet15x5",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

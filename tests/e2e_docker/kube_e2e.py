@@ -51,7 +51,7 @@ def overlay(cluster: Cluster, folder: Path, model: str) -> Path:
     """The production overlay as this API server and this node can take it."""
     folder.mkdir(parents=True, exist_ok=True)
     manifests = for_old_api(run("kubectl", "kustomize", "k8s/overlays/production"))
-    manifests = manifests.replace("ASR_MODELS: en-whisper-tiny", f"ASR_MODELS: {model}")
+    manifests = manifests.replace("ASR_MODELS: en-moonshine-tiny", f"ASR_MODELS: {model}")
     (folder / "production.yaml").write_text(manifests)
     (folder / "kustomization.yaml").write_text(
         "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n  - production.yaml\n"

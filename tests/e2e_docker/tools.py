@@ -141,7 +141,7 @@ def base_image(report: Report) -> str:
 def model_name() -> str:
     """MODEL, else the bundle that ships, else any that is here. Raises Skip without one."""
     names = sorted(path.parent.name for path in ROOT.glob("models/*/manifest.json"))
-    wanted = os.environ.get("MODEL") or "en-whisper-tiny"
+    wanted = os.environ.get("MODEL") or "en-moonshine-tiny"
     if wanted in names:
         return wanted
     if not names:

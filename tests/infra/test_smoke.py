@@ -35,7 +35,7 @@ class Page(BaseHTTPRequestHandler):
 def api() -> Iterator[LiveServer]:
     """On 127.0.0.1 only."""
     with Servers() as servers:
-        yield servers.api_with("en-whisper-tiny", ROOT / "models", calibrate="false")
+        yield servers.api_with("en-moonshine-tiny", ROOT / "models", calibrate="false")
 
 
 @pytest.fixture(scope="module")
