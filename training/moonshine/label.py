@@ -161,7 +161,7 @@ def main(given: Sequence[str] | None = None) -> int:
         required=True,
         help="plain text that chooses the tokens, or words, tab, how often",
     )
-    parser.add_argument("--tokens", type=positive, default=8_000, help="of text to keep")
+    parser.add_argument("--tokens", type=positive, default=16_000, help="of text to keep")
     parser.add_argument("--workers", type=positive, default=2)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(given)
