@@ -29,6 +29,13 @@ from api.kernels.rows import give_rows
 MODELS = Path(__file__).parents[2] / "models"
 SHIPPED = MODELS / "en-quartznet-small" / "model.int8.onnx"
 FOUR_BITS = MODELS / "en-whisper-tiny" / "model.int4.onnx"
+LEAST_SAMPLES = 895
+"""That either hears."""
+BOTH_OF_FOUR_BITS = pytest.mark.parametrize(
+    "four_bits_model",
+    [FOUR_BITS, MODELS / "en-moonshine-tiny" / "model.int4.onnx"],
+    ids=["whisper", "moonshine"],
+)
 
 
 def make_options() -> ort.SessionOptions:
@@ -71,7 +78,7 @@ def operators(session: ort.InferenceSession, path: Path) -> set[str]:
 
 
 def clips() -> dict[str, np.ndarray]:
-    lengths = np.array([48_000, 31_111, 500], np.int64)
+    lengths = np.array([48_000, 31_111, 900], np.int64)
     waveform = np.random.default_rng(3).normal(0, 0.1, (3, 48_000)).astype(np.float32)
     for row, length in zip(waveform, lengths, strict=True):
         row[length:] = 0.0
@@ -175,11 +182,14 @@ def test_what_onnx_runtime_refuses_is_told(compiled: None, monkeypatch: pytest.M
     assert session.run(None, clips())
 
 
-def test_products_of_four_bits_run_on_them(kernels: str, tmp_path: Path) -> None:
-    (session,), found = open_sessions(str(FOUR_BITS), [partial(profiled, tmp_path)], least_samples=400)
+@BOTH_OF_FOUR_BITS
+def test_products_of_four_bits_run_on_them(four_bits_model: Path, kernels: str, tmp_path: Path) -> None:
+    (session,), found = open_sessions(
+        str(four_bits_model), [partial(profiled, tmp_path)], least_samples=LEAST_SAMPLES
+    )
     assert found == kernels
     (log_probs, lengths), (plain, plain_lengths) = (
-        each.run(None, clips()) for each in (session, ort.InferenceSession(FOUR_BITS, make_options()))
+        each.run(None, clips()) for each in (session, ort.InferenceSession(four_bits_model, make_options()))
     )
     np.testing.assert_array_equal(lengths, plain_lengths)
     # Frames of noise, nearly all of which hear nothing: what they are sure of is the same.
@@ -189,10 +199,11 @@ def test_products_of_four_bits_run_on_them(kernels: str, tmp_path: Path) -> None
     assert "MatMulNBits" not in found_operators
 
 
-def test_each_different_frame_is_given_once(kernels: str) -> None:
+@BOTH_OF_FOUR_BITS
+def test_each_different_frame_is_given_once(four_bits_model: Path, kernels: str) -> None:
     """And gathered it has the bits of a session that gathers."""
-    ours = Engine(load_bundle(MODELS, FOUR_BITS.parent.name), max_batch=3)
-    (whole,), _ = open_sessions(str(FOUR_BITS), [make_options], least_samples=400)
+    ours = Engine(load_bundle(MODELS, four_bits_model.parent.name), max_batch=3)
+    (whole,), _ = open_sessions(str(four_bits_model), [make_options], least_samples=LEAST_SAMPLES)
     feeds = spoken()
     found = ours.infer(feeds["waveform"], feeds["lengths"])
     assert found.places is not None
@@ -244,9 +255,10 @@ def spoken() -> dict[str, np.ndarray]:
     return {"waveform": waveform, "lengths": np.array([len(speech), half, len(speech)])}
 
 
-def test_words_of_four_bits_do_not_depend_on_company(kernels: str) -> None:
+@BOTH_OF_FOUR_BITS
+def test_words_of_four_bits_do_not_depend_on_company(four_bits_model: Path, kernels: str) -> None:
     """Nor is a clip that is alone searched in two rows for that."""
-    (session,), _ = open_sessions(str(FOUR_BITS), [make_options], least_samples=400)
+    (session,), _ = open_sessions(str(four_bits_model), [make_options], least_samples=LEAST_SAMPLES)
     feeds = spoken()
     waveform, lengths = feeds["waveform"], feeds["lengths"]
     log_probs, frames = session.run(None, feeds)
