@@ -168,6 +168,8 @@ def from_moonshine(weights: Path) -> Exported:
 
     for name in ("config.json", "tokenizer.json"):
         _read_json(weights.with_name(name))
+    if weights.name != "model.safetensors":  # which is what the folder is read for
+        raise CheckpointError(f"{weights.name}: expected model.safetensors")
     published = Published(str(weights.parent))
     return exported_published(published.network, published.tokens)
 

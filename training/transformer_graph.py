@@ -104,49 +104,29 @@ def add_heads(graph: GraphBuilder, name: str, values: str, heads: int, *, keys: 
 
 
 def add_attention_over(
-    graph: GraphBuilder,
-    name: str,
-    module: Attention,
-    values: str,
-    keys: str,
-    memory: str,
-    bias: str | None,
-    *,
-    single: bool = False,
+    graph: GraphBuilder, name: str, module: Attention, values: str, keys: str, memory: str, bias: str | None
 ) -> str:
-    """Attention of `values` (batch, queries, width) over the two results of add_keys_and_memory.
-
-    A `single` query needs no transposition, only another shape.
-    """
+    """Attention of `values` (batch, queries, width) over the two results of add_keys_and_memory."""
     width = module.q_proj.in_features
     scale = 1.0 / math.sqrt(width // module.heads)
     query = add_linear(graph, f"{name}.q_proj", values, module.q_proj, scale)
-    if single:
-        shape = graph.ints("step.row_of_heads", [0, module.heads, 1, width // module.heads])
-        query = graph.add("Reshape", [query, shape], f"{name}.q_proj.heads")
-    else:
-        query = add_heads(graph, f"{name}.q_proj", query, module.heads)
+    query = add_heads(graph, f"{name}.q_proj", query, module.heads)
     scores = graph.add("MatMul", [query, keys], f"{name}.scores")
     if bias is not None:
         scores = graph.add("Add", [scores, bias], f"{name}.biased")
     shares = graph.add("Softmax", [scores], f"{name}.shares", axis=-1)
-    mixed = add_mixed(graph, name, shares, memory, width, single=single)
+    mixed = add_mixed(graph, name, shares, memory, width)
     return add_linear(graph, f"{name}.out_proj", mixed, module.out_proj)
 
 
-def add_mixed(
-    graph: GraphBuilder, name: str, shares: str, memory: str, width: int, *, single: bool = False
-) -> str:
+def add_mixed(graph: GraphBuilder, name: str, shares: str, memory: str, width: int) -> str:
     """What each query takes of the values, its heads side by side: (batch, queries, width).
 
     Args:
         shares: (batch, heads, queries, n).
         memory: (batch, heads, n, width / heads).
-        single: there is one query.
     """
     mixed = graph.add("MatMul", [shares, memory], f"{name}.mixed")
-    if single:
-        return graph.add("Reshape", [mixed, graph.ints(f"row_{width}", [0, 1, width])], f"{name}.flat")
     joined = graph.add("Transpose", [mixed], f"{name}.joined", perm=[0, 2, 1, 3])
     return graph.add("Reshape", [joined, graph.ints(f"flat_{width}", [0, 0, width])], f"{name}.flat")
 

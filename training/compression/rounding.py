@@ -19,7 +19,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,14 @@ def divergence(
     return total / tokens
 
 
+def not_rounded(path: Path) -> dict[str, Any]:
+    """What a run left. Raises ConfigError for columns made alike: a mean with others is none of these."""
+    state = read_state(path)
+    if state["average"].get("decoder.embed_scale") is not None:
+        raise ConfigError(f"--mean-with {path}: its weights are rounded; give last.pt or best.pt beside it")
+    return state
+
+
 def share_of(text: str) -> float:
     """Raises ConfigError."""
     try:
@@ -198,7 +206,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
     def other(name: str) -> WhisperSeq2Seq:
         if name.endswith(".pt"):
-            found = network_of(read_state(Path(name)), corpus.cut)
+            found = network_of(not_rounded(Path(name)), corpus.cut)
         else:
             found = new_network(name, arguments.language, config, corpus.cut)
         theirs, ours = ([value.shape for value in one.parameters()] for one in (found, network))

@@ -71,7 +71,7 @@ class SampleMaker(BatchMaker):
             mixed = mix_noise(whole.numpy(), other.numpy(), float(generator.uniform(*BABBLE_SNR_DB)))
             whole = torch.from_numpy(mixed)
         gain = 10.0 ** (float(generator.uniform(-1.0, 1.0)) * MAX_GAIN_DB / 20.0)
-        return whole * min(gain, 1.0 / max(float(whole.abs().max()), 1e-3))
+        return torch.mul(whole, min(gain, 1.0 / max(float(whole.abs().max()), 1e-3)))
 
     def _lone_noise(self, frames: int, generator: np.random.Generator) -> Tensor:
         noise = coloured_noise(frames * SAMPLES_PER_FRAME, float(generator.uniform(0.0, 2.0)), generator)

@@ -21,6 +21,7 @@ from training.compression.rounding import (
     SEED,
     divergence,
     mean_with,
+    not_rounded,
     round_layers,
     share_of,
     stages,
@@ -60,7 +61,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
     def other(name: str) -> Moonshine:
         if name.endswith(".pt"):
-            found = network_of(read_state(Path(name)), corpus.cut)
+            found = network_of(not_rounded(Path(name)), corpus.cut)
         else:
             found = new_network(name, config, corpus.cut)
         if found.shape != network.shape:

@@ -123,6 +123,19 @@ def test_what_is_missing_beside_the_weights_is_said(
     assert not (tmp_path / "models").exists()
 
 
+def test_weights_of_another_name_are_not_taken_for_those_of_the_folder(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    given = [
+        str(folder / "other.safetensors") if word.endswith("model.safetensors") else word
+        for word in arguments(folder, tmp_path / "models")
+    ]
+    assert convert.main(given) == 2
+    assert "other.safetensors: expected model.safetensors" in capsys.readouterr().err
+
+
 def test_a_configuration_of_another_network_is_refused(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -386,6 +386,15 @@ def rounded_run(
     return folder
 
 
+def test_a_mean_with_rounded_weights_is_refused(
+    rounded_run: Path, cache: Path, labels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their columns are divided by something."""
+    given = ["--cache", str(cache), "--labels", str(labels), "--run", str(rounded_run)]
+    assert rounding.main([*given, "--mean-with", str(rounded_run / "rounded.pt"), "0.2"]) == 2
+    assert "rounded.pt: its weights are rounded" in capsys.readouterr().err
+
+
 def card_and_manifest(cache: Path, folder: Path) -> list[str]:
     card = {
         "title": "Small",
