@@ -173,7 +173,7 @@ def label(
     `other` says the words of utterances that nobody wrote down. A clip that the large network does not hear
     whole, or a text that it has no positions for, is labelled with no tokens, so that nothing learns it.
     """
-    most_tokens = large.network.decoder.config.positions - len(large.network.prompt.ids)
+    most_tokens = large.network.most_tokens
     too_long = f"texts of more than {most_tokens} tokens"
     not_whole = f"clips of more than {WINDOW_SAMPLES / SAMPLE_RATE_HZ:g} s"
     rows = json.loads((cache / "index.json").read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ Activations are (batch, frames, width); keys and values of the audio are compute
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
@@ -23,6 +23,7 @@ from training.recipes.whisper_seq2seq.model import (
     DecoderLayer,
     Prompt,
     Repeats,
+    Seq2Seq,
     WhisperSeq2Seq,
     least_repeats,
 )
@@ -147,20 +148,35 @@ def greedy(
     network: WhisperSeq2Seq, audio: Tensor, missing: Tensor, prompt: Prompt, limits: Sequence[int]
 ) -> list[list[int]]:
     """The likeliest token again and again, at most `limits` of them per item, and none in a loop."""
-    memory, batch = heard(network, audio), len(audio)
+    memory = heard(network, audio)
     caches: list[tuple[Tensor, Tensor] | None] = [None] * len(network.decoder.layers)
+
+    def step(tokens: Tensor, position: int) -> Tensor:
+        states = decode(network, tokens, memory, missing, caches, position)
+        return logits(network, states[:, -1])
+
+    return searched(step, network, prompt, limits)
+
+
+def searched(
+    step: Callable[[Tensor, int], Tensor], network: Seq2Seq, prompt: Prompt, limits: Sequence[int]
+) -> list[list[int]]:
+    """Texts of greedy search, at most `limits` tokens each; `network` says what may not be said.
+
+    `step` gives logits (batch, vocabulary) after more tokens (batch, n) from a position on: the prompt, then
+    one token after the other.
+    """
+    batch, position = len(limits), 0
     found: list[list[int]] = [[] for _ in range(batch)]
     going = [limit > 0 for limit in limits]
-    tokens, position = torch.tensor([prompt.ids] * batch), 0
-    room = network.decoder.config.positions - len(prompt.ids)
-    repeats, least = Repeats.none(batch, audio.device), least_repeats(torch.tensor(limits))
-    for step in range(min(room, max(limits))):
-        states = decode(network, tokens, memory, missing, caches, position)
+    tokens = torch.tensor([prompt.ids] * batch)
+    repeats, least = Repeats.none(batch, tokens.device), least_repeats(torch.tensor(limits))
+    for number in range(min(network.most_tokens, max(limits))):
+        best = (step(tokens, position) + network.suppress[int(number == 0)]).argmax(dim=-1)
         position += tokens.shape[1]
-        best = (logits(network, states[:, -1]) + network.suppress[int(step == 0)]).argmax(dim=-1)
         repeats, repeated = repeats.after(best, least)
         for item, (token, loop) in enumerate(zip(best.tolist(), repeated.tolist(), strict=True)):
-            going[item] = going[item] and token != prompt.end and step < limits[item]
+            going[item] = going[item] and token != prompt.end and number < limits[item]
             if going[item] and loop:
                 going[item] = False
                 del found[item][len(found[item]) - loop + 1 :]

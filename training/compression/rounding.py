@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -185,18 +185,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, required=True, help="of training.compression.train")
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--labels", type=Path, required=True)
-    parser.add_argument("--batches", type=positive, default=40, help="to hear, of 40 s each")
-    parser.add_argument(
-        "--mean-with",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("OTHER", "SHARE"),
-        help="last.pt of another run or what the run began with, and its share of the mean",
-    )
+    add_options(parser)
     parser.add_argument("--language", default="en", metavar="xx")
     arguments = parser.parse_args(given)
     state = read_state(arguments.run / "last.pt")
@@ -219,8 +208,35 @@ def main(given: Sequence[str] | None = None) -> int:
         return found
 
     mean_with(network, [(other(name), share_of(share)) for name, share in arguments.mean_with])
-    most_tokens = network.decoder.config.positions - len(network.prompt.ids)
-    maker = BatchMaker(corpus, TrainConfig.batch_s, SEED, most_tokens, masked=False)
+    maker = BatchMaker(corpus, TrainConfig.batch_s, SEED, network.most_tokens, masked=False)
+    round_and_keep(network, state, maker, answers, arguments)
+    return 0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a rounding is told."""
+    parser.add_argument("--run", type=Path, required=True, help="what training left")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--labels", type=Path, required=True)
+    parser.add_argument("--batches", type=positive, default=40, help="to hear, of 40 s each")
+    parser.add_argument(
+        "--mean-with",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("OTHER", "SHARE"),
+        help="last.pt of another run or what the run began with, and its share of the mean",
+    )
+
+
+def round_and_keep(
+    network: AnyNetwork,
+    state: Mapping[str, Any],
+    maker: BatchMaker,
+    answers: Callable[[AnyNetwork, Batch], Tensor],
+    arguments: argparse.Namespace,
+) -> None:
+    """Round a network for what it hears of the first batches, say what that changed, and write it."""
     drawn = (maker(step) for step in range(arguments.batches))
     batches = [(batch.features, batch.lengths, batch.tokens) for batch in drawn]
     equalise(network)
@@ -232,7 +248,6 @@ def main(given: Sequence[str] | None = None) -> int:
     print(f"{apart:.4f} nats per token from what it answered before")
     kept = {"shape": state["shape"], "average": network.state_dict(), "counters": state["counters"]}
     save_state(kept, arguments.run / NAME)
-    return 0
 
 
 if __name__ == "__main__":

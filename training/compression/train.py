@@ -129,8 +129,7 @@ class Trainer(CorpusLearner[Batch]):
         self.rounded = copy.deepcopy(network)
         self.coarse = coarse_weights(network) if config.rounded else set()
         self.optimisers = [adamw(config, (p for p in network.parameters() if p.requires_grad))]
-        most_tokens = network.decoder.config.positions - len(network.prompt.ids)
-        self.maker = BatchMaker(corpus, config.batch_s, config.seed, most_tokens)
+        self.maker = BatchMaker(corpus, config.batch_s, config.seed, network.most_tokens)
 
     def _loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
         return loss_of(answers(self.rounded, batch), batch, self.config)
@@ -197,10 +196,13 @@ def transcribe(
 
 def validated(network: WhisperSeq2Seq, corpus: LabelledCorpus, pool: ThreadPoolExecutor) -> dict[str, float]:
     """Word error rates of greedy texts on the held-out speakers, per source and in all."""
-    indices = corpus.validation
     with evaluating(network):
-        texts = transcribe(network, corpus, indices, pool)
-    rows = [corpus.rows[index] for index in indices]
+        return errors_of(transcribe(network, corpus, corpus.validation, pool), corpus)
+
+
+def errors_of(texts: Sequence[str], corpus: LabelledCorpus) -> dict[str, float]:
+    """Word error rates, per source and in all, of what was written for the held-out speakers."""
+    rows = [corpus.rows[index] for index in corpus.validation]
     heard_texts = [normalise_text(text.replace("-", " ")) for text in texts]
     return word_error_rates([row.text for row in rows], heard_texts, [row.source for row in rows])
 
@@ -208,12 +210,16 @@ def validated(network: WhisperSeq2Seq, corpus: LabelledCorpus, pool: ThreadPoolE
 def new_network(base: str, language: str, config: TrainConfig, cut: CutVocabulary) -> WhisperSeq2Seq:
     """Cut out of the large one. Raises ConfigError, CheckpointError."""
     large = Large(base, language)
-    have = large.network.decoder.config.layers
-    if wrong := [index for index in config.layers if not 0 <= index < have]:
-        raise ConfigError(f"--layers {wrong[0]}: the decoder of {base} has layers 0 to {have - 1}")
+    check_layers(config.layers, base, large.network.decoder.config.layers)
     if large.network.encoder.config.bands != 80:
         raise ConfigError(f"{base} hears {large.network.encoder.config.bands} bands, expected 80")
     return small_network(large.network, config.layers, cut)
+
+
+def check_layers(layers: Sequence[int], base: str, have: int) -> None:
+    """Raises ConfigError for what a decoder of so many layers does not have."""
+    if wrong := [index for index in layers if not 0 <= index < have]:
+        raise ConfigError(f"--layers {wrong[0]}: the decoder of {base} has layers 0 to {have - 1}")
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,10 @@ def cut_vocabulary(
     kept = {token for token, index in places.items() if len(token) == 1 and index not in control}
     if size < len(kept):
         raise ConfigError(f"{size} tokens: the single bytes alone are {len(kept)}")
-    for token, _ in _counted(tokenizer, texts).most_common():
-        needed = _with_parts(token, parts) - kept
+    encoder = tokenizer.backend_tokenizer
+    counts = counted(lambda text: encoder.encode(f" {text}", add_special_tokens=False).tokens, texts)
+    for token, _ in counts.most_common():
+        needed = with_parts(token, parts) - kept
         if len(kept) + len(needed) <= size:
             kept |= needed
     for left, right in merges:
@@ -118,17 +120,18 @@ def cut_vocabulary(
     return CutVocabulary(ids, len(spelled), used, tuple(spelled), names)
 
 
-def _counted(tokenizer: Any, texts: Iterable[tuple[str, float]]) -> Counter[str]:
+def counted(tokens_of: Callable[[str], list[str]], texts: Iterable[tuple[str, float]]) -> Counter[str]:
+    """How often texts need each token, in small and capital letters; a text occurs so often."""
     counts: Counter[str] = Counter()
     for text, often in texts:
         forms = ((text, 1.0), (f"{text[:1].upper()}{text[1:]}.", CAPITALS), (text.title(), CAPITALS))
         for form, weight in forms:
-            for token in tokenizer.backend_tokenizer.encode(f" {form}", add_special_tokens=False).tokens:
+            for token in tokens_of(form):
                 counts[token] += often * weight  # type: ignore[assignment]  # a Counter counts in fractions, too
     return counts
 
 
-def _with_parts(token: str, parts: dict[str, tuple[str, str]]) -> set[str]:
+def with_parts(token: str, parts: Mapping[str, Sequence[str]]) -> set[str]:
     """A token and all that it is merged from."""
     found: set[str] = set()
     waiting = [token]

@@ -227,7 +227,7 @@ class _Speaker:
         self.vocabulary, self.width = model.shape.vocabulary, model.shape.width
         self.layers, self.heads = model.shape.decoder_layers, model.shape.heads
         self.positions = model.shape.positions
-        self.suppress = np.stack([array(model.suppress)] * 2)
+        self.suppress = array(model.suppress)
 
     def heads_of(self, layer: int) -> list[int]:
         """Those of one layer whose attention follows the speech."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.masks import frame_mask
-from training.recipes.whisper_seq2seq.model import Prompt, Repeats, least_repeats, places_of, spread
+from training.recipes.whisper_seq2seq.model import Prompt, Seq2Seq
 from training.transformer import Attention, check_heads, key_bias
 
 SAMPLE_RATE_HZ = 16_000
@@ -280,74 +280,31 @@ class MoonshineDecoder(nn.Module):
         return values, causal, turn_by(angles(torch.arange(count, device=device), self.shape.turned))
 
 
-class Moonshine(nn.Module):
-    """Encoder, decoder, and greedy search."""
+class Moonshine(Seq2Seq):
+    """Encoder and decoder."""
 
-    suppress: Tensor
+    decoder: MoonshineDecoder
 
     def __init__(self, shape: Shape, prompt: Prompt) -> None:
-        super().__init__()
-        self.shape, self.prompt = shape, prompt
+        super().__init__(prompt, shape.vocabulary)
+        self.shape = shape
         self.encoder = MoonshineEncoder(shape)
         self.decoder = MoonshineDecoder(shape)
-        suppress = torch.zeros(shape.vocabulary)
-        suppress[list(prompt.suppressed)] = -1e9
-        self.register_buffer("suppress", suppress, persistent=False)
 
     @property
     def most_tokens(self) -> int:
         """Of text that there are positions for."""
         return self.shape.positions - len(self.prompt.ids)
 
+    def listen(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Audio states (batch, frames, width), frames per item, and the bias of attention over them."""
+        states: tuple[Tensor, Tensor, Tensor] = self.encoder(waveform, lengths)
+        return states
+
     def audio_of(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Audio states of samples, and the bias of attention over them."""
         hidden, _, bias = self.encoder(waveform, lengths)
         return hidden, bias
-
-    def generate(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Greedy search.
-
-        Returns log_probs (batch, steps, vocabulary) of every step, the number of text tokens per item
-        (batch,), and output frames per item (batch,), one per 48 ms; an item has at most one token per two
-        frames. A text that goes round in a loop ends, and what it said again is no text.
-        """
-        steps, _, found, frames = self._search(*self.encoder(waveform, lengths))
-        return steps, found, frames
-
-    def _search(self, hidden: Tensor, counts: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `generate`, with the tokens that were given to the steps."""
-        frames = torch.div(counts + 1, 2, rounding_mode="floor")
-        limit = torch.div(frames, 2, rounding_mode="floor")
-        room = self.most_tokens
-        batch, device = len(counts), hidden.device
-        tokens = torch.tensor([self.prompt.ids] * batch, device=device)
-        open_items = torch.ones(batch, dtype=torch.bool, device=device)
-        found = torch.zeros(batch, dtype=torch.int64, device=device)
-        repeats, least = Repeats.none(batch, device), least_repeats(limit)
-        steps = []
-        for step in range(min(int(limit.max()) + 1, room)):
-            logits = self.decoder(tokens, hidden, bias, last=True)[:, 0] + self.suppress
-            log_probs = functional.log_softmax(logits.float(), dim=-1)
-            steps.append(log_probs)
-            best = log_probs.argmax(dim=-1)
-            open_items = open_items & (best != self.prompt.end) & (step < limit)
-            repeats, repeated = repeats.after(best, least)
-            found -= torch.where(open_items & (repeated > 0), repeated - 1, 0)
-            open_items = open_items & (repeated == 0)
-            found += open_items
-            if not open_items.any():
-                break
-            tokens = torch.cat([tokens, best[:, None]], dim=1)
-        return torch.stack(steps, dim=1), tokens, found, frames
-
-    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, samples), (batch,) -> log_probs (batch, frames, vocabulary), frame lengths (batch,)."""
-        hidden, counts, bias = self.encoder(waveform, lengths)
-        steps, tokens, found, frames = self._search(hidden, counts, bias)
-        first = len(self.prompt.ids) - 1
-        heard = self.decoder.attention(tokens, hidden, bias)[:, first : first + steps.shape[1]]
-        places = places_of(heard, found, counts)
-        return spread(steps, places, found, frames, self.prompt.end), frames
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,31 +8,22 @@ As :mod:`training.compression.rounding` does it for a Whisper. Writes ``rounded.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from training.arguments import positive
 from training.compression.rounding import (
-    JUDGED_BATCHES,
-    NAME,
     SEED,
-    divergence,
+    add_options,
     mean_with,
     not_rounded,
-    round_layers,
+    round_and_keep,
     share_of,
-    stages,
 )
 from training.compression.train import read_state
-from training.equalise import equalise
 from training.errors import ConfigError, in_one_line
 from training.moonshine.corpus import MoonshineCorpus, SampleMaker
 from training.moonshine.model import Moonshine
 from training.moonshine.train import MoonshineConfig, answers, network_of, new_network
-from training.torch_state import save_state
 
 
 @in_one_line("rounding")
@@ -41,18 +32,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, required=True, help="of training.moonshine.train")
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--labels", type=Path, required=True)
-    parser.add_argument("--batches", type=positive, default=40, help="to hear, of 40 s each")
-    parser.add_argument(
-        "--mean-with",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("OTHER", "SHARE"),
-        help="last.pt of another run or what the run began with, and its share of the mean",
-    )
+    add_options(parser)
     arguments = parser.parse_args(given)
     state = read_state(arguments.run / "last.pt")
     corpus = MoonshineCorpus(arguments.cache, arguments.labels)
@@ -70,17 +50,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
     mean_with(network, [(other(name), share_of(share)) for name, share in arguments.mean_with])
     maker = SampleMaker(corpus, config.batch_s, SEED, network.most_tokens, masked=False)
-    drawn = (maker(step) for step in range(arguments.batches))
-    batches = [(batch.features, batch.lengths, batch.tokens) for batch in drawn]
-    equalise(network)
-    exact = copy.deepcopy(network)
-    with tqdm(total=len(list(stages(network))), unit="layer", desc="rounding") as bar:
-        round_layers(network, batches, lambda name: bar.update())
-    unheard = [maker(arguments.batches + step) for step in range(JUDGED_BATCHES)]
-    apart = divergence(exact, network, unheard, answers)
-    print(f"{apart:.4f} nats per token from what it answered before")
-    kept = {"shape": state["shape"], "average": network.state_dict(), "counters": state["counters"]}
-    save_state(kept, arguments.run / NAME)
+    round_and_keep(network, state, maker, answers, arguments)
     return 0
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.compression.network import searched
 from training.distillation.kernels import working_dtype
 from training.moonshine.model import DecoderLayer, Moonshine, Turn, angles, turn_by
-from training.recipes.whisper_seq2seq.model import Repeats, least_repeats
 from training.transformer import Attention
 
 Pair = tuple[Tensor, Tensor]
@@ -26,28 +26,15 @@ def greedy(network: Moonshine, waveform: Tensor, lengths: Tensor) -> list[list[i
 
 def greedy_of(network: Moonshine, audio: Tensor, counts: Tensor, bias: Tensor) -> list[list[int]]:
     """The same of what the encoder found."""
-    batch, prompt = len(audio), network.prompt
     limits = torch.div(torch.div(counts + 1, 2, rounding_mode="floor"), 2, rounding_mode="floor")
     heard = [_keys_and_values(layer.encoder_attn, audio) for layer in _layers(network)]
     said: list[Pair | None] = [None] * len(heard)
-    found: list[list[int]] = [[] for _ in range(batch)]
-    going = [True] * batch
-    repeats, least = Repeats.none(batch, audio.device), least_repeats(limits)
-    tokens = torch.full((batch,), prompt.ids[0])
-    for step in range(min(int(limits.max()) + 1, network.most_tokens)):
-        logits = _step(network, tokens, step, heard, said, bias) + network.suppress
-        tokens = logits.argmax(dim=-1)
-        repeats, repeated = repeats.after(tokens, least)
-        for item, (token, loop) in enumerate(zip(tokens.tolist(), repeated.tolist(), strict=True)):
-            going[item] = going[item] and token != prompt.end and step < int(limits[item])
-            if going[item] and loop:
-                going[item] = False
-                del found[item][len(found[item]) - loop + 1 :]
-            elif going[item]:
-                found[item].append(token)
-        if not any(going):
-            break
-    return found
+    return searched(
+        lambda tokens, place: _step(network, tokens, place, heard, said, bias),
+        network,
+        network.prompt,
+        limits.tolist(),
+    )
 
 
 def _layers(network: Moonshine) -> Iterator[DecoderLayer]:
@@ -73,12 +60,12 @@ def _attended(attention: Attention, query: Tensor, pair: Pair, bias: Tensor | No
 
 
 def _step(
-    network: Moonshine, tokens: Tensor, step: int, heard: list[Pair], said: list[Pair | None], bias: Tensor
+    network: Moonshine, tokens: Tensor, place: int, heard: list[Pair], said: list[Pair | None], bias: Tensor
 ) -> Tensor:
-    """Tokens (batch,) -> logits (batch, vocabulary) float32 of the next ones; `said` grows."""
+    """Tokens (batch, 1) at a place -> logits (batch, vocabulary) float32 of the next ones; `said` grows."""
     decoder = network.decoder
-    values = decoder.rows_of(tokens[:, None])
-    turn: Turn = turn_by(angles(torch.tensor([step]), network.shape.turned))
+    values = decoder.rows_of(tokens)
+    turn: Turn = turn_by(angles(torch.tensor([place]), network.shape.turned))
     for index, layer in enumerate(_layers(network)):
         own, normed = layer.self_attn, layer.self_attn_layer_norm(values)
         query = turn(_split(own, own.q_proj(normed)))

@@ -27,15 +27,15 @@ from training.compression.train import (
     CorpusLearner,
     TrainConfig,
     add_run_options,
+    check_layers,
     config_like,
+    errors_of,
     loss_of,
     read_state,
     run_as_told,
     told_by,
     until_when,
 )
-from training.distillation.dataset import normalise_text
-from training.distillation.evaluate import word_error_rates
 from training.distillation.kernels import working_dtype
 from training.distillation.label import length_batches
 from training.distillation.learner import adamw
@@ -139,20 +139,14 @@ def transcribe(
 
 def validated(network: Moonshine, corpus: MoonshineCorpus, pool: ThreadPoolExecutor) -> dict[str, float]:
     """Word error rates of greedy texts on the held-out speakers, per source and in all."""
-    indices = corpus.validation
     with evaluating(network):
-        texts = transcribe(network, corpus, indices, pool)
-    rows = [corpus.rows[index] for index in indices]
-    heard_texts = [normalise_text(text.replace("-", " ")) for text in texts]
-    return word_error_rates([row.text for row in rows], heard_texts, [row.source for row in rows])
+        return errors_of(transcribe(network, corpus, corpus.validation, pool), corpus)
 
 
 def new_network(base: str, config: TrainConfig, cut: Tokens) -> Moonshine:
     """Cut out of a published one. Raises ConfigError, CheckpointError."""
     large = Published(base).network
-    have = large.shape.decoder_layers
-    if wrong := [index for index in config.layers if not 0 <= index < have]:
-        raise ConfigError(f"--layers {wrong[0]}: the decoder of {base} has layers 0 to {have - 1}")
+    check_layers(config.layers, base, large.shape.decoder_layers)
     return small_network(large, config.layers, cut)
 
 

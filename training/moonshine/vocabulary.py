@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from api.vocabulary import BLANK_TOKEN, SPACE_MARK, Vocabulary, byte_of_character
-from training.compression.vocabulary import CAPITALS
+from training.compression.vocabulary import counted, with_parts
 from training.errors import CheckpointError, ConfigError
 from training.files import written_whole
 from training.recipes.whisper_seq2seq.model import Prompt
@@ -132,17 +131,12 @@ def cut_tokens(described: dict[str, Any], texts: Iterable[tuple[str, float]], si
     kept = {token for token in places if _always(token, places)}
     if size < max(FEWEST, len(kept)):
         raise ConfigError(f"{size} tokens: expected {max(FEWEST, len(kept))} at least")
-    counts: Counter[str] = Counter()
     tokenizer = Tokenizer.from_str(json.dumps(described))
-    for text, often in texts:
-        forms = ((text, 1.0), (f"{text[:1].upper()}{text[1:]}.", CAPITALS), (text.title(), CAPITALS))
-        for form, weight in forms:
-            for token in tokenizer.encode(form, add_special_tokens=False).tokens:
-                counts[token] += often * weight  # type: ignore[assignment]  # a Counter counts in fractions, too
+    counts = counted(lambda text: tokenizer.encode(text, add_special_tokens=False).tokens, texts)
     for token, _ in counts.most_common():
         if token not in places or token in (START, END, UNKNOWN):
             continue  # a text that has the name of a control token
-        needed = _with_parts(token, parts) - kept
+        needed = with_parts(token, parts) - kept
         if len(kept) + len(needed) <= size:
             kept |= needed
     ordered = sorted(kept, key=places.__getitem__)
@@ -159,18 +153,6 @@ def _always(token: str, places: dict[str, int]) -> bool:
     if found := BYTE.fullmatch(token):
         return chr(int(found[1], 16)) not in places or int(found[1], 16) > 0x7E
     return token == SPACE_MARK or (len(token) == 1 and " " < token <= "~")
-
-
-def _with_parts(token: str, parts: dict[str, Sequence[str]]) -> set[str]:
-    """A token and all that it is merged from."""
-    found: set[str] = set()
-    waiting = [token]
-    while waiting:
-        one = waiting.pop()
-        if one not in found:
-            found.add(one)
-            waiting += parts.get(one, ())
-    return found
 
 
 def written_as_before(whole: Any, cut: Any, text: str) -> list[bool]:

@@ -20,6 +20,7 @@ from api.engine import Engine
 from tests.training.moonshine.conftest import TOKENS
 from tests.training.networks import chirps
 from training.compression import label as whisper_label
+from training.compression import rounding as whisper_rounding
 from training.compression.corpus import IGNORED
 from training.compression.label import likely_tokens, read_labels
 from training.compression.network import evaluating
@@ -381,7 +382,7 @@ def rounded_run(
     shutil.copytree(run, folder)
     given = ["--cache", str(cache), "--labels", str(labels), "--run", str(folder)]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rounding, "JUDGED_BATCHES", 1)
+        patched.setattr(whisper_rounding, "JUDGED_BATCHES", 1)
         assert rounding.main([*given, "--batches", "2", "--mean-with", str(base), "0.2"]) == 0
     return folder
 

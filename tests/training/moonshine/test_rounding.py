@@ -38,7 +38,7 @@ def small(published: Published, corpus: MoonshineCorpus) -> Moonshine:
 def _exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 on every processor, and judged in little time."""
     monkeypatch.setattr(train, "working_dtype", lambda: torch.float32)
-    monkeypatch.setattr(rounding, "JUDGED_BATCHES", 1)
+    monkeypatch.setattr(layers, "JUDGED_BATCHES", 1)
 
 
 def test_every_matrix_of_whole_groups_is_coarse(small: Moonshine) -> None:
@@ -131,7 +131,7 @@ def test_a_mean_of_several_runs_is_rounded(
     ours = [*given, "--run", str(tmp_path / "0"), "--batches", "1"]
     heard: list[Moonshine] = []
     with monkeypatch.context() as patched:
-        patched.setattr(rounding, "round_layers", lambda network, *_: heard.append(copy.deepcopy(network)))
+        patched.setattr(layers, "round_layers", lambda network, *_: heard.append(copy.deepcopy(network)))
         assert rounding.main([*ours, *others]) == 0
     exact = heard[0].state_dict()
     averages = [torch.load(tmp_path / n / "last.pt", weights_only=True)["average"] for n in "01"]

@@ -214,65 +214,37 @@ class Repeats(NamedTuple):
         return Repeats(recent, runs), torch.where(runs >= least, runs, 0).amax(dim=1)
 
 
-class WhisperSeq2Seq(nn.Module):
-    """Front end, encoder, decoder."""
+class Seq2Seq(nn.Module):
+    """An encoder with a decoder, and its greedy search; whoever derives from it says how it listens."""
 
+    decoder: Any
     suppress: Tensor
+    """(2, vocabulary): added to what follows the first text token, and to what comes before it."""
 
-    def __init__(
-        self,
-        encoder: EncoderConfig,
-        decoder: DecoderConfig,
-        prompt: Prompt,
-        *,
-        fixed: bool = False,
-        dropout: float = 0.0,
-        augment: SpecAugmentConfig | None = None,
-    ) -> None:
+    def __init__(self, prompt: Prompt, vocabulary: int) -> None:
         super().__init__()
         self.prompt = prompt
-        self.fixed = fixed
-        self.frontend = WhisperLogMel(encoder.bands, fixed=fixed)
-        self.augment = SpecAugment(augment) if augment else None
-        self.encoder = WhisperEncoder(encoder, dropout)
-        self.decoder = WhisperDecoder(decoder, dropout)
-        suppress = torch.zeros(2, decoder.vocabulary)  # after the first text token, and before it
+        suppress = torch.zeros(2, vocabulary)
         suppress[:, list(prompt.suppressed)] = -1e9
         suppress[1, list(prompt.suppressed_first)] = -1e9
         self.register_buffer("suppress", suppress, persistent=False)
 
-    def train(self, mode: bool = True) -> Self:
-        """Training mode; an encoder that does not learn stays in evaluation mode."""
-        super().train(mode)
-        rest_if_frozen(self.encoder)
-        return self
+    @property
+    def most_tokens(self) -> int:
+        """Of text that there are positions for."""
+        raise NotImplementedError
 
     def listen(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Audio states (batch, frames, width), frames per item, and the bias of attention over them."""
-        with torch.autocast(waveform.device.type, enabled=False):
-            features, counts = self.frontend(waveform.float(), lengths)
-        if self.augment is not None:
-            features = self.augment(features.transpose(1, 2), counts).transpose(1, 2)
-        hidden, counts = self.encoder(features, counts, fixed=self.fixed)
-        return hidden, counts, None if self.fixed else key_bias(counts, hidden.shape[1])
-
-    def audio_of(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Audio states of features, and the bias of attention over them."""
-        hidden, counts = self.encoder(features, lengths, fixed=self.fixed)
-        return hidden, None if self.fixed else key_bias(counts, hidden.shape[1])
-
-    def logits(self, waveform: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
-        """What follows each of the given tokens, (batch, tokens, vocabulary); for training."""
-        hidden, _, bias = self.listen(waveform, lengths)
-        out: Tensor = self.decoder(tokens, hidden, bias)
-        return out
+        raise NotImplementedError
 
     def generate(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Greedy search.
 
         Returns log_probs (batch, steps, vocabulary) of every step after the prompt, the number of text tokens
-        per item (batch,), and output frames per item (batch,), one per 40 ms; an item has at most one token
-        per two frames. A text that goes round in a loop ends, and what it said again is no text.
+        per item (batch,), and output frames per item (batch,), one per two of the audio's; an item has
+        at most one token per two of these. A text that goes round in a loop ends, and what it said again is
+        no text.
         """
         steps, _, found, frames = self._search(*self.listen(waveform, lengths))
         return steps, found, frames
@@ -283,7 +255,7 @@ class WhisperSeq2Seq(nn.Module):
         """As `generate`, with the tokens that were given to the steps."""
         frames = torch.div(counts + 1, 2, rounding_mode="floor")
         limit = torch.div(frames, 2, rounding_mode="floor")
-        room = self.decoder.config.positions - len(self.prompt.ids)
+        room = self.most_tokens
         batch, device = len(counts), hidden.device
         tokens = torch.tensor([self.prompt.ids] * batch, device=device)
         open_items = torch.ones(batch, dtype=torch.bool, device=device)
@@ -313,6 +285,60 @@ class WhisperSeq2Seq(nn.Module):
         heard = self.decoder.attention(tokens, hidden, bias)[:, first : first + steps.shape[1]]
         places = places_of(heard, found, counts)
         return spread(steps, places, found, frames, self.prompt.end), frames
+
+
+class WhisperSeq2Seq(Seq2Seq):
+    """Front end, encoder, decoder."""
+
+    decoder: WhisperDecoder
+
+    def __init__(
+        self,
+        encoder: EncoderConfig,
+        decoder: DecoderConfig,
+        prompt: Prompt,
+        *,
+        fixed: bool = False,
+        dropout: float = 0.0,
+        augment: SpecAugmentConfig | None = None,
+    ) -> None:
+        super().__init__(prompt, decoder.vocabulary)
+        self.fixed = fixed
+        self.frontend = WhisperLogMel(encoder.bands, fixed=fixed)
+        self.augment = SpecAugment(augment) if augment else None
+        self.encoder = WhisperEncoder(encoder, dropout)
+        self.decoder = WhisperDecoder(decoder, dropout)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of text that there are positions for."""
+        return self.decoder.config.positions - len(self.prompt.ids)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; an encoder that does not learn stays in evaluation mode."""
+        super().train(mode)
+        rest_if_frozen(self.encoder)
+        return self
+
+    def listen(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Audio states (batch, frames, width), frames per item, and the bias of attention over them."""
+        with torch.autocast(waveform.device.type, enabled=False):
+            features, counts = self.frontend(waveform.float(), lengths)
+        if self.augment is not None:
+            features = self.augment(features.transpose(1, 2), counts).transpose(1, 2)
+        hidden, counts = self.encoder(features, counts, fixed=self.fixed)
+        return hidden, counts, None if self.fixed else key_bias(counts, hidden.shape[1])
+
+    def audio_of(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Audio states of features, and the bias of attention over them."""
+        hidden, counts = self.encoder(features, lengths, fixed=self.fixed)
+        return hidden, None if self.fixed else key_bias(counts, hidden.shape[1])
+
+    def logits(self, waveform: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+        """What follows each of the given tokens, (batch, tokens, vocabulary); for training."""
+        hidden, _, bias = self.listen(waveform, lengths)
+        out: Tensor = self.decoder(tokens, hidden, bias)
+        return out
 
 
 def places_of(heard: Tensor, found: Tensor, counts: Tensor) -> Tensor:
