@@ -99,12 +99,21 @@ def dynamic_candidates(
 
 
 def decoder_candidates(
-    graph: Path, out: Path, calibration: Sequence[npt.NDArray[np.float32]]
+    graph: Path,
+    out: Path,
+    calibration: Sequence[npt.NDArray[np.float32]],
+    *,
+    convolutions: bool = True,
 ) -> Iterator[tuple[str, Path]]:
-    """The ways for a graph that searches with a decoder, whose output layer is inside of its loop."""
+    """The ways for a graph that searches with a decoder, whose output layer is inside of its loop.
+
+    Without `convolutions` those of the encoder stay in float32.
+    """
     names = products(onnx.load(graph, load_external_data=False))
-    yield "dynamic MatMul per channel", dynamic(graph, out / "dynamic.onnx")
-    ends = [names[0], "step.logits"]
+    exact = [] if convolutions else [name for name in names if name.startswith("encoder.conv")]
+    how = "dynamic MatMul per channel" + ("" if convolutions else ", convolutions float32")
+    yield how, dynamic(graph, out / "dynamic.onnx", exact)
+    ends = [*exact, names[0], "step.logits"]
     yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "dynamic_ends.onnx", ends)
 
 

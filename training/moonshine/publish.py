@@ -32,7 +32,7 @@ from training.moonshine.train import network_of
 from training.moonshine.vocabulary import Tokens
 from training.publish import add_gate, add_recordings, gate_of, publish, read_card, recordings_of
 from training.quantize import Gate
-from training.transformer_quantize import dynamic, products
+from training.transformer_quantize import decoder_candidates, products
 from training.vocabulary import casing_steps
 
 WAY = "weights of four bits in groups of 128, of 32 where those are not whole"
@@ -93,13 +93,9 @@ def exported_published(network: Moonshine, tokens: Tokens) -> Exported:
     return replace(made, four_bits=lambda _, calibration: in_four_bits(network, calibration))
 
 
-def int8_candidates(graph: Path, out: Path, calibration: Sequence[Waveform]) -> Iterator[tuple[str, Path]]:
-    """The ways to INT8. What the convolutions are given has a few samples far above all others, of which 8
-    bits for a whole batch leave nothing: base had half of its words wrong."""
-    convolutions = [name for name in products(onnx.load(graph)) if name.startswith("encoder.conv")]
-    yield "dynamic MatMul per channel, convolutions float32", dynamic(graph, out / "int8.onnx", convolutions)
-    ends = [*convolutions, "step.logits"]
-    yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "int8_ends.onnx", ends)
+int8_candidates = partial(decoder_candidates, convolutions=False)
+"""The ways to INT8. What the convolutions are given has a few samples far above all others, of which 8 bits
+for a whole batch leave nothing: base had half of its words wrong."""
 
 
 def _exported(network: Moonshine, tokens: Tokens, graph: onnx.ModelProto) -> Exported:
