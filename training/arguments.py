@@ -20,3 +20,11 @@ def positive_s(text: str) -> float:
     if not 0.0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected more than 0 seconds")
     return seconds
+
+
+def share(text: str) -> float:
+    """A part of a whole, more than 0 and at most 1."""
+    part = float(text)
+    if not 0.0 < part <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0 and at most 1")
+    return part

@@ -61,7 +61,7 @@ def _inputs(module: nn.Module, values: Tensor) -> Tensor:
 
 
 @contextmanager
-def _noting(places: Sequence[Place], network: Network, found: dict[str, Tensor]) -> Iterator[None]:
+def noting(places: Sequence[Place], network: Network, found: dict[str, Tensor]) -> Iterator[None]:
     """Sums of x xT of every place while the network runs, added up in `found`."""
 
     def note(name: str, module: nn.Module, values: Tensor) -> None:
@@ -132,7 +132,7 @@ def round_layers(
         if not places:
             continue
         found: dict[str, Tensor] = {}
-        with evaluating(network), _noting(places, network, found):
+        with evaluating(network), noting(places, network, found):
             for features, lengths, tokens in batches:
                 audio, bias = network.audio_of(features, lengths)
                 if places[0][0].startswith("decoder."):
@@ -219,6 +219,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--batches", type=positive, default=40, help="to hear, of 40 s each")
+    add_mean(parser)
+
+
+def add_mean(parser: argparse.ArgumentParser) -> None:
+    """Networks whose mean with another is taken."""
     parser.add_argument(
         "--mean-with",
         nargs=2,

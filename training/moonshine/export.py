@@ -64,7 +64,9 @@ def export_graph(model: Moonshine, *, company: bool = False) -> onnx.ModelProto:
 
 def _add_turns(graph: GraphBuilder, shape: Shape) -> tuple[str, str]:
     """Cosines and sines of positions (LONGEST, turned / 2), which ONNX Runtime computes as it loads."""
-    counted = graph.doubles("turns.counted", np.arange(LONGEST, dtype=np.float64)[:, None])
+    bounds = [graph.doubles(f"turns.{value:g}", value) for value in (0.0, float(LONGEST), 1.0)]
+    counted = graph.add("Range", bounds, "turns.range")
+    counted = graph.add("Unsqueeze", [counted, graph.ints("one", [1])], "turns.counted")
     rates = graph.doubles("turns.rates", THETA ** (-np.arange(0, shape.turned, 2) / shape.turned))
     angles = graph.add("Mul", [counted, rates], "turns.angles")
     waves = (graph.add(kind, [angles], f"turns.{kind.lower()}") for kind in ("Cos", "Sin"))
@@ -225,7 +227,7 @@ class _Speaker:
     def __init__(self, model: Moonshine, turns: tuple[str, str]) -> None:
         self.decoder, self.prompt, self.shape, self.turns = model.decoder, model.prompt, model.shape, turns
         self.vocabulary, self.width = model.shape.vocabulary, model.shape.width
-        self.layers, self.heads = model.shape.decoder_layers, model.shape.heads
+        self.layers, self.heads = len(model.decoder.layers), model.shape.heads
         self.positions = model.shape.positions
         self.suppress = array(model.suppress)
 

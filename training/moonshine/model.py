@@ -50,9 +50,9 @@ class Shape:
     vocabulary: int = 32_768
     width: int = 288
     heads: int = 8
-    inner: int = 1_152
-    encoder_layers: int = 6
-    decoder_layers: int = 6
+    encoder_inner: tuple[int, ...] = (1_152,) * 6
+    """Neurons of the feed-forward of each layer."""
+    decoder_inner: tuple[int, ...] = (1_152,) * 6
     turned: int = 32
     """Of a head's queries and keys, how many know their position."""
     positions: int = 194
@@ -79,16 +79,15 @@ class Shape:
             vocabulary=config.vocab_size,
             width=config.hidden_size,
             heads=count,
-            inner=config.intermediate_size,
-            encoder_layers=config.encoder_num_hidden_layers,
-            decoder_layers=config.decoder_num_hidden_layers,
+            encoder_inner=(config.intermediate_size,) * config.encoder_num_hidden_layers,
+            decoder_inner=(config.intermediate_size,) * config.decoder_num_hidden_layers,
             turned=int(config.hidden_size // count * rope.get("partial_rotary_factor", 1.0)),
             positions=config.max_position_embeddings,
         )
 
     def followers(self, layer: int) -> list[int]:
         """Heads of a decoder's layer whose attention is taken to follow the speech: the upper half's."""
-        return list(range(self.heads)) if layer >= self.decoder_layers // 2 else []
+        return list(range(self.heads)) if layer >= len(self.decoder_inner) // 2 else []
 
 
 def angles(positions: Tensor, turned: int) -> Tensor:
@@ -121,13 +120,13 @@ def frames_of(samples: Tensor) -> Tensor:
 class EncoderLayer(nn.Module):
     """Attention and feed-forward, each on a normalised copy, each added to its input."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, inner: int) -> None:
         super().__init__()
         width = shape.width
         self.self_attn = Attention(width, shape.heads, bias=False)
         self.self_attn_layer_norm = nn.LayerNorm(width, bias=False)
-        self.fc1 = nn.Linear(width, shape.inner)
-        self.fc2 = nn.Linear(shape.inner, width)
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
         self.final_layer_norm = nn.LayerNorm(width, bias=False)
 
     def forward(self, values: Tensor, bias: Tensor | None, turn: Turn) -> Tensor:
@@ -140,15 +139,15 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention on earlier tokens, attention on the audio, gated feed-forward."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, inner: int) -> None:
         super().__init__()
         width = shape.width
         self.self_attn = Attention(width, shape.heads, bias=False)
         self.self_attn_layer_norm = nn.LayerNorm(width, bias=False)
         self.encoder_attn = Attention(width, shape.heads, bias=False)
         self.encoder_attn_layer_norm = nn.LayerNorm(width, bias=False)
-        self.fc1 = nn.Linear(width, 2 * shape.inner)
-        self.fc2 = nn.Linear(shape.inner, width)
+        self.fc1 = nn.Linear(width, 2 * inner)
+        self.fc2 = nn.Linear(inner, width)
         self.final_layer_norm = nn.LayerNorm(width, bias=False)
         self.dropout = nn.Dropout(0.0)
 
@@ -185,7 +184,7 @@ class MoonshineEncoder(nn.Module):
         self.groupnorm = nn.GroupNorm(1, width, eps=EPSILON)
         self.conv2 = nn.Conv1d(width, 2 * width, KERNELS[1], STRIDES[1])
         self.conv3 = nn.Conv1d(2 * width, width, KERNELS[2], STRIDES[2])
-        self.layers = nn.ModuleList(EncoderLayer(shape) for _ in range(shape.encoder_layers))
+        self.layers = nn.ModuleList(EncoderLayer(shape, inner) for inner in shape.encoder_inner)
         self.layer_norm = nn.LayerNorm(width, bias=False)
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +227,7 @@ class MoonshineDecoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.width)
-        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.decoder_layers))
+        self.layers = nn.ModuleList(DecoderLayer(shape, inner) for inner in shape.decoder_inner)
         self.layer_norm = nn.LayerNorm(shape.width, bias=False)
         self.register_buffer("embed_scale", None)
 

@@ -23,7 +23,24 @@ from training.compression.train import read_state
 from training.errors import ConfigError, in_one_line
 from training.moonshine.corpus import MoonshineCorpus, SampleMaker
 from training.moonshine.model import Moonshine
-from training.moonshine.train import MoonshineConfig, answers, network_of, new_network
+from training.moonshine.train import MoonshineConfig, answers, learned, network_of, new_network
+
+
+def mean_as_told(
+    network: Moonshine, arguments: argparse.Namespace, corpus: MoonshineCorpus, layers: Sequence[int]
+) -> None:
+    """Give a network the mean that ``--mean-with`` asks for. Raises ConfigError, CheckpointError."""
+
+    def other(name: str) -> Moonshine:
+        if name.endswith(".pt"):
+            found = learned(not_rounded(Path(name)), Path(name), corpus.cut)
+        else:
+            found = new_network(name, MoonshineConfig(layers=tuple(layers)), corpus.cut)
+        if found.shape != network.shape:
+            raise ConfigError(f"--mean-with {name}: {found.shape}; its like has {network.shape}")
+        return found
+
+    mean_with(network, [(other(name), share_of(share)) for name, share in arguments.mean_with])
 
 
 @in_one_line("rounding")
@@ -37,19 +54,8 @@ def main(given: Sequence[str] | None = None) -> int:
     state = read_state(arguments.run / "last.pt")
     corpus = MoonshineCorpus(arguments.cache, arguments.labels)
     network = network_of(state, corpus.cut)
-    config = MoonshineConfig(layers=tuple(state["config"]["layers"]))
-
-    def other(name: str) -> Moonshine:
-        if name.endswith(".pt"):
-            found = network_of(not_rounded(Path(name)), corpus.cut)
-        else:
-            found = new_network(name, config, corpus.cut)
-        if found.shape != network.shape:
-            raise ConfigError(f"--mean-with {name}: {found.shape}; {arguments.run} has {network.shape}")
-        return found
-
-    mean_with(network, [(other(name), share_of(share)) for name, share in arguments.mean_with])
-    maker = SampleMaker(corpus, config.batch_s, SEED, network.most_tokens, masked=False)
+    mean_as_told(network, arguments, corpus, state["config"]["layers"])
+    maker = SampleMaker(corpus, MoonshineConfig.batch_s, SEED, network.most_tokens, masked=False)
     round_and_keep(network, state, maker, answers, arguments)
     return 0
 

@@ -61,16 +61,30 @@ class MoonshineConfig(TrainConfig):
     ema_steps: int = 200
 
 
-def small_network(large: Moonshine, layers: Sequence[int], cut: Tokens) -> Moonshine:
-    """A copy with these layers of the decoder and these tokens only."""
-    shape = replace(large.shape, vocabulary=len(cut.ids), decoder_layers=len(layers))
+def small_network(
+    large: Moonshine, layers: Sequence[int], cut: Tokens, own: Tokens | None = None
+) -> Moonshine:
+    """A copy with these layers of the decoder and these tokens only; `own`: of one that was cut before.
+
+    Raises ConfigError where that lacks some of them.
+    """
+    rows = list(cut.ids)
+    if own is not None:
+        places = {published: row for row, published in enumerate(own.ids)}
+        if lacking := sum(published not in places for published in rows):
+            raise ConfigError(
+                f"{lacking} of {len(rows)} kept tokens are none of what the network writes with"
+            )
+        rows = [places[published] for published in rows]
+    inner = tuple(large.shape.decoder_inner[layer] for layer in layers)
+    shape = replace(large.shape, vocabulary=len(cut.ids), decoder_inner=inner)
     small = Moonshine(shape, cut.prompt())
     small.encoder.load_state_dict(large.encoder.state_dict())
     for ours, index in zip(small.decoder.layers, layers, strict=True):
         ours.load_state_dict(large.decoder.layers[index].state_dict())
     small.decoder.layer_norm.load_state_dict(large.decoder.layer_norm.state_dict())
     with torch.no_grad():
-        small.decoder.embed_tokens.weight.copy_(large.decoder.embed_tokens.weight[list(cut.ids)])
+        small.decoder.embed_tokens.weight.copy_(large.decoder.embed_tokens.weight[rows])
     return small
 
 
@@ -80,6 +94,19 @@ def network_of(state: dict[str, Any], cut: Tokens) -> Moonshine:
     network.decoder.embed_scale = state["average"].get("decoder.embed_scale")
     network.load_state_dict(state["average"])
     return network.eval()
+
+
+def learned(state: dict[str, Any], path: Path, cut: Tokens) -> Moonshine:
+    """The averaged network of a run's state at `path`, with these of the tokens that lie beside it.
+
+    Raises ConfigError where it lacks some of them.
+    """
+    beside = path.parent / MoonshineCorpus.cut_name
+    own = Tokens.load(beside) if beside.is_file() else cut
+    network = network_of(state, own)
+    if own.ids == cut.ids:
+        return network
+    return small_network(network, range(len(network.decoder.layers)), cut, own).eval()
 
 
 def answers(network: Moonshine, batch: Batch) -> Tensor:
@@ -146,7 +173,7 @@ def validated(network: Moonshine, corpus: MoonshineCorpus, pool: ThreadPoolExecu
 def new_network(base: str, config: TrainConfig, cut: Tokens) -> Moonshine:
     """Cut out of a published one. Raises ConfigError, CheckpointError."""
     large = Published(base).network
-    check_layers(config.layers, base, large.shape.decoder_layers)
+    check_layers(config.layers, base, len(large.decoder.layers))
     return small_network(large, config.layers, cut)
 
 
@@ -172,8 +199,8 @@ def main(given: Sequence[str] | None = None) -> int:
     if source is arguments.init_from:
         stored = {name: value for name, value in stored.items() if name == "layers"}
     config = config_like(MoonshineConfig, told_by(arguments), stored, source or last)
-    if state:
-        network = network_of(state, corpus.cut)
+    if state and source:
+        network = learned(state, source, corpus.cut)
     elif arguments.base:
         network = new_network(arguments.base, config, corpus.cut)
     else:

@@ -229,8 +229,9 @@ def test_an_utterance_is_heard_as_it_was_recorded(corpus: MoonshineCorpus) -> No
 def test_the_small_network_is_cut_out_of_the_large_one(published: Published, corpus: MoonshineCorpus) -> None:
     large, cut = published.network, corpus.cut
     small = small_network(large, [1], cut)
-    assert (small.shape.vocabulary, small.shape.decoder_layers) == (len(cut.ids), 1)
-    assert small.shape == dataclasses.replace(large.shape, vocabulary=len(cut.ids), decoder_layers=1)
+    assert (small.shape.vocabulary, len(small.decoder.layers)) == (len(cut.ids), 1)
+    inner = large.shape.decoder_inner[1:]
+    assert small.shape == dataclasses.replace(large.shape, vocabulary=len(cut.ids), decoder_inner=inner)
     theirs = large.state_dict()
     for name, value in small.state_dict().items():
         if name == "decoder.embed_tokens.weight":

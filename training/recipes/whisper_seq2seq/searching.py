@@ -143,6 +143,8 @@ def add_search(
     recent = graph.add("ConstantOfShape", [phrases], "search.none_recent", value=_filled(-1))
     runs = graph.add("ConstantOfShape", [phrases], "search.no_runs", value=_filled(0))
     least = _add_least_repeats(graph, limit)
+    _add_mostly_alike(graph, "search.suppress", speaker.suppress)
+    _add_mostly_alike(graph, "search.blank", _blank(speaker))
     body = _body(graph.inner(), speaker, heard, bias, limit, least, beside)
     caches = [none_yet, recent, runs, *(name for _ in heard for name in (keys, values))]
     finals = ["search.last", "search.done", "search.cut", "search.recent", "search.runs"]
@@ -173,7 +175,7 @@ def _with_blank(graph: GraphBuilder, speaker: Speaker, batch: str, found: str) -
         "search.blank_shape",
         axis=0,
     )
-    blank = graph.add("Expand", [graph.weights("step.blank", _blank(speaker)), every], "search.blank")
+    blank = graph.add("Expand", ["search.blank", every], "search.blank_step")
     steps = graph.add("Concat", [blank, "search.log_probs"], "search.steps_after_blank", axis=0)
     first = graph.add(
         "Slice", ["search.heard", graph.ints("zero", [0]), one, graph.ints("zero", [0])], "search.heard_first"
@@ -187,6 +189,19 @@ def _blank(speaker: Speaker) -> npt.NDArray[np.float32]:
     blank = np.full(speaker.vocabulary, IMPOSSIBLE, np.float32)
     blank[speaker.prompt.end] = 0.0
     return blank
+
+
+def _add_mostly_alike(graph: GraphBuilder, name: str, values: npt.NDArray[np.float32]) -> str:
+    """A constant, of which a file holds what differs from the usual value; made as the graph is loaded."""
+    found, counts = np.unique(values, return_counts=True)
+    usual = helper.make_tensor("value", TensorProto.FLOAT, [1], [found[counts.argmax()]])
+    places = np.argwhere(values != found[counts.argmax()])
+    shape = graph.ints(f"{name}.shape", values.shape)
+    if not len(places):
+        return graph.add("ConstantOfShape", [shape], name, value=usual)
+    alike = graph.add("ConstantOfShape", [shape], f"{name}.alike", value=usual)
+    others = graph.weights(f"{name}.others", values[tuple(places.T)])
+    return graph.add("ScatterND", [alike, graph.ints(f"{name}.places", places), others], name)
 
 
 def _filled(value: int) -> onnx.TensorProto:
@@ -220,8 +235,7 @@ def _body(
     size = graph.ints("step.prompt_size", [len(prompt.ids)])
     begins = graph.add("Equal", [following, size], "step.begins")
     row = graph.add("Cast", [begins], "step.suppress_row", to=TensorProto.INT64)
-    rows = graph.weights("step.suppress_rows", speaker.suppress)
-    suppress = graph.add("Gather", [rows, row], "step.suppress", axis=0)
+    suppress = graph.add("Gather", ["search.suppress", row], "step.suppress", axis=0)
     allowed = graph.add("Add", [flat, suppress], "step.allowed")
     found = graph.add("LogSoftmax", [allowed], "step.found", axis=-1)
     best = graph.add("ArgMax", [found], "step.best", axis=-1, keepdims=0)
@@ -230,7 +244,7 @@ def _body(
     within = graph.add("Min", [following, last], "step.within")
     forced = graph.add("Gather", [graph.ints("step.prompt", prompt.ids), within], "step.forced", axis=0)
     graph.add("Where", [prompted, forced, best], "step.next")
-    graph.add("Where", [prompted, graph.weights("step.blank", _blank(speaker)), found], "step.log_probs")
+    graph.add("Where", [prompted, "search.blank", found], "step.log_probs")
     text = graph.add("Not", [prompted], "step.text")
     number_of_text = graph.add("Sub", [following, size], "step.text_number")
     full = graph.add("GreaterOrEqual", [number_of_text, limit], "step.full")
