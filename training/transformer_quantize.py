@@ -20,6 +20,7 @@ from onnxruntime.quantization import (
 )
 
 from training.dynamic_int8 import graphs_of, quantize_products
+from training.grouped_int8 import grouped_convolutions, quantize_grouped
 
 STATIC = "static QDQ MatMul per channel"
 FRONT = "frontend."
@@ -53,12 +54,14 @@ class _Recordings(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime h
         return next(self.feeds, None)
 
 
-def dynamic(graph: Path, out: Path, skipped: Sequence[str] = ()) -> Path:
+def dynamic(graph: Path, out: Path, skipped: Sequence[str] = (), convolved: Sequence[str] = ()) -> Path:
     """Weights S8 per channel, activations U8 with a scale found on every call; `skipped` products stay float.
 
-    The scale is one for the whole batch, so an item's result depends a little on its neighbours.
+    The scale is one for the whole batch, so an item's result depends a little on its neighbours. `convolved`:
+    grouped convolutions that are rounded as well.
     """
     model = onnx.load(graph)
+    quantize_grouped(model, convolved)
     quantize_products(model, set(products(model)) - set(skipped))
     out.write_bytes(model.SerializeToString())
     return out
@@ -92,8 +95,12 @@ def dynamic_candidates(
     graph: Path, out: Path, calibration: Sequence[npt.NDArray[np.float32]]
 ) -> Iterator[tuple[str, Path]]:
     """The ways that need no run of the float graph to find ranges."""
-    names = products(onnx.load(graph, load_external_data=False))
+    model = onnx.load(graph, load_external_data=False)
+    names, grouped = products(model), grouped_convolutions(model)
     yield "dynamic MatMul per channel", dynamic(graph, out / "dynamic.onnx")
+    if grouped:
+        made = dynamic(graph, out / "dynamic_grouped.onnx", (), grouped)
+        yield "dynamic MatMul and grouped convolutions per channel", made
     ends = [names[0], names[-1]]
     yield "dynamic MatMul per channel, ends float32", dynamic(graph, out / "dynamic_ends.onnx", ends)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -15,7 +16,9 @@ from tests.training.conformers import FAST, random_conformer
 from tests.training.networks import chirps
 from training.conformer_graph import export_graph
 from training.dynamic_int8 import quantize_products
+from training.graph import GraphBuilder
 from training.inference import cpu_session, run_graph
+from training.transformer_graph import add_convolution, add_linear
 from training.transformer_quantize import dynamic, products
 
 
@@ -91,3 +94,68 @@ def test_a_weight_that_is_still_read_as_float_stays() -> None:
         (y,) = session.run(None, {"x": x, "yes": np.array(yes)})
         np.testing.assert_allclose(y, x @ weight + weight.sum(), atol=0.05)
         np.testing.assert_allclose(y[:, 1], weight.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_taps_are_rounded_before_they_are_stacked(padding: int) -> None:
+    """Once for all of them, and for another product of the same values."""
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv1d(16, 8, 3, stride=2, padding=padding)
+    beside = torch.nn.Linear(16, 4)
+    builder = GraphBuilder()
+    convolved = add_convolution(builder, "conv", "x", convolution)
+    product = add_linear(builder, "beside", "x", beside)
+    graph = helper.make_graph(
+        builder.nodes,
+        "taps",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "frames", 16])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None, None])
+            for name in (convolved, product)
+        ],
+        list(builder._constants.values()),
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    exact = cpu_session(model.SerializeToString())
+    quantize_products(model, set(products(model)))
+    onnx.checker.check_model(model)
+    operators = Counter(node.op_type for node in model.graph.node)
+    assert operators["DynamicQuantizeLinear"] == (1 if padding == 0 else 2), "padded values are others"
+    rounded = {node.output[0] for node in model.graph.node if node.op_type == "DynamicQuantizeLinear"}
+    sliced = [node for node in model.graph.node if node.op_type == "Slice"]
+    assert len(sliced) == 3
+    assert all(node.input[0] in rounded for node in sliced)
+    values = np.random.default_rng(2).normal(size=(2, 21, 16)).astype(np.float32)
+    for wanted, found in zip(
+        exact.run(None, {"x": values}),
+        cpu_session(model.SerializeToString()).run(None, {"x": values}),
+        strict=True,
+    ):
+        assert found.shape == wanted.shape
+        assert np.sqrt(np.mean((found - wanted) ** 2)) < 0.02 * np.sqrt(np.mean(wanted**2))
+
+
+def test_taps_that_something_else_reads_stay_float() -> None:
+    """A slice that is an output of its own, and a product that stays float."""
+    torch.manual_seed(0)
+    builder = GraphBuilder()
+    convolved = add_convolution(builder, "conv", "x", torch.nn.Conv1d(16, 8, 3))
+    shown = builder.add("Neg", ["conv.tap_1"], "shown")
+    graph = helper.make_graph(
+        builder.nodes,
+        "taps",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "frames", 16])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None, None])
+            for name in (convolved, shown)
+        ],
+        list(builder._constants.values()),
+    )
+    values = np.random.default_rng(2).normal(size=(1, 9, 16)).astype(np.float32)
+    for chosen in (["conv.product"], []):
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        quantize_products(model, chosen)
+        for node in model.graph.node:
+            assert node.op_type != "Slice" or node.input[0] == "x"
+        _, found = cpu_session(model.SerializeToString()).run(None, {"x": values})
+        np.testing.assert_array_equal(found, -values[:, 1:8])

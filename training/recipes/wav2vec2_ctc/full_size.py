@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from training.data.synthetic import SAMPLE_RATE_HZ, tones
 from training.four_bits import quantize_to_four_bits
+from training.grouped_int8 import grouped_convolutions
 from training.inference import LogProbs, compare, cpu_session, run_graph, served_session
 from training.provenance import processor
 from training.recipes.wav2vec2_ctc.export import export_graph
@@ -46,10 +47,12 @@ TABLE_ROW = (
 
 def int8_forms(graph: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     """The recipes that are tried."""
-    names = products(onnx.load(graph, load_external_data=False))
-    features = [name for name in names if name.startswith("features.")]
+    model = onnx.load(graph, load_external_data=False)
+    features = [name for name in products(model) if name.startswith("features.")]
     yield "INT8 dynamic, Transformer only", dynamic(graph, folder / "transformer.onnx", features)
-    yield "INT8 dynamic, convolutions as MatMul too", dynamic(graph, folder / "everything.onnx")
+    yield "INT8 dynamic, convolutions as MatMul too", dynamic(graph, folder / "convolutions.onnx")
+    grouped = grouped_convolutions(model)
+    yield "INT8 dynamic, positions' convolution too", dynamic(graph, folder / "grouped.onnx", (), grouped)
 
 
 def four_bit_forms(graph: Path, folder: Path) -> Iterator[tuple[str, Path]]:
