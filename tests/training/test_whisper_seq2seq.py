@@ -7,20 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import soundfile
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from api.ctc import greedy
 from training.config import load_config
 from training.data.manifest import read_manifest
 from training.errors import ConfigError
+from training.graph import GraphBuilder
 from training.inference import compare, cpu_session, run_graph
 from training.recipes.rehearsal import tiny_whisper
 from training.recipes.whisper_seq2seq.model import Repeats, WhisperSeq2Seq, least_repeats
 from training.recipes.whisper_seq2seq.recipe import WhisperSeq2SeqRecipe
 from training.recipes.whisper_seq2seq.scoring import score
+from training.recipes.whisper_seq2seq.searching import _add_mostly_alike
 from training.torch_inference import run_torch
 
 CONFIG = """
@@ -232,3 +236,20 @@ def _as_published(text: str) -> str:
     """Capital letters by Azerbaijani's rules, a comma and a full stop."""
     capital = text.replace("ı", "I").replace("i", "İ").upper()
     return capital.replace(" ", ", ", 1) + "."
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.full(5, -1e9, np.float32), np.array([[0, 0, -1e9, 0], [-1e9, 0, -1e9, 0]], np.float32), np.eye(2)],
+    ids=["all the same", "some differ", "as many as not"],
+)
+def test_what_is_mostly_alike_is_stored_as_what_differs(values: npt.NDArray[np.float32]) -> None:
+    graph = GraphBuilder()
+    name = _add_mostly_alike(graph, "constant", values.astype(np.float32))
+    shown = helper.make_tensor_value_info(name, TensorProto.FLOAT, list(values.shape))
+    made = helper.make_graph(graph.nodes, "constant", [], [shown], list(graph._constants.values()))
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (found,) = cpu_session(model.SerializeToString()).run(None, {})
+    np.testing.assert_array_equal(found, values)
+    floats = sum(np.prod(t.dims) for t in made.initializer if t.data_type == TensorProto.FLOAT)
+    assert floats <= np.sum(values != values.flat[1])

@@ -1,4 +1,4 @@
-"""Stage 2a, where the file has to be smaller: feed-forwards with fewer neurons, the others made up for them.
+"""Stage 1a, where the file has to be smaller: feed-forwards with fewer neurons, the others made up for them.
 
     python -m training.moonshine.prune --base TINY --cache CACHE --labels LABELS --keep 0.75 --out PRUNED.pt
 
