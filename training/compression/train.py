@@ -295,6 +295,7 @@ def _spoken(layers: Sequence[int]) -> str:
 
 def run_as_told(trainer: CorpusLearner[Any], arguments: argparse.Namespace, deadline_s: float | None) -> None:
     """Run, with vocabulary and configuration beside the checkpoints."""
+    arguments.run.mkdir(parents=True, exist_ok=True)
     trainer.corpus.cut.save(arguments.run / trainer.corpus.cut_name)
     described_config = json.dumps(asdict(trainer.config), indent=1)
     (arguments.run / "config.json").write_text(described_config, encoding="utf-8")
@@ -317,7 +318,6 @@ def main(given: Sequence[str] | None = None) -> int:
     told = told_by(arguments) | ({"rounded": False} if arguments.exact else {})
     last = arguments.run / "last.pt"
     begun_once(last, arguments.init_from)
-    arguments.run.mkdir(parents=True, exist_ok=True)
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
     if last.exists():
         state = read_state(last)

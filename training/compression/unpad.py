@@ -143,7 +143,6 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     deadline_s = until_when(arguments)
     torch.set_num_threads(1)
-    arguments.run.mkdir(parents=True, exist_ok=True)
     corpus = LabelledCorpus(arguments.cache, arguments.labels)
     last = arguments.run / "last.pt"
     state = read_state(last) if last.exists() else None

@@ -98,7 +98,6 @@ def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Cor
     )
     last, frozen_before = arguments.run / "last.pt", False
     begun_once(last, arguments.init_from)
-    arguments.run.mkdir(parents=True, exist_ok=True)
     trainer = trainer_class(config, corpus_type(config.size)(arguments.cache, config.min_confidence))
     if last.exists():
         state = torch.load(last, weights_only=True)
@@ -111,6 +110,7 @@ def run(arguments: argparse.Namespace, trainer_class: Callable[[TrainConfig, Cor
         trainer.initialise_from(arguments.init_from)
     if config.frozen_norms:
         trainer.freeze_norms(anew=not frozen_before)
+    arguments.run.mkdir(parents=True, exist_ok=True)
     (arguments.run / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
     run_until(trainer, arguments.run, arguments.steps, deadline_s, 60.0 * arguments.validate_every_minutes)
 

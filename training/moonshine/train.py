@@ -191,7 +191,6 @@ def main(given: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     last = arguments.run / "last.pt"
     begun_once(last, arguments.init_from)
-    arguments.run.mkdir(parents=True, exist_ok=True)
     corpus = MoonshineCorpus(arguments.cache, arguments.labels)
     source = last if last.exists() else arguments.init_from
     state = read_state(source) if source else None

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from tests.training.moonshine.conftest import TOKENS
 from tests.training.networks import chirps
 from training.compression import label as whisper_label
 from training.compression import rounding as whisper_rounding
+from training.compression import train as whisper_train
+from training.compression import unpad
 from training.compression.corpus import IGNORED
 from training.compression.label import likely_tokens, read_labels
 from training.compression.network import evaluating
@@ -463,3 +466,14 @@ def _generated(network: Moonshine, clip: npt.NDArray[np.float32]) -> tuple[list[
     with torch.inference_mode():
         steps, found, frames = network.generate(torch.from_numpy(clip)[None], torch.tensor([len(clip)]))
     return steps[0].argmax(-1).tolist(), int(found), int(frames)
+
+
+@pytest.mark.parametrize("command", [train, whisper_train, unpad], ids=["moonshine", "whisper", "unpad"])
+def test_a_refused_run_leaves_no_folder(
+    command: Any, cache: Path, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    given = ["--cache", str(cache), "--labels", str(tmp_path / "none"), "--base", str(tmp_path / "none")]
+    assert command.main([*given, "--run", str(run), "--steps", "1"]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert not run.exists()
