@@ -28,6 +28,8 @@ from training.qdq import SIGNED_LIMIT
 
 GROUP = 128
 SMALL_GROUP = 32
+WITHIN = 0.45
+"""Of a step, how far a weight may be from the level to which it is rounded."""
 LOWEST = -8
 HIGHEST = 7
 DOMAIN = "com.microsoft"
@@ -85,6 +87,20 @@ def rounded(weight: Tensor) -> Tensor:
         matrix = as_matrix(weight)
         whole, scales = integers(matrix)
         return from_matrix((whole * scales).flatten(1)[:, : matrix.shape[1]], weight.shape)
+
+
+def within_steps(exact: Tensor, served: Tensor) -> Tensor:
+    """What is nearest to exact weights and rounds to what is served, for who learns through the rounding.
+
+    Both have the shape that `rounded` takes; `served` has values that it leaves as they are.
+    """
+    with torch.no_grad():
+        matrix, wanted = as_matrix(served), as_matrix(exact)
+        whole, scales = integers(matrix)
+        steps = scales.abs().expand_as(whole).flatten(1)[:, : matrix.shape[1]]
+        largest = (whole == LOWEST).flatten(1)[:, : matrix.shape[1]]  # sets the scale
+        found = wanted.clamp(matrix - WITHIN * steps, matrix + WITHIN * steps)
+        return from_matrix(torch.where(largest, matrix, found), served.shape)
 
 
 def as_matrix(weight: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from training.four_bits import (
     quantize_to_four_bits,
     rounded,
     shares_and_steps,
+    within_steps,
 )
 from training.inference import cpu_session
 
@@ -245,3 +246,15 @@ def test_a_column_of_zeros_is_widened_to_zeros() -> None:
     exact = x @ rounded(torch.from_numpy(weight.T.copy())).numpy().T
     assert np.abs(found - exact).max() < 0.05 * np.abs(exact).std()
     assert not found[:, 1].any()
+
+
+@pytest.mark.parametrize("shape", [(6, 256), (5, 96), (4, 32, 3)], ids=["128", "32", "convolution"])
+def test_what_learns_on_begins_next_to_the_exact_weights(shape: tuple[int, ...]) -> None:
+    """And is served as it was rounded."""
+    torch.manual_seed(2)
+    exact = torch.randn(shape)
+    served = rounded(exact + 0.1 * torch.randn(shape))
+    found = within_steps(exact, served)
+    torch.testing.assert_close(rounded(found), served)
+    assert (found - exact).square().mean() < 0.5 * (served - exact).square().mean()
+    torch.testing.assert_close(within_steps(served, served), served)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -104,21 +105,26 @@ def exported_small(network: WhisperSeq2Seq, cut: CutVocabulary, *, widened: bool
     )
 
 
-def load_run(run: Path) -> tuple[WhisperSeq2Seq, CutVocabulary]:
-    """The averaged network of a run, rounded as it is served. Raises CheckpointError.
+def served_state(run: Path, command: str) -> dict[str, Any]:
+    """What a run left, or what `command` made of its last step. Raises CheckpointError.
 
-    What `training.compression.rounding` left where it is of the last step, else what the run left, whose
-    weights are rounded one by one: good enough for a network that learned with them.
+    Where it learned through the rounding its weights may be rounded one by one; else `command` comes first.
     """
     path, better = run / "last.pt", run / rounding.NAME
     state = read_state(path)
-    cut = CutVocabulary.load(run / "vocabulary.json")
     rounded = read_state(better) if better.is_file() else None
     if rounded is not None and rounded["counters"] == state["counters"]:
-        state = rounded
-    elif not state["config"].get("rounded", True):
-        command = f"python -m training.compression.rounding --run {run} --cache CACHE --labels LABELS"
-        raise CheckpointError(f"{path}: learned in float32, to be rounded first: {command}")
+        return rounded
+    if not state["config"].get("rounded", True):
+        told = f"python -m {command} --run {run} --cache CACHE --labels LABELS"
+        raise CheckpointError(f"{path}: learned in float32, to be rounded first: {told}")
+    return state
+
+
+def load_run(run: Path) -> tuple[WhisperSeq2Seq, CutVocabulary]:
+    """The averaged network of a run, rounded as it is served. Raises CheckpointError."""
+    state = served_state(run, "training.compression.rounding")
+    cut = CutVocabulary.load(run / "vocabulary.json")
     network = network_of(state, cut)
     round_into(network, network, coarse_weights(network))
     return network, cut

@@ -32,7 +32,7 @@ from training.compression.network import coarse_weights, evaluating
 from training.compression.train import TrainConfig, answers, network_of, new_network, read_state
 from training.equalise import equalise
 from training.errors import ConfigError, in_one_line
-from training.four_bits import as_matrix, from_matrix
+from training.four_bits import as_matrix, from_matrix, within_steps
 from training.inference import Waveform
 from training.moonshine.model import Moonshine
 from training.recipes.whisper_seq2seq.model import WhisperSeq2Seq
@@ -251,7 +251,19 @@ def round_and_keep(
     unheard = [maker(arguments.batches + step) for step in range(JUDGED_BATCHES)]
     apart = divergence(exact, network, unheard, answers)
     print(f"{apart:.4f} nats per token from what it answered before")
-    kept = {"shape": state["shape"], "average": network.state_dict(), "counters": state["counters"]}
+    coarse = coarse_weights(network)
+    before = {
+        name: within_steps(weight, network.get_parameter(name))
+        for name, weight in exact.named_parameters()
+        if name in coarse
+    }
+    kept = {
+        "shape": state["shape"],
+        "average": network.state_dict(),
+        "before": before,
+        "config": {"layers": state["config"]["layers"]},
+        "counters": state["counters"],
+    }
     save_state(kept, arguments.run / NAME)
 
 

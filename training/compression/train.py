@@ -116,37 +116,50 @@ class CorpusLearner(Learner[AnySound]):
         self.optimisers[0].load_state_dict(state["optimiser"])
 
 
-class Trainer(CorpusLearner[Batch]):
-    """Weights in float32, their rounded copy that hears and writes, and their running average."""
+class RoundedLearner(CorpusLearner[Batch]):
+    """A network whose rounded copy hears and writes, if it is told to learn through the rounding."""
 
-    def __init__(self, config: TrainConfig, network: WhisperSeq2Seq, corpus: LabelledCorpus) -> None:
+    def __init__(self, config: TrainConfig, network: Any, corpus: LabelledCorpus) -> None:
         super().__init__(config)
         self.corpus, self.network = corpus, network.train()
         for layer in network.decoder.layers:
-            layer.dropout.p = config.dropout  # type: ignore[union-attr]
+            layer.dropout.p = config.dropout
         self.average = copy.deepcopy(network).requires_grad_(False)
         self.learned, self.averaged = self.network, self.average
-        self.rounded = copy.deepcopy(network)
         self.coarse = coarse_weights(network) if config.rounded else set()
+        self.rounded = copy.deepcopy(network) if config.rounded else network
         self.optimisers = [adamw(config, (p for p in network.parameters() if p.requires_grad))]
-        self.maker = BatchMaker(corpus, config.batch_s, config.seed, network.most_tokens)
-
-    def _loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
-        return loss_of(answers(self.rounded, batch), batch, self.config)
 
     def _gradients(self, batches: list[Batch], progress: float) -> list[dict[str, float]]:
         """Those of the rounded weights are taken for those of the exact ones."""
+        if not self.coarse:
+            return super()._gradients(batches, progress)
         round_into(self.rounded, self.network, self.coarse)
         parts = super()._gradients(batches, progress)
         for exact, rounded in zip(self.network.parameters(), self.rounded.parameters(), strict=True):
             exact.grad, rounded.grad = rounded.grad, None
         return parts
 
-    def validation(self) -> dict[str, float]:
-        """Word error rate of the averaged, rounded weights per source, on the held-out speakers."""
+    def served(self) -> Any:
+        """A copy of the average as it is served."""
         served = copy.deepcopy(self.average)
         round_into(served, self.average, self.coarse)
-        return validated(served, self.corpus, self.pool)
+        return served
+
+
+class Trainer(RoundedLearner):
+    """Weights in float32, their rounded copy that hears and writes, and their running average."""
+
+    def __init__(self, config: TrainConfig, network: WhisperSeq2Seq, corpus: LabelledCorpus) -> None:
+        super().__init__(config, network, corpus)
+        self.maker = BatchMaker(corpus, config.batch_s, config.seed, network.most_tokens)
+
+    def _loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
+        return loss_of(answers(self.rounded, batch), batch, self.config)
+
+    def validation(self) -> dict[str, float]:
+        """Word error rate of the averaged, rounded weights per source, on the held-out speakers."""
+        return validated(self.served(), self.corpus, self.pool)
 
 
 def loss_of(logits: Tensor, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:

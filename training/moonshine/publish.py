@@ -18,10 +18,9 @@ import torch
 
 from training.compression import rounding
 from training.compression.network import coarse_weights, round_into
-from training.compression.publish import CLIPS
-from training.compression.train import read_state
+from training.compression.publish import CLIPS, served_state
 from training.equalise import equalise
-from training.errors import CheckpointError, in_one_line
+from training.errors import in_one_line
 from training.exported import DYNAMIC_RANGES, Exported, agreement, ways_of
 from training.four_bits import halve, quantize_to_four_bits
 from training.inference import Waveform, spoken
@@ -120,14 +119,9 @@ def _exported(network: Moonshine, tokens: Tokens, graph: onnx.ModelProto) -> Exp
 
 def load_run(run: Path) -> tuple[Moonshine, Tokens]:
     """The averaged and rounded network of a run. Raises CheckpointError."""
-    path, better = run / "last.pt", run / rounding.NAME
-    state = read_state(path)
-    rounded = read_state(better) if better.is_file() else None
-    if rounded is None or rounded["counters"] != state["counters"]:
-        command = f"python -m training.moonshine.rounding --run {run} --cache CACHE --labels LABELS"
-        raise CheckpointError(f"{path}: learned in float32, to be rounded first: {command}")
+    state = served_state(run, "training.moonshine.rounding")
     tokens = Tokens.load(run / MoonshineCorpus.cut_name)
-    network = network_of(rounded, tokens)
+    network = network_of(state, tokens)
     round_into(network, network, coarse_weights(network))
     return network, tokens
 

@@ -10,7 +10,6 @@ goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from torch.nn import functional
 from training.compression.corpus import IGNORED, Batch
 from training.compression.network import evaluating
 from training.compression.train import (
-    CorpusLearner,
+    RoundedLearner,
     TrainConfig,
     add_run_options,
     check_layers,
@@ -38,7 +37,6 @@ from training.compression.train import (
 )
 from training.distillation.kernels import working_dtype
 from training.distillation.label import length_batches
-from training.distillation.learner import adamw
 from training.distillation.runner import begun_once
 from training.errors import ConfigError, in_one_line
 from training.moonshine.checkpoint import Published
@@ -118,21 +116,15 @@ def answers(network: Moonshine, batch: Batch) -> Tensor:
     return found.float()
 
 
-class MoonshineTrainer(CorpusLearner[Batch]):
-    """The network, and its running average."""
+class MoonshineTrainer(RoundedLearner):
+    """The network, its rounded copy where it learns through the rounding, and its running average."""
 
     corpus: MoonshineCorpus
     network: Moonshine  # type: ignore[assignment]  # of the other family
     average: Moonshine  # type: ignore[assignment]
 
     def __init__(self, config: TrainConfig, network: Moonshine, corpus: MoonshineCorpus) -> None:
-        super().__init__(config)
-        self.corpus, self.network = corpus, network.train()
-        for layer in network.decoder.layers:
-            layer.dropout.p = config.dropout  # type: ignore[union-attr]
-        self.average = copy.deepcopy(network).requires_grad_(False)
-        self.learned, self.averaged = self.network, self.average
-        self.optimisers = [adamw(config, network.parameters())]
+        super().__init__(config, network, corpus)
         self.maker = SampleMaker(corpus, config.batch_s, config.seed, network.most_tokens, masked=False)
 
     def shape(self) -> dict[str, Any]:
@@ -140,11 +132,11 @@ class MoonshineTrainer(CorpusLearner[Batch]):
         return asdict(self.network.shape)
 
     def _loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
-        return loss_of(answers(self.network, batch), batch, self.config)
+        return loss_of(answers(self.rounded, batch), batch, self.config)
 
     def validation(self) -> dict[str, float]:
-        """Word error rate of the average per source, on the held-out speakers."""
-        return validated(self.average, self.corpus, self.pool)
+        """Word error rate of the average, as it is served, per source, on the held-out speakers."""
+        return validated(self.served(), self.corpus, self.pool)
 
 
 def transcribe(
@@ -185,6 +177,9 @@ def main(given: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--base", help="a published network of the size to be served")
     parser.add_argument("--init-from", type=Path, help="or another run's last.pt or best.pt, its average")
+    parser.add_argument(
+        "--rounded", action="store_true", help="learn through the rounding, best from --init-from rounded.pt"
+    )
     add_run_options(parser, MoonshineConfig)
     arguments = parser.parse_args(given)
     deadline_s = until_when(arguments)
@@ -197,9 +192,12 @@ def main(given: Sequence[str] | None = None) -> int:
     stored = state.get("config", {}) if state else {}
     if source is arguments.init_from:
         stored = {name: value for name, value in stored.items() if name == "layers"}
-    config = config_like(MoonshineConfig, told_by(arguments), stored, source or last)
+    told = told_by(arguments) | ({"rounded": True} if arguments.rounded else {})
+    config = config_like(MoonshineConfig, told, stored, source or last)
     if state and source:
         network = learned(state, source, corpus.cut)
+        if config.rounded and source is arguments.init_from:
+            network.load_state_dict(state.get("before", {}), strict=False)
     elif arguments.base:
         network = new_network(arguments.base, config, corpus.cut)
     else:

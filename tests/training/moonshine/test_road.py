@@ -26,8 +26,9 @@ from training.compression import train as whisper_train
 from training.compression import unpad
 from training.compression.corpus import IGNORED
 from training.compression.label import likely_tokens, read_labels
-from training.compression.network import evaluating
+from training.compression.network import coarse_weights, evaluating
 from training.errors import CheckpointError, ConfigError
+from training.four_bits import rounded
 from training.moonshine import label, publish, rounding, search, train
 from training.moonshine.checkpoint import Published
 from training.moonshine.corpus import MoonshineCorpus, SampleMaker
@@ -398,6 +399,32 @@ def test_a_mean_with_rounded_weights_is_refused(
     given = ["--cache", str(cache), "--labels", str(labels), "--run", str(rounded_run)]
     assert rounding.main([*given, "--mean-with", str(rounded_run / "rounded.pt"), "0.2"]) == 2
     assert "rounded.pt: its weights are rounded" in capsys.readouterr().err
+
+
+def test_learning_goes_on_through_the_rounding(
+    exactly: None, run: Path, rounded_run: Path, cache: Path, labels: Path, tmp_path: Path
+) -> None:
+    """From weights that are served as they were rounded, and what it leaves is published as it is."""
+    rounded_state = torch.load(rounded_run / "rounded.pt", weights_only=True)
+    cut = Tokens.load(labels / "tokens.json")
+    given = ["--cache", str(cache), "--labels", str(labels), "--batch-s", "8", "--workers", "1", "--rounded"]
+    begun = [*given, "--init-from", str(rounded_run / "rounded.pt"), "--seed", "1"]
+    for rate, folder in (("0", "still"), ("2", "moved")):
+        there = ["--run", str(tmp_path / folder), "--steps", "2", "--learning-rate", rate]
+        assert train.main([*begun, *there]) == 0
+    wanted = network_of(rounded_state, cut)
+    still, _ = publish.load_run(tmp_path / "still")
+    moved, _ = publish.load_run(tmp_path / "moved")
+    coarse = coarse_weights(wanted)
+    for name, value in wanted.named_parameters():
+        torch.testing.assert_close(still.get_parameter(name), value)
+        if name in coarse:
+            torch.testing.assert_close(rounded(moved.get_parameter(name)), moved.get_parameter(name))
+    flipped = [not torch.equal(moved.get_parameter(name), wanted.get_parameter(name)) for name in coarse]
+    assert sum(flipped) > len(coarse) / 2
+    exact = torch.load(tmp_path / "still" / "last.pt", weights_only=True)["network"]
+    assert any(not torch.equal(exact[name], wanted.get_parameter(name)) for name in coarse), "not on levels"
+    assert train.main([*given, "--run", str(tmp_path / "moved"), "--steps", "3"]) == 0
 
 
 def card_and_manifest(cache: Path, folder: Path) -> list[str]:
