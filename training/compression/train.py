@@ -243,6 +243,15 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def to_learn_on(state: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """A state whose average is what to begin with.
+
+    Of one that was rounded, who learns through the rounding takes the weights nearest to those before it.
+    """
+    before = state.get("before", {}) if config.rounded else {}
+    return state | {"average": state["average"] | before}
+
+
 def add_run_options(parser: argparse.ArgumentParser, config: type[TrainConfig]) -> None:
     """What a run hears, where it stands, and how long and how fast it learns: `config` has the defaults."""
     parser.add_argument("--language", default="en", metavar="xx")
@@ -342,7 +351,7 @@ def main(given: Sequence[str] | None = None) -> int:
         state = read_state(arguments.init_from)
         begun = {name: value for name, value in state.get("config", {}).items() if name == "layers"}
         config = config_like(TrainConfig, told, begun, arguments.init_from)
-        trainer = Trainer(config, network_of(state, corpus.cut), corpus)
+        trainer = Trainer(config, network_of(to_learn_on(state, config), corpus.cut), corpus)
     elif arguments.base:
         config = TrainConfig(**told)
         trainer = Trainer(config, new_network(arguments.base, arguments.language, config, corpus.cut), corpus)

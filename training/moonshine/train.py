@@ -32,6 +32,7 @@ from training.compression.train import (
     loss_of,
     read_state,
     run_as_told,
+    to_learn_on,
     told_by,
     until_when,
 )
@@ -81,6 +82,7 @@ def small_network(
     for ours, index in zip(small.decoder.layers, layers, strict=True):
         ours.load_state_dict(large.decoder.layers[index].state_dict())
     small.decoder.layer_norm.load_state_dict(large.decoder.layer_norm.state_dict())
+    small.decoder.embed_scale = large.decoder.embed_scale
     with torch.no_grad():
         small.decoder.embed_tokens.weight.copy_(large.decoder.embed_tokens.weight[rows])
     return small
@@ -94,13 +96,18 @@ def network_of(state: dict[str, Any], cut: Tokens) -> Moonshine:
     return network.eval()
 
 
+def tokens_beside(path: Path, usual: Tokens) -> Tokens:
+    """What a state at `path` writes with; `usual` where nobody put that beside it."""
+    beside = path.parent / MoonshineCorpus.cut_name
+    return Tokens.load(beside) if beside.is_file() else usual
+
+
 def learned(state: dict[str, Any], path: Path, cut: Tokens) -> Moonshine:
     """The averaged network of a run's state at `path`, with these of the tokens that lie beside it.
 
     Raises ConfigError where it lacks some of them.
     """
-    beside = path.parent / MoonshineCorpus.cut_name
-    own = Tokens.load(beside) if beside.is_file() else cut
+    own = tokens_beside(path, cut)
     network = network_of(state, own)
     if own.ids == cut.ids:
         return network
@@ -194,10 +201,12 @@ def main(given: Sequence[str] | None = None) -> int:
         stored = {name: value for name, value in stored.items() if name == "layers"}
     told = told_by(arguments) | ({"rounded": True} if arguments.rounded else {})
     config = config_like(MoonshineConfig, told, stored, source or last)
-    if state and source:
-        network = learned(state, source, corpus.cut)
-        if config.rounded and source is arguments.init_from:
-            network.load_state_dict(state.get("before", {}), strict=False)
+    if state and source == last:
+        if tokens_beside(last, corpus.cut).ids != corpus.cut.ids:
+            raise ConfigError(f"--labels {arguments.labels}: other tokens than {last} learned with")
+        network = network_of(state, corpus.cut)
+    elif state:
+        network = learned(to_learn_on(state, config), arguments.init_from, corpus.cut)
     elif arguments.base:
         network = new_network(arguments.base, config, corpus.cut)
     else:

@@ -36,6 +36,7 @@ from training.moonshine.model import MAX_WINDOW_S, MIN_SAMPLES, SAMPLE_RATE_HZ, 
 from training.moonshine.train import (
     MoonshineConfig,
     MoonshineTrainer,
+    learned,
     network_of,
     new_network,
     small_network,
@@ -425,6 +426,39 @@ def test_learning_goes_on_through_the_rounding(
     exact = torch.load(tmp_path / "still" / "last.pt", weights_only=True)["network"]
     assert any(not torch.equal(exact[name], wanted.get_parameter(name)) for name in coarse), "not on levels"
     assert train.main([*given, "--run", str(tmp_path / "moved"), "--steps", "3"]) == 0
+
+
+def test_a_rounded_network_with_fewer_tokens_writes_as_before(
+    exactly: None, rounded_run: Path, labels: Path, corpus: MoonshineCorpus
+) -> None:
+    """Rows of tokens are multiplied by what their columns were divided by."""
+    state = torch.load(rounded_run / "rounded.pt", weights_only=True)
+    whole, cut = network_of(state, corpus.cut), corpus.cut
+    kept = [place for place in range(len(cut.ids)) if place % 7 or place >= len(cut.ids) - 2]
+    fewer = dataclasses.replace(
+        cut, ids=tuple(cut.ids[place] for place in kept), end=len(kept) - 2, start=len(kept) - 1
+    )
+    found = learned(state, rounded_run / "rounded.pt", fewer)
+    clip = torch.from_numpy(chirps(1)[0])[None]
+    tokens = torch.tensor([[fewer.start, 70, 200, 9]])
+    with torch.inference_mode():
+        audio, _, bias = whole.encoder(clip, torch.tensor([clip.shape[1]]))
+        wanted = whole.decoder(torch.tensor(kept)[tokens], audio, bias)[..., kept]
+        torch.testing.assert_close(found.decoder(tokens, audio, bias), wanted)
+
+
+def test_a_run_goes_on_with_its_own_tokens_only(
+    run: Path, cache: Path, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied, others = tmp_path / "run", tmp_path / "labels"
+    shutil.copytree(run, copied)
+    shutil.copytree(labels, others)
+    cut = Tokens.load(labels / "tokens.json")
+    dataclasses.replace(cut, ids=(99_999, *cut.ids[1:])).save(others / "tokens.json")
+    given = ["--cache", str(cache), "--labels", str(others), "--run", str(copied), "--steps", "9"]
+    assert train.main(given) == 2
+    said = capsys.readouterr().err
+    assert f"--labels {others}: other tokens than {copied / 'last.pt'} learned with" in said
 
 
 def card_and_manifest(cache: Path, folder: Path) -> list[str]:
