@@ -97,6 +97,18 @@ class Rounded(NamedTuple):
     zero_point: str
 
 
+def rounding_of(source: str, name: str) -> tuple[Rounded, onnx.NodeProto]:
+    """The node that rounds a tensor, with one scale found at every call, for the node of this name."""
+    made = Rounded(f"{name}.input_quantized", f"{name}.input_scale", f"{name}.input_zero_point")
+    return made, helper.make_node("DynamicQuantizeLinear", [source], made, name=f"{name}.input_quantize")
+
+
+def column_scales(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Weights (..., inputs, outputs) -> what a step of 8 bits is worth in each column, (..., 1, outputs)."""
+    largest = np.abs(values).max(axis=-2, keepdims=True)
+    return np.where(largest > 0, largest / np.float32(SIGNED_LIMIT), 1).astype(np.float32)
+
+
 class Int8Products:
     """Dynamic INT8 products of one graph; those that share an input share its rounding."""
 
@@ -119,9 +131,8 @@ class Int8Products:
         """The node that rounds `source`, unless it is there already."""
         if source in self.scaled:
             return []
-        made = Rounded(f"{name}.input_quantized", f"{name}.input_scale", f"{name}.input_zero_point")
-        self.scaled[source] = made
-        return [helper.make_node("DynamicQuantizeLinear", [source], made, name=f"{name}.input_quantize")]
+        self.scaled[source], node = rounding_of(source, name)
+        return [node]
 
     def __call__(
         self, node: onnx.NodeProto, weight: str, scale: str, zero_point: str
@@ -156,8 +167,7 @@ class _Weights:
         """Names of a weight in bytes, of its scales and of its zero points, one of each per column."""
         if name not in self.done:
             values = numpy_helper.to_array(self.graph.initializer[self.places[name]])
-            largest = np.abs(values).max(axis=0)
-            scales = np.where(largest > 0, largest / np.float32(SIGNED_LIMIT), 1).astype(np.float32)
+            scales = column_scales(values)[0]
             zero, kind = (128, np.uint8) if name in self.unsigned else (0, np.int8)
             made: dict[str, npt.NDArray[Any]] = {
                 f"{name}_quantized": (np.rint(values / scales) + zero).astype(kind),

@@ -15,8 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from training.dynamic_int8 import forget_unused, replace_nodes
-from training.qdq import SIGNED_LIMIT
+from training.dynamic_int8 import column_scales, forget_unused, replace_nodes, rounding_of
 
 MIDDLE = 128
 """Zero of unsigned bytes: CPUs without VNNI do not add products with signed ones exactly."""
@@ -29,13 +28,17 @@ def grouped_convolutions(model: onnx.ModelProto) -> list[str]:
     for node in model.graph.node:
         if node.op_type != "Conv" or node.input[1] not in shapes:
             continue
-        told = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        told = _attributes(node)
         shape = shapes[node.input[1]]
         plain = {*told.get("strides", [1]), *told.get("dilations", [1])} == {1}
         flat = len(shape) == 4 and shape[2] == 1 and told.get("pads", [0] * 4)[::2] == [0, 0]
         if told.get("group", 1) > 1 and shape[1] > 1 and plain and flat:
             found.append(node.name)
     return found
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def quantize_grouped(model: onnx.ModelProto, names: Collection[str]) -> None:
@@ -57,7 +60,7 @@ class _Windows:
 
     def __init__(self, graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
         self.graph, self.node, self.name = graph, node, node.name
-        told = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        told = _attributes(node)
         self.groups, self.pads = told["group"], told.get("pads", [0] * 4)
         held = {tensor.name: tensor for tensor in graph.initializer}
         weight = numpy_helper.to_array(held[node.input[1]])[:, :, 0]
@@ -70,19 +73,15 @@ class _Windows:
 
     def nodes(self) -> list[onnx.NodeProto]:
         """The nodes that stand for it; the last has its output."""
-        largest = np.abs(self.weight).max(axis=1, keepdims=True)
-        scales = np.where(largest > 0, largest / np.float32(SIGNED_LIMIT), 1).astype(np.float32)
+        scales = column_scales(self.weight)
         weight = self._constant("weight_quantized", (np.rint(self.weight / scales) + MIDDLE).astype(np.uint8))
         zero_point = self._constant("weight_zero_point", np.uint8(MIDDLE))
-        rounded = [f"{self.name}.input_{part}" for part in ("quantized", "scale", "zero_point")]
-        quantizer = helper.make_node(
-            "DynamicQuantizeLinear", [self.node.input[0]], rounded, name=f"{self.name}.input_quantize"
-        )
+        rounded, quantizer = rounding_of(self.node.input[0], self.name)
         self.made.append(quantizer)
-        windows = self._windows(rounded[0], rounded[2])
-        sums = self._add("MatMulInteger", [windows, weight, rounded[2], zero_point], "sums")
+        windows = self._windows(rounded.bytes, rounded.zero_point)
+        sums = self._add("MatMulInteger", [windows, weight, rounded.zero_point, zero_point], "sums")
         values = self._add("Cast", [sums], "float", to=TensorProto.FLOAT)
-        scale = self._add("Mul", [rounded[1], self._constant("weight_scale", scales)], "scale")
+        scale = self._add("Mul", [rounded.scale, self._constant("weight_scale", scales)], "scale")
         values = self._add("Mul", [values, scale], "scaled")
         if self.bias is not None:
             bias = self._constant("bias_by_group", self.bias.reshape(self.groups, 1, self.outputs))

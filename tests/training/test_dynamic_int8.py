@@ -96,6 +96,18 @@ def test_a_weight_that_is_still_read_as_float_stays() -> None:
         np.testing.assert_allclose(y[:, 1], weight.sum(), atol=1e-6)
 
 
+def built(builder: GraphBuilder, *shown: str) -> onnx.ModelProto:
+    """From x (batch, frames, 16) to what is named."""
+    graph = helper.make_graph(
+        builder.nodes,
+        "taps",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "frames", 16])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None, None]) for name in shown],
+        list(builder._constants.values()),
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
 @pytest.mark.parametrize("padding", [0, 1])
 def test_taps_are_rounded_before_they_are_stacked(padding: int) -> None:
     """Once for all of them, and for another product of the same values."""
@@ -105,17 +117,7 @@ def test_taps_are_rounded_before_they_are_stacked(padding: int) -> None:
     builder = GraphBuilder()
     convolved = add_convolution(builder, "conv", "x", convolution)
     product = add_linear(builder, "beside", "x", beside)
-    graph = helper.make_graph(
-        builder.nodes,
-        "taps",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "frames", 16])],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None, None])
-            for name in (convolved, product)
-        ],
-        list(builder._constants.values()),
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = built(builder, convolved, product)
     exact = cpu_session(model.SerializeToString())
     quantize_products(model, set(products(model)))
     onnx.checker.check_model(model)
@@ -141,19 +143,9 @@ def test_taps_that_something_else_reads_stay_float() -> None:
     builder = GraphBuilder()
     convolved = add_convolution(builder, "conv", "x", torch.nn.Conv1d(16, 8, 3))
     shown = builder.add("Neg", ["conv.tap_1"], "shown")
-    graph = helper.make_graph(
-        builder.nodes,
-        "taps",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "frames", 16])],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", None, None])
-            for name in (convolved, shown)
-        ],
-        list(builder._constants.values()),
-    )
     values = np.random.default_rng(2).normal(size=(1, 9, 16)).astype(np.float32)
     for chosen in (["conv.product"], []):
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        model = built(builder, convolved, shown)
         quantize_products(model, chosen)
         for node in model.graph.node:
             assert node.op_type != "Slice" or node.input[0] == "x"

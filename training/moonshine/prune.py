@@ -221,9 +221,7 @@ def main(given: Sequence[str] | None = None) -> int:
 def _begun(arguments: argparse.Namespace, corpus: MoonshineCorpus) -> tuple[Moonshine, Sequence[int]]:
     """What neurons are taken from, and which layers of the published decoder it has."""
     if arguments.init_from is None:
-        config = MoonshineConfig()
-        if arguments.layers is not None:
-            config = MoonshineConfig(layers=tuple(arguments.layers))
+        config = MoonshineConfig(layers=tuple(arguments.layers or MoonshineConfig.layers))
         return new_network(arguments.base, config, corpus.cut), config.layers
     if arguments.layers is not None:
         raise ConfigError("--layers: those of --init-from are there already; leave the option out")

@@ -21,6 +21,7 @@ from training.moonshine import label
 from training.moonshine.checkpoint import Published
 from training.moonshine.corpus import MoonshineCorpus
 from training.moonshine.model import Moonshine
+from training.moonshine.train import small_network
 
 TEXTS = "good morning the weather is fine today\nplease call me back this evening\n"
 TOKENS = 500
@@ -135,3 +136,9 @@ def labels(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def corpus(cache: Path, labels: Path) -> MoonshineCorpus:
     """Cache and labels, two of six speakers held out."""
     return MoonshineCorpus(cache, labels, validation_fraction=0.4)
+
+
+@pytest.fixture
+def small(published: Published, corpus: MoonshineCorpus) -> Moonshine:
+    """All layers, and the tokens that the labels keep."""
+    return small_network(published.network, [0, 1], corpus.cut).eval()

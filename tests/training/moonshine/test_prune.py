@@ -29,11 +29,6 @@ from training.torch_inference import run_torch
 from training.torch_state import save_state
 
 
-@pytest.fixture
-def small(published: Published, corpus: MoonshineCorpus) -> Moonshine:
-    return small_network(published.network, [0, 1], corpus.cut).eval()
-
-
 @pytest.fixture(autouse=True)
 def _exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 on every processor, and judged in little time."""

@@ -21,17 +21,11 @@ from training.equalise import equalise
 from training.four_bits import as_matrix, rounded
 from training.inference import cpu_session, run_graph
 from training.moonshine import publish, rounding, train
-from training.moonshine.checkpoint import Published
 from training.moonshine.corpus import MoonshineCorpus, SampleMaker
 from training.moonshine.export import export_graph
 from training.moonshine.model import Moonshine
-from training.moonshine.train import MoonshineConfig, new_network, small_network
+from training.moonshine.train import MoonshineConfig, new_network
 from training.torch_inference import run_torch
-
-
-@pytest.fixture
-def small(published: Published, corpus: MoonshineCorpus) -> Moonshine:
-    return small_network(published.network, [0, 1], corpus.cut).eval()
 
 
 @pytest.fixture(autouse=True)
